@@ -1,0 +1,75 @@
+"""Decode photos in threads, each behind its own guard: a photo that cannot be read costs only itself."""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from kernel.encoders import Preprocessing
+
+
+def read_photo(path: Path, side: int) -> Image.Image:
+    """A photo in RGB, upright. A JPEG may come smaller than it is, its shorter side not under twice `side` pixels.
+
+    `draft` lets the JPEG decoder leave out detail that the resize would average away; the factor of two keeps the
+    result within a grey level or so of the exact one.
+    """
+    with Image.open(path) as image:
+        width, height = image.size
+        factor = 2 * side / min(width, height)
+        image.draft("RGB", (int(width * factor), int(height * factor)))
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize and crop an RGB photo as the encoder's own evaluation transform does: (size, size, 3) uint8."""
+    size = preprocessing.size
+    resampling = Image.Resampling[preprocessing.interpolation.upper()]
+    if preprocessing.fit == "squash":
+        return np.asarray(image.resize((size, size), resampling))
+    short = shorter_side(preprocessing)
+    width, height = image.size
+    if width <= height:
+        width, height = short, int(short * height / width)
+    else:
+        width, height = int(short * width / height), short
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return np.asarray(image.resize((width, height), resampling).crop((left, top, left + size, top + size)))
+
+
+def shorter_side(preprocessing: Preprocessing) -> int:
+    """The shorter side of a photo before the centre is cut out of it, in pixels."""
+    return int(preprocessing.size / preprocessing.scale)
+
+
+def decode(path: Path, preprocessing: Preprocessing) -> np.ndarray | str:
+    """One photo as (size, size, 3) uint8, or why it cannot be read.
+
+    Whatever a decoder throws at a damaged file (OSError, struct.error, ZeroDivisionError, MemoryError, ...) is this
+    photo's misfortune and nobody else's, so the guard is as wide as it can be.
+    """
+    try:
+        return prepare(read_photo(path, shorter_side(preprocessing)), preprocessing)
+    except Exception as error:
+        return type(error).__name__
+
+
+def decode_all(paths: Iterable[Path], preprocessing: Preprocessing, ahead: int = 256) -> Iterator[np.ndarray | str]:
+    """`decode` of every path, in order, with at most `ahead` photos waiting in memory.
+
+    Threads suffice: Pillow releases the interpreter's lock while it decodes and resizes.
+    """
+    paths = iter(paths)
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    try:
+        waiting = deque(pool.submit(decode, path, preprocessing) for path in islice(paths, ahead))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(pool.submit(decode, path, preprocessing) for path in islice(paths, 1))
+    finally:  # also when the reader stops early, and has no time to wait for photos that nobody wants
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,65 @@
+"""Write the submission and check it as the grader would.
+
+Called twice: before any heavy import with the fallback, so that whatever fails later finds a valid file on disk, and
+at the end with the predictions.
+"""
+
+import csv
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from kernel.mounts import InputError
+from kernel.observations import TestTable, read_table
+
+
+def fallback_guesses(table: TestTable, manifest: dict | None) -> list[str]:
+    """What to answer where no photo speaks: the commonest classes of training, else the sample submission's first row.
+
+    Raises:
+        InputError: neither is there.
+    """
+    if manifest:
+        return manifest["prior"][: table.layout.guesses]
+    for sample in sorted(table.folder.glob(table.layout.sample)):
+        rows = read_table(sample, table.layout.header)
+        if rows:
+            return rows[0][table.layout.header[1]].split()
+    raise InputError(f"{table.folder} has no sample submission and no weights are attached: attach the weights")
+
+
+def write_submission(path: Path, table: TestTable, guesses: Sequence[Sequence[str]]) -> None:
+    """Write a submission in one step: a reader finds the old file or the new one, never a part.
+
+    Args:
+        guesses: class ids, best first, for each observation of the table, in its order.
+    """
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(table.layout.header)
+        for observation, row in zip(table.observations, guesses, strict=True):
+            writer.writerow((observation.id, " ".join(row)))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def check_submission(path: Path, table: TestTable, class_ids: Sequence[str]) -> None:
+    """Check a written submission against the test table: header, ids, order, count, and distinct known class ids.
+
+    Raises:
+        InputError: the grader would refuse the file, or score it wrongly.
+    """
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    if tuple(rows[0]) != table.layout.header:
+        raise InputError(f"{path} has the header {rows[0]}, the grader wants {list(table.layout.header)}")
+    ids = [row[0] for row in rows[1:]]
+    if ids != [observation.id for observation in table.observations]:
+        raise InputError(f"{path} has {len(ids)} rows that are not the {len(table.observations)} observations in order")
+    known, guesses = set(class_ids), min(table.layout.guesses, len(class_ids))
+    for observation, predictions in rows[1:]:
+        row = predictions.split(" ") if table.layout.guesses > 1 else [predictions]  # a folder's name may have spaces
+        if len(row) != guesses or len(set(row)) != guesses or not known.issuperset(row):
+            raise InputError(f"{path}, observation {observation}: {predictions!r} is not {guesses} distinct class ids")
