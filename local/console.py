@@ -1,0 +1,30 @@
+"""What every command does at its border: errors of the user become one line, and long work shows progress."""
+
+import sys
+from collections.abc import Callable, Iterable
+
+from tqdm import tqdm
+
+from kernel.mounts import InputError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command. An InputError is one line on stderr and exit code 2; anything else is a defect and a traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def say(line: str) -> None:
+    """A line of the log, at once also when the output is a file."""
+    print(line, flush=True)
+
+
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
+    """A progress bar on a terminal; nothing elsewhere, where the lines of the log tell enough."""
+    return tqdm(items, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())
