@@ -1,0 +1,176 @@
+"""Read a competition's folder as downloaded: which photos, of which observations and classes, may be learnt from.
+
+The test table is the kernel's business (`kernel/observations.py`); to support another kind of competition, add its
+layout there and the reading of its training table here.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kernel.mounts import InputError
+from kernel.observations import (
+    LAYOUTS,
+    PHOTO_SUFFIXES,
+    Layout,
+    Observation,
+    group_photos,
+    read_table,
+    recognise,
+    resolution_folder,
+)
+
+COLUMNS = ("split", "observation", "class_id", "photo")
+TIME_LIMITS = {"fungiclef": 12 * 3600, "herbarium": 9 * 3600, "class-folders": 9 * 3600}  # seconds, of a GPU kernel
+
+
+@dataclass(frozen=True)
+class Competition:
+    """The labelled part of a competition.
+
+    Attributes:
+        photos: a row per photo, with COLUMNS: split "train" or "val", observation and class ids as the competition
+            spells them, and the photo's path.
+        resolution: of FungiCLEF's folders, the one that was read.
+    """
+
+    folder: Path
+    layout: Layout
+    photos: pd.DataFrame
+    resolution: str
+
+    def digest(self) -> str:
+        """SHA-256 of the labelled table and of every photo's name and size, the same wherever the folder lies."""
+        lines = sorted(
+            f"{row.split} {row.observation} {row.class_id} {row.photo.relative_to(self.folder).as_posix()} "
+            f"{row.photo.stat().st_size if row.photo.is_file() else 'missing'}"
+            for row in self.photos.itertuples()
+        )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Observations with their classes.
+
+    Attributes:
+        class_ids: one per observation.
+    """
+
+    observations: list[Observation]
+    class_ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+    def subset(self, wanted: np.ndarray) -> "Labelled":
+        """The observations where `wanted`, (observations,) bool, is true."""
+        return Labelled([self.observations[index] for index in np.flatnonzero(wanted)], self.class_ids[wanted])
+
+
+def read_competition(folder: Path, resolution: str = "300p") -> Competition:
+    """Read the training tables of a folder of any known layout.
+
+    Args:
+        resolution: of the photos, where the competition ships several; see `kernel.observations.RESOLUTIONS`.
+
+    Raises:
+        InputError: the folder is of no known layout, or a table lacks a column.
+    """
+    layout, marker = find_layout(folder)
+    rows = READERS[layout.name](folder, marker, resolution)
+    photos = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates(ignore_index=True)
+    if not (photos["split"] == "train").any():
+        raise InputError(f"{folder} ({layout.name}) has no labelled photo: check that the training table is complete")
+    labels = photos.groupby("observation")["class_id"].nunique()
+    if (labels > 1).any():
+        raise InputError(f"observation {labels.idxmax()} in {folder} has {labels.max()} classes: mend the table")
+    return Competition(folder, layout, photos, resolution)
+
+
+def find_layout(folder: Path) -> tuple[Layout, Path]:
+    """The layout of a competition's folder, and the marker that gave it away.
+
+    Raises:
+        InputError: the folder is of no known layout.
+    """
+    found = recognise(folder)
+    if not found:
+        looked_for = ", ".join(f"{layout.marker} ({layout.name})" for layout in LAYOUTS)
+        raise InputError(f"{folder} is no competition's folder: looked for {looked_for}; give the folder as downloaded")
+    return found
+
+
+def labelled(competition: Competition, *splits: str) -> Labelled:
+    """The labelled observations of some splits, in the table's order."""
+    photos = competition.photos[competition.photos["split"].isin(splits)]
+    observations = group_photos(zip(photos["observation"], photos["photo"], strict=True))
+    classes = dict(zip(photos["observation"], photos["class_id"], strict=True))
+    return Labelled(observations, np.array([classes[observation.id] for observation in observations], dtype=object))
+
+
+def split_for_validation(competition: Competition, seed: int) -> tuple[Labelled, Labelled]:
+    """What may be learnt from, and an observation-disjoint rest to judge by.
+
+    The competition's own validation split is the rest, where there is one. Elsewhere one observation in five is, never
+    the last of its class.
+    """
+    train, val = labelled(competition, "train"), labelled(competition, "val")
+    if len(val):
+        return train, val
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(train))
+    place = pd.Series(train.class_ids[shuffled]).groupby(train.class_ids[shuffled]).cumcount()  # within its class
+    held_out = np.zeros(len(train), dtype=bool)
+    held_out[shuffled] = place % 5 == 1
+    return train.subset(~held_out), train.subset(held_out)
+
+
+def sort_ids(class_ids: np.ndarray) -> list[str]:
+    """Distinct class ids, in order of number where all are numbers."""
+    distinct = set(class_ids)
+    return sorted(distinct, key=int if all(name.isdecimal() for name in distinct) else str)
+
+
+def _read_fungiclef(folder: Path, marker: Path, resolution: str) -> list[tuple]:
+    rows = []
+    for split in ("train", "val"):
+        table = marker.with_name(marker.name.replace("-Test", f"-{split.title()}"))
+        if not table.is_file() and split == "val":
+            continue
+        photos = resolution_folder(folder / "images" / marker.parent.name / split, resolution)
+        for row in read_table(table, ("observationID", "filename", "category_id")):
+            rows.append((split, row["observationID"], row["category_id"], photos / row["filename"]))
+    return rows
+
+
+def _read_herbarium(folder: Path, marker: Path, resolution: str) -> list[tuple]:
+    table = marker.parents[1] / "train" / "metadata.json"
+    try:
+        metadata = json.loads(table.read_text(encoding="ISO-8859-1"))
+        names = {image["id"]: image["file_name"] for image in metadata["images"]}
+        labels = [(note["image_id"], str(note["category_id"])) for note in metadata["annotations"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
+    return [("train", str(photo), label, table.parent / names[photo]) for photo, label in labels]
+
+
+def _read_class_folders(folder: Path, marker: Path, resolution: str) -> list[tuple]:
+    return [
+        (split, path.relative_to(folder).as_posix(), path.parent.name, path)
+        for split in ("train", "val")
+        for path in sorted((folder / split).glob("*/*"))
+        if path.suffix.lower() in PHOTO_SUFFIXES
+    ]
+
+
+READERS: dict[str, Callable[[Path, Path, str], list[tuple]]] = {
+    "fungiclef": _read_fungiclef,
+    "herbarium": _read_herbarium,
+    "class-folders": _read_class_folders,
+}

@@ -1,0 +1,250 @@
+"""Resolve `--encoder SPEC`: find the weights, build the module, and describe it as the manifest will.
+
+The description is all that the kernel gets: from it and a safetensors file it rebuilds the same encoder offline.
+"""
+
+import json
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from kernel.encoders import Preprocessing, build_module
+from kernel.mounts import InputError
+from local.console import say
+
+OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tuple[nn.Module, dict]:
+    """An encoder in one of five forms, with its description.
+
+    Args:
+        spec: `hf-hub:OWNER/NAME`; `open_clip:ARCHITECTURE/PRETRAINED`; `timm:NAME`; the stem of a pair of
+            .safetensors and .json; or a folder in the hub's format, of open_clip or of timm.
+        pretrained: False leaves a `timm:NAME` with random weights.
+        image_size: side of the input in pixels; 0 is the encoder's own.
+
+    Returns:
+        The module, (batch, 3, size, size) -> (batch, features), and its manifest entry without the weights file.
+
+    Raises:
+        InputError: the form is unknown, the weights are not to be had, or they do not fit the architecture.
+    """
+    kind, _, name = spec.partition(":")
+    if kind == "timm":
+        return _from_timm(name, pretrained, image_size)
+    if not pretrained:
+        raise InputError(f"pretrained = false with the encoder {spec}: random weights are for timm:NAME alone")
+    if kind == "open_clip":
+        return _from_open_clip(name)
+    if kind == "hf-hub":
+        return _from_folder(_download(name), image_size)
+    path = Path(spec)
+    if path.is_dir():
+        return _from_folder(path, image_size)
+    pair = [path.with_name(path.name + suffix) for suffix in (".json", ".safetensors")]
+    if all(file.is_file() for file in pair):
+        return _timm_entry(_read_json(pair[0]), pair[1], image_size)
+    raise InputError(
+        f"no encoder {spec}: give hf-hub:OWNER/NAME, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, the stem of a "
+        ".safetensors and a .json, or a folder with open_clip_config.json or config.json"
+    )
+
+
+def _download(name: str) -> Path:
+    """The folder in the hub's cache that holds the configuration and the weights of a model."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        for config, files in (("open_clip_config.json", OPEN_CLIP_WEIGHTS), ("config.json", TIMM_WEIGHTS)):
+            try:
+                folder = Path(hf_hub_download(name, config)).parent
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                continue
+            for file in files:
+                try:
+                    hf_hub_download(name, file)
+                    return folder
+                except LocalEntryNotFoundError:
+                    raise
+                except EntryNotFoundError:
+                    continue
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"hf-hub:{name} cannot be fetched: {reason}; check the name and the network") from error
+    raise InputError(f"hf-hub:{name} holds neither an open_clip nor a timm model: choose another")
+
+
+def _from_folder(folder: Path, image_size: int) -> tuple[nn.Module, dict]:
+    if (folder / "open_clip_config.json").is_file():
+        config = _read_json(folder / "open_clip_config.json")
+        model = config["model_cfg"]
+        tower = {key: model[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in model}
+        # The tower's own base weights would be downloaded only to be overwritten.
+        tower["vision_cfg"] = {**tower["vision_cfg"], "timm_model_pretrained": False}
+        module = build_module("open_clip", "", tower)
+        states = _read_weights(folder, OPEN_CLIP_WEIGHTS)
+        visual = {key.removeprefix("visual."): value for key, value in states.items() if key.startswith("visual.")}
+        _load(module, visual, folder)
+        preprocessing = {"size": _image_size(module), **(config.get("preprocess_cfg") or {})}
+        return module, _open_clip_entry(folder.name, tower, preprocessing)
+    if (folder / "config.json").is_file():
+        weights = next((folder / name for name in TIMM_WEIGHTS if (folder / name).is_file()), folder / TIMM_WEIGHTS[0])
+        return _timm_entry(_read_json(folder / "config.json"), weights, image_size)
+    raise InputError(f"{folder} holds neither open_clip_config.json nor config.json: give a folder in the hub's format")
+
+
+def _from_open_clip(name: str) -> tuple[nn.Module, dict]:
+    import open_clip
+
+    architecture, _, tag = name.partition("/")
+    if (architecture, tag) not in open_clip.list_pretrained():
+        tags = (
+            ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none: open_clip.list_models() has all"
+        )
+        raise InputError(f"open_clip has no {architecture}/{tag}: the weights for {architecture} are {tags}")
+    try:
+        visual = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True).visual
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"open_clip:{name} cannot be loaded: {reason}; check the network") from error
+    config = open_clip.get_model_config(architecture)
+    # Some weights switch the activation on by their tag; the module knows what it became.
+    quick = any(isinstance(layer, open_clip.transformer.QuickGELU) for layer in visual.modules())
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    tower = {"embed_dim": config["embed_dim"], "vision_cfg": vision, "quick_gelu": quick}
+    return visual, _open_clip_entry(architecture, tower, visual.preprocess_cfg)
+
+
+def _open_clip_entry(architecture: str, tower: dict, config: dict) -> dict:
+    """The manifest entry of an open_clip tower; `config` has open_clip's preprocessing keys, some or all."""
+    mode = config.get("resize_mode", "shortest")
+    if mode not in ("shortest", "squash"):
+        raise InputError(f"{architecture} was trained with resize_mode {mode}: only shortest and squash are supported")
+    size = config["size"]
+    preprocessing = Preprocessing(
+        size=size if isinstance(size, int) else size[0],
+        mean=tuple(config.get("mean", (0.48145466, 0.4578275, 0.40821073))),  # OpenAI's, which open_clip falls back to
+        std=tuple(config.get("std", (0.26862954, 0.26130258, 0.27577711))),
+        interpolation=config.get("interpolation", "bicubic"),
+        scale=1.0,
+        fit="squash" if mode == "squash" else "crop",
+    )
+    return {
+        "library": "open_clip",
+        "architecture": architecture,
+        "arguments": tower,
+        "packages": {name: version(name) for name in ("open_clip_torch", "ftfy")},
+        "features": tower["embed_dim"],
+        "preprocessing": asdict(preprocessing),
+    }
+
+
+def _from_timm(name: str, pretrained: bool, image_size: int) -> tuple[nn.Module, dict]:
+    if not timm.is_model(name.removeprefix("hf-hub:").partition(".")[0]):
+        near = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:5]) or "see timm.list_models()"
+        raise InputError(f"timm has no model {name}: there are {near}")
+    try:
+        module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"timm:{name} cannot be loaded: {reason}; check the name and the network") from error
+    return module, _describe_timm(module, name.partition(".")[0], {}, module.pretrained_cfg, image_size)
+
+
+def _timm_entry(config: dict, weights: Path, image_size: int) -> tuple[nn.Module, dict]:
+    """From timm's own configuration: architecture, num_classes, model_args, pretrained_cfg."""
+    arguments = config.get("model_args") or {}
+    try:
+        architecture, classes = config["architecture"], config["num_classes"]
+        module = timm.create_model(architecture, pretrained=False, num_classes=classes, **arguments)
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise InputError(f"the configuration beside {weights} builds no timm model: {error!r}; mend it") from error
+    _load(module, _read_weights(weights.parent, (weights.name,)), weights)
+    module.reset_classifier(0)
+    return module, _describe_timm(module, architecture, arguments, config.get("pretrained_cfg") or {}, image_size)
+
+
+def _describe_timm(module: nn.Module, architecture: str, arguments: dict, config: dict, image_size: int) -> dict:
+    overrides = {"input_size": (3, image_size, image_size)} if image_size else {}
+    resolved = timm.data.resolve_data_config(overrides, pretrained_cfg=config, use_test_size=False)
+    preprocessing = Preprocessing(
+        size=resolved["input_size"][1],
+        mean=tuple(resolved["mean"]),
+        std=tuple(resolved["std"]),
+        interpolation=resolved["interpolation"],
+        scale=resolved["crop_pct"],
+        fit="squash" if resolved.get("crop_mode") == "squash" else "crop",
+    )
+    size = preprocessing.size
+    module.eval()
+    try:
+        with torch.inference_mode():
+            features = module(torch.zeros(1, 3, size, size)).shape[1]
+    except (AssertionError, RuntimeError) as error:
+        raise InputError(
+            f"image_size = {size}: {architecture} takes no such photos ({error}); leave it at 0"
+        ) from error
+    return {
+        "library": "timm",
+        "architecture": architecture,
+        "arguments": arguments,
+        "packages": {"timm": version("timm")},
+        "features": features,
+        "preprocessing": asdict(preprocessing),
+    }
+
+
+def _image_size(module: nn.Module) -> int:
+    size = module.image_size
+    return size if isinstance(size, int) else size[0]
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def _read_weights(folder: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise InputError(f"{folder} holds no weights: looked for {', '.join(names)}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Some hub models come only as .bin; PyTorch's restricted reader takes tensors and runs no code.
+        say(f"{path.name} is no safetensors: reading tensors alone")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise InputError(f"{path} cannot be read as weights: {error}") from error
+
+
+def _load(module: nn.Module, state: dict[str, torch.Tensor], where: Path) -> None:
+    try:
+        module.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{where} does not match its architecture: {reason}; give the file that belongs to it"
+        ) from error

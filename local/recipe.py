@@ -1,0 +1,133 @@
+"""Recipes: how to train, as a TOML file of differences from the defaults below."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kernel.mounts import InputError
+from kernel.observations import RESOLUTIONS
+from kernel.views import POOLINGS, VIEWS
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of a run; each is a key of the TOML file and of `--set key=value`."""
+
+    # What sees the photos.
+    encoder: str = "hf-hub:imageomics/bioclip"
+    pretrained: bool = True  # false: the architecture with random weights, to train from scratch
+    image_size: int = 0  # pixels; 0: the encoder's own
+    resolution: str = "auto"  # one of FungiCLEF's folders; auto: the smallest that the encoder does not enlarge
+    fit: str = "encoder"  # "crop", "squash", or what the encoder was trained with
+    views: tuple[str, ...] = ("plain", "hflip")
+    pooling: str = "mean"  # over an observation's photos
+
+    # What the bank is made of.
+    reference: str = "train+val"  # "train" keeps val out of the bank, so that a score on val or test compares
+    centre: bool = True  # subtract the reference's mean before cosines
+
+    # Fine-tuning; none with epochs = 0.
+    epochs: int = 0
+    unfreeze: int = 2  # groups of layers from the top that learn, as timm and open_clip group them; -1: all
+    prototypes: str = "fixed"  # at the class means of the untuned encoder; "learned": they move with the loss
+    temperature: float = 0.1  # of squared distances between unit vectors
+    batch_size: int = 32  # observations
+    photos_per_observation: int = 4  # seen of one observation in one step
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.05
+    warmup: float = 0.1  # share of the steps
+    label_smoothing: float = 0.0
+    crop_scale: float = 0.6  # smallest share of a photo's area in a random crop
+    colour_jitter: float = 0.1
+    patience: int = 4  # epochs without a better Recall@5 on the validation
+    seed: int = 0
+
+
+CHOICES = {
+    "resolution": ("auto", *RESOLUTIONS),
+    "fit": ("encoder", "crop", "squash"),
+    "pooling": POOLINGS,
+    "reference": ("train", "train+val"),
+    "prototypes": ("fixed", "learned"),
+}
+POSITIVE = ("temperature", "batch_size", "photos_per_observation", "learning_rate", "crop_scale", "patience")
+
+
+def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> Recipe:
+    """A recipe by the name of a file in local/recipes or by path, with `key=value` settings on top.
+
+    Raises:
+        InputError: no such recipe; an unknown key; a value of the wrong type or out of range.
+    """
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in FOLDER.glob("*.toml")))
+        raise InputError(f"no recipe {name}: known are {known}, or the path of a .toml file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not TOML: {error}") from error
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise InputError(f"--set {setting} has no value: write --set key=value")
+        values[key.strip()] = _parse(text.strip())
+    if encoder:
+        values["encoder"] = encoder
+    return make_recipe(values, str(path))
+
+
+def make_recipe(values: dict, where: str) -> Recipe:
+    """A validated recipe from settings; `where` they come from is named in errors.
+
+    Raises:
+        InputError: see `read_recipe`.
+    """
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    checked = {}
+    for key, value in values.items():
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+            raise InputError(f"unknown key {key!r} in {where}: the nearest known one is {nearest!r}")
+        checked[key] = _check(key, value, fields[key].default, where)
+    return Recipe(**checked)
+
+
+def _check(key: str, value: object, default: object, where: str) -> object:
+    if isinstance(default, tuple):
+        value = (
+            tuple(value.split(",")) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+        )
+    elif isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        kind = "list" if isinstance(default, tuple) else type(default).__name__
+        raise InputError(f"{key} = {value!r} in {where}: a {kind} is wanted, such as {default!r}")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise InputError(f"{key} = {value!r} in {where}: choose from {', '.join(CHOICES[key])}")
+    if key == "views" and (not value or not set(value) <= set(VIEWS) or len(set(value)) < len(value)):
+        raise InputError(f"views = {list(value)} in {where}: choose some of {', '.join(VIEWS)}, each once")
+    if key in POSITIVE and not value > 0:
+        raise InputError(f"{key} = {value} in {where}: it must be larger than 0")
+    return value
+
+
+def _parse(text: str) -> object:
+    """A value of `--set`: as TOML where it is TOML, else as text, so that nobody has to quote for the shell."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write every setting as TOML; `read_recipe` gives the same recipe back."""
+    # JSON's strings, numbers, booleans and lists are TOML's too.
+    lines = [f"{key} = {json.dumps(value)}" for key, value in dataclasses.asdict(recipe).items()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,153 @@
+"""Make a run: the folder that training leaves, complete or not at all.
+
+A run folder is a bundle of one: the kernel's own code reads its manifest, encoder and bank.
+"""
+
+import csv
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from kernel.encoders import Encoder, half_precision, pick_device, read_preprocessing
+from kernel.mounts import FORMAT, MANIFEST, InputError, sha256
+from kernel.observations import RESOLUTIONS
+from kernel.photos import shorter_side
+from local.banks import commonest_classes, fit_centroids
+from local.competition import (
+    TIME_LIMITS,
+    Competition,
+    find_layout,
+    labelled,
+    read_competition,
+    sort_ids,
+    split_for_validation,
+)
+from local.console import say
+from local.metrics import describe, score
+from local.plots import plot_class_distribution, plot_training_curve
+from local.pretrained import load_encoder
+from local.recipe import Recipe, write_recipe
+from local.training import embed_labelled, finetune, judge, log_row
+
+VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
+ENCODER_FILE, BANK_FILE = "encoder.safetensors", "bank.safetensors"
+
+
+def train_run(recipe: Recipe, data: Path, out: Path) -> None:
+    """Train by a recipe and leave a run folder; on any failure `out` does not exist.
+
+    Raises:
+        InputError: something of the user's is wrong; `out` exists already.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists already: give another --out, or remove it")
+    find_layout(data)
+    torch.manual_seed(recipe.seed)
+    module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
+    if recipe.fit != "encoder":
+        entry["preprocessing"]["fit"] = recipe.fit
+    preprocessing = read_preprocessing(entry["preprocessing"])
+    resolution = smallest_sufficient(shorter_side(preprocessing)) if recipe.resolution == "auto" else recipe.resolution
+    competition = read_competition(data, resolution)
+    recipe = dataclasses.replace(recipe, resolution=resolution)
+    device = pick_device()
+    module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    encoder = Encoder(module, preprocessing, entry["features"], device)
+
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        fill_run(partial, recipe, competition, encoder, entry)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    say(f"{out}: done")
+
+
+def smallest_sufficient(side: int) -> str:
+    """The smallest of FungiCLEF's resolutions whose shorter side is not enlarged to `side` pixels."""
+    return next((name for name in RESOLUTIONS[:-1] if int(name.rstrip("p")) >= side), RESOLUTIONS[-1])
+
+
+def fill_run(folder: Path, recipe: Recipe, competition: Competition, encoder: Encoder, entry: dict) -> None:
+    """Tune, judge, build the bank of the reference, and write all that a run folder holds."""
+    started = time.monotonic()
+    fit, validation = split_for_validation(competition, recipe.seed)
+    say(
+        f"{competition.folder} ({competition.layout.name}): {len(fit)} observations of {len(set(fit.class_ids))} "
+        f"classes to learn from, {len(validation)} to judge by; {recipe.encoder} on {encoder.device.type}"
+    )
+    log, chosen = finetune(encoder, fit, validation, recipe) if recipe.epochs else ([], 0)
+    save_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
+
+    # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
+    encoder.module.to(half_precision(encoder.device))
+    judged = judge(encoder, fit, validation, recipe, recipe.views)
+    validated = score(validation.class_ids, judged.guesses, recipe.seed)
+    say(f"validation, with the bank of what was learnt from: {describe(validated)}")
+    log = log or [log_row(0, "", 0.0, judged)]
+
+    reference = labelled(competition, *recipe.reference.split("+"))
+    classes = sort_ids(reference.class_ids)
+    embeddings = embed_labelled(encoder, reference, recipe, recipe.views)
+    bank = fit_centroids(embeddings.values, reference.class_ids, classes, recipe.centre)
+    save_tensors(dataclasses.asdict(bank), folder / BANK_FILE)
+
+    write_recipe(recipe, folder / "recipe.toml")
+    write_log(log, folder / "log.csv")
+    metrics = {"validation": validated, "chosen_epoch": chosen, "seconds": round(time.monotonic() - started, 1)}
+    write_json(metrics, folder / "metrics.json")
+    plot_training_curve(log, chosen, folder / "training-curve.png")
+    plot_class_distribution(reference.class_ids, folder / "class-distribution.png")
+    manifest = {
+        "format": FORMAT,
+        "competition": {
+            "layout": competition.layout.name,
+            "resolution": competition.resolution,
+            "time_limit": TIME_LIMITS[competition.layout.name],
+        },
+        "class_ids": classes,
+        "prior": commonest_classes(reference.class_ids, classes),
+        "members": [
+            {
+                "name": entry["architecture"],
+                "encoder": {**entry, "file": ENCODER_FILE},
+                "views": list(recipe.views),
+                "pooling": recipe.pooling,
+                "bank": BANK_FILE,
+                "validation": validated,
+                "recipe": dataclasses.asdict(recipe),
+                "data_sha256": competition.digest(),
+                "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+            }
+        ],
+        "files": {name: sha256(folder / name) for name in (ENCODER_FILE, BANK_FILE)},
+    }
+    write_json(manifest, folder / MANIFEST)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write tensors as safetensors, on the CPU and contiguous."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def write_log(rows: list[dict], path: Path) -> None:
+    """Write log.csv: a row per epoch."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(value: dict, path: Path) -> None:
+    """Write JSON for people and machines: indented, in a stable order, with a newline at the end."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,36 @@
+"""Train a run: an encoder, tuned or as it came, and the bank that the kernel matches against.
+
+python local/train.py --recipe fungiclef-baseline --data data/fungi-clef-2025 --out runs/baseline
+python local/train.py --recipe fungiclef-protonet --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from local.console import run
+from local.recipe import read_recipe
+from local.runs import train_run
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="of local/recipes, or a .toml file")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the competition, as downloaded")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/RECIPE)")
+    parser.add_argument("--encoder", metavar="SPEC", help="hf-hub:..., open_clip:A/P, timm:NAME, or a path")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one of its settings")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    recipe = read_recipe(options.recipe, options.set, options.encoder)
+    train_run(recipe, options.data, options.out or Path("runs") / Path(options.recipe).stem)
+
+
+if __name__ == "__main__":
+    run(main)
