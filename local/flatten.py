@@ -1,0 +1,201 @@
+"""Flatten a package into one script that reads, runs and fails like the package.
+
+The modules follow one another in the order in which Python would run them, each under a header. Imports among them
+go; all other lines stay as they were written, so a traceback points at real, readable lines. What cannot be flattened
+without changing what it means is refused, with its place and the mend.
+"""
+
+import ast
+import builtins
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+from kernel.mounts import InputError
+
+SIZE_LIMIT = 1_000_000  # bytes; Kaggle refuses larger scripts
+
+
+@dataclass
+class Script:
+    """The script while it is put together.
+
+    Attributes:
+        package: the folder, whose name is the package's.
+        lines: what is written so far.
+        begun: modules whose header is written; True once they are complete.
+        bound: top-level name -> (what it is, where it was bound).
+        imported: the imports, in words, that are written already.
+    """
+
+    package: Path
+    lines: list[str] = field(default_factory=list)
+    begun: dict[str, bool] = field(default_factory=dict)
+    bound: dict[str, tuple[str, str]] = field(default_factory=dict)
+    imported: set[str] = field(default_factory=set)
+
+
+def flatten(package: Path, entry: str = "__main__") -> str:
+    """One script from a package.
+
+    Args:
+        package: the package's folder.
+        entry: the module that `python -m` would run; it alone may ask for `__name__`.
+
+    Raises:
+        InputError: something in the package cannot be flattened.
+    """
+    script = Script(package)
+    _add_module(script, entry, is_entry=True)
+    text = "\n".join(script.lines).strip("\n") + "\n"
+    if len(text.encode()) > SIZE_LIMIT:
+        raise InputError(f"{package} makes a script of {len(text.encode())} bytes, over {SIZE_LIMIT}: shorten it")
+    return text
+
+
+def _add_module(script: Script, name: str, is_entry: bool = False) -> None:
+    path = script.package / f"{name}.py"
+    source = path.read_text(encoding="utf-8")
+    try:
+        tree = ast.parse(source, str(path))
+    except SyntaxError as error:
+        raise InputError(f"{path}:{error.lineno}: {error.msg}: mend the syntax") from error
+    _refuse_what_cannot_be_flattened(script, path, tree, is_entry)
+    script.begun[name] = False
+    docstring = ast.get_docstring(tree)
+    body = tree.body[1:] if docstring is not None else tree.body
+    lines, at = source.splitlines(), body[0].lineno - 1 if body else 0
+    header = _header(path, docstring)
+    for is_import, nodes in groupby(body, lambda node: isinstance(node, ast.Import | ast.ImportFrom)):
+        nodes = list(nodes)
+        end = nodes[-1].end_lineno
+        if is_import:
+            # Siblings first: what they import, this module need not import again.
+            if _add_siblings(script, path, nodes):
+                header = header or _header(path, None)  # the story was interrupted: say whose turn it is again
+            comments = [line for line in lines[at:end] if line.startswith("#")]
+            block = comments + [line for node in nodes for line in _new_imports(script, path, node)]
+            script.lines += [*header, *block]
+        else:
+            for node in nodes:
+                for bound in _bound_names(node):
+                    _bind(script, path, node, bound, f"{path.name}:{bound}")
+            script.lines += [*header, *lines[at:end]]
+        header, at = [], end
+    script.begun[name] = True
+
+
+def _add_siblings(script: Script, path: Path, nodes: Sequence[ast.stmt]) -> bool:
+    """Add the modules that a block of imports names, where they are new. Returns whether any was."""
+    added = False
+    for node in nodes:
+        sibling = _sibling(script, node)
+        if sibling is None:
+            continue
+        if script.begun.get(sibling) is False:
+            raise _refusal(path, node, f"{sibling} imports this module too", "move what both need into a third")
+        if sibling not in script.begun:
+            _add_module(script, sibling)
+            added = True
+        for alias in node.names:
+            if alias.name not in script.bound:
+                raise _refusal(path, node, f"{node.module} has no {alias.name}", "import what it defines")
+    return added
+
+
+def _header(path: Path, docstring: str | None) -> list[str]:
+    """The lines that open a module: its name, and its docstring as a comment."""
+    title = f"{path.parent.name}/{path.name}"
+    rule = "# " + "=" * 117
+    text = [f"# {line}".rstrip() for line in (docstring or "").splitlines()]
+    return [
+        "",
+        "",
+        rule,
+        f"# {title}" + ("" if docstring else ", continued"),
+        *(["#", *text] if text else []),
+        rule,
+        "",
+    ]
+
+
+def _sibling(script: Script, node: ast.AST) -> str | None:
+    """The module of the package that an import statement names, if any."""
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{script.package.name}."):
+        return node.module.removeprefix(f"{script.package.name}.")
+    return None
+
+
+def _new_imports(script: Script, path: Path, node: ast.Import | ast.ImportFrom) -> list[str]:
+    """The part of an import statement that no earlier section has imported already; nothing for a sibling."""
+    if _sibling(script, node):
+        return []
+    is_from, fresh = isinstance(node, ast.ImportFrom), []
+    for alias in node.names:
+        name = alias.asname or (alias.name if is_from else alias.name.partition(".")[0])
+        origin = f"{node.module}.{alias.name}" if is_from else alias.name if alias.asname else name
+        # `import a.b` and `import a.c` bind the same a, and both must stay.
+        statement = f"import {alias.name} from {getattr(node, 'module', '')} as {name}"
+        _bind(script, path, node, name, f"import of {origin}")
+        if statement not in script.imported:
+            script.imported.add(statement)
+            fresh.append(alias)
+    if not fresh:
+        return []
+    return [ast.unparse(ast.ImportFrom(node.module, fresh, 0) if is_from else ast.Import(fresh))]
+
+
+def _bind(script: Script, path: Path, node: ast.AST, name: str, what: str) -> None:
+    """Note a top-level name, and refuse a second meaning of it."""
+    place = f"{path}:{node.lineno}"
+    if name in vars(builtins):
+        raise _refusal(path, node, f"{name} hides a builtin from every other module of the script", "rename it")
+    earlier, where = script.bound.setdefault(name, (what, place))
+    if earlier != what:
+        raise _refusal(path, node, f"{name} is also a top-level name at {where}", "rename one of the two")
+
+
+def _bound_names(node: ast.AST) -> list[str]:
+    """The names that a top-level statement binds, not looking into functions and classes."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        return []
+    names = [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+    return names + [name for child in ast.iter_child_nodes(node) for name in _bound_names(child)]
+
+
+def _refuse_what_cannot_be_flattened(script: Script, path: Path, tree: ast.Module, is_entry: bool) -> None:
+    package = script.package.name
+    for node in ast.walk(tree):
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if "*" in imported:
+            raise _refusal(path, node, "a star import hides which names it binds", "name them")
+        if isinstance(node, ast.ImportFrom) and node.level:
+            raise _refusal(path, node, "a relative import has no package in a script", f"write from {package}.… import")
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            raise _refusal(path, node, "a future import must be a script's first statement", "do without it")
+        if (isinstance(node, ast.Import) and any(name.partition(".")[0] == package for name in imported)) or (
+            isinstance(node, ast.ImportFrom) and node.module == package
+        ):
+            raise _refusal(path, node, "a module is no object in a script", f"write from {package}.MODULE import NAME")
+        if _sibling(script, node):
+            if node not in tree.body:
+                raise _refusal(path, node, "a lazy import of a sibling finds no package", "import it at the top")
+            if any(alias.asname for alias in node.names):
+                raise _refusal(path, node, "a sibling's name cannot be changed in a script", "import it as it is")
+            if not (script.package / f"{_sibling(script, node)}.py").is_file():
+                raise _refusal(path, node, f"there is no module {node.module}", "import one that exists")
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called, argument = ast.unparse(node.func).rpartition(".")[2], str(node.args[0].value)
+            if called in ("import_module", "__import__") and argument.partition(".")[0] == package:
+                raise _refusal(path, node, "a lazy import of a sibling finds no package", "import it at the top")
+        if isinstance(node, ast.Name) and node.id in ("__file__", "__path__", "__spec__", "__package__"):
+            raise _refusal(path, node, f"{node.id}: nothing lies beside a script on Kaggle", "ship it in the weights")
+        if isinstance(node, ast.Name) and node.id == "__name__" and not is_entry:
+            raise _refusal(path, node, "__name__ would be '__main__' in the script", "move what runs into __main__.py")
+
+
+def _refusal(path: Path, node: ast.AST, problem: str, mend: str) -> InputError:
+    return InputError(f"{path}:{node.lineno}: {problem}: {mend}")

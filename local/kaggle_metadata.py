@@ -1,0 +1,61 @@
+"""Check kernel-metadata.json before Kaggle does, and write the dataset's metadata from it.
+
+The rules are the Kaggle client's own and the server's, some of which it only applies after the push, or never says.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from slugify import slugify
+
+from kernel.mounts import InputError
+
+REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[a-z0-9][a-z0-9-]{4,}")  # owner/slug
+PLACEHOLDER = "your-kaggle-username"
+
+
+def read_kernel_metadata(path: Path) -> dict:
+    """The checked content of kernel-metadata.json.
+
+    Raises:
+        InputError: a rule is broken; the message names the key and what it must be.
+    """
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from error
+
+    def need(is_met: bool, key: str, wanted: str) -> None:
+        if not is_met:
+            raise InputError(f"{path}: {key} is {metadata.get(key)!r}: it must be {wanted}")
+
+    reference, title = str(metadata.get("id", "")), str(metadata.get("title", ""))
+    need(bool(REFERENCE.fullmatch(reference)), "id", "owner/slug, the slug of 5 or more of a-z, 0-9 and -")
+    need(5 <= len(title) <= 50, "title", "5 to 50 characters long")
+    slug = reference.partition("/")[2]
+    need(slugify(title) == slug, "title", f"one whose slug is {slug!r}, that of id; this one's is {slugify(title)!r}")
+    need(metadata.get("code_file") == "build/kernel.py", "code_file", "'build/kernel.py', which bundle.py writes")
+    need(metadata.get("language") == "python", "language", "'python'")
+    need(metadata.get("kernel_type") == "script", "kernel_type", "'script'")
+    need(metadata.get("is_private") is True, "is_private", "true: publishing is decided elsewhere")
+    need(metadata.get("enable_gpu") is True, "enable_gpu", "true")
+    need(metadata.get("enable_internet") is False, "enable_internet", "false (when absent it is on)")
+    datasets, competitions = metadata.get("dataset_sources"), metadata.get("competition_sources")
+    need(
+        isinstance(datasets, list) and bool(datasets) and all(REFERENCE.fullmatch(str(name)) for name in datasets),
+        "dataset_sources",
+        "a list of owner/slug, that of the weights first",
+    )
+    need(6 <= len(datasets[0].partition("/")[2]) <= 50, "dataset_sources", "led by a slug of 6 to 50 characters")
+    need(
+        isinstance(competitions, list) and bool(competitions), "competition_sources", "a list of the competition's slug"
+    )
+    return metadata
+
+
+def dataset_metadata(metadata: dict) -> dict:
+    """dataset-metadata.json for the weights: the first of the kernel's dataset sources."""
+    reference = metadata["dataset_sources"][0]
+    title = reference.partition("/")[2].replace("-", " ").capitalize()
+    return {"title": title, "id": reference, "licenses": [{"name": "other"}]}

@@ -1,0 +1,78 @@
+"""Gather the weights of one or several runs into the folder that becomes a Kaggle dataset."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, read_weights, sha256
+from kernel.observations import RESOLUTIONS
+from local.console import say
+from local.runs import write_json
+
+
+def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
+    """Copy the files of every run, the wheels that they need, and one manifest over all of them.
+
+    Args:
+        runs: run folders, best first; several make an ensemble.
+        folder: an empty folder to fill.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        InputError: a folder is no run, is damaged, or predicts other classes than the first.
+    """
+    opened = [read_weights(run) for run in runs]
+    first = opened[0].manifest
+    for weights in opened[1:]:
+        for key, of in (("class_ids", "classes"), ("competition", "competition")):
+            if _comparable(weights.manifest[key]) != _comparable(first[key]):
+                raise InputError(f"{weights.folder} has another {of} than {runs[0]}: train both with the same --data")
+    resolution = max((weights.manifest["competition"]["resolution"] for weights in opened), key=RESOLUTIONS.index)
+    members = [member for place, weights in enumerate(opened, 1) for member in _copy(weights, folder, place)]
+    _download_wheels(members, folder / "wheels")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "format": FORMAT,
+        "competition": {**first["competition"], "resolution": resolution},
+        "class_ids": first["class_ids"],
+        "prior": first["prior"],
+        "members": members,
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+    }
+    write_json(manifest, folder / MANIFEST)
+    return folder / MANIFEST
+
+
+def _comparable(value: object) -> object:
+    return {**value, "resolution": ""} if isinstance(value, dict) else value
+
+
+def _copy(weights: Weights, folder: Path, place: int) -> list[dict]:
+    """Copy a run's files under names of their own; its members under the new names."""
+    members = []
+    for member in weights.manifest["members"]:
+        encoder, bank = member["encoder"]["file"], member["bank"]
+        for name in (encoder, bank):
+            shutil.copyfile(weights.file(name), folder / f"{place}-{name}")
+        renamed = {**member["encoder"], "file": f"{place}-{encoder}"}
+        members.append({**member, "encoder": renamed, "bank": f"{place}-{bank}"})
+    return members
+
+
+def _download_wheels(members: Sequence[dict], folder: Path) -> None:
+    """The pure-Python wheels that Kaggle's image lacks, in the versions that the runs were trained with."""
+    encoders = [member["encoder"] for member in members if member["encoder"]["library"] == "open_clip"]
+    wanted = sorted({f"{name}=={version}" for encoder in encoders for name, version in encoder["packages"].items()})
+    if not wanted:
+        return
+    say(f"fetching the wheels of {', '.join(wanted)}, which Kaggle's image lacks")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    target = ["--only-binary=:all:", "--python-version", "3.12", "--dest", str(folder)]
+    result = subprocess.run([*pip, *target, *wanted], capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise InputError(f"the wheels of {', '.join(wanted)} cannot be fetched: {reason}; check the network")
