@@ -1,0 +1,128 @@
+"""Run a script as Kaggle would: in its own process, without network, over folders it cannot write to.
+
+Where the system allows it, Linux namespaces cut the network off and mount the folders read-only, for the script and for
+whatever it starts. Elsewhere a guard inside the interpreter refuses connections and writes.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+NAMESPACES = (["--net", "--mount"], ["--user", "--map-root-user", "--net", "--mount"])  # as root; as anybody
+MOUNT_READ_ONLY = """
+count=$1; shift
+while [ "$count" -gt 0 ]; do
+  mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" || exit 125
+  count=$((count - 1)); shift
+done
+exec "$@"
+"""
+# An audit hook cannot be removed again by the script that it watches.
+GUARD = """
+import os, runpy, sys
+folders = [os.path.realpath(folder) for folder in sys.argv[1].split(os.pathsep)]
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.gethostbyname"):
+        raise PermissionError("no network in a rehearsal")
+    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
+    if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"):
+        for path in arguments[:2]:
+            if isinstance(path, (str, os.PathLike)):
+                real = os.path.realpath(path)
+                if any(real == folder or real.startswith(folder + os.sep) for folder in folders):
+                    raise PermissionError(f"{path} is read-only in a rehearsal")
+sys.addaudithook(refuse)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended.
+
+    Attributes:
+        code: the exit code; negative is a signal's number.
+        timed_out: whether it was killed at the limit.
+        peak_memory_mb: of the process or a child of it, whichever was larger.
+    """
+
+    code: int
+    seconds: float
+    peak_memory_mb: float
+    timed_out: bool
+
+
+def find_isolation(folder: Path) -> list[str] | None:
+    """The command that runs another in fresh namespaces, if this system lets us mount `folder` read-only in them."""
+    if sys.platform != "linux" or not shutil.which("unshare"):
+        return None
+    for flags in NAMESPACES:
+        command = ["unshare", *flags, "sh", "-c", MOUNT_READ_ONLY, "sh"]
+        if subprocess.run([*command, "1", str(folder), "true"], capture_output=True).returncode == 0:
+            return command
+    return None
+
+
+def run_isolated(
+    script: Path,
+    arguments: Sequence[str],
+    read_only: Sequence[Path],
+    working: Path,
+    isolation: list[str] | None,
+    limit: float,
+    hear: Callable[[str], None],
+) -> Outcome:
+    """Run `python -I script arguments` without network, in `working`.
+
+    Args:
+        read_only: folders that the process may not write to.
+        isolation: of `find_isolation`; None takes the guard in the interpreter.
+        limit: seconds after which the process and its children are killed.
+        hear: called with each line that it prints, errors included.
+    """
+    if isolation:
+        command = [*isolation, str(len(read_only)), *map(str, read_only), sys.executable, "-I", str(script), *arguments]
+    else:
+        folders = os.pathsep.join(map(str, read_only))
+        command = [sys.executable, "-I", "-c", GUARD, folders, str(script), *arguments]
+    kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    # A home of its own: nothing that was downloaded before can stand in for what the bundle lacks.
+    environment |= {"HOME": str(working), "KAGGLE_KERNEL_RUN_TYPE": "Batch", "PYTHONUNBUFFERED": "1"}
+    started = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=working,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    killed = threading.Event()
+
+    def kill() -> None:
+        killed.set()
+        os.killpg(process.pid, signal.SIGKILL)
+
+    timer = threading.Timer(limit, kill)
+    timer.start()
+    try:
+        for line in process.stdout:
+            hear(line.rstrip("\n"))
+        _, status, usage = os.wait4(process.pid, 0)
+    finally:
+        timer.cancel()
+        process.stdout.close()
+    process.returncode = os.waitstatus_to_exitcode(status)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
+    return Outcome(process.returncode, time.monotonic() - started, usage.ru_maxrss * unit / 1e6, killed.is_set())
