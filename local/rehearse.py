@@ -7,11 +7,11 @@ python local/rehearse.py --data DIR --solution DIR/solution.csv --json build/reh
 import argparse
 import csv
 import json
-import os
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -24,91 +24,49 @@ from local.competition import find_layout
 from local.console import run, say
 from local.kaggle_metadata import read_kernel_metadata
 from local.metrics import describe, score
-from local.sandbox import find_isolation, run_isolated
+from local.sandbox import Outcome, find_isolation, run_isolated
+from local.staging import fingerprint, stage_bundle, stage_competition
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENARIOS = ("plain",)
-# What of a competition's folder a kernel needs to see; whatever else lies there, such as a solution, stays out.
-VISIBLE = {
-    "fungiclef": ("metadata/*/*.csv", "*SAMPLE_SUBMISSION*.csv", "images/*/test/**/*"),
-    "herbarium": ("*/test/**/*", "sample_submission.csv"),
-    "class-folders": ("test/**/*", "sample_submission.csv"),
-}
-LABELS = ("category_id", "scientificName", "species", "specificEpithet", "genus", "family", "poisonous")
 DONE = re.compile(r"^done: .* ([0-9.]+) photos/s$")
 
 
-def stage_competition(data: Path, folder: Path) -> None:
-    """Lay out the competition as Kaggle would mount it, with the test labels absent."""
-    layout, marker = find_layout(data)
-    for pattern in VISIBLE[layout.name]:
-        for source in data.glob(pattern):
-            if source.is_file():
-                place(source, folder / source.relative_to(data))
-    staged = folder / marker.relative_to(data)
-    if staged.suffix == ".csv":
-        drop_columns(staged, LABELS)
-
-
-def place(source: Path, target: Path) -> None:
-    """Make a file appear elsewhere, without copying it where the file system can do without."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def drop_columns(path: Path, columns: tuple[str, ...]) -> None:
-    """Rewrite a CSV file without some columns, if it has any of them."""
-    rows = read_table(path, ())
-    kept = [name for name in rows[0] if name not in columns] if rows else []
-    if rows and len(kept) < len(rows[0]):
-        path.unlink()  # it may be a link to the user's own file
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, kept, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of every file, to tell whether any was touched."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-
-
-def rehearse(data: Path, build: Path, out: Path, limit: float) -> tuple[dict, dict]:
-    """Run the bundle once, in folders like Kaggle's.
+def rehearse(data: Path, build: Path, solution: Path | None = None, time_limit: float | None = None) -> dict:
+    """Run the bundle once as Kaggle would; leave submission.csv and kernel.log in `build`/rehearsal/plain.
 
     Args:
-        out: where submission.csv and kernel.log are left.
-        limit: seconds, for the kernel's own budget and for the process.
+        data: the competition's folder, as downloaded.
+        solution: CSV of observation and class id, to score against.
+        time_limit: seconds for the kernel's own budget and for the process; None is the competition's.
 
     Returns:
-        The scenario's entry of the JSON report, and the measurements beside it.
+        The report that `--json` writes.
+
+    Raises:
+        InputError: the data, the bundle or the solution is not what it should be.
     """
-    metadata = read_kernel_metadata(ROOT / "kernel-metadata.json")
+    find_layout(data)
+    metadata, manifest = read_kernel_metadata(ROOT / "kernel-metadata.json"), read_weights(build / "weights").manifest
     if not (build / "kernel.py").is_file():
         raise InputError(f"{build} holds no kernel.py: run python bundle.py runs/NAME first")
+    if solution and not solution.is_file():
+        raise InputError(f"no solution {solution}: give a CSV of observation and class id")
+    limit, out = time_limit or manifest["competition"]["time_limit"], build / "rehearsal" / "plain"
     out.mkdir(parents=True, exist_ok=True)
     for stale in ("submission.csv", "kernel.log"):
         (out / stale).unlink(missing_ok=True)
+    lines: list[str] = []
     with tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=build) as temporary:
         stage = Path(temporary).resolve()
         inputs, source, working = stage / "input", stage / "src", stage / "working"
         stage_competition(data, inputs / "competitions" / metadata["competition_sources"][0])
-        for file in (build / "weights").rglob("*"):
-            if file.is_file():
-                target = inputs / "datasets" / metadata["dataset_sources"][0] / file.relative_to(build / "weights")
-                place(file, target)
-        place(build / "kernel.py", source / "script.py")
+        stage_bundle(build, inputs / "datasets" / metadata["dataset_sources"][0], source)
         working.mkdir()
-        before = fingerprint(inputs)
-        isolation = find_isolation(inputs)
+        before, isolation = fingerprint(inputs), find_isolation(inputs)
         say("network: " + ("cut off by a network namespace" if isolation else "refused by a guard in the interpreter"))
         arguments = ["--input", str(inputs), "--working", str(working), "--time-limit", str(limit)]
         with (out / "kernel.log").open("w", encoding="utf-8") as log:
-            lines = []
 
             def hear(line: str) -> None:
                 lines.append(line)
@@ -116,32 +74,39 @@ def rehearse(data: Path, build: Path, out: Path, limit: float) -> tuple[dict, di
                 say(f"  | {line}")
 
             outcome = run_isolated(source / "script.py", arguments, [inputs, source], working, isolation, limit, hear)
-        submission = working / "submission.csv"
-        reason = ""
-        if outcome.timed_out:
-            reason = f"killed at the limit of {limit:g} s"
-        elif outcome.code:
-            reason = f"exit code {outcome.code}: {lines[-1] if lines else 'no output'}"
-        elif not submission.is_file():
-            reason = "it left no submission.csv"
-        elif fingerprint(inputs) != before:
+        if (working / "submission.csv").is_file():
+            shutil.copyfile(working / "submission.csv", out / "submission.csv")
+        table = find_test_table(inputs, manifest)
+        reason = what_is_wrong(outcome, lines, out / "submission.csv", table, manifest["class_ids"])
+        if not reason and fingerprint(inputs) != before:
             reason = "it changed its inputs"
-        else:
-            manifest = read_weights(build / "weights").manifest
-            try:
-                check_submission(submission, find_test_table(inputs, manifest), manifest["class_ids"])
-            except InputError as error:
-                reason = str(error)
-        if submission.is_file():
-            shutil.copyfile(submission, out / "submission.csv")
     speed = next((match for line in reversed(lines) if (match := DONE.match(line))), None)
     scenario = {"name": "plain", "ok": not reason, "seconds": round(outcome.seconds, 2), "reason": reason}
-    measured = {
+    scores = score_submission(out / "submission.csv", solution, table) if solution and not reason else {}
+    return {
+        "scenarios": [scenario],
+        **scores,
         "photos_per_second": float(speed[1]) if speed else None,
         "peak_memory_mb": round(outcome.peak_memory_mb, 1),
         "network": "namespace" if isolation else "guard",
     }
-    return scenario, measured
+
+
+def what_is_wrong(
+    outcome: Outcome, lines: Sequence[str], submission: Path, table: TestTable, class_ids: Sequence[str]
+) -> str:
+    """Why Kaggle would not score this run, or an empty string."""
+    if outcome.timed_out:
+        return "killed at the time limit"
+    if outcome.code:
+        return f"exit code {outcome.code}: {lines[-1] if lines else 'no output'}"
+    if not submission.is_file():
+        return "it left no submission.csv"
+    try:
+        check_submission(submission, table, class_ids)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def score_submission(submission: Path, solution: Path, table: TestTable) -> dict[str, float]:
@@ -174,24 +139,17 @@ def main() -> None:
     parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="default: the competition's own limit")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the outcome and the scores there too")
     options = parser.parse_args()
-    find_layout(options.data)
-    manifest = read_weights(options.build / "weights").manifest
-    if options.solution and not options.solution.is_file():
-        raise InputError(f"no solution {options.solution}: give a CSV of observation and class id")
-    limit = options.time_limit or manifest["competition"]["time_limit"]
-    out = options.build / "rehearsal" / "plain"
-    scenario, report = rehearse(options.data, options.build, out, limit)
+    report = rehearse(options.data, options.build, options.solution, options.time_limit)
+    scenario = report["scenarios"][0]
     say(
-        f"plain: {'ok' if scenario['ok'] else 'FAILED, ' + scenario['reason']} in {scenario['seconds']} s, "
-        f"{report['peak_memory_mb']:.0f} MB at the peak; {out / 'submission.csv'}, {out / 'kernel.log'}"
+        f"{scenario['name']}: {'ok' if scenario['ok'] else 'FAILED, ' + scenario['reason']}, {scenario['seconds']} s, "
+        f"{report['peak_memory_mb']:.0f} MB at the peak; see {options.build / 'rehearsal' / scenario['name']}"
     )
-    if options.solution and scenario["ok"]:
-        scores = score_submission(out / "submission.csv", options.solution, find_test_table(options.data, manifest))
-        report = {**scores, **report}
-        say(describe(scores))
+    if "recall_at_1" in report:
+        say(describe(report))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"scenarios": [scenario], **report}, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if not scenario["ok"]:
         sys.exit(1)
 

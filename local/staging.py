@@ -1,0 +1,64 @@
+"""Lay a competition and a bundle out as Kaggle mounts them, with the test labels absent. Called by the rehearsal."""
+
+import csv
+import os
+import shutil
+from pathlib import Path
+
+from kernel.observations import read_table
+from local.competition import find_layout
+
+# What of a competition's folder a kernel needs to see; whatever else lies there, such as a solution, stays out.
+VISIBLE = {
+    "fungiclef": ("metadata/*/*.csv", "*SAMPLE_SUBMISSION*.csv", "images/*/test/**/*"),
+    "herbarium": ("*/test/**/*", "sample_submission.csv"),
+    "class-folders": ("test/**/*", "sample_submission.csv"),
+}
+LABELS = ("category_id", "scientificName", "species", "specificEpithet", "genus", "family", "poisonous")
+
+
+def stage_competition(data: Path, folder: Path) -> None:
+    """Lay out the competition as Kaggle would mount it, with the test labels absent."""
+    layout, marker = find_layout(data)
+    for pattern in VISIBLE[layout.name]:
+        for source in data.glob(pattern):
+            if source.is_file():
+                place(source, folder / source.relative_to(data))
+    staged = folder / marker.relative_to(data)
+    if staged.suffix == ".csv":
+        drop_columns(staged, LABELS)
+
+
+def stage_bundle(build: Path, weights: Path, source: Path) -> None:
+    """Lay out the weights as a mounted dataset, and the script under another name, alone in its folder."""
+    for file in (build / "weights").rglob("*"):
+        if file.is_file():
+            place(file, weights / file.relative_to(build / "weights"))
+    place(build / "kernel.py", source / "script.py")
+
+
+def place(source: Path, target: Path) -> None:
+    """Make a file appear elsewhere, without copying it where the file system can do without."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def drop_columns(path: Path, columns: tuple[str, ...]) -> None:
+    """Rewrite a CSV file without some columns, if it has any of them."""
+    rows = read_table(path, ())
+    kept = [name for name in rows[0] if name not in columns] if rows else []
+    if rows and len(kept) < len(rows[0]):
+        path.unlink()  # it may be a link to the user's own file
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, kept, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file, to tell whether any was touched."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
