@@ -81,7 +81,7 @@ def embed_observations(
         if pooling == "mean":
             totals.index_add_(0, index, embedded)
         else:
-            totals.index_reduce_(0, index, embedded, "amax")
+            totals.scatter_reduce_(0, index[:, None].expand_as(embedded), embedded, "amax")
         counts.index_add_(0, index, torch.ones_like(index))
         done += len(owners)
         if progress and done * 10 // total > said:

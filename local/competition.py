@@ -44,6 +44,11 @@ class Competition:
     photos: pd.DataFrame
     resolution: str
 
+    @property
+    def has_val(self) -> bool:
+        """Whether the competition ships a validation split of its own."""
+        return bool((self.photos["split"] == "val").any())
+
     def digest(self) -> str:
         """SHA-256 of the labelled table and of every photo's name and size, the same wherever the folder lies."""
         lines = sorted(
@@ -120,9 +125,9 @@ def split_for_validation(competition: Competition, seed: int) -> tuple[Labelled,
     The competition's own validation split is the rest, where there is one. Elsewhere one observation in five is, never
     the last of its class.
     """
-    train, val = labelled(competition, "train"), labelled(competition, "val")
-    if len(val):
-        return train, val
+    train = labelled(competition, "train")
+    if competition.has_val:
+        return train, labelled(competition, "val")
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(train))
     place = pd.Series(train.class_ids[shuffled]).groupby(train.class_ids[shuffled]).cumcount()  # within its class

@@ -13,6 +13,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -25,7 +26,6 @@ from local.competition import (
     TIME_LIMITS,
     Competition,
     find_layout,
-    labelled,
     read_competition,
     sort_ids,
     split_for_validation,
@@ -35,7 +35,7 @@ from local.metrics import describe, score
 from local.plots import plot_class_distribution, plot_training_curve
 from local.pretrained import load_encoder
 from local.recipe import Recipe, write_recipe
-from local.training import embed_labelled, finetune, judge, log_row
+from local.training import finetune, judge, log_row
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE = "encoder.safetensors", "bank.safetensors"
@@ -96,10 +96,12 @@ def fill_run(folder: Path, recipe: Recipe, competition: Competition, encoder: En
     say(f"validation, with the bank of what was learnt from: {describe(validated)}")
     log = log or [log_row(0, "", 0.0, judged)]
 
-    reference = labelled(competition, *recipe.reference.split("+"))
-    classes = sort_ids(reference.class_ids)
-    embeddings = embed_labelled(encoder, reference, recipe, recipe.views)
-    bank = fit_centroids(embeddings.values, reference.class_ids, classes, recipe.centre)
+    # "train" leaves out the competition's own val alone; what was held out of a train without val belongs to it.
+    keeps_val_out = recipe.reference == "train" and competition.has_val
+    class_ids = fit.class_ids if keeps_val_out else np.concatenate([fit.class_ids, validation.class_ids])
+    embeddings = judged.reference if keeps_val_out else torch.cat([judged.reference, judged.queries])
+    classes = sort_ids(class_ids)
+    bank = fit_centroids(embeddings, class_ids, classes, recipe.centre)
     save_tensors(dataclasses.asdict(bank), folder / BANK_FILE)
 
     write_recipe(recipe, folder / "recipe.toml")
@@ -107,7 +109,7 @@ def fill_run(folder: Path, recipe: Recipe, competition: Competition, encoder: En
     metrics = {"validation": validated, "chosen_epoch": chosen, "seconds": round(time.monotonic() - started, 1)}
     write_json(metrics, folder / "metrics.json")
     plot_training_curve(log, chosen, folder / "training-curve.png")
-    plot_class_distribution(reference.class_ids, folder / "class-distribution.png")
+    plot_class_distribution(class_ids, folder / "class-distribution.png")
     manifest = {
         "format": FORMAT,
         "competition": {
@@ -116,7 +118,7 @@ def fill_run(folder: Path, recipe: Recipe, competition: Competition, encoder: En
             "time_limit": TIME_LIMITS[competition.layout.name],
         },
         "class_ids": classes,
-        "prior": commonest_classes(reference.class_ids, classes),
+        "prior": commonest_classes(class_ids, classes),
         "members": [
             {
                 "name": entry["architecture"],

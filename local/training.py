@@ -14,7 +14,7 @@ from kernel.bank import Bank, rank
 from kernel.encoders import Encoder, half_precision
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
-from kernel.views import Embeddings, embed_observations
+from kernel.views import embed_observations
 from local.banks import fit_centroids
 from local.competition import Labelled, sort_ids
 from local.console import progress, say
@@ -24,13 +24,17 @@ from local.recipe import Recipe
 
 @dataclass(frozen=True)
 class Judged:
-    """An encoder's answers on the validation observations.
+    """An encoder's answers on the validation observations, and what they came from.
 
     Attributes:
-        guesses: class ids, best first, of each observation.
-        hits: (observations, 3) whether the true class is among the first 1, 5, 10.
+        reference: (observations that were learnt from, features).
+        queries: (validation observations, features).
+        guesses: class ids, best first, of each validation observation.
+        hits: (validation observations, 3) whether the true class is among the first 1, 5, 10.
     """
 
+    reference: torch.Tensor
+    queries: torch.Tensor
     bank: Bank
     guesses: list[list[str]]
     hits: np.ndarray
@@ -38,22 +42,17 @@ class Judged:
 
 def judge(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Recipe, views: Sequence[str]) -> Judged:
     """Build the bank from one part and rank the other, both embedded as the kernel would."""
-    classes = sort_ids(fit.class_ids)
-    reference = embed_labelled(encoder, fit, recipe, views)
-    bank = fit_centroids(reference.values, fit.class_ids, classes, recipe.centre)
-    queries = embed_labelled(encoder, validation, recipe, views)
-    ranked = rank([bank], [queries.values], max(GUESSES))
-    guesses = [[classes[index] for index in row] for row in ranked.tolist()]
-    return Judged(bank, guesses, hit_matrix(validation.class_ids, guesses))
-
-
-def embed_labelled(encoder: Encoder, labelled: Labelled, recipe: Recipe, views: Sequence[str]) -> Embeddings:
-    """Embed labelled observations in evaluation mode, and say which photos could not be read."""
     encoder.module.eval()
-    embeddings = embed_observations(encoder, labelled.observations, views, recipe.pooling)
-    for cause, count in embeddings.failures.items():
-        say(f"{count} photos could not be read ({cause}) and were left out")
-    return embeddings
+    classes, embedded = sort_ids(fit.class_ids), []
+    for part in (fit, validation):
+        embeddings = embed_observations(encoder, part.observations, views, recipe.pooling)
+        for cause, count in embeddings.failures.items():
+            say(f"{count} photos could not be read ({cause}) and were left out")
+        embedded.append(embeddings.values)
+    reference, queries = embedded
+    bank = fit_centroids(reference, fit.class_ids, classes, recipe.centre)
+    guesses = [[classes[index] for index in row] for row in rank([bank], [queries], max(GUESSES)).tolist()]
+    return Judged(reference, queries, bank, guesses, hit_matrix(validation.class_ids, guesses))
 
 
 class Support(Dataset):
@@ -121,7 +120,7 @@ class PrototypicalLoss(nn.Module):
         if self.pooling == "mean":
             pooled = pooled.index_add(0, owners, embeddings)
         else:
-            pooled = pooled.index_reduce(0, owners, embeddings, "amax")
+            pooled = pooled.scatter_reduce(0, owners[:, None].expand_as(embeddings), embeddings, "amax")
         pooled = nn.functional.normalize(nn.functional.normalize(pooled, dim=1) - self.centre, dim=1)
         distances = 2 - 2 * pooled @ nn.functional.normalize(self.prototypes, dim=1).T
         return nn.functional.cross_entropy(-distances / self.temperature, targets, label_smoothing=self.smoothing)
