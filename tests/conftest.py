@@ -1,0 +1,58 @@
+"""What several tests share: generated photos, a tiny encoder, a small competition, and a run trained on it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from kernel.encoders import Encoder, Preprocessing
+from local.generate import generate
+from local.recipe import make_recipe
+from local.runs import train_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """Run a Python command of the repository in a process of its own."""
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, **options)
+
+
+def photo(path: Path, seed: int = 0, size: tuple[int, int] = (80, 60), **options) -> Path:
+    """Write a photo of smooth random colours."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, **options)
+    return path
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Encoder:
+    """A tiny encoder with random weights; 64 pixels, on the CPU."""
+    torch.manual_seed(0)
+    module = timm.create_model("test_resnet", num_classes=0).eval().requires_grad_(False)
+    preprocessing = Preprocessing(64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", 1.0, "crop")
+    return Encoder(module, preprocessing, module.num_features, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory):
+    """A competition of twelve drawn species."""
+    return generate(tmp_path_factory.mktemp("drawn") / "fungi", species=12, seed=1)
+
+
+TINY = {"encoder": "timm:test_resnet", "pretrained": False, "image_size": 64, "reference": "train", "epochs": 1}
+LEARNING = {"unfreeze": -1, "prototypes": "learned", "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="session")
+def trained(drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the drawn competition."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    train_run(make_recipe({**TINY, **LEARNING}, "the tests"), drawn.competition, out)
+    return out

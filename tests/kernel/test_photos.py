@@ -1,0 +1,67 @@
+"""Decoding gives what the encoder was trained on, and a photo that cannot be read costs only itself."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+from timm.data import create_transform
+
+from kernel.encoders import Preprocessing
+from kernel.photos import decode, decode_all, read_photo
+from tests.conftest import photo
+
+CROP = Preprocessing(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.875, "crop")
+
+
+@pytest.mark.parametrize("size", [(80, 60), (60, 80), (64, 64), (33, 190), (201, 97)])
+@pytest.mark.parametrize("fit", ["crop", "squash"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pixels_equal_those_of_timms_evaluation_transform(tmp_path, size, fit, interpolation):
+    path = photo(tmp_path / "a.png", size=size)
+    mode = {"crop": "center", "squash": "squash"}[fit]
+    scale = 0.875 if fit == "crop" else 1.0
+    transform = create_transform(
+        (3, 64, 64), crop_mode=mode, crop_pct=scale, interpolation=interpolation, mean=(0.0,) * 3, std=(1.0,) * 3
+    )
+    expected = (transform(Image.open(path)).numpy().transpose(1, 2, 0) * 255).round().astype(int)
+    found = decode(path, replace(CROP, fit=fit, scale=scale, interpolation=interpolation)).astype(int)
+    assert found.shape == (64, 64, 3)
+    assert np.abs(found - expected).max() == 0
+
+
+def test_a_large_jpeg_is_decoded_small_with_hardly_a_difference(tmp_path):
+    path = photo(tmp_path / "a.jpg", size=(1600, 1200), quality=95)
+    assert max(read_photo(path, 73).size) < 800
+    with Image.open(path) as image:
+        image.save(tmp_path / "exact.png")
+    difference = np.abs(decode(path, CROP).astype(int) - decode(tmp_path / "exact.png", CROP).astype(int))
+    assert difference.mean() < 1
+
+
+def test_photos_are_upright_and_in_colour_whatever_their_file_says(tmp_path):
+    image = Image.new("L", (80, 40), 30)
+    image.paste(220, (0, 0, 40, 40))  # bright on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: the left is the top
+    image.save(tmp_path / "a.jpg", exif=exif)
+    upright = np.asarray(read_photo(tmp_path / "a.jpg", 20))
+    assert upright.shape == (80, 40, 3)
+    assert upright[:30].mean() > 200 > 60 > upright[50:].mean()
+
+
+def test_a_truncated_photo_costs_only_itself(tmp_path):
+    good = [photo(tmp_path / f"{number}.jpg", number) for number in range(3)]
+    truncated = tmp_path / "truncated.jpg"
+    truncated.write_bytes(good[0].read_bytes()[:200])
+    empty, text, folder = tmp_path / "empty.jpg", tmp_path / "page.jpg", tmp_path / "folder.jpg"
+    empty.touch()
+    text.write_text("<html>404</html>")
+    folder.mkdir()
+    paths = [good[0], truncated, empty, good[1], text, folder, tmp_path / "missing.jpg", good[2]]
+    decoded = list(decode_all(paths, CROP, ahead=3))
+    causes = [result if isinstance(result, str) else "read" for result in decoded]
+    assert [cause == "read" for cause in causes] == [True, False, False, True, False, False, False, True]
+    assert causes[5:7] == ["IsADirectoryError", "FileNotFoundError"]
+    for result, path in zip((decoded[0], decoded[3], decoded[7]), good, strict=True):
+        assert (result == decode(path, CROP)).all()

@@ -1,0 +1,64 @@
+"""The submission is whole or absent, and what the grader would refuse is caught before it."""
+
+from pathlib import Path
+
+import pytest
+
+from kernel.mounts import InputError
+from kernel.observations import LAYOUTS, Observation, TestTable
+from kernel.submission import check_submission, fallback_guesses, write_submission
+
+CLASSES = [str(number) for number in range(20)]
+TEN = CLASSES[:10]
+
+
+@pytest.fixture
+def table(tmp_path):
+    return TestTable(tmp_path, LAYOUTS[0], [Observation("9", (Path("a"),)), Observation("4", (Path("b"),))])
+
+
+def test_what_is_written_passes_the_check(tmp_path, table):
+    write_submission(tmp_path / "submission.csv", table, [TEN, TEN[::-1]])
+    check_submission(tmp_path / "submission.csv", table, CLASSES)
+    assert (tmp_path / "submission.csv").read_text() == (
+        "observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,9 8 7 6 5 4 3 2 1 0\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("observationID,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,0 1 2 3 4 5 6 7 8 9\n", "header"),
+        ("observationId,predictions\n4,0 1 2 3 4 5 6 7 8 9\n9,0 1 2 3 4 5 6 7 8 9\n", "in order"),
+        ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n", "1 rows"),
+        ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 8\n4,0 1 2 3 4 5 6 7 8 9\n", "observation 9"),
+        ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,0 1 2 3 4 5 6 7 8\n", "observation 4"),
+        ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,0 1 2 3 4 5 6 7 8 77\n", "observation 4"),
+        ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,\n", "observation 4"),
+    ],
+)
+def test_what_the_grader_would_refuse_is_named(tmp_path, table, content, complaint):
+    (tmp_path / "submission.csv").write_text(content)
+    with pytest.raises(InputError, match=complaint):
+        check_submission(tmp_path / "submission.csv", table, CLASSES)
+
+
+def test_a_write_that_fails_leaves_the_earlier_submission(tmp_path, table):
+    write_submission(tmp_path / "submission.csv", table, [TEN, TEN])
+    before = (tmp_path / "submission.csv").read_bytes()
+    with pytest.raises(ValueError):  # one row too few
+        write_submission(tmp_path / "submission.csv", table, [TEN])
+    assert (tmp_path / "submission.csv").read_bytes() == before
+
+
+def test_with_fewer_than_ten_classes_all_of_them_are_guessed(tmp_path, table):
+    write_submission(tmp_path / "submission.csv", table, [["a", "b"], ["b", "a"]])
+    check_submission(tmp_path / "submission.csv", table, ["a", "b"])
+
+
+def test_the_fallback_is_the_prior_and_without_weights_the_sample_submission(tmp_path, table):
+    assert fallback_guesses(table, {"prior": CLASSES[5:]}) == CLASSES[5:15]
+    with pytest.raises(InputError, match="sample submission"):
+        fallback_guesses(table, None)
+    (tmp_path / "FungiCLEF25-SAMPLE_SUBMISSION.csv").write_text("observationId,predictions\n9,1 2 3\n")
+    assert fallback_guesses(table, None) == ["1", "2", "3"]

@@ -1,0 +1,301 @@
+"""Every layout's training tables are read as the competition spells them, and split without leaks.
+
+python -m pytest tests/local/test_competition.py
+"""
+
+import csv
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kernel.mounts import InputError
+from local.competition import labelled, read_competition, sort_ids, split_for_validation
+
+DATASET = "FungiTastic-FewShot"
+COLUMNS = ("year", "observationID", "species", "filename", "category_id")
+TRAIN = [
+    ("2021", "900", "Russula rosea", "0-900.JPG", "10"),
+    ("2021", "70", "Amanita muscaria", "0-70.JPG", "9"),
+    ("2021", "900", "Russula rosea", "1-900.JPG", "10"),
+    ("2021", "71", "Boletus edulis", "0-71.JPG", "0100"),
+]
+VAL = [("2022", "8", "Amanita muscaria", "0-8.JPG", "9")]
+
+
+def write_csv(path: Path, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+
+
+def fungiclef(
+    folder: Path,
+    train: list | None = TRAIN,
+    val: list | None = VAL,
+    columns: tuple[str, ...] = COLUMNS,
+    resolutions: tuple[str, ...] = ("300p",),
+) -> Path:
+    """A competition in the form of FungiCLEF 2025; a table that is None is left out."""
+    tables = folder / "metadata" / DATASET
+    write_csv(tables / f"{DATASET}-Test.csv", ("observationID", "filename"), [("1", "0-1.JPG")])
+    for split, rows in (("train", train), ("val", val)):
+        if rows is None:
+            continue
+        write_csv(tables / f"{DATASET}-{split.title()}.csv", columns, rows)
+        for resolution in resolutions:
+            photos = folder / "images" / DATASET / split / resolution
+            photos.mkdir(parents=True)
+            for row in rows:
+                (photos / row[3]).write_text(f"{split} {resolution}", encoding="utf-8")
+    return folder
+
+
+def of_sizes(folder: Path, sizes: dict[str, int]) -> Path:
+    """A competition without a validation split, with so many observations of each class, two photos each."""
+    numbers = iter(range(1000))
+    rows = [
+        ("2021", str(number), "", f"{photo}-{number}.JPG", name)
+        for name, size in sizes.items()
+        for number in (next(numbers) for _ in range(size))
+        for photo in range(2)
+    ]
+    return fungiclef(folder, train=rows, val=None)
+
+
+def herbarium(folder: Path, images: list[dict], annotations: list[dict], **more: object) -> Path:
+    """A competition in the form of Herbarium 2020: COCO in ISO-8859-1."""
+    metadata = {"annotations": annotations, "images": images, **more}
+    for split, text in (("train", json.dumps(metadata, ensure_ascii=False)), ("test", '{"images": []}')):
+        path = folder / "nybg2020" / split / "metadata.json"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(text.encode("ISO-8859-1"))
+    return folder
+
+
+def class_folders(folder: Path, *names: str) -> Path:
+    (folder / "test").mkdir(parents=True)
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputError) as refused:
+        read_competition(folder)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_fungiclefs_tables_give_photos_with_the_ids_as_they_are_spelt(tmp_path: Path) -> None:
+    competition = read_competition(fungiclef(tmp_path))
+    photos = tmp_path / "images" / DATASET
+    assert competition.layout.name == "fungiclef"
+    assert list(competition.photos.itertuples(index=False, name=None)) == [
+        ("train", "900", "10", photos / "train" / "300p" / "0-900.JPG"),
+        ("train", "70", "9", photos / "train" / "300p" / "0-70.JPG"),
+        ("train", "900", "10", photos / "train" / "300p" / "1-900.JPG"),
+        ("train", "71", "0100", photos / "train" / "300p" / "0-71.JPG"),
+        ("val", "8", "9", photos / "val" / "300p" / "0-8.JPG"),
+    ]
+    train = labelled(competition, "train")
+    assert [(observation.id, len(observation.photos)) for observation in train.observations] == [
+        ("900", 2),
+        ("70", 1),
+        ("71", 1),
+    ]
+    assert train.class_ids.tolist() == ["10", "9", "0100"]
+    assert len(labelled(competition, "train", "val")) == 4
+
+
+def test_a_photo_that_is_listed_twice_is_one(tmp_path: Path) -> None:
+    competition = read_competition(fungiclef(tmp_path, train=[*TRAIN, TRAIN[0]]))
+    assert len(competition.photos) == 5
+
+
+def test_the_wanted_resolution_is_read_or_the_next_larger_one(tmp_path: Path) -> None:
+    folder = fungiclef(tmp_path, resolutions=("300p", "720p"))
+    for wanted, found in (("300p", "300p"), ("500p", "720p"), ("720p", "720p"), ("fullsize", "720p")):
+        photos = read_competition(folder, wanted).photos["photo"]
+        assert {path.parent.name for path in photos} == {found}
+        assert all(path.is_file() for path in photos)
+
+
+def test_herbariums_metadata_is_read_in_its_own_encoding(tmp_path: Path) -> None:
+    competition = read_competition(
+        herbarium(
+            tmp_path,
+            images=[
+                {"id": 33, "file_name": "images/000/00/33.jpg"},
+                {"id": 7, "file_name": "images/000/01/Bétula.jpg"},
+            ],
+            annotations=[{"image_id": 7, "category_id": 1000}, {"image_id": 33, "category_id": 2}],
+            categories=[{"id": 2, "name": "Betula pubéscens", "family": "Betulaceæ"}],
+        )
+    )
+    photos = tmp_path / "nybg2020" / "train" / "images" / "000"
+    assert competition.layout.name == "herbarium"
+    assert list(competition.photos.itertuples(index=False, name=None)) == [
+        ("train", "7", "1000", photos / "01" / "Bétula.jpg"),
+        ("train", "33", "2", photos / "00" / "33.jpg"),
+    ]
+
+
+def test_class_folders_give_a_class_for_each_folder_and_an_observation_for_each_photo(tmp_path: Path) -> None:
+    folder = class_folders(
+        tmp_path,
+        "train/red oak/b.jpg",
+        "train/red oak/a.PNG",
+        "train/elm/a.jpeg",
+        "train/elm/notes.txt",
+        "val/elm/a.jpeg",
+    )
+    competition = read_competition(folder)
+    assert competition.layout.name == "class-folders"
+    assert list(competition.photos.itertuples(index=False, name=None)) == [
+        ("train", "train/elm/a.jpeg", "elm", tmp_path / "train/elm/a.jpeg"),
+        ("train", "train/red oak/a.PNG", "red oak", tmp_path / "train/red oak/a.PNG"),
+        ("train", "train/red oak/b.jpg", "red oak", tmp_path / "train/red oak/b.jpg"),
+        ("val", "val/elm/a.jpeg", "elm", tmp_path / "val/elm/a.jpeg"),
+    ]
+
+
+def test_class_ids_sort_by_number_where_all_are_numbers_and_stay_text() -> None:
+    assert sort_ids(np.array(["10", "9", "0100", "9", "2"], dtype=object)) == ["2", "9", "10", "0100"]
+    assert sort_ids(np.array(["10", "9", "elm"], dtype=object)) == ["10", "9", "elm"]
+    assert sort_ids(np.array(["oak", "elm", "oak"], dtype=object)) == ["elm", "oak"]
+
+
+def test_the_competitions_own_validation_split_is_what_judges(tmp_path: Path) -> None:
+    fit, rest = split_for_validation(read_competition(fungiclef(tmp_path)), seed=0)
+    assert [observation.id for observation in fit.observations] == ["900", "70", "71"]
+    assert [observation.id for observation in rest.observations] == ["8"]
+    assert rest.class_ids.tolist() == ["9"]
+
+
+def test_without_a_validation_split_one_observation_in_five_is_held_out(tmp_path: Path) -> None:
+    competition = read_competition(of_sizes(tmp_path, {"3": 10, "20": 25, "100": 5}))
+    fit, rest = split_for_validation(competition, seed=0)
+    assert Counter(rest.class_ids) == {"3": 2, "20": 5, "100": 1}
+    assert Counter(fit.class_ids) == {"3": 8, "20": 20, "100": 4}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_class_loses_its_last_observation(tmp_path: Path, seed: int) -> None:
+    sizes = {str(name): size for name, size in enumerate([1, 2, 3, 1, 7, 11, 1])}
+    fit, rest = split_for_validation(read_competition(of_sizes(tmp_path, sizes)), seed)
+    assert set(fit.class_ids) == set(sizes)
+    assert Counter(fit.class_ids) + Counter(rest.class_ids) == sizes
+    assert len(rest) > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_judges_shares_no_observation_and_no_photo_with_what_is_learnt_from(tmp_path: Path, seed: int) -> None:
+    competition = read_competition(of_sizes(tmp_path, {"a": 9, "b": 4}))
+    fit, rest = split_for_validation(competition, seed)
+    whole = labelled(competition, "train")
+    classes = dict(zip((observation.id for observation in whole.observations), whole.class_ids, strict=True))
+    ids, photos = [], []
+    for part in (fit, rest):
+        assert all(len(observation.photos) == 2 for observation in part.observations)
+        assert [classes[observation.id] for observation in part.observations] == part.class_ids.tolist()
+        ids += [observation.id for observation in part.observations]
+        photos += [photo for observation in part.observations for photo in observation.photos]
+    assert sorted(ids) == sorted(classes)
+    assert sorted(photos) == sorted(competition.photos["photo"])
+
+
+def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
+    competition = read_competition(of_sizes(tmp_path, {"a": 20, "b": 20}))
+    held_out = [
+        [observation.id for observation in split_for_validation(competition, seed)[1].observations]
+        for seed in (1, 1, 2)
+    ]
+    assert held_out[0] == held_out[1] != held_out[2]
+
+
+def test_the_digest_is_the_same_wherever_the_folder_lies_and_another_when_a_label_or_a_photo_differs(
+    tmp_path: Path,
+) -> None:
+    first = read_competition(fungiclef(tmp_path / "first")).digest()
+    shutil.copytree(tmp_path / "first", tmp_path / "elsewhere" / "copy")
+    assert read_competition(tmp_path / "elsewhere" / "copy").digest() == first
+    relabelled = [(*TRAIN[0][:4], "9"), TRAIN[1], (*TRAIN[2][:4], "9"), TRAIN[3]]
+    photo = f"images/{DATASET}/train/300p/0-70.JPG"
+    others = [
+        read_competition(fungiclef(tmp_path / "relabelled", train=relabelled)).digest(),
+        read_competition(fungiclef(tmp_path / "without val", val=None)).digest(),
+    ]
+    (tmp_path / "elsewhere" / "copy" / photo).write_text("another photo", encoding="utf-8")
+    others.append(read_competition(tmp_path / "elsewhere" / "copy").digest())
+    (tmp_path / "elsewhere" / "copy" / photo).unlink()
+    others.append(read_competition(tmp_path / "elsewhere" / "copy").digest())
+    assert len({first, *others}) == 5
+
+
+def test_an_unknown_layout_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for folder in (tmp_path, tmp_path / "not there"):
+        message = refusal(folder)
+        assert message.startswith(str(folder))
+        for looked_for in ("metadata/*/*-Test.csv", "*/test/metadata.json", "class-folders"):
+            assert looked_for in message
+
+
+@pytest.mark.parametrize("column", ["observationID", "filename", "category_id"])
+def test_a_missing_column_is_refused_with_the_table_and_the_columns_that_it_has(tmp_path: Path, column: str) -> None:
+    folder = fungiclef(tmp_path, columns=tuple(name.replace(column, "other") for name in COLUMNS))
+    message = refusal(folder)
+    assert f"{DATASET}-Train.csv lacks the column {column!r}" in message
+    assert "species" in message
+
+
+def test_a_missing_training_table_is_refused_with_its_path(tmp_path: Path) -> None:
+    assert f"{DATASET}-Train.csv" in refusal(fungiclef(tmp_path, train=None))
+
+
+def test_an_observation_of_two_classes_is_refused_with_its_id(tmp_path: Path) -> None:
+    folder = fungiclef(tmp_path / "fungi", train=[*TRAIN, ("2021", "900", "Boletus edulis", "2-900.JPG", "9")])
+    assert "observation 900 in" in refusal(folder)
+    annotations = [{"image_id": 7, "category_id": 1}, {"image_id": 7, "category_id": 2}]
+    assert "observation 7 in" in refusal(herbarium(tmp_path / "plants", [{"id": 7, "file_name": "7.jpg"}], annotations))
+
+
+def test_tables_without_a_labelled_photo_are_refused(tmp_path: Path) -> None:
+    for folder in (
+        fungiclef(tmp_path / "fungi", train=[]),
+        herbarium(tmp_path / "plants", [], []),
+        class_folders(tmp_path / "folders", "train/notes.txt"),
+    ):
+        assert "no labelled photo" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"images": [',
+        '{"images": []}',
+        "[]",
+        '{"images": [{"id": 1}], "annotations": []}',
+        '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1}]}',
+        '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 2, "category_id": 5}]}',
+    ],
+    ids=[
+        "cut off",
+        "no annotations",
+        "a list",
+        "an image without a file",
+        "a note without a class",
+        "an unknown image",
+    ],
+)
+def test_damaged_herbarium_metadata_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
+    folder = herbarium(tmp_path, [], [])
+    table = folder / "nybg2020" / "train" / "metadata.json"
+    table.write_text(text, encoding="utf-8")
+    assert str(table) in refusal(folder)

@@ -1,0 +1,134 @@
+"""Scores are what they are called, and their intervals are honest.
+
+python -m pytest tests/local/test_metrics.py
+"""
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from local.metrics import describe, hit_matrix, interval, paired_gain, score
+
+
+def ranked(first: list[str], classes: list[str]) -> list[list[str]]:
+    """Guesses that begin with the given classes and go on with all others."""
+    return [[name, *(other for other in classes if other != name)] for name in first]
+
+
+def long_tail(seed: int, count: int = 400) -> tuple[list[str], list[list[str]]]:
+    """Few common and many rare classes, of which two thirds are guessed right."""
+    rng = np.random.default_rng(seed)
+    classes = [str(number) for number in range(120)]
+    weights = 1 / np.arange(1, 121) ** 1.2
+    truth = rng.choice(classes, count, p=weights / weights.sum())
+    first = np.where(rng.random(count) < 0.66, truth, rng.choice(classes, count))
+    return truth.tolist(), ranked(first.tolist(), classes)
+
+
+def test_a_recall_is_the_share_of_observations_whose_class_is_among_the_first_guesses() -> None:
+    order = [str(number) for number in range(12)]
+    truth = ["0", "1", "4", "5", "9", "10", "11", "never"]
+    scores = score(truth, [order] * len(truth))
+    assert scores["recall_at_1"] == 1 / 8
+    assert scores["recall_at_5"] == 3 / 8
+    assert scores["recall_at_10"] == 5 / 8
+
+
+def test_hits_are_told_for_each_observation() -> None:
+    guesses = [["a", "b", "c", "d", "e", "f"], ["f", "e", "d", "c", "b", "a"], ["b"], ["a"]]
+    assert hit_matrix(["a", "a", "a", "a"], guesses).tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 1]]
+    assert hit_matrix([], []).shape == (0, 3)
+
+
+def test_an_observation_too_many_is_no_score() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        score(["a", "b"], [["a"]])
+
+
+def test_a_class_id_is_never_found_within_another() -> None:
+    assert score(["1"], [["10", "11", "21"]])["recall_at_10"] == 0
+
+
+def test_macro_f1_of_a_case_worked_out_by_hand() -> None:
+    # a: precision 1/2, recall 1, F1 2/3; b: precision 1, recall 1/2, F1 2/3; c is guessed and never true: 0.
+    scores = score(["a", "b", "b"], [["a"], ["b"], ["a"]])
+    assert scores["macro_f1"] == pytest.approx(2 / 3)
+    scores = score(["a", "b", "b"], [["a"], ["b"], ["c"]])
+    assert scores["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_macro_f1_equals_that_of_scikit_learn(seed: int) -> None:
+    truth, guesses = long_tail(seed)
+    expected = f1_score(truth, [row[0] for row in guesses], average="macro", zero_division=0)
+    assert score(truth, guesses)["macro_f1"] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_on_a_long_tail_every_interval_contains_its_score(seed: int) -> None:
+    scores = score(*long_tail(seed))
+    for name in ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1"):
+        assert scores[f"{name}_low"] < scores[name] < scores[f"{name}_high"]
+
+
+def test_macro_f1_over_classes_of_one_observation_lies_within_its_interval() -> None:
+    # Resampled observations would lose a third of such classes, and the interval with them.
+    classes = [str(number) for number in range(200)]
+    first = [name if number % 5 else "wrong" for number, name in enumerate(classes)]
+    scores = score(classes, [[name] for name in first])
+    assert scores["macro_f1"] == pytest.approx(160 / 201)
+    assert scores["macro_f1_low"] < 160 / 201 < scores["macro_f1_high"]
+    assert scores["macro_f1_high"] - scores["macro_f1_low"] < 0.15
+
+
+def test_an_interval_has_the_width_that_the_normal_law_gives_and_shrinks_as_its_sample_grows() -> None:
+    small = np.repeat([0.0, 1.0], [30, 70])
+    for sample in (small, np.tile(small, 4), np.tile(small, 16)):
+        low, high = interval(sample)
+        expected = 2 * 1.96 * sample.std() / np.sqrt(len(sample))
+        assert low < 0.7 < high
+        assert high - low == pytest.approx(expected, rel=0.1)
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(40):
+        low, high = interval((rng.random(100) < 0.4).astype(float))
+        covered += low <= 0.4 <= high
+    assert 34 <= covered <= 40  # 38 are expected; by chance it is under 34 once in fifty
+
+
+def test_where_all_agree_the_interval_is_a_point() -> None:
+    assert interval(np.ones(9)) == (1.0, 1.0)
+    assert interval(np.zeros(9)) == (0.0, 0.0)
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
+    sample = np.random.default_rng(1).random(50)
+    assert interval(sample, 3) == interval(sample, 3)
+    assert interval(sample, 3) != interval(sample, 4)
+
+
+def test_a_gain_is_the_mean_difference_with_its_paired_standard_error() -> None:
+    gain, error = paired_gain(np.array([1, 1, 0, 1]), np.array([0, 1, 0, 0]))
+    assert gain == 0.5
+    assert error == pytest.approx(np.sqrt(1 / 3) / 2)
+    assert paired_gain(np.array([0, 1, 0, 0]), np.array([1, 1, 0, 1]))[0] == -0.5
+    assert paired_gain(np.array([True, False, True]), np.array([True, False, True])) == (0.0, 0.0)
+
+
+def test_pairing_makes_a_small_steady_gain_certain() -> None:
+    old = np.random.default_rng(0).random(100)
+    gain, error = paired_gain(old + 0.01, old)
+    assert gain == pytest.approx(0.01)
+    assert error < 1e-6
+
+
+def test_the_line_on_the_console_names_each_score_with_its_bounds() -> None:
+    names = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
+    scores = {f"{name}{end}": 0.1 * place for place, name in enumerate(names, 1) for end in ("", "_low", "_high")}
+    line = describe(scores | {"recall_at_5_low": 0.15, "recall_at_5_high": 0.25})
+    assert line.count("\n") == 0
+    assert "Recall@5 0.200 [0.150, 0.250]" in line
+    assert "macro-F1 0.400 [0.400, 0.400]" in line

@@ -1,0 +1,331 @@
+"""The real thing on a small competition: train, bundle, and run the bundle where nothing else lies."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bundle import bundle
+from kernel.mounts import MANIFEST, sha256
+from local.rehearse import rehearse
+from tests.conftest import TINY, command
+
+
+@pytest.fixture(scope="module")
+def built(trained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("built")
+    bundle([trained], out)
+    return out
+
+
+@pytest.fixture
+def kaggle(built, drawn, tmp_path) -> Path:
+    """An empty machine: the competition and the weights as mounted, the script alone in a folder."""
+    (tmp_path / "input" / "competitions").mkdir(parents=True)
+    (tmp_path / "input" / "competitions" / "fungi").symlink_to(drawn.competition)
+    shutil.copytree(built / "weights", tmp_path / "input" / "weights")
+    (tmp_path / "src").mkdir()
+    shutil.copy(built / "kernel.py", tmp_path / "src" / "script.py")
+    return tmp_path
+
+
+def run_script(kaggle: Path, name: str = "working", **environment: str) -> subprocess.CompletedProcess:
+    """Run the script as Kaggle would, in a folder of its own."""
+    folders = ["--input", kaggle / "input", "--working", kaggle / name]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("KAGGLE")}
+    return command("-P", kaggle / "src" / "script.py", *folders, cwd=kaggle, env={**kept, **environment})
+
+
+def rows(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_the_run_folder_says_all_that_made_it(trained):
+    for name in ("recipe.toml", MANIFEST, "metrics.json", "log.csv", "training-curve.png", "class-distribution.png"):
+        assert (trained / name).stat().st_size > 0, name
+    manifest = json.loads((trained / MANIFEST).read_text())
+    assert {"bank.safetensors", "encoder.safetensors"} == set(manifest["files"])
+    assert all(sha256(trained / name) == digest for name, digest in manifest["files"].items())
+    assert manifest["members"][0]["recipe"]["seed"] == 0
+    assert len(manifest["members"][0]["data_sha256"]) == 64
+    assert not list(trained.parent.glob(".*"))
+
+
+def test_the_bundle_alone_in_an_empty_folder_predicts_every_observation(kaggle, drawn):
+    result = run_script(kaggle)
+    assert result.returncode == 0, result.stderr
+    written, sample = rows(kaggle / "working" / "submission.csv"), rows(next(drawn.competition.glob("*SAMPLE*.csv")))
+    assert written[0] == sample[0] == ["observationId", "predictions"]
+    assert [row[0] for row in written] == [row[0] for row in sample]
+    assert all(len(set(row[1].split())) == 10 for row in written[1:])
+    assert len({row[1] for row in written[1:]}) > len(written) / 2  # not the fallback
+    assert result.stdout.splitlines()[-1].startswith("done: ")
+    assert os.listdir(kaggle / "working") == ["submission.csv"]
+
+
+def test_the_package_and_the_script_write_the_same_bytes(kaggle):
+    assert run_script(kaggle).returncode == 0
+    result = command("-m", "kernel", "--input", kaggle / "input", "--working", kaggle / "package")
+    assert result.returncode == 0, result.stderr
+    script, package = kaggle / "working" / "submission.csv", kaggle / "package" / "submission.csv"
+    assert script.read_bytes() == package.read_bytes()
+
+
+def test_two_bundles_of_one_run_are_byte_identical(built, trained, tmp_path):
+    bundle([trained], tmp_path)
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())
+    assert Path("kernel.py") in files
+    assert files == sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file())
+    assert all((tmp_path / name).read_bytes() == (built / name).read_bytes() for name in files)
+
+
+def test_an_ensemble_of_a_run_with_itself_predicts_as_the_run_alone(trained, kaggle, tmp_path):
+    assert run_script(kaggle).returncode == 0
+    bundle([trained, trained], tmp_path / "twice")
+    shutil.copy(tmp_path / "twice" / "kernel.py", kaggle / "src" / "script.py")
+    shutil.rmtree(kaggle / "input" / "weights")
+    shutil.copytree(tmp_path / "twice" / "weights", kaggle / "input" / "weights")
+    result = run_script(kaggle, "twice")
+    assert result.returncode == 0, result.stderr
+    assert (kaggle / "twice" / "submission.csv").read_text() == (kaggle / "working" / "submission.csv").read_text()
+
+
+def test_a_seed_trains_the_same_weights_twice(drawn, trained, tmp_path):
+    settings = [f"--set={key}={str(value).lower()}" for key, value in TINY.items() if key != "encoder"]
+    settings += ["--set=unfreeze=-1", "--set=prototypes=learned", "--set=learning_rate=1e-3", "--set=seed=0"]
+    recipe = ["--recipe", "fungiclef-baseline", "--encoder", TINY["encoder"]]
+    result = command("local/train.py", *recipe, *settings, "--data", drawn.competition, "--out", tmp_path / "again")
+    assert result.returncode == 0, result.stderr
+    assert sha256(tmp_path / "again" / "encoder.safetensors") == sha256(trained / "encoder.safetensors")
+
+
+@pytest.mark.parametrize(("is_rerun", "code"), [(False, 1), (True, 0)])
+def test_a_valid_submission_is_on_disk_when_torch_cannot_be_imported(kaggle, drawn, is_rerun, code):
+    (kaggle / "broken").mkdir()
+    (kaggle / "broken" / "torch.py").write_text("raise ImportError('this torch is broken')")
+    rerun = {"KAGGLE_IS_COMPETITION_RERUN": "1"} if is_rerun else {}
+    result = run_script(kaggle, PYTHONPATH=str(kaggle / "broken"), **rerun)
+    assert result.returncode == code
+    assert "this torch is broken" in result.stderr
+    written = rows(kaggle / "working" / "submission.csv")
+    assert [row[0] for row in written] == [row[0] for row in rows(next(drawn.competition.glob("*SAMPLE*.csv")))]
+    assert all(len(set(row[1].split())) == 10 for row in written[1:])
+
+
+def test_weights_that_do_not_match_the_script_are_refused_with_both_digests(kaggle):
+    manifest = kaggle / "input" / "weights" / MANIFEST
+    expected = sha256(manifest)
+    manifest.write_text(manifest.read_text() + "\n")
+    result = run_script(kaggle)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert sha256(manifest) in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert len(rows(kaggle / "working" / "submission.csv")) > 1  # the sample submission's answer
+
+
+def test_a_photo_that_cannot_be_read_costs_only_itself(kaggle, drawn):
+    assert run_script(kaggle).returncode == 0
+    before = rows(kaggle / "working" / "submission.csv")
+    (kaggle / "input" / "competitions" / "fungi").unlink()
+    shutil.copytree(drawn.competition, kaggle / "input" / "competitions" / "fungi")
+    table = rows(next((kaggle / "input").rglob("*-Test.csv")))
+    column = {name: place for place, name in enumerate(table[0])}
+    spoilt = table[1][column["observationID"]]
+    for row in table[1:]:
+        if row[column["observationID"]] == spoilt:
+            photo = next((kaggle / "input").rglob(row[column["filename"]]))
+            photo.write_bytes(photo.read_bytes()[:100])
+    result = run_script(kaggle, "after")
+    assert result.returncode == 0, result.stderr
+    assert "1 on the fallback" in result.stdout
+    after = rows(kaggle / "after" / "submission.csv")
+    prior = json.loads((kaggle / "input" / "weights" / MANIFEST).read_text())["prior"]
+    assert [a[0] for a, b in zip(after, before, strict=True) if a != b] in ([spoilt], [])
+    assert after[1] == [spoilt, " ".join(prior)]
+
+
+def test_when_time_is_short_the_rest_keeps_the_fallback(kaggle):
+    folders = ["--input", kaggle / "input", "--working", kaggle / "working"]
+    result = command(kaggle / "src" / "script.py", *folders, "--time-limit", "0.001", cwd=kaggle)
+    assert result.returncode == 0, result.stderr
+    written = rows(kaggle / "working" / "submission.csv")
+    assert f"{len(written) - 1} too late" in result.stdout
+    assert len({row[1] for row in written[1:]}) == 1
+
+
+def test_a_rehearsal_runs_the_bundle_offline_and_scores_it(built, drawn):
+    report = rehearse(drawn.competition, built, drawn.solution)
+    assert report["scenarios"][0]["ok"], report
+    assert report["recall_at_5_low"] <= report["recall_at_5"] <= report["recall_at_5_high"]
+    assert report["photos_per_second"] > 0
+    assert report["peak_memory_mb"] > 100
+    left = sorted(path.name for path in (built / "rehearsal" / "plain").iterdir())
+    assert left == ["kernel.log", "submission.csv"]
+    assert not list(built.glob(".*"))
+
+
+def test_a_rehearsal_shows_the_script_no_label_of_the_test(built, drawn, tmp_path):
+    """A script that looks for answers finds none, even where the user keeps the solution beside the data."""
+    data = tmp_path / "data"
+    shutil.copytree(drawn.competition, data)
+    shutil.copy(drawn.solution, data / "solution.csv")
+    spy = "import pathlib, sys\nfor path in sorted(pathlib.Path(sys.argv[2]).rglob('*.csv')): print(path.name)\n"
+    copied = tmp_path / "build"
+    shutil.copytree(built, copied)
+    (copied / "kernel.py").write_text(spy)
+    report = rehearse(data, copied)
+    assert not report["scenarios"][0]["ok"]
+    assert "submission.csv" in report["scenarios"][0]["reason"]
+    seen = (copied / "rehearsal" / "plain" / "kernel.log").read_text().split()
+    assert any(name.endswith("-Test.csv") for name in seen)
+    assert "solution.csv" not in seen
+
+
+def open_clip_folder(folder: Path) -> Path:
+    """A tiny open_clip model in the hub's own format."""
+    from open_clip.model import CLIP
+
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    model = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+    folder.mkdir()
+    preprocess = {
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.3, 0.2, 0.25],
+        "interpolation": "bicubic",
+        "resize_mode": "shortest",
+    }
+    config = {"model_cfg": model, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def test_an_open_clip_encoder_runs_from_the_wheels_in_its_weights(drawn, tmp_path):
+    """Kaggle's image lacks open_clip: here a package that cannot be imported stands in the environment's place."""
+    encoder = open_clip_folder(tmp_path / "clip")
+    recipe = ["--recipe", "fungiclef-baseline", "--encoder", encoder, "--set", "reference=train"]
+    result = command("local/train.py", *recipe, "--data", drawn.competition, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    result = command("bundle.py", tmp_path / "run", "--out", tmp_path / "build")
+    if "cannot be fetched" in result.stderr:
+        pytest.skip(f"no package index to fetch the wheels from: {result.stderr}")
+    assert result.returncode == 0, result.stderr
+    wheels = sorted(path.name.partition("-")[0] for path in (tmp_path / "build" / "weights" / "wheels").iterdir())
+    assert wheels == ["ftfy", "open_clip_torch"]
+    travels = load_file(tmp_path / "build" / "weights" / "1-encoder.safetensors")
+    whole = load_file(encoder / "open_clip_model.safetensors")
+    assert set(travels) == {key.removeprefix("visual.") for key in whole if key.startswith("visual.")} != set(whole)
+
+    for library in ("open_clip", "ftfy"):
+        (tmp_path / "absent" / library).mkdir(parents=True)
+        (tmp_path / "absent" / library / "__init__.py").write_text(f"raise ImportError('no {library} here')")
+    folders = ["--input", tmp_path / "input", "--working", tmp_path / "working"]
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "fungi").symlink_to(drawn.competition)
+    (tmp_path / "input" / "weights").symlink_to(tmp_path / "build" / "weights")
+    absent = {**os.environ, "PYTHONPATH": str(tmp_path / "absent")}
+    assert command("-c", "import open_clip", cwd=tmp_path, env=absent).returncode == 1
+    result = command(tmp_path / "build" / "kernel.py", *folders, cwd=tmp_path, env=absent)
+    assert result.returncode == 0, result.stderr
+    assert os.listdir(tmp_path / "working") == ["submission.csv"]
+    report = rehearse(drawn.competition, tmp_path / "build", drawn.solution)
+    assert report["scenarios"][0]["ok"], report
+    assert (tmp_path / "working" / "submission.csv").read_bytes() == (
+        tmp_path / "build" / "rehearsal" / "plain" / "submission.csv"
+    ).read_bytes()
+
+
+def spoil(competition: Path, folder: Path) -> Path:
+    """A copy in which the training table has lost its labels."""
+    shutil.copytree(competition, folder)
+    table = next(folder.rglob("*-Train.csv"))
+    table.write_text(table.read_text().replace("category_id", "class", 1))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ("no layout", "no competition's folder: looked for"),
+        ("no column", "lacks the column 'category_id'"),
+        ("unknown key", "nearest known one is 'temperature'"),
+        ("unknown recipe", "known are"),
+        ("wrong encoder", "does not match its architecture"),
+        ("no encoder", "no encoder"),
+        ("existing run", "exists already"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_leaves_nothing_behind(drawn, trained, tmp_path, mistake, says):
+    data, encoder, settings, out, recipe = (
+        drawn.competition,
+        "timm:test_resnet",
+        [],
+        tmp_path / "out",
+        "fungiclef-baseline",
+    )
+    if mistake == "no layout":
+        data = tmp_path / "nothing"
+        data.mkdir()
+    elif mistake == "no column":
+        data = spoil(drawn.competition, tmp_path / "spoilt")
+    elif mistake == "unknown key":
+        settings = ["--set", "temprature=1"]
+    elif mistake == "unknown recipe":
+        recipe = "fungiclef-best"
+    elif mistake == "wrong encoder":
+        config = {"architecture": "test_vit", "num_classes": 0, "pretrained_cfg": {}}
+        (tmp_path / "wrong.json").write_text(json.dumps(config))
+        shutil.copy(trained / "encoder.safetensors", tmp_path / "wrong.safetensors")
+        encoder = tmp_path / "wrong"
+    elif mistake == "no encoder":
+        encoder = tmp_path / "absent"
+    elif mistake == "existing run":
+        out = trained
+    before = sorted(path.name for path in out.parent.iterdir())
+    common = [
+        "--recipe",
+        recipe,
+        "--encoder",
+        encoder,
+        "--set",
+        "pretrained=false" if mistake != "wrong encoder" and mistake != "no encoder" else "pretrained=true",
+        *settings,
+    ]
+    result = command("local/train.py", *common, "--data", data, "--out", out)
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert says in result.stderr
+    assert sorted(path.name for path in out.parent.iterdir()) == before
+
+
+def test_a_damaged_run_is_not_bundled_and_the_old_bundle_stays(built, trained, tmp_path):
+    out = tmp_path / "build"
+    shutil.copytree(built, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    shutil.copytree(trained, tmp_path / "run")
+    (tmp_path / "run" / "bank.safetensors").write_bytes(b"damaged")
+    result = command("bundle.py", tmp_path / "run", "--out", out)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    result = command("bundle.py", tmp_path / "absent", "--out", out)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize("script", ["bundle.py", "local/train.py", "local/rehearse.py", "local/demo.py"])
+def test_every_command_explains_itself(script):
+    assert "usage:" in command(script, "--help").stdout
+
+
+def test_commands_run_as_modules_too(tmp_path):
+    result = command("-m", "local.train", "--recipe", "fungiclef-baseline", "--data", tmp_path)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
