@@ -73,20 +73,22 @@ def find_weights(root: Path, digest: str = MANIFEST_SHA256) -> Weights:
     Raises:
         InputError: none are attached, several are and any would do, or those attached belong to another bundle.
     """
-    manifests = [folder / MANIFEST for folder in find_folders(root, _holds_weights)]
-    if not manifests:
+    found: dict[Path, str] = {}
+    for folder in find_folders(root, _holds_weights):
+        found[folder] = sha256(folder / MANIFEST)
+        if found[folder] == digest:  # there is no need to list the photos, which lie deeper
+            return read_weights(folder)
+    if not found:
         raise InputError(f"no weights under {root}: attach the dataset made from build/weights (it holds {MANIFEST})")
-    digests = {path: sha256(path) for path in manifests}
-    matching = [path for path in manifests if digest in ("", digests[path])]
-    if not matching:
+    first = next(iter(found))
+    if digest:
         raise InputError(
-            f"the weights in {manifests[0].parent} have manifest {digests[manifests[0]]}, this kernel was bundled with "
-            f"{digest}: attach the matching version of the dataset, or bundle again"
+            f"the weights in {first} have manifest {found[first]}, this kernel was bundled with {digest}: "
+            "attach the matching version of the dataset, or bundle again"
         )
-    if len({digests[path] for path in matching}) > 1:
-        places = ", ".join(str(path.parent) for path in matching)
-        raise InputError(f"several weights under {root} ({places}): leave one")
-    return read_weights(matching[0].parent)
+    if len(set(found.values())) > 1:
+        raise InputError(f"several weights under {root} ({', '.join(map(str, found))}): leave one")
+    return read_weights(first)
 
 
 def read_weights(folder: Path) -> Weights:
