@@ -30,11 +30,11 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and crop an RGB photo as the encoder's own evaluation transform does: (size, size, 3) uint8."""
     size = preprocessing.size
     resampling = Image.Resampling[preprocessing.interpolation.upper()]
-    if preprocessing.fit == "squash":
-        return np.asarray(image.resize((size, size), resampling))
     short = shorter_side(preprocessing)
     width, height = image.size
-    if width <= height:
+    if preprocessing.fit == "squash":
+        width, height = short, short
+    elif width <= height:
         width, height = short, int(short * height / width)
     else:
         width, height = int(short * width / height), short

@@ -92,9 +92,10 @@ def read_competition(folder: Path, resolution: str = "300p") -> Competition:
     photos = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates(ignore_index=True)
     if not (photos["split"] == "train").any():
         raise InputError(f"{folder} ({layout.name}) has no labelled photo: check that the training table is complete")
-    labels = photos.groupby("observation")["class_id"].nunique()
-    if (labels > 1).any():
-        raise InputError(f"observation {labels.idxmax()} in {folder} has {labels.max()} classes: mend the table")
+    for column, what in (("class_id", "classes"), ("split", "splits")):
+        counts = photos.groupby("observation")[column].nunique()
+        if (counts > 1).any():
+            raise InputError(f"observation {counts.idxmax()} in {folder} is in {counts.max()} {what}: mend the table")
     return Competition(folder, layout, photos, resolution)
 
 
@@ -139,7 +140,9 @@ def split_for_validation(competition: Competition, seed: int) -> tuple[Labelled,
 def sort_ids(class_ids: np.ndarray) -> list[str]:
     """Distinct class ids, in order of number where all are numbers."""
     distinct = set(class_ids)
-    return sorted(distinct, key=int if all(name.isdecimal() for name in distinct) else str)
+    if all(name.isdecimal() for name in distinct):
+        return sorted(distinct, key=lambda name: (int(name), name))
+    return sorted(distinct)
 
 
 def _read_fungiclef(folder: Path, marker: Path, resolution: str) -> list[tuple]:
@@ -160,9 +163,9 @@ def _read_herbarium(folder: Path, marker: Path, resolution: str) -> list[tuple]:
         metadata = json.loads(table.read_text(encoding="ISO-8859-1"))
         names = {image["id"]: image["file_name"] for image in metadata["images"]}
         labels = [(note["image_id"], str(note["category_id"])) for note in metadata["annotations"]]
-    except (OSError, ValueError, KeyError) as error:
+        return [("train", str(photo), label, table.parent / names[photo]) for photo, label in labels]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
-    return [("train", str(photo), label, table.parent / names[photo]) for photo, label in labels]
 
 
 def _read_class_folders(folder: Path, marker: Path, resolution: str) -> list[tuple]:

@@ -9,7 +9,7 @@ import ast
 import builtins
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from kernel.mounts import InputError
@@ -27,6 +27,7 @@ class Script:
         begun: modules whose header is written; True once they are complete.
         bound: top-level name -> (what it is, where it was bound).
         imported: the imports, in words, that are written already.
+        names: module -> the top-level names that it has, its own and imported ones.
     """
 
     package: Path
@@ -34,6 +35,7 @@ class Script:
     begun: dict[str, bool] = field(default_factory=dict)
     bound: dict[str, tuple[str, str]] = field(default_factory=dict)
     imported: set[str] = field(default_factory=set)
+    names: dict[str, set[str]] = field(default_factory=dict)
 
 
 def flatten(package: Path, entry: str = "__main__") -> str:
@@ -47,6 +49,10 @@ def flatten(package: Path, entry: str = "__main__") -> str:
         InputError: something in the package cannot be flattened.
     """
     script = Script(package)
+    initial = package / "__init__.py"
+    for node in ast.parse(initial.read_text(encoding="utf-8")).body if initial.is_file() else []:
+        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            raise _refusal(initial, node, "a script runs no __init__.py", "move it into a module")
     _add_module(script, entry, is_entry=True)
     text = "\n".join(script.lines).strip("\n") + "\n"
     if len(text.encode()) > SIZE_LIMIT:
@@ -60,12 +66,16 @@ def _add_module(script: Script, name: str, is_entry: bool = False) -> None:
     try:
         tree = ast.parse(source, str(path))
     except SyntaxError as error:
-        raise InputError(f"{path}:{error.lineno}: {error.msg}: mend the syntax") from error
+        raise InputError(f"{path}:{error.lineno or 1}: {error.msg}: mend the syntax") from error
     _refuse_what_cannot_be_flattened(script, path, tree, is_entry)
     script.begun[name] = False
     docstring = ast.get_docstring(tree)
     body = tree.body[1:] if docstring is not None else tree.body
-    lines, at = source.splitlines(), body[0].lineno - 1 if body else 0
+    # Not splitlines: it also splits at form feeds and at separators within strings, where Python counts no line.
+    lines, at = source.split("\n"), tree.body[0].end_lineno if docstring is not None else 0
+    while at < len(lines) and not lines[at].strip():
+        at += 1
+    names = script.names.setdefault(name, set())
     header = _header(path, docstring)
     for is_import, nodes in groupby(body, lambda node: isinstance(node, ast.Import | ast.ImportFrom)):
         nodes = list(nodes)
@@ -75,14 +85,17 @@ def _add_module(script: Script, name: str, is_entry: bool = False) -> None:
             if _add_siblings(script, path, nodes):
                 header = header or _header(path, None)  # the story was interrupted: say whose turn it is again
             comments = [line for line in lines[at:end] if line.startswith("#")]
+            names.update(_imported_names(nodes))
             block = comments + [line for node in nodes for line in _new_imports(script, path, node)]
             script.lines += [*header, *block]
         else:
             for node in nodes:
                 for bound in _bound_names(node):
+                    names.add(bound)
                     _bind(script, path, node, bound, f"{path.name}:{bound}")
             script.lines += [*header, *lines[at:end]]
         header, at = [], end
+    script.lines += [*header, *lines[at:]]
     script.begun[name] = True
 
 
@@ -99,7 +112,7 @@ def _add_siblings(script: Script, path: Path, nodes: Sequence[ast.stmt]) -> bool
             _add_module(script, sibling)
             added = True
         for alias in node.names:
-            if alias.name not in script.bound:
+            if alias.name not in script.names[sibling]:
                 raise _refusal(path, node, f"{node.module} has no {alias.name}", "import what it defines")
     return added
 
@@ -156,6 +169,10 @@ def _bind(script: Script, path: Path, node: ast.AST, name: str, what: str) -> No
         raise _refusal(path, node, f"{name} is also a top-level name at {where}", "rename one of the two")
 
 
+def _imported_names(nodes: Sequence[ast.Import | ast.ImportFrom]) -> list[str]:
+    return [alias.asname or alias.name.partition(".")[0] for node in nodes for alias in node.names]
+
+
 def _bound_names(node: ast.AST) -> list[str]:
     """The names that a top-level statement binds, not looking into functions and classes."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -163,11 +180,18 @@ def _bound_names(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
         return []
     names = [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+    if isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
+        names.append(node.name)
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names += _imported_names([node])
     return names + [name for child in ast.iter_child_nodes(node) for name in _bound_names(child)]
 
 
 def _refuse_what_cannot_be_flattened(script: Script, path: Path, tree: ast.Module, is_entry: bool) -> None:
     package = script.package.name
+    for one, other in pairwise(tree.body):
+        if one.end_lineno == other.lineno:
+            raise _refusal(path, other, "two statements on one line cannot be taken apart", "give each its own")
     for node in ast.walk(tree):
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if "*" in imported:
@@ -187,12 +211,17 @@ def _refuse_what_cannot_be_flattened(script: Script, path: Path, tree: ast.Modul
                 raise _refusal(path, node, "a sibling's name cannot be changed in a script", "import it as it is")
             if not (script.package / f"{_sibling(script, node)}.py").is_file():
                 raise _refusal(path, node, f"there is no module {node.module}", "import one that exists")
-        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called, argument = ast.unparse(node.func).rpartition(".")[2], str(node.args[0].value)
-            if called in ("import_module", "__import__") and argument.partition(".")[0] == package:
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            named = [value.value for value in given if isinstance(value, ast.Constant)]
+            if any(isinstance(name, str) and name.partition(".")[0] in ("", package) for name in named):
                 raise _refusal(path, node, "a lazy import of a sibling finds no package", "import it at the top")
         if isinstance(node, ast.Name) and node.id in ("__file__", "__path__", "__spec__", "__package__"):
             raise _refusal(path, node, f"{node.id}: nothing lies beside a script on Kaggle", "ship it in the weights")
+        if isinstance(node, ast.Global):
+            raise _refusal(path, node, "global would rebind the name in every module", "keep what changes in an object")
+        if isinstance(node, ast.Name) and node.id == "__doc__":
+            raise _refusal(path, node, "__doc__ would be the script's", "write the text where it is used")
         if isinstance(node, ast.Name) and node.id == "__name__" and not is_entry:
             raise _refusal(path, node, "__name__ would be '__main__' in the script", "move what runs into __main__.py")
 

@@ -26,6 +26,9 @@ def read_kernel_metadata(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
 
+    if not isinstance(metadata, dict):
+        raise InputError(f"{path} holds no JSON object: it must be that of a Kaggle kernel")
+
     def need(is_met: bool, key: str, wanted: str) -> None:
         if not is_met:
             raise InputError(f"{path}: {key} is {metadata.get(key)!r}: it must be {wanted}")

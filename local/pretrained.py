@@ -3,7 +3,9 @@
 The description is all that the kernel gets: from it and a safetensors file it rebuilds the same encoder offline.
 """
 
+import difflib
 import json
+import pickle
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -47,9 +49,10 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
     if not pretrained:
         raise InputError(f"pretrained = false with the encoder {spec}: random weights are for timm:NAME alone")
     if kind == "open_clip":
+        _refuse_size(spec, image_size)
         return _from_open_clip(name)
     if kind == "hf-hub":
-        return _from_folder(_download(name), image_size)
+        return _from_folder(_download(name), image_size, name)
     path = Path(spec)
     if path.is_dir():
         return _from_folder(path, image_size)
@@ -62,12 +65,18 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
     )
 
 
+def _refuse_size(spec: str, image_size: int) -> None:
+    if image_size:
+        raise InputError(f"image_size = {image_size} with {spec}: an open_clip tower takes its own size; leave it at 0")
+
+
 def _download(name: str) -> Path:
     """The folder in the hub's cache that holds the configuration and the weights of a model."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -88,25 +97,29 @@ def _download(name: str) -> Path:
                     raise
                 except EntryNotFoundError:
                     continue
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"hf-hub:{name} cannot be fetched: {reason}; check the name and the network") from error
     raise InputError(f"hf-hub:{name} holds neither an open_clip nor a timm model: choose another")
 
 
-def _from_folder(folder: Path, image_size: int) -> tuple[nn.Module, dict]:
+def _from_folder(folder: Path, image_size: int, name: str = "") -> tuple[nn.Module, dict]:
     if (folder / "open_clip_config.json").is_file():
+        _refuse_size(str(folder), image_size)
         config = _read_json(folder / "open_clip_config.json")
-        model = config["model_cfg"]
-        tower = {key: model[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in model}
-        # The tower's own base weights would be downloaded only to be overwritten.
-        tower["vision_cfg"] = {**tower["vision_cfg"], "timm_model_pretrained": False}
-        module = build_module("open_clip", "", tower)
+        try:
+            model = config["model_cfg"]
+            tower = {key: model[key] for key in ("embed_dim", "vision_cfg", "quick_gelu") if key in model}
+            # The tower's own base weights would be downloaded only to be overwritten.
+            tower["vision_cfg"] = {**tower["vision_cfg"], "timm_model_pretrained": False}
+            module = build_module("open_clip", "", tower)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise InputError(f"{folder / 'open_clip_config.json'} builds no model: {error!r}; mend it") from error
         states = _read_weights(folder, OPEN_CLIP_WEIGHTS)
         visual = {key.removeprefix("visual."): value for key, value in states.items() if key.startswith("visual.")}
         _load(module, visual, folder)
         preprocessing = {"size": _image_size(module), **(config.get("preprocess_cfg") or {})}
-        return module, _open_clip_entry(folder.name, tower, preprocessing)
+        return module, _open_clip_entry(name or folder.name, tower, preprocessing)
     if (folder / "config.json").is_file():
         weights = next((folder / name for name in TIMM_WEIGHTS if (folder / name).is_file()), folder / TIMM_WEIGHTS[0])
         return _timm_entry(_read_json(folder / "config.json"), weights, image_size)
@@ -161,8 +174,8 @@ def _open_clip_entry(architecture: str, tower: dict, config: dict) -> dict:
 
 def _from_timm(name: str, pretrained: bool, image_size: int) -> tuple[nn.Module, dict]:
     if not timm.is_model(name.removeprefix("hf-hub:").partition(".")[0]):
-        near = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:5]) or "see timm.list_models()"
-        raise InputError(f"timm has no model {name}: there are {near}")
+        near = ", ".join(difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5, cutoff=0.0))
+        raise InputError(f"timm has no model {name}: the nearest are {near}")
     try:
         module = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as error:
@@ -173,11 +186,12 @@ def _from_timm(name: str, pretrained: bool, image_size: int) -> tuple[nn.Module,
 
 def _timm_entry(config: dict, weights: Path, image_size: int) -> tuple[nn.Module, dict]:
     """From timm's own configuration: architecture, num_classes, model_args, pretrained_cfg."""
-    arguments = config.get("model_args") or {}
     try:
+        # timm records some arguments of its own twice; the head is not kept.
+        arguments = {key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"}
         architecture, classes = config["architecture"], config["num_classes"]
         module = timm.create_model(architecture, pretrained=False, num_classes=classes, **arguments)
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(f"the configuration beside {weights} builds no timm model: {error!r}; mend it") from error
     _load(module, _read_weights(weights.parent, (weights.name,)), weights)
     module.reset_classifier(0)
@@ -187,6 +201,8 @@ def _timm_entry(config: dict, weights: Path, image_size: int) -> tuple[nn.Module
 def _describe_timm(module: nn.Module, architecture: str, arguments: dict, config: dict, image_size: int) -> dict:
     overrides = {"input_size": (3, image_size, image_size)} if image_size else {}
     resolved = timm.data.resolve_data_config(overrides, pretrained_cfg=config, use_test_size=False)
+    if resolved["crop_mode"] not in ("center", "squash"):
+        raise InputError(f"{architecture} was evaluated with crop_mode {resolved['crop_mode']}: only center and squash")
     preprocessing = Preprocessing(
         size=resolved["input_size"][1],
         mean=tuple(resolved["mean"]),
@@ -221,9 +237,12 @@ def _image_size(module: nn.Module) -> int:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object: give the file that belongs to the weights")
+    return value
 
 
 def _read_weights(folder: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -235,9 +254,13 @@ def _read_weights(folder: Path, names: tuple[str, ...]) -> dict[str, torch.Tenso
             return load_file(path)
         # Some hub models come only as .bin; PyTorch's restricted reader takes tensors and runs no code.
         say(f"{path.name} is no safetensors: reading tensors alone")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise InputError(f"{path} cannot be read as weights: {error}") from error
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200] or "it is empty"
+        raise InputError(f"{path} cannot be read as weights: {reason}; download it again") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds no named tensors: give another file")
+    return state
 
 
 def _load(module: nn.Module, state: dict[str, torch.Tensor], where: Path) -> None:

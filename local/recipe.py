@@ -57,6 +57,8 @@ CHOICES = {
     "prototypes": ("fixed", "learned"),
 }
 POSITIVE = ("temperature", "batch_size", "photos_per_observation", "learning_rate", "crop_scale", "patience")
+NOT_NEGATIVE = ("image_size", "epochs", "weight_decay", "warmup", "label_smoothing", "colour_jitter", "seed")
+SHARES = ("warmup", "label_smoothing", "crop_scale")
 
 
 def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> Recipe:
@@ -111,10 +113,14 @@ def _check(key: str, value: object, default: object, where: str) -> object:
         raise InputError(f"{key} = {value!r} in {where}: a {kind} is wanted, such as {default!r}")
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"{key} = {value!r} in {where}: choose from {', '.join(CHOICES[key])}")
-    if key == "views" and (not value or not set(value) <= set(VIEWS) or len(set(value)) < len(value)):
+    if key == "views" and (not value or len([view for view in VIEWS if view in value]) < len(value)):
         raise InputError(f"views = {list(value)} in {where}: choose some of {', '.join(VIEWS)}, each once")
     if key in POSITIVE and not value > 0:
         raise InputError(f"{key} = {value} in {where}: it must be larger than 0")
+    if key in NOT_NEGATIVE and not value >= 0:
+        raise InputError(f"{key} = {value} in {where}: it must not be negative")
+    if key in SHARES and value > 1:
+        raise InputError(f"{key} = {value} in {where}: it is a share, at most 1")
     return value
 
 
@@ -129,5 +135,5 @@ def _parse(text: str) -> object:
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write every setting as TOML; `read_recipe` gives the same recipe back."""
     # JSON's strings, numbers, booleans and lists are TOML's too.
-    lines = [f"{key} = {json.dumps(value)}" for key, value in dataclasses.asdict(recipe).items()]
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in dataclasses.asdict(recipe).items()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -86,14 +86,19 @@ def fill_run(folder: Path, recipe: Recipe, competition: Competition, encoder: En
         f"{competition.folder} ({competition.layout.name}): {len(fit)} observations of {len(set(fit.class_ids))} "
         f"classes to learn from, {len(validation)} to judge by; {recipe.encoder} on {encoder.device.type}"
     )
+    if not len(validation):
+        say("every class has one observation: there is nothing to judge by, and so no score of this run")
+        if recipe.epochs:
+            raise InputError(f"{competition.folder} leaves nothing to judge epochs by: use a recipe with epochs = 0")
     log, chosen = finetune(encoder, fit, validation, recipe) if recipe.epochs else ([], 0)
     save_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
 
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
     encoder.module.to(half_precision(encoder.device))
     judged = judge(encoder, fit, validation, recipe, recipe.views)
-    validated = score(validation.class_ids, judged.guesses, recipe.seed)
-    say(f"validation, with the bank of what was learnt from: {describe(validated)}")
+    validated = score(validation.class_ids, judged.guesses, recipe.seed) if len(validation) else {}
+    if validated:
+        say(f"validation, with the bank of what was learnt from: {describe(validated)}")
     log = log or [log_row(0, "", 0.0, judged)]
 
     # "train" leaves out the competition's own val alone; what was held out of a train without val belongs to it.

@@ -28,15 +28,22 @@ exec "$@"
 GUARD = """
 import os, runpy, sys
 folders = [os.path.realpath(folder) for folder in sys.argv[1].split(os.pathsep)]
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
+def inside(real):
+    return any(real == folder or real.startswith(folder + os.sep) for folder in folders)
 def refuse(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.gethostbyname"):
         raise PermissionError("no network in a rehearsal")
-    writes = event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
-    if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate"):
-        for path in arguments[:2]:
-            if isinstance(path, (str, os.PathLike)):
-                real = os.path.realpath(path)
-                if any(real == folder or real.startswith(folder + os.sep) for folder in folders):
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    if writes or event in CHANGES:
+        # A path may be relative to a folder that is open: for what has one, its descriptor follows the paths.
+        at = [value for value in arguments if isinstance(value, int) and value >= 0] if event in CHANGES else []
+        for path in arguments[: 1 if writes else 2]:
+            if isinstance(path, (str, bytes, os.PathLike)):
+                name = os.fsdecode(path)
+                bases = [os.getcwd(), *(os.path.realpath(f"/proc/self/fd/{folder}") for folder in at)]
+                real = next(filter(inside, (os.path.realpath(os.path.join(base, name)) for base in bases)), "")
+                if real:
                     raise PermissionError(f"{path} is read-only in a rehearsal")
 sys.addaudithook(refuse)
 sys.argv = sys.argv[2:]
@@ -88,15 +95,16 @@ def run_isolated(
         limit: seconds after which the process and its children are killed.
         hear: called with each line that it prints, errors included.
     """
+    python = [sys.executable, "-I", "-u"]  # -I makes it deaf to PYTHONUNBUFFERED
     if isolation:
-        command = [*isolation, str(len(read_only)), *map(str, read_only), sys.executable, "-I", str(script), *arguments]
+        command = [*isolation, str(len(read_only)), *map(str, read_only), *python, str(script), *arguments]
     else:
         folders = os.pathsep.join(map(str, read_only))
-        command = [sys.executable, "-I", "-c", GUARD, folders, str(script), *arguments]
+        command = [*python, "-c", GUARD, folders, str(script), *arguments]
     kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
     environment = {name: os.environ[name] for name in kept if name in os.environ}
     # A home of its own: nothing that was downloaded before can stand in for what the bundle lacks.
-    environment |= {"HOME": str(working), "KAGGLE_KERNEL_RUN_TYPE": "Batch", "PYTHONUNBUFFERED": "1"}
+    environment |= {"HOME": str(working), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
     started = time.monotonic()
     process = subprocess.Popen(
         command,
@@ -116,13 +124,38 @@ def run_isolated(
 
     timer = threading.Timer(limit, kill)
     timer.start()
+    ended, peak = threading.Event(), [0.0]
+    watcher = threading.Thread(target=_watch_memory, args=(process.pid, ended, peak), daemon=True)
+    watcher.start()
     try:
         for line in process.stdout:
             hear(line.rstrip("\n"))
         _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        kill()
+        process.wait()
+        raise
     finally:
         timer.cancel()
+        ended.set()
+        watcher.join()
         process.stdout.close()
     process.returncode = os.waitstatus_to_exitcode(status)
+    # Linux counts in ru_maxrss what the parent held when it forked, so there the process itself is asked.
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
-    return Outcome(process.returncode, time.monotonic() - started, usage.ru_maxrss * unit / 1e6, killed.is_set())
+    return Outcome(
+        process.returncode, time.monotonic() - started, peak[0] or usage.ru_maxrss * unit / 1e6, killed.is_set()
+    )
+
+
+def _watch_memory(pid: int, ended: threading.Event, peak: list[float]) -> None:
+    """Keep the largest resident size of a process in MB in `peak`, where the system tells it."""
+    while True:
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return
+        if "VmHWM:" in status:
+            peak[0] = max(peak[0], int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6)
+        if ended.wait(0.05):
+            return

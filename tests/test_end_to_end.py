@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from bundle import bundle
 from kernel.mounts import MANIFEST, sha256
 from local.rehearse import rehearse
-from tests.conftest import TINY, command
+from tests.conftest import TINY, command, photo
 
 
 @pytest.fixture(scope="module")
@@ -328,4 +328,27 @@ def test_every_command_explains_itself(script):
 
 def test_commands_run_as_modules_too(tmp_path):
     result = command("-m", "local.train", "--recipe", "fungiclef-baseline", "--data", tmp_path)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+
+def test_class_folders_with_one_photo_each_go_all_the_way(tmp_path):
+    """Nothing can be held out for validation, and a class's name may have a space."""
+    data = tmp_path / "data"
+    for seed, name in enumerate(("apple", "bell pepper", "carrot")):
+        photo(data / "train" / name / "1.png", seed)
+        photo(data / "test" / f"like {name}.png", seed)
+    recipe = ["--recipe", "fungiclef-baseline", "--encoder", "timm:test_resnet", "--set", "pretrained=false"]
+    result = command("local/train.py", *recipe, "--data", data, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"] == {}
+    bundle([tmp_path / "run"], tmp_path / "build")
+    report = rehearse(data, tmp_path / "build")
+    assert report["scenarios"][0]["ok"], report
+    assert rows(tmp_path / "build" / "rehearsal" / "plain" / "submission.csv") == [
+        ["image_name", "pred_label"],
+        ["like apple", "apple"],
+        ["like bell pepper", "bell pepper"],
+        ["like carrot", "carrot"],
+    ]
+    result = command("local/train.py", *recipe, "--set", "epochs=2", "--data", data, "--out", tmp_path / "tuned")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
