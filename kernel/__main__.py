@@ -70,48 +70,71 @@ if __name__ == "__main__":
 # Torch is imported from here on, with a valid submission on disk.
 import torch
 
-from kernel.encoders import open_encoder, pick_device
+from kernel.encoders import open_encoder, pick_devices
 from kernel.budget import Budget
-from kernel.views import embed_observations
+from kernel.embeddings import Embeddings, embed_observations
 from kernel.bank import rank, read_bank
+
+UNREADABLE_LIMIT = 0.25  # share of unreadable photos above which something is wrong with the mount, not with the photos
+
+
+def embed_members(weights: Weights, table: TestTable, packages: Path, budget: Budget) -> list[Embeddings]:
+    """Embed the test set with each member, best first, as far as time allows; at least with the first."""
+    members, devices, embedded = weights.manifest["members"], pick_devices(), []
+    for place, member in enumerate(members):
+        encoder = open_encoder(weights, member["encoder"], devices, packages)
+        name = f"{member['name']} on {' and '.join(map(str, devices))}"
+        embeddings = embed_observations(
+            encoder,
+            table.observations,
+            member["views"],
+            member["pooling"],
+            budget,
+            share=1 / (len(members) - place),
+            is_optional=place > 0,
+            name=name,
+        )
+        if place and embeddings.late:
+            print(f"{name}: no time for it, nor for what comes after it", flush=True)
+            break
+        embedded.append(embeddings)
+    return embedded
 
 
 def predict(options: argparse.Namespace, weights: Weights, table: TestTable) -> None:
-    """Embed the test set with every member, rank the classes, write the submission, say what happened."""
-    manifest, observations = weights.manifest, table.observations
+    """Embed the test set, rank the classes, write the submission, say what happened."""
+    manifest, path, packages = weights.manifest, options.working / "submission.csv", options.working / "packages"
     budget = Budget(options.time_limit or manifest["competition"]["time_limit"], STARTED)
-    device, packages = pick_device(), options.working / "packages"
-    members = []
     opened = budget.elapsed()
-    for member in manifest["members"]:
-        encoder = open_encoder(weights, member["encoder"], device, packages)
-        progress = f"{member['name']} on {device.type}"
-        members.append(embed_observations(encoder, observations, member["views"], member["pooling"], budget, progress))
+    embedded = embed_members(weights, table, packages, budget)
     seconds = budget.elapsed() - opened
 
-    banks = [read_bank(weights.file(member["bank"])) for member in manifest["members"]]
-    ranked = rank(banks, [member.values for member in members], table.layout.guesses)
-    seen = torch.stack([member.photos for member in members]).amin(dim=0) > 0  # by every member
+    banks = [read_bank(weights.file(member["bank"])) for member in manifest["members"][: len(embedded)]]
+    ranked = rank(banks, [embeddings.values for embeddings in embedded], table.layout.guesses)
+    seen = torch.stack([embeddings.seen for embeddings in embedded]).all(dim=0)
     fallback, class_ids = fallback_guesses(table, manifest), manifest["class_ids"]
     guesses = [
         [class_ids[index] for index in row] if is_seen else fallback
         for row, is_seen in zip(ranked.tolist(), seen.tolist(), strict=True)
     ]
-    path = options.working / "submission.csv"
     write_submission(path, table, guesses)
     check_submission(path, table, class_ids)
     shutil.rmtree(packages, ignore_errors=True)  # what lies in the working folder becomes the kernel's output
 
-    late, failures = max(member.late for member in members), members[0].failures
+    photos = sum(len(observation.photos) for observation in table.observations)
+    failures, late = embedded[0].failures, embedded[0].late
     causes = "".join(f", {count} {cause}" for cause, count in failures.most_common())
-    photos = sum(len(observation.photos) for observation in observations)
+    views = " + ".join(
+        "/".join(str(count) for count in sorted(embeddings.views, reverse=True)) or "0" for embeddings in embedded
+    )
     print(
         f"done: {photos} photos ({failures.total()} unreadable{causes}), "
-        f"{len(observations)} observations ({len(observations) - int(seen.sum())} on the fallback, {late} too late), "
-        f"{' + '.join(str(len(member['views'])) for member in manifest['members'])} views, "
-        f"{budget.elapsed():.1f} s, {photos / seconds:.1f} photos/s",
+        f"{len(guesses)} observations ({len(guesses) - int(seen.sum())} on the fallback, {late} too late), "
+        f"{views} views, {budget.elapsed():.1f} s, {photos / max(seconds, 1e-9):.1f} photos/s",
         flush=True,
     )
+    if failures.total() > UNREADABLE_LIMIT * photos:
+        raise InputError(f"{failures.total()} of {photos} photos cannot be read{causes}: look at the mounted images")
 
 
 if __name__ == "__main__":

@@ -1,28 +1,67 @@
-"""The wall-clock budget: how much time is left for photos before the submission must be on disk."""
+"""The wall-clock budget: measure what a photo costs, plan how many views all of them can have, and keep to it."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+
+MARGIN = 0.1  # of the limit, kept for matching, for writing, and for what Kaggle does after the script's last line
 
 
+@dataclass(frozen=True)
 class Budget:
     """A time limit that counts from the start of the process.
 
-    Args:
+    Attributes:
         limit: seconds that the kernel may take in all.
         started: the clock's reading when the process started; the imports count too.
         clock: seconds, monotonic.
     """
 
-    # Enough to match and write, and for Kaggle's own work after the script's last line.
-    MARGIN = 0.05
-
-    def __init__(self, limit: float, started: float, clock: Callable[[], float] = time.monotonic):
-        self.limit, self.started, self.clock = limit, started, clock
+    limit: float
+    started: float
+    clock: Callable[[], float] = time.monotonic
 
     def elapsed(self) -> float:
         """Seconds since the start."""
         return self.clock() - self.started
 
-    def is_spent(self) -> bool:
-        """Whether photos must stop now, for the submission to be written in time."""
-        return self.elapsed() >= self.limit * (1 - self.MARGIN)
+    def left(self) -> float:
+        """Seconds until photos must stop."""
+        return self.limit * (1 - MARGIN) - self.elapsed()
+
+
+class Pace:
+    """What photos have cost lately, and so how many views the rest can have.
+
+    Decoding runs beside the forward passes, so a photo costs whichever takes longer: its decode, or its views. Both
+    are running means that forget: a disk or a neighbour that slows down shows within a few batches.
+    """
+
+    MEMORY = 0.7  # weight of the past against one new batch
+
+    def __init__(self) -> None:
+        self.decode = self.per_view = 0.0  # seconds per photo
+        self.batches = 0
+
+    def record(self, photos: int, views: int, waited: float, forward: float) -> None:
+        """Note a batch.
+
+        Args:
+            waited: seconds until its photos were there; none says only that decoding is no slower than `forward`.
+            forward: seconds of its forward passes, all views together.
+        """
+        decode = (waited + forward if self.batches else waited) / photos
+        if waited < 0.05 * forward:
+            decode = min(self.decode, forward / photos)
+        memory = self.MEMORY if self.batches else 0.0
+        self.decode = memory * self.decode + (1 - memory) * decode
+        self.per_view = memory * self.per_view + (1 - memory) * forward / photos / views
+        self.batches += 1
+
+    def seconds(self, photos: int, views: int) -> float:
+        """How long photos will take, each in so many views."""
+        return photos * max(self.decode, views * self.per_view)
+
+    def affordable(self, photos: int, views: int, left: float) -> int:
+        """The largest number of views, up to `views`, that so many photos can have in `left` seconds; at least 1."""
+        return max((count for count in range(1, views + 1) if self.seconds(photos, count) <= left), default=1)

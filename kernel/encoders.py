@@ -3,9 +3,13 @@
 An encoder is described by its entry in the manifest, and only by it; nothing is downloaded.
 """
 
+import copy
 import importlib
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,43 +42,93 @@ class Preprocessing:
 
 
 class Encoder:
-    """Photos to embeddings.
+    """Photos to embeddings, on one device or on several alike.
 
     Attributes:
         module: maps (batch, 3, size, size) normalised pixels to (batch, features).
         features: length of an embedding.
+        batch_size: photos of one forward pass; halved whenever the memory does not suffice.
     """
 
-    def __init__(self, module: nn.Module, preprocessing: Preprocessing, features: int, device: torch.device):
-        self.module, self.preprocessing, self.features, self.device = module, preprocessing, features, device
+    def __init__(self, module: nn.Module, preprocessing: Preprocessing, features: int, devices: Sequence[torch.device]):
+        self.module, self.preprocessing, self.features, self.device = module, preprocessing, features, devices[0]
+        self.replicas = [module, *(copy.deepcopy(module).to(device) for device in devices[1:])]
+        self.devices = list(devices)
+        # Enough to fill a device, and few enough on a CPU for the budget to be watched between batches.
+        self.batch_size = 16 if self.device.type == "cpu" else 128 * len(devices)
         # Normalisation is folded into one multiplication and one addition of the uint8 pixels.
-        mean = torch.tensor(preprocessing.mean, device=device).view(1, 3, 1, 1)
-        std = torch.tensor(preprocessing.std, device=device).view(1, 3, 1, 1)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
         self._factor, self._offset = 1 / (255 * std), mean / std
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
+    def normalise(self, photos: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """(batch, 3, size, size) uint8 -> float32 input of the encoder, on the device."""
+        pixels = photos.to(device, non_blocking=True).float()
+        return pixels * self._factor.to(device) - self._offset.to(device)
 
-    def normalise(self, photos: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, size, size) uint8 on any device -> the encoder's input, on its device and in its precision."""
-        pixels = photos.to(self.device, non_blocking=True).float() * self._factor - self._offset
-        return pixels.to(self.dtype).contiguous(memory_format=torch.channels_last)
+    def forward(self, pixels: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        """(batch, 3, size, size) float32 -> (batch, features) float32, each row of length 1."""
+        dtype = next(module.parameters()).dtype
+        pixels = pixels.to(dtype).contiguous(memory_format=torch.channels_last)
+        return nn.functional.normalize(module(pixels).float(), dim=1)
 
-    def embed(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch, 3, size, size) normalised pixels -> (batch, features) float32, each row of length 1."""
-        return nn.functional.normalize(self.module(pixels).float(), dim=1)
+    @torch.inference_mode()
+    def embed(self, photos: torch.Tensor, views: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
+        """The mean over views of L2-normalised embeddings.
 
+        Args:
+            photos: (batch, 3, size, size) uint8, on the CPU.
+            views: each maps (batch, 3, size, size) to the same shape.
 
-def pick_device() -> torch.device:
-    """The GPU, if it can do a real operation; `is_available` is also true of cards that this torch cannot drive."""
-    if torch.cuda.is_available():
+        Returns:
+            (batch, features) float32, on the CPU.
+        """
+        parts = photos.chunk(len(self.replicas))
+        if len(parts) == 1:
+            return self._embed_part(photos, views, self.module, self.device)
+        with ThreadPoolExecutor(len(parts)) as pool:  # CUDA calls release the interpreter's lock
+            each = zip(parts, self.replicas, self.devices, strict=False)
+            tasks = [pool.submit(self._embed_part, part, views, module, device) for part, module, device in each]
+            return torch.cat([task.result() for task in tasks])
+
+    @torch.inference_mode()
+    def _embed_part(
+        self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
+    ) -> torch.Tensor:
         try:
-            torch.ones(8, device="cuda").sum().item()
-            return torch.device("cuda")
+            pixels = self.normalise(photos, device)
+            total = sum(self.forward(view(pixels), module) for view in views)
         except RuntimeError as error:
-            print(f"the GPU fails a sum ({str(error).splitlines()[0]}): going on with the CPU", flush=True)
-    return torch.device("cpu")
+            if len(photos) == 1 or not re.search("out of memory|not enough memory", str(error)):
+                raise
+        else:
+            if total.isfinite().all() or next(module.parameters()).dtype == torch.float32:
+                return (total / len(views)).cpu()
+            print("half precision overflows in this encoder: going on in full", flush=True)
+            module.float()
+            return self._embed_part(photos, views, module, device)
+        # Outside the except clause, whose traceback would hold on to the memory.
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = (len(photos) + 1) // 2
+        self.batch_size = min(self.batch_size, half * len(self.replicas))
+        print(f"out of memory: going on with batches of {self.batch_size} photos", flush=True)
+        return torch.cat([self._embed_part(part, views, module, device) for part in photos.split(half)])
+
+
+def pick_devices() -> list[torch.device]:
+    """The GPUs that can do a real operation, else the CPU.
+
+    `is_available` is also true of cards that this torch was not built for; their first operation fails.
+    """
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        try:
+            torch.ones(8, device=device).sum().item()
+            devices.append(device)
+        except RuntimeError as error:
+            print(f"{device} fails at a sum and is left alone: {str(error).splitlines()[0]}", flush=True)
+    return devices or [torch.device("cpu")]
 
 
 def half_precision(device: torch.device) -> torch.dtype:
@@ -116,7 +170,7 @@ def read_preprocessing(values: dict) -> Preprocessing:
     return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def open_encoder(weights: Weights, entry: dict, device: torch.device, packages: Path) -> Encoder:
+def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device], packages: Path) -> Encoder:
     """Open one encoder of the manifest, frozen, in evaluation mode.
 
     Raises:
@@ -133,5 +187,5 @@ def open_encoder(weights: Weights, entry: dict, device: torch.device, packages: 
         raise InputError(f"{path} does not fit {entry['architecture']}: {reason}; train or bundle again") from error
     module.requires_grad_(False).eval()
     # Cast, not autocast: open_clip under bf16 autocast is 3.6 times slower than fp32 on a CPU.
-    module.to(device, half_precision(device), memory_format=torch.channels_last)
-    return Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], device)
+    module.to(devices[0], half_precision(devices[0]), memory_format=torch.channels_last)
+    return Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], devices)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernel.embeddings import POOLINGS
 from kernel.mounts import InputError
 from kernel.observations import RESOLUTIONS
-from kernel.views import POOLINGS, VIEWS
+from kernel.views import VIEWS
 
 FOLDER = Path(__file__).parent / "recipes"
 

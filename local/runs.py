@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from kernel.encoders import Encoder, half_precision, pick_device, read_preprocessing
+from kernel.encoders import Encoder, half_precision, pick_devices, read_preprocessing
 from kernel.mounts import FORMAT, MANIFEST, InputError, sha256
 from kernel.observations import RESOLUTIONS
 from kernel.photos import shorter_side
@@ -58,9 +58,9 @@ def train_run(recipe: Recipe, data: Path, out: Path) -> None:
     resolution = smallest_sufficient(shorter_side(preprocessing)) if recipe.resolution == "auto" else recipe.resolution
     competition = read_competition(data, resolution)
     recipe = dataclasses.replace(recipe, resolution=resolution)
-    device = pick_device()
+    device = pick_devices()[0]
     module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    encoder = Encoder(module, preprocessing, entry["features"], device)
+    encoder = Encoder(module, preprocessing, entry["features"], [device])
 
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

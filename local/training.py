@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from kernel.bank import Bank, rank
+from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder, half_precision
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
-from kernel.views import embed_observations
 from local.banks import fit_centroids
 from local.competition import Labelled, sort_ids
 from local.console import progress, say
@@ -180,7 +180,7 @@ def train_epoch(
         if not len(index):
             continue
         with torch.autocast(device.type, half_precision(device), enabled=device.type == "cuda"):
-            embeddings = encoder.embed(encoder.normalise(photos))
+            embeddings = encoder.forward(encoder.normalise(photos, device), encoder.module)
         value = loss(embeddings, owners.to(device), targets[index].to(device))
         optimiser.zero_grad(set_to_none=True)
         scaler.scale(value).backward()

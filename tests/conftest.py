@@ -37,7 +37,7 @@ def encoder() -> Encoder:
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=0).eval().requires_grad_(False)
     preprocessing = Preprocessing(64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", 1.0, "crop")
-    return Encoder(module, preprocessing, module.num_features, torch.device("cpu"))
+    return Encoder(module, preprocessing, module.num_features, [torch.device("cpu")])
 
 
 @pytest.fixture(scope="session")

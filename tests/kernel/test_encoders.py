@@ -4,8 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kernel.encoders import build_module, open_encoder, pick_device, read_preprocessing
+from kernel.encoders import Encoder, build_module, open_encoder, pick_devices, read_preprocessing
 from kernel.mounts import InputError, Weights, sha256
+from kernel.views import VIEWS
 
 PREPROCESSING = {"size": 64, "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear"}
 ENTRY = {
@@ -25,12 +26,12 @@ def saved(folder, module) -> Weights:
 
 def test_an_encoder_embeds_as_the_module_it_was_saved_from(tmp_path):
     module = build_module("timm", "test_resnet", {}).eval()
-    encoder = open_encoder(saved(tmp_path, module), ENTRY, torch.device("cpu"), tmp_path / "packages")
+    encoder = open_encoder(saved(tmp_path, module), ENTRY, [torch.device("cpu")], tmp_path / "packages")
     photos = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(PREPROCESSING[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
         expected = module((photos / 255 - mean) / std)
-        found = encoder.embed(encoder.normalise(photos))
+    found = encoder.embed(photos, [VIEWS["plain"]])
     assert found.shape == (3, expected.shape[1])
     assert torch.allclose(found.norm(dim=1), torch.ones(3), atol=1e-5)
     assert (torch.cosine_similarity(found, expected) > 0.99999).all()
@@ -40,7 +41,7 @@ def test_an_encoder_embeds_as_the_module_it_was_saved_from(tmp_path):
 def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path):
     weights = saved(tmp_path, build_module("timm", "test_vit", {}))
     with pytest.raises(InputError, match="does not fit test_resnet") as error:
-        open_encoder(weights, ENTRY, torch.device("cpu"), tmp_path / "packages")
+        open_encoder(weights, ENTRY, [torch.device("cpu")], tmp_path / "packages")
     assert "\n" not in str(error.value)
 
 
@@ -50,4 +51,59 @@ def test_preprocessing_comes_back_from_json_as_it_was():
 
 
 def test_the_device_is_one_that_works():
-    assert torch.ones(2, device=pick_device()).sum().item() == 2
+    assert torch.ones(2, device=pick_devices()[0]).sum().item() == 2
+
+
+class Hungry(torch.nn.Module):
+    """A module whose device holds so many photos and no more."""
+
+    def __init__(self, inner: torch.nn.Module, holds: int):
+        super().__init__()
+        self.inner, self.holds = inner, holds
+
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        if len(photos) > self.holds:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] not enough memory: you tried to allocate too much")
+        return self.inner(photos)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(encoder, capsys):
+    photos = torch.randint(0, 256, (13, 3, 64, 64), dtype=torch.uint8)
+    views = [VIEWS["plain"], VIEWS["hflip"]]
+    hungry = Encoder(Hungry(encoder.module, 4), encoder.preprocessing, encoder.features, [encoder.device])
+    assert torch.allclose(hungry.embed(photos, views), encoder.embed(photos, views), atol=1e-5)
+    assert hungry.batch_size <= 4
+    assert "out of memory: going on with batches of 4" in capsys.readouterr().out
+
+
+def test_one_photo_that_does_not_fit_is_an_error_and_so_is_any_other_failure(encoder):
+    photos = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    full = Encoder(Hungry(encoder.module, 0), encoder.preprocessing, encoder.features, [encoder.device])
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        full.embed(photos, [VIEWS["plain"]])
+    with pytest.raises(RuntimeError, match="size"):
+        encoder.embed(photos, [lambda pixels: pixels[:, :2]])
+
+
+def test_several_devices_share_a_batch_and_give_what_one_gives(encoder):
+    photos = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    both = Encoder(encoder.module, encoder.preprocessing, encoder.features, [encoder.device, torch.device("cpu", 0)])
+    for count in (1, 2, 5):
+        found = both.embed(photos[:count], [VIEWS["plain"]])
+        assert torch.allclose(found, encoder.embed(photos[:count], [VIEWS["plain"]]), atol=1e-5)
+
+
+def test_an_encoder_that_overflows_in_half_precision_goes_on_in_full(encoder, capsys):
+    class Large(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.full((1,), 300.0))
+
+        def forward(self, photos):
+            return photos.mean(dim=(2, 3)) * self.weight * self.weight * self.weight
+
+    photos = torch.randint(1, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    half = Encoder(Large().half().requires_grad_(False), encoder.preprocessing, 3, [encoder.device])
+    full = Encoder(Large().requires_grad_(False), encoder.preprocessing, 3, [encoder.device])
+    assert torch.allclose(half.embed(photos, [VIEWS["plain"]]), full.embed(photos, [VIEWS["plain"]]), atol=1e-5)
+    assert "overflows" in capsys.readouterr().out

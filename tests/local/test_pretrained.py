@@ -96,10 +96,12 @@ def photos(folder: Path) -> list[Path]:
 
 def embed(module: nn.Module, entry: dict, paths: list[Path]) -> torch.Tensor:
     """Embeddings as the kernel makes them: (photos, features), rows of length 1."""
-    encoder = Encoder(module.eval(), read_preprocessing(entry["preprocessing"]), entry["features"], torch.device("cpu"))
+    encoder = Encoder(
+        module.eval(), read_preprocessing(entry["preprocessing"]), entry["features"], [torch.device("cpu")]
+    )
     pixels = torch.tensor(np.stack([decode(path, encoder.preprocessing) for path in paths])).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        return encoder.embed(encoder.normalise(pixels))
+        return encoder.embed(pixels, [lambda photos: photos])
 
 
 def embed_timm(module: nn.Module, config: dict, paths: list[Path]) -> torch.Tensor:

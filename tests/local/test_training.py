@@ -19,7 +19,7 @@ def fresh():
     torch.manual_seed(0)
     module = timm.create_model("test_resnet", num_classes=0)
     preprocessing = Preprocessing(64, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, "crop")
-    return Encoder(module.eval(), preprocessing, module.num_features, torch.device("cpu"))
+    return Encoder(module.eval(), preprocessing, module.num_features, [torch.device("cpu")])
 
 
 @pytest.fixture(scope="module")

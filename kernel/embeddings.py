@@ -1,0 +1,204 @@
+"""From photos to observation embeddings: decode and forward overlap, in batches, within the budget."""
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from queue import Full, Queue
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from kernel.budget import MARGIN, Budget, Pace
+from kernel.encoders import Encoder
+from kernel.observations import Observation
+from kernel.photos import decode_all
+from kernel.views import VIEWS
+
+T = TypeVar("T")
+POOLINGS = ("mean", "max")
+PROBE = 8  # photos in the first batch, from which the plan is made; few, since a slow machine pays for all their views
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What an encoder made of a list of observations.
+
+    Attributes:
+        values: (observations, features) float32, each row of length 1, or zero where no photo was seen.
+        photos: (observations,) photos that went into each row.
+        failures: photos that could not be read, by cause.
+        late: observations left out because the budget was spent.
+        views: photos by the number of their views.
+    """
+
+    values: torch.Tensor
+    photos: torch.Tensor
+    failures: Counter
+    late: int
+    views: Counter
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """(observations,) bool: which rows hold an embedding."""
+        return self.photos > 0
+
+
+class Pool:
+    """Sums up photo embeddings by observation; its memory grows with the observations, not with the photos."""
+
+    def __init__(self, observations: int, features: int, pooling: str):
+        self.pooling = pooling
+        self.totals = torch.full((observations, features), 0.0 if pooling == "mean" else -torch.inf)
+        self.counts = torch.zeros(observations, dtype=torch.long)
+
+    def add(self, owners: Sequence[int], embedded: torch.Tensor) -> None:
+        """Add (photos, features) to the observations that own them."""
+        index = torch.tensor(owners)
+        if self.pooling == "mean":
+            self.totals.index_add_(0, index, embedded)
+        else:
+            self.totals.scatter_reduce_(0, index[:, None].expand_as(embedded), embedded, "amax")
+        self.counts.index_add_(0, index, torch.ones_like(index))
+
+    def leave_out(self, first: int) -> int:
+        """Forget the observations from `first` on: half of one would not be comparable. Returns how many."""
+        self.counts[first:] = 0
+        return len(self.counts) - first
+
+    def values(self) -> torch.Tensor:
+        """(observations, features), of length 1. A mean has the direction of its sum, which is all that is needed."""
+        return nn.functional.normalize(self.totals.where(self.counts[:, None] > 0, torch.zeros(())), dim=1)
+
+
+def embed_observations(
+    encoder: Encoder,
+    observations: Sequence[Observation],
+    views: Sequence[str],
+    pooling: str = "mean",
+    budget: Budget | None = None,
+    share: float = 1.0,
+    is_optional: bool = False,
+    name: str = "",
+) -> Embeddings:
+    """Embed every observation: photos averaged over views, then pooled over the observation, then normalised.
+
+    Args:
+        views: keys of VIEWS, in order of worth. When time is short, photos get the first of them.
+        pooling: over an observation's photos, "mean" or element-wise "max".
+        budget: when it is spent, observations that are not complete are left out. None is no limit.
+        share: of the time left that the views may be planned for; the rest is for other encoders.
+        is_optional: give up at once when not even one view of every photo is affordable.
+        name: of the encoder, to tell the plan and every tenth of the way; empty is silent.
+    """
+    budget = budget or Budget(math.inf, 0.0)
+    pool, pace = Pool(len(observations), encoder.features, pooling), Pace()
+    failures, used, late, planned = Counter(), Counter(), 0, len(views)
+    total, done = sum(len(observation.photos) for observation in observations), 0
+    end, asked = budget.elapsed() + budget.left() * share, budget.elapsed()
+    for owners, photos in ahead(load_batches(encoder, observations, failures)):
+        arrived = budget.elapsed()
+        if not done and budget.left() > 0:
+            # Once untimed, since the first pass also sets the libraries up; then one view, to plan all of them by.
+            encoder.embed(photos, [VIEWS[views[0]]])
+            warm = budget.elapsed()
+            encoder.embed(photos, [VIEWS[views[0]]])
+            pace.record(len(owners), 1, arrived - asked, budget.elapsed() - warm)
+            planned = pace.affordable(total, len(views), end - budget.elapsed())
+            if name:
+                tell_plan(name, total, planned, len(views), pace, budget)
+            if is_optional and pace.seconds(total, 1) > budget.left():
+                late = pool.leave_out(0)
+                break
+        count = pace.affordable(total - done - failures.total(), planned, end - budget.elapsed())
+        if budget.left() <= max(0, pace.seconds(len(owners), count)):
+            late = pool.leave_out(owners[0])
+            break
+        start = budget.elapsed()
+        pool.add(owners, encoder.embed(photos, [VIEWS[view] for view in views[:count]]))
+        if done:
+            pace.record(len(owners), count, arrived - asked, budget.elapsed() - start)
+        asked = budget.elapsed()
+        used[count] += len(owners)
+        if name and (done + len(owners)) * 10 // total > done * 10 // total:
+            print(f"{name}: {done + len(owners)} of {total} photos, {count} views", flush=True)
+        done += len(owners)
+    return Embeddings(pool.values(), pool.counts, failures, late, used)
+
+
+def tell_plan(name: str, photos: int, planned: int, views: int, pace: Pace, budget: Budget) -> None:
+    """One line: what the time left is planned for."""
+    print(
+        f"{name}: {planned} of {views} views of {photos} photos, about {pace.seconds(photos, planned):.0f} s of the "
+        f"{budget.left():.0f} s left ({MARGIN:.0%} of the limit is kept in reserve)",
+        flush=True,
+    )
+
+
+def load_batches(
+    encoder: Encoder, observations: Sequence[Observation], failures: Counter
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Readable photos in order, as (index of the observation of each, (batch, 3, size, size) uint8).
+
+    Args:
+        failures: counts by cause the photos that could not be read.
+    """
+    photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
+    size, owners, batch = PROBE, [], []
+    for (owner, _), photo in zip(photos, decode_all((path for _, path in photos), encoder.preprocessing), strict=True):
+        if isinstance(photo, str):
+            failures[photo] += 1
+            continue
+        owners.append(owner)
+        batch.append(photo)
+        if len(batch) == size:
+            yield owners, stack(batch, encoder)
+            size, owners, batch = encoder.batch_size, [], []
+    if batch:
+        yield owners, stack(batch, encoder)
+
+
+def stack(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:
+    """Photos as one tensor, (batch, 3, size, size) uint8, in memory from which a GPU can fetch them by itself."""
+    batch = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2)
+    return batch.pin_memory() if encoder.device.type == "cuda" else batch
+
+
+def ahead(batches: Iterator[T], depth: int = 2) -> Iterator[T]:
+    """The same batches, made in a thread of their own while the ones before are being embedded."""
+    waiting: Queue = Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stopped.is_set():
+            with suppress(Full):
+                waiting.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put((batch, None)):
+                    break
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+        finally:
+            batches.close()
+
+    threading.Thread(target=work, name="ahead", daemon=True).start()
+    try:
+        while True:
+            batch, error = waiting.get()
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise error
+            yield batch
+    finally:
+        stopped.set()

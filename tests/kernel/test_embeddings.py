@@ -1,0 +1,188 @@
+"""An observation's embedding is the mean over its photos and views, whatever the batches and the order."""
+
+import threading
+
+import pytest
+import torch
+
+from kernel.budget import Budget
+from kernel.embeddings import ahead, embed_observations
+from kernel.encoders import Encoder
+from kernel.observations import Observation
+from kernel.photos import decode
+from kernel.views import VIEWS
+from tests.conftest import photo
+
+
+@pytest.fixture(scope="module")
+def observations(tmp_path_factory):
+    """40 observations of 1 to 3 photos: more than two batches."""
+    folder, seed, result = tmp_path_factory.mktemp("photos"), 0, []
+    for number in range(40):
+        paths = []
+        for _ in range(1 + number % 3):
+            paths.append(photo(folder / f"{seed}.jpg", seed))
+            seed += 1
+        result.append(Observation(str(number), tuple(paths)))
+    return result
+
+
+def pixels_of(encoder, path):
+    return torch.from_numpy(decode(path, encoder.preprocessing).copy()).permute(2, 0, 1)[None]
+
+
+def by_hand(encoder, path, views=("plain",)):
+    return encoder.embed(pixels_of(encoder, path), [VIEWS[view] for view in views])[0]
+
+
+def test_an_observation_is_the_normalised_mean_of_its_photos(encoder, observations):
+    found = embed_observations(encoder, observations, ["plain"])
+    for index in (0, 2, 17, 39):
+        mean = torch.stack([by_hand(encoder, path) for path in observations[index].photos]).mean(dim=0)
+        assert torch.allclose(found.values[index], mean / mean.norm(), atol=1e-5)
+    assert found.photos.tolist() == [1 + number % 3 for number in range(40)]
+
+
+def test_max_pooling_takes_the_largest_of_each_feature(encoder, observations):
+    found = embed_observations(encoder, observations, ["plain"], pooling="max")
+    largest = torch.stack([by_hand(encoder, path) for path in observations[2].photos]).amax(dim=0)
+    assert torch.allclose(found.values[2], largest / largest.norm(), atol=1e-5)
+
+
+def test_an_embedding_is_the_mean_over_the_views(encoder, observations):
+    path = observations[0].photos[0]
+    each = [by_hand(encoder, path, [view]) for view in VIEWS]
+    assert torch.allclose(by_hand(encoder, path, list(VIEWS)), torch.stack(each).mean(dim=0), atol=1e-6)
+    flipped = encoder.embed(pixels_of(encoder, path).flip(-1), [VIEWS["plain"]])[0]
+    assert torch.allclose(by_hand(encoder, path, ["hflip"]), flipped, atol=1e-5)
+
+
+def test_the_order_of_the_table_does_not_change_an_observation(encoder, observations):
+    forward = embed_observations(encoder, observations, ["plain", "hflip"]).values
+    backward = embed_observations(encoder, observations[::-1], ["plain", "hflip"]).values
+    assert torch.allclose(forward, backward.flip(0), atol=1e-5)
+
+
+def test_an_unreadable_photo_leaves_its_observation_to_the_others(encoder, observations, tmp_path):
+    missing = tmp_path / "missing.jpg"
+    mixed = Observation("mixed", (*observations[1].photos, missing))
+    found = embed_observations(encoder, [mixed, Observation("none", (missing,))], ["plain"])
+    expected = embed_observations(encoder, [observations[1]], ["plain"])
+    assert torch.allclose(found.values[0], expected.values[0], atol=1e-6)
+    assert found.seen.tolist() == [True, False]
+    assert found.values[1].abs().sum() == 0
+    assert found.failures == {"FileNotFoundError": 2}
+
+
+class Machine:
+    """A clock that only the encoder moves: every view of a photo takes so many seconds."""
+
+    def __init__(self, encoder: Encoder, seconds: float, slower: tuple[int, float] = (10**9, 1.0)):
+        self.now, self.seconds, self.calls, self.slower, self.inner = 0.0, seconds, 0, slower, encoder
+        self.device, self.batch_size, self.features = encoder.device, encoder.batch_size, encoder.features
+        self.preprocessing = encoder.preprocessing
+
+    def embed(self, photos, views):
+        self.calls += 1
+        factor = self.slower[1] if self.calls > self.slower[0] else 1.0
+        self.now += len(photos) * len(views) * self.seconds * factor
+        return self.inner.embed(photos, views)
+
+    def budget(self, limit: float) -> Budget:
+        return Budget(limit, 0.0, lambda: self.now)
+
+
+FOUR = ["plain", "hflip", "rotate90", "rotate270"]
+PHOTOS = 79  # of the 40 observations
+
+
+def test_with_time_enough_every_photo_gets_every_view(encoder, observations, capsys):
+    machine = Machine(encoder, 1.0)
+    found = embed_observations(machine, observations, FOUR, budget=machine.budget(10_000), name="tiny")
+    assert found.views == {4: PHOTOS}
+    assert torch.allclose(found.values, embed_observations(encoder, observations, FOUR).values, atol=1e-6)
+    assert "tiny: 4 of 4 views of 79 photos, about 316 s" in capsys.readouterr().out
+
+
+def test_a_limit_too_short_for_all_views_gives_every_photo_fewer(encoder, observations):
+    machine = Machine(encoder, 1.0)
+    found = embed_observations(machine, observations, FOUR, budget=machine.budget(3 * PHOTOS))
+    assert found.views == {2: PHOTOS}
+    assert found.late == 0
+    assert torch.allclose(found.values, embed_observations(encoder, observations, FOUR[:2]).values, atol=1e-6)
+    assert machine.now <= 3 * PHOTOS
+
+
+def test_a_machine_that_slows_down_sheds_views_from_the_photos_to_come(encoder, observations):
+    machine = Machine(encoder, 1.0, slower=(4, 3.0))
+    found = embed_observations(machine, observations, FOUR, budget=machine.budget(6 * PHOTOS))
+    assert found.late == 0
+    assert found.seen.all()
+    assert found.views[4] > 0
+    assert sum(count for views, count in found.views.items() if views < 4) > 0
+    assert machine.now <= 6 * PHOTOS
+
+
+def test_when_not_even_one_view_fits_the_rest_is_left_out_whole(encoder, observations):
+    machine = Machine(encoder, 1.0)
+    found = embed_observations(machine, observations, FOUR, budget=machine.budget(0.7 * PHOTOS))
+    complete = found.seen.tolist().index(False)
+    assert complete > 0
+    assert not any(found.seen[complete:])
+    assert found.late == len(observations) - complete
+    assert found.photos[:complete].tolist() == [1 + number % 3 for number in range(complete)]
+    assert machine.now <= 0.7 * PHOTOS
+
+
+def test_without_any_time_nothing_is_embedded(encoder, observations):
+    machine = Machine(encoder, 1.0)
+    found = embed_observations(machine, observations, FOUR, budget=machine.budget(0))
+    assert (machine.calls, found.late, found.seen.any().item()) == (0, len(observations), False)
+
+
+def test_an_optional_encoder_that_cannot_finish_is_given_up_at_once(encoder, observations):
+    machine = Machine(encoder, 1.0)
+    budget = machine.budget(0.7 * PHOTOS)
+    found = embed_observations(machine, observations, FOUR, budget=budget, is_optional=True)
+    assert found.late == len(observations)
+    assert not found.seen.any()
+    assert machine.calls == 2  # the probe, and nothing else
+
+
+def test_views_are_planned_within_the_share_of_this_encoder(encoder, observations):
+    machine = Machine(encoder, 1.0)
+    found = embed_observations(machine, observations, FOUR, budget=machine.budget(5 * PHOTOS), share=0.5)
+    assert found.views == {2: PHOTOS}
+
+
+def test_batches_made_ahead_are_the_same_batches_and_errors_come_through():
+    def numbers(fails: bool):
+        yield from range(5)
+        if fails:
+            raise OSError("the disk is gone")
+
+    assert list(ahead(numbers(False))) == [0, 1, 2, 3, 4]
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(ahead(numbers(True)))
+
+
+def test_a_reader_that_stops_early_ends_the_work_ahead_of_it():
+    closed = []
+
+    def numbers():
+        try:
+            yield from range(10**9)
+        finally:
+            closed.append(True)
+
+    batches = ahead(numbers())
+    assert next(batches) == 0
+    batches.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("ahead"):
+            thread.join(timeout=10)
+    assert closed == [True]
+
+
+def test_no_observations_are_no_error(encoder):
+    assert embed_observations(encoder, [], ["plain"]).values.shape == (0, encoder.features)
