@@ -93,7 +93,12 @@ def resolution_folder(split: Path, wanted: str) -> Path:
 def _read_fungiclef(folder: Path, table: Path, resolution: str) -> list[Observation]:
     photos = resolution_folder(folder / "images" / table.parent.name / "test", resolution)
     rows = read_table(table, ("observationID", "filename"))
-    return group_photos((row["observationID"], photos / row["filename"]) for row in rows)
+    return group_photos((whole(row["observationID"]), photos / row["filename"]) for row in rows)
+
+
+def whole(number: str) -> str:
+    """An id as the sample submission spells it, also where a table's writer took its column for floats."""
+    return number.removesuffix(".0")
 
 
 def _read_herbarium(folder: Path, table: Path, resolution: str) -> list[Observation]:

@@ -25,23 +25,38 @@ def read_photo(path: Path, side: int) -> Image.Image:
         width, height = image.size
         factor = DRAFT * side / min(width, height)
         image.draft("RGB", (int(width * factor), int(height * factor)))
-        return ImageOps.exif_transpose(image).convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any photo in 8 bits of red, green and blue; Pillow itself cuts 16 bits off at 255, or refuses them."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
 
 
 def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and crop an RGB photo as the encoder's own evaluation transform does: (size, size, 3) uint8."""
-    size = preprocessing.size
+    size, short = preprocessing.size, shorter_side(preprocessing)
     resampling = Image.Resampling[preprocessing.interpolation.upper()]
-    short = shorter_side(preprocessing)
-    width, height = image.size
     if preprocessing.fit == "squash":
         width, height = short, short
-    elif width <= height:
-        width, height = short, int(short * height / width)
     else:
-        width, height = int(short * width / height), short
+        image = without_far_ends(image)
+        width, height = image.size
+        width, height = max(short, int(short * width / height)), max(short, int(short * height / width))
     left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.resize((width, height), resampling).crop((left, top, left + size, top + size)))
+
+
+def without_far_ends(image: Image.Image, aspect: int = 8) -> Image.Image:
+    """The middle of a photo more than `aspect` times as long as wide, which resized whole could fill the memory."""
+    width, height = image.size
+    longest = aspect * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return image.crop((left, top, width - left, height - top))
 
 
 def shorter_side(preprocessing: Preprocessing) -> int:
