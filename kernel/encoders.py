@@ -54,8 +54,8 @@ class Encoder:
         self.module, self.preprocessing, self.features, self.device = module, preprocessing, features, devices[0]
         self.replicas = [module, *(copy.deepcopy(module).to(device) for device in devices[1:])]
         self.devices = list(devices)
-        # Enough to fill a GPU. On a CPU few: activations over 32 MiB would be given back to the system and cleared anew at
-        # every layer, which costs as long again as the arithmetic.
+        # Enough to fill a GPU. On a CPU few: activations over 32 MiB would be given back to the system and cleared anew
+        # at every layer, which costs as much time again as the arithmetic.
         self.batch_size = 8 if self.device.type == "cpu" else 128 * len(devices)
         # Normalisation is folded into one multiplication and one addition of the uint8 pixels.
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
