@@ -4,12 +4,14 @@ An encoder is described by its entry in the manifest, and only by it; nothing is
 """
 
 import copy
+import ctypes
 import importlib
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +56,7 @@ class Encoder:
         self.module, self.preprocessing, self.features, self.device = module, preprocessing, features, devices[0]
         self.replicas = [module, *(copy.deepcopy(module).to(device) for device in devices[1:])]
         self.devices = list(devices)
-        # Enough to fill a GPU. On a CPU few: activations over 32 MiB would be given back to the system and cleared anew
-        # at every layer, which costs as much time again as the arithmetic.
+        # Enough to fill a GPU, and few enough on a CPU for the budget to be watched between batches.
         self.batch_size = 8 if self.device.type == "cpu" else 128 * len(devices)
         # Normalisation is folded into one multiplication and one addition of the uint8 pixels.
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
@@ -129,7 +130,22 @@ def pick_devices() -> list[torch.device]:
             devices.append(device)
         except RuntimeError as error:
             print(f"{device} fails at a sum and is left alone: {str(error).splitlines()[0]}", flush=True)
+    if not devices:
+        keep_freed_memory()
     return devices or [torch.device("cpu")]
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed instead of giving it back to the system.
+
+    Otherwise every layer's activations, of tens of megabytes, are mapped and cleared anew, page by page, which takes as
+    long again as the arithmetic. Other C libraries are left as they are.
+    """
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
 
 
 def half_precision(device: torch.device) -> torch.dtype:
