@@ -33,13 +33,17 @@ class Budget:
 class Pace:
     """What photos have cost lately, and so how many views the rest can have.
 
-    Decoding runs beside the forward passes, so a photo costs whichever takes longer: its decode, or its views. Both
-    are running means that forget: a disk or a neighbour that slows down shows within a few batches.
+    A photo costs its decode and its views; whichever takes longer, where one runs beside the other. Both are running
+    means that forget: a disk or a neighbour that slows down shows within a few batches.
+
+    Args:
+        overlaps: whether decoding runs beside the forward passes.
     """
 
     MEMORY = 0.7  # weight of the past against one new batch
 
-    def __init__(self) -> None:
+    def __init__(self, overlaps: bool) -> None:
+        self.overlaps = overlaps
         self.decode = self.per_view = 0.0  # seconds per photo
         self.batches = 0
 
@@ -47,12 +51,13 @@ class Pace:
         """Note a batch.
 
         Args:
-            waited: seconds until its photos were there; none says only that decoding is no slower than `forward`.
+            waited: seconds until its photos were there. Where decoding overlaps, these are what the forward passes did
+                not hide, and none at all says only that decoding is no slower than they are.
             forward: seconds of its forward passes, all views together.
         """
-        decode = (waited + forward if self.batches else waited) / photos
-        if waited < 0.05 * forward:
-            decode = min(self.decode, forward / photos)
+        decode = waited / photos
+        if self.overlaps and self.batches:
+            decode = (waited + forward) / photos if waited > 0.05 * forward else min(self.decode, forward / photos)
         memory = self.MEMORY if self.batches else 0.0
         self.decode = memory * self.decode + (1 - memory) * decode
         self.per_view = memory * self.per_view + (1 - memory) * forward / photos / views
@@ -60,7 +65,7 @@ class Pace:
 
     def seconds(self, photos: int, views: int) -> float:
         """How long photos will take, each in so many views."""
-        return photos * max(self.decode, views * self.per_view)
+        return photos * (max if self.overlaps else sum)((self.decode, views * self.per_view))
 
     def affordable(self, photos: int, views: int, left: float) -> int:
         """The largest number of views, up to `views`, that so many photos can have in `left` seconds; at least 1."""

@@ -1,9 +1,11 @@
 """From photos to observation embeddings: decode and forward overlap, in batches, within the budget."""
 
 import math
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Full, Queue
@@ -95,14 +97,16 @@ def embed_observations(
         is_optional: give up at once when not even one view of every photo is affordable.
         name: of the encoder, to tell the plan and every tenth of the way; empty is silent.
     """
-    budget = budget or Budget(math.inf, 0.0)
-    pool, pace = Pool(len(observations), encoder.features, pooling), Pace()
-    failures, used, late, planned = Counter(), Counter(), 0, len(views)
+    budget, failures = budget or Budget(math.inf, 0.0), Counter()
+    # Beside a GPU decoding runs ahead; on a CPU it would take cores from the forward pass, whose threads then wait.
+    overlaps, batches = encoder.device.type != "cpu", load_batches(encoder, observations, failures)
+    pool, pace = Pool(len(observations), encoder.features, pooling), Pace(overlaps)
+    used, late, planned = Counter(), 0, len(views)
     total, done = sum(len(observation.photos) for observation in observations), 0
     end, asked = budget.elapsed() + budget.left() * share, budget.elapsed()
-    for owners, photos in ahead(load_batches(encoder, observations, failures)):
+    for owners, photos in ahead(batches) if overlaps else batches:
         arrived = budget.elapsed()
-        if not done and budget.left() > 0:
+        if not done and 0 < budget.left() < math.inf:
             # Once untimed, since the first pass also sets the libraries up; then one view, to plan all of them by.
             encoder.embed(photos, [VIEWS[views[0]]])
             warm = budget.elapsed()
@@ -141,25 +145,26 @@ def tell_plan(name: str, photos: int, planned: int, views: int, pace: Pace, budg
 
 def load_batches(
     encoder: Encoder, observations: Sequence[Observation], failures: Counter
-) -> Iterator[tuple[list[int], torch.Tensor]]:
+) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
     """Readable photos in order, as (index of the observation of each, (batch, 3, size, size) uint8).
 
     Args:
         failures: counts by cause the photos that could not be read.
     """
     photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
-    size, owners, batch = PROBE, [], []
-    for (owner, _), photo in zip(photos, decode_all((path for _, path in photos), encoder.preprocessing), strict=True):
-        if isinstance(photo, str):
-            failures[photo] += 1
-            continue
-        owners.append(owner)
-        batch.append(photo)
-        if len(batch) == size:
-            yield owners, stack(batch, encoder)
-            size, owners, batch = encoder.batch_size, [], []
-    if batch:
-        yield owners, stack(batch, encoder)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        first, end = 0, PROBE
+        while first < len(photos):
+            part = photos[first:end]
+            first, end = end, end + encoder.batch_size
+            decoded = decode_all([path for _, path in part], encoder.preprocessing, threads)
+            failures.update(photo for photo in decoded if isinstance(photo, str))
+            readable = [
+                (owner, photo) for (owner, _), photo in zip(part, decoded, strict=True) if not isinstance(photo, str)
+            ]
+            if readable:
+                owners, batch = zip(*readable, strict=True)
+                yield owners, stack(batch, encoder)
 
 
 def stack(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Encoder:
         self.replicas = [module, *(copy.deepcopy(module).to(device) for device in devices[1:])]
         self.devices = list(devices)
         # Enough to fill a GPU, and few enough on a CPU for the budget to be watched between batches.
-        self.batch_size = 8 if self.device.type == "cpu" else 128 * len(devices)
+        self.batch_size = 16 if self.device.type == "cpu" else 128 * len(devices)
         # Normalisation is folded into one multiplication and one addition of the uint8 pixels.
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
         self._factor, self._offset = 1 / (255 * std), mean / std
@@ -193,10 +193,10 @@ def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device],
     Raises:
         InputError: its file is missing or damaged, or does not fit its architecture.
     """
+    path = weights.file(entry["file"])
     if entry["library"] != "timm":
         install_wheels(weights, packages)
     module = build_module(entry["library"], entry["architecture"], entry["arguments"])
-    path = weights.file(entry["file"])
     try:
         module.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:

@@ -1,10 +1,7 @@
 """Decode photos in threads, each behind its own guard: a photo that cannot be read costs only itself."""
 
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterable
+from concurrent.futures import Executor
 from pathlib import Path
 
 import numpy as np
@@ -76,17 +73,6 @@ def decode(path: Path, preprocessing: Preprocessing) -> np.ndarray | str:
         return type(error).__name__
 
 
-def decode_all(paths: Iterable[Path], preprocessing: Preprocessing, ahead: int = 256) -> Iterator[np.ndarray | str]:
-    """`decode` of every path, in order, with at most `ahead` photos waiting in memory.
-
-    Threads suffice: Pillow releases the interpreter's lock while it decodes and resizes.
-    """
-    paths = iter(paths)
-    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
-    try:
-        waiting = deque(pool.submit(decode, path, preprocessing) for path in islice(paths, ahead))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(decode, path, preprocessing) for path in islice(paths, 1))
-    finally:  # also when the reader stops early, and has no time to wait for photos that nobody wants
-        pool.shutdown(wait=False, cancel_futures=True)
+def decode_all(paths: Iterable[Path], preprocessing: Preprocessing, threads: Executor) -> list[np.ndarray | str]:
+    """`decode` of every path, in order. Threads suffice: Pillow lets go of the interpreter while it decodes."""
+    return list(threads.map(lambda path: decode(path, preprocessing), paths))

@@ -6,10 +6,12 @@ python local/benchmark.py speed --encoder timm:vit_base_patch16_224 --json build
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -109,7 +111,10 @@ def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
         paths = draw_photos(folder, pixels, count)
         paths *= 1 if on_cpu else 8  # a GPU needs more than one batch
         observations = [Observation(str(number), (path,)) for number, path in enumerate(paths)]
-        decode = best_rate(len(paths), lambda paths=paths: list(decode_all(paths, encoder.preprocessing)))
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            decode = best_rate(
+                len(paths), lambda paths=paths, threads=threads: decode_all(paths, encoder.preprocessing, threads)
+            )
         whole = best_rate(len(paths), lambda rows=observations: embed_observations(encoder, rows, ["plain"]))
         few = paths[:count]
         # On a CPU decode and forward share the cores; beside a GPU they overlap.

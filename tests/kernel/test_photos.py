@@ -1,5 +1,6 @@
 """Decoding gives what the encoder was trained on, and a photo that cannot be read costs only itself."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -59,7 +60,8 @@ def test_a_truncated_photo_costs_only_itself(tmp_path):
     text.write_text("<html>404</html>")
     folder.mkdir()
     paths = [good[0], truncated, empty, good[1], text, folder, tmp_path / "missing.jpg", good[2]]
-    decoded = list(decode_all(paths, CROP, ahead=3))
+    with ThreadPoolExecutor(3) as threads:
+        decoded = decode_all(paths, CROP, threads)
     causes = [result if isinstance(result, str) else "read" for result in decoded]
     assert [cause == "read" for cause in causes] == [True, False, False, True, False, False, False, True]
     assert causes[5:7] == ["IsADirectoryError", "FileNotFoundError"]

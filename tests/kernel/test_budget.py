@@ -1,0 +1,56 @@
+"""What a photo costs, and what the rest can afford, from measurements alone."""
+
+import pytest
+
+from kernel.budget import MARGIN, Budget, Pace
+
+
+def pace(overlaps: bool, *batches: tuple[int, int, float, float]) -> Pace:
+    result = Pace(overlaps)
+    for batch in batches:
+        result.record(*batch)
+    return result
+
+
+def test_a_tenth_of_the_limit_is_kept_in_reserve():
+    budget = Budget(100, 7, lambda: 30)
+    assert budget.elapsed() == 23
+    assert budget.left() == pytest.approx(100 * (1 - MARGIN) - 23)
+
+
+def test_on_a_cpu_decode_and_views_add_up():
+    measured = pace(False, (10, 1, 2.0, 3.0))  # .2 s to decode a photo, .3 s for a view of it
+    assert measured.seconds(100, 1) == pytest.approx(50)
+    assert measured.seconds(100, 4) == pytest.approx(140)
+
+
+def test_beside_a_gpu_the_longer_of_the_two_counts():
+    measured = pace(True, (10, 1, 2.0, 1.0))
+    assert measured.seconds(100, 1) == pytest.approx(20)
+    assert measured.seconds(100, 4) == pytest.approx(40)
+
+
+def test_beside_a_gpu_a_wait_tells_how_slow_decoding_is():
+    measured = pace(True, (10, 1, 1.0, 1.0), *[(10, 2, 3.0, 2.0)] * 30)  # .5 s a photo, .2 s of it hidden
+    assert measured.seconds(100, 1) == pytest.approx(50, rel=0.01)
+
+
+def test_beside_a_gpu_no_wait_tells_that_decoding_is_no_slower():
+    measured = pace(True, (10, 1, 9.0, 1.0), *[(10, 2, 0.0, 2.0)] * 30)
+    assert measured.seconds(100, 1) == pytest.approx(20, rel=0.01)
+
+
+def test_as_many_views_are_affordable_as_fit_and_never_none():
+    measured = pace(False, (10, 1, 1.0, 1.0))  # .1 s and .1 s
+    assert measured.affordable(100, 11, 1000) == 11
+    assert measured.affordable(100, 11, 60) == 5
+    assert measured.affordable(100, 11, 59) == 4
+    assert measured.affordable(100, 11, 0) == 1
+
+
+def test_a_slower_machine_shows_within_a_few_batches():
+    measured = pace(False, *[(10, 2, 1.0, 2.0)] * 20)
+    assert measured.seconds(100, 2) == pytest.approx(30)
+    for _ in range(5):
+        measured.record(10, 2, 4.0, 8.0)
+    assert measured.seconds(100, 2) > 100
