@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ exec "$@"
 """
 # An audit hook cannot be removed again by the script that it watches.
 GUARD = """
-import os, runpy, sys
+import os, sys
 folders = [os.path.realpath(folder) for folder in sys.argv[1].split(os.pathsep)]
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 def inside(real):
@@ -46,9 +46,14 @@ def refuse(event, arguments):
                 if real:
                     raise PermissionError(f"{path} is read-only in a rehearsal")
 sys.addaudithook(refuse)
+"""
+START = """
+import runpy, sys
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# Called in a thread with the process group and an event that is set when the process is about to end.
+Companion = Callable[[int, threading.Event], None]
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,9 @@ def run_isolated(
     isolation: list[str] | None,
     limit: float,
     hear: Callable[[str], None],
+    environment: Mapping[str, str] | None = None,
+    bootstrap: str = "",
+    companion: Companion | None = None,
 ) -> Outcome:
     """Run `python -I script arguments` without network, in `working`.
 
@@ -94,22 +102,26 @@ def run_isolated(
         isolation: of `find_isolation`; None takes the guard in the interpreter.
         limit: seconds after which the process and its children are killed.
         hear: called with each line that it prints, errors included.
+        environment: variables that the process gets beside the usual ones.
+        bootstrap: Python that runs in the process before the script, such as an audit hook.
+        companion: lives beside the process, and may send signals to its group.
     """
     python = [sys.executable, "-I", "-u"]  # -I makes it deaf to PYTHONUNBUFFERED
+    before = bootstrap + ("" if isolation else GUARD)
+    if before:
+        python += ["-c", before + START, os.pathsep.join(map(str, read_only))]
+    command = [*python, str(script), *arguments]
     if isolation:
-        command = [*isolation, str(len(read_only)), *map(str, read_only), *python, str(script), *arguments]
-    else:
-        folders = os.pathsep.join(map(str, read_only))
-        command = [*python, "-c", GUARD, folders, str(script), *arguments]
+        command = [*isolation, str(len(read_only)), *map(str, read_only), *command]
     kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
-    environment = {name: os.environ[name] for name in kept if name in os.environ}
+    variables = {name: os.environ[name] for name in kept if name in os.environ}
     # A home of its own: nothing that was downloaded before can stand in for what the bundle lacks.
-    environment |= {"HOME": str(working), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    variables |= {"HOME": str(working), "KAGGLE_KERNEL_RUN_TYPE": "Batch", **(environment or {})}
     started = time.monotonic()
     process = subprocess.Popen(
         command,
         cwd=working,
-        env=environment,
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -127,9 +139,14 @@ def run_isolated(
     ended, peak = threading.Event(), [0.0]
     watcher = threading.Thread(target=_watch_memory, args=(process.pid, ended, peak), daemon=True)
     watcher.start()
+    ending = threading.Event()
+    attendant = threading.Thread(target=companion or _be_idle, args=(process.pid, ending), daemon=True)
+    attendant.start()
     try:
         for line in process.stdout:
             hear(line.rstrip("\n"))
+        ending.set()
+        attendant.join()  # before the process is reaped: until then its number is nobody else's
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
         kill()
@@ -137,6 +154,7 @@ def run_isolated(
         raise
     finally:
         timer.cancel()
+        ending.set()
         ended.set()
         watcher.join()
         process.stdout.close()
@@ -146,6 +164,35 @@ def run_isolated(
     return Outcome(
         process.returncode, time.monotonic() - started, peak[0] or usage.ru_maxrss * unit / 1e6, killed.is_set()
     )
+
+
+def duty_cycle(share: float, period: float = 0.1) -> Companion:
+    """A companion that lets a process group run for only a share of each period, in seconds: a slower machine."""
+
+    def throttle(group: int, ending: threading.Event) -> None:
+        while not ending.wait(period * share):
+            os.killpg(group, signal.SIGSTOP)
+            ending.wait(period * (1 - share))
+            os.killpg(group, signal.SIGCONT)
+
+    return throttle
+
+
+def kill_after(announced: threading.Event, seconds: float) -> Companion:
+    """A companion that kills a process group some seconds after an announcement, unless it ends before."""
+
+    def kill(group: int, ending: threading.Event) -> None:
+        while not announced.wait(0.01):
+            if ending.is_set():
+                return
+        if not ending.wait(seconds):
+            os.killpg(group, signal.SIGKILL)
+
+    return kill
+
+
+def _be_idle(group: int, ending: threading.Event) -> None:
+    """The companion of a process that needs none."""
 
 
 def _watch_memory(pid: int, ended: threading.Event, peak: list[float]) -> None:

@@ -1,8 +1,15 @@
-"""Lay a competition and a bundle out as Kaggle mounts them, with the test labels absent. Called by the rehearsal."""
+"""Lay a competition and a bundle out as Kaggle mounts them, with the test labels absent. Called by the rehearsal.
+
+What is laid out may be links to the user's own files, so nothing ever writes into one: it is removed, and another put
+in its place.
+"""
 
 import csv
+import io
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.observations import read_table
@@ -15,6 +22,22 @@ VISIBLE = {
     "class-folders": ("test/**/*", "sample_submission.csv"),
 }
 LABELS = ("category_id", "scientificName", "species", "specificEpithet", "genus", "family", "poisonous")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A rehearsal's folders.
+
+    Attributes:
+        inputs: what Kaggle would mount at /kaggle/input; the competition and the weights lie somewhere in it.
+        source: holds the script, alone.
+    """
+
+    name: str
+    inputs: Path
+    competition: Path
+    weights: Path
+    source: Path
 
 
 def stage_competition(data: Path, folder: Path) -> None:
@@ -51,11 +74,22 @@ def drop_columns(path: Path, columns: tuple[str, ...]) -> None:
     rows = read_table(path, ())
     kept = [name for name in rows[0] if name not in columns] if rows else []
     if rows and len(kept) < len(rows[0]):
-        path.unlink()  # it may be a link to the user's own file
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, kept, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, kept, rows)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
+    """Put a CSV file in the place of another."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(path, text.getvalue().encode())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put a file in the place of another, which may be a link to the user's own."""
+    path.unlink()
+    path.write_bytes(content)
 
 
 def fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
