@@ -148,9 +148,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)
 
 
-def half_precision(device: torch.device) -> torch.dtype:
-    """The fastest type that keeps embeddings: a T4 has fp16 tensor cores and no bf16 ones, a CPU is exact."""
-    if device.type == "cpu":
+def pick_dtype(device: torch.device, precision: str = "half") -> torch.dtype:
+    """The type of an encoder's weights on a device.
+
+    Args:
+        precision: "half" is the fastest type that keeps embeddings: bf16 where the GPU has it, fp16 on a T4, which has
+            fp16 tensor cores alone, and fp32 on a CPU. "full" is fp32 everywhere.
+    """
+    if device.type == "cpu" or precision == "full":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
@@ -204,5 +209,5 @@ def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device],
         raise InputError(f"{path} does not fit {entry['architecture']}: {reason}; train or bundle again") from error
     module.requires_grad_(False).eval()
     # Cast, not autocast: open_clip under bf16 autocast is 3.6 times slower than fp32 on a CPU.
-    module.to(devices[0], half_precision(devices[0]), memory_format=torch.channels_last)
+    module.to(devices[0], pick_dtype(devices[0], entry["precision"]), memory_format=torch.channels_last)
     return Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], devices)

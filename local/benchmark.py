@@ -24,7 +24,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder, half_precision, pick_devices, read_preprocessing
+from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessing
 from kernel.observations import Observation
 from kernel.photos import decode_all, shorter_side
 from kernel.views import VIEWS
@@ -148,7 +148,7 @@ def speed(options: argparse.Namespace) -> dict:
     module, entry = load_encoder(options.encoder, pretrained=not options.encoder.startswith("timm:"))
     devices = pick_devices()
     module.requires_grad_(False).eval()
-    module.to(devices[0], half_precision(devices[0]), memory_format=torch.channels_last)
+    module.to(devices[0], pick_dtype(devices[0]), memory_format=torch.channels_last)
     encoder = Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], devices)
     machine = (
         f"{torch.get_num_threads()} cores"

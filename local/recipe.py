@@ -26,6 +26,7 @@ class Recipe:
     image_size: int = 0  # pixels; 0: the encoder's own
     resolution: str = "auto"  # one of FungiCLEF's folders; auto: the smallest that the encoder does not enlarge
     fit: str = "encoder"  # "crop", "squash", or what the encoder was trained with
+    precision: str = "half"  # of the encoder on a GPU; "full" for one that loses by it
     views: tuple[str, ...] = ("plain", "hflip")
     pooling: str = "mean"  # over an observation's photos
 
@@ -53,6 +54,7 @@ class Recipe:
 CHOICES = {
     "resolution": ("auto", *RESOLUTIONS),
     "fit": ("encoder", "crop", "squash"),
+    "precision": ("half", "full"),
     "pooling": POOLINGS,
     "reference": ("train", "train+val"),
     "prototypes": ("fixed", "learned"),

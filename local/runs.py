@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from kernel.encoders import Encoder, half_precision, pick_devices, read_preprocessing
+from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessing
 from kernel.mounts import FORMAT, MANIFEST, InputError, sha256
 from kernel.observations import RESOLUTIONS
 from kernel.photos import shorter_side
@@ -94,7 +94,7 @@ def fill_run(folder: Path, recipe: Recipe, competition: Competition, encoder: En
     save_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
 
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
-    encoder.module.to(half_precision(encoder.device))
+    encoder.module.to(pick_dtype(encoder.device, recipe.precision))
     judged = judge(encoder, fit, validation, recipe, recipe.views)
     validated = score(validation.class_ids, judged.guesses, recipe.seed) if len(validation) else {}
     if validated:
@@ -115,6 +115,22 @@ def fill_run(folder: Path, recipe: Recipe, competition: Competition, encoder: En
     write_json(metrics, folder / "metrics.json")
     plot_training_curve(log, chosen, folder / "training-curve.png")
     plot_class_distribution(class_ids, folder / "class-distribution.png")
+    member = {
+        "name": entry["architecture"],
+        "encoder": {**entry, "precision": recipe.precision, "file": ENCODER_FILE},
+        "views": list(recipe.views),
+        "pooling": recipe.pooling,
+        "bank": BANK_FILE,
+        "validation": validated,
+        "recipe": dataclasses.asdict(recipe),
+        "data_sha256": competition.digest(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+    }
+    write_manifest(folder, competition, classes, commonest_classes(class_ids, classes), member)
+
+
+def write_manifest(folder: Path, competition: Competition, classes: list[str], prior: list[str], member: dict) -> None:
+    """Write what the kernel must know of a run, as the manifest of a bundle of one."""
     manifest = {
         "format": FORMAT,
         "competition": {
@@ -123,20 +139,8 @@ def fill_run(folder: Path, recipe: Recipe, competition: Competition, encoder: En
             "time_limit": TIME_LIMITS[competition.layout.name],
         },
         "class_ids": classes,
-        "prior": commonest_classes(class_ids, classes),
-        "members": [
-            {
-                "name": entry["architecture"],
-                "encoder": {**entry, "file": ENCODER_FILE},
-                "views": list(recipe.views),
-                "pooling": recipe.pooling,
-                "bank": BANK_FILE,
-                "validation": validated,
-                "recipe": dataclasses.asdict(recipe),
-                "data_sha256": competition.digest(),
-                "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
-            }
-        ],
+        "prior": prior,
+        "members": [member],
         "files": {name: sha256(folder / name) for name in (ENCODER_FILE, BANK_FILE)},
     }
     write_json(manifest, folder / MANIFEST)

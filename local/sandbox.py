@@ -106,22 +106,11 @@ def run_isolated(
         bootstrap: Python that runs in the process before the script, such as an audit hook.
         companion: lives beside the process, and may send signals to its group.
     """
-    python = [sys.executable, "-I", "-u"]  # -I makes it deaf to PYTHONUNBUFFERED
-    before = bootstrap + ("" if isolation else GUARD)
-    if before:
-        python += ["-c", before + START, os.pathsep.join(map(str, read_only))]
-    command = [*python, str(script), *arguments]
-    if isolation:
-        command = [*isolation, str(len(read_only)), *map(str, read_only), *command]
-    kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
-    variables = {name: os.environ[name] for name in kept if name in os.environ}
-    # A home of its own: nothing that was downloaded before can stand in for what the bundle lacks.
-    variables |= {"HOME": str(working), "KAGGLE_KERNEL_RUN_TYPE": "Batch", **(environment or {})}
     started = time.monotonic()
     process = subprocess.Popen(
-        command,
+        command_line(script, arguments, read_only, isolation, bootstrap),
         cwd=working,
-        env=variables,
+        env=variables_for(working, environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -164,6 +153,26 @@ def run_isolated(
     return Outcome(
         process.returncode, time.monotonic() - started, peak[0] or usage.ru_maxrss * unit / 1e6, killed.is_set()
     )
+
+
+def command_line(
+    script: Path, arguments: Sequence[str], read_only: Sequence[Path], isolation: list[str] | None, bootstrap: str
+) -> list[str]:
+    """The command that starts the script, behind the namespaces or the guard; arguments as of `run_isolated`."""
+    python = [sys.executable, "-I", "-u"]  # -I makes it deaf to PYTHONUNBUFFERED
+    before = bootstrap + ("" if isolation else GUARD)
+    if before:
+        python += ["-c", before + START, os.pathsep.join(map(str, read_only))]
+    mounts = [*isolation, str(len(read_only)), *map(str, read_only)] if isolation else []
+    return [*mounts, *python, str(script), *arguments]
+
+
+def variables_for(working: Path, more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the process: little of the user's, and none of the user's secrets."""
+    kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+    # A home of its own: nothing that was downloaded before can stand in for what the bundle lacks.
+    own = {"HOME": str(working), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    return {name: os.environ[name] for name in kept if name in os.environ} | own | dict(more)
 
 
 def duty_cycle(share: float, period: float = 0.1) -> Companion:

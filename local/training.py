@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from kernel.bank import Bank, rank
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder, half_precision
+from kernel.encoders import Encoder, pick_dtype
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
 from local.banks import fit_centroids
@@ -179,7 +179,7 @@ def train_epoch(
     for photos, owners, index in progress(batches, "training"):
         if not len(index):
             continue
-        with torch.autocast(device.type, half_precision(device), enabled=device.type == "cuda"):
+        with torch.autocast(device.type, pick_dtype(device), enabled=device.type == "cuda"):
             embeddings = encoder.forward(encoder.normalise(photos, device), encoder.module)
         value = loss(embeddings, owners.to(device), targets[index].to(device))
         optimiser.zero_grad(set_to_none=True)
@@ -224,7 +224,7 @@ def finetune(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Reci
     optimiser = torch.optim.AdamW(learning, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     steps = recipe.epochs * len(batches)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: warmup_cosine(step, steps, recipe.warmup))
-    uses_fp16 = encoder.device.type == "cuda" and half_precision(encoder.device) == torch.float16
+    uses_fp16 = encoder.device.type == "cuda" and pick_dtype(encoder.device) == torch.float16
     scaler = torch.amp.GradScaler(encoder.device.type, enabled=uses_fp16)
 
     first, best, best_epoch, best_state = start, start, 0, copy_state(encoder.module)

@@ -14,6 +14,7 @@ ENTRY = {
     "architecture": "test_resnet",
     "arguments": {},
     "features": 96,
+    "precision": "half",
     "file": "encoder.safetensors",
     "preprocessing": {**PREPROCESSING, "scale": 1.0, "fit": "crop"},
 }
