@@ -1,4 +1,4 @@
-"""From photos to observation embeddings: decode and forward overlap, in batches, within the budget."""
+"""From photos to observation embeddings, in batches and within the budget."""
 
 import math
 import os

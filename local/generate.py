@@ -29,12 +29,12 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from kernel.mounts import InputError
+from kernel.observations import RESOLUTIONS
 from local.console import run
 from local.fungi import HUES, Traits, contact_sheet, draw, traits
 
 SUBSET = "FungiTastic-FewShot"
 SAMPLE = "FungiCLEF25-SAMPLE_SUBMISSION.csv"
-RESOLUTIONS = ("300p", "500p", "720p", "fullsize")
 COLUMNS = (
     "eventDate", "year", "month", "day", "habitat", "countryCode", "scientificName", "kingdom", "phylum", "class",
     "order", "family", "genus", "specificEpithet", "hasCoordinate", "species", "iucnRedListCategory", "substrate",

@@ -15,11 +15,12 @@ from pathlib import Path
 from kernel.observations import read_table
 from local.competition import find_layout
 
-# What of a competition's folder a kernel needs to see; whatever else lies there, such as a solution, stays out.
+# What of a competition's folder a kernel needs to see, beside the sample submission; whatever else lies there, such as
+# a solution, stays out.
 VISIBLE = {
-    "fungiclef": ("metadata/*/*.csv", "*SAMPLE_SUBMISSION*.csv", "images/*/test/**/*"),
-    "herbarium": ("*/test/**/*", "sample_submission.csv"),
-    "class-folders": ("test/**/*", "sample_submission.csv"),
+    "fungiclef": ("metadata/*/*.csv", "images/*/test/**/*"),
+    "herbarium": ("*/test/**/*",),
+    "class-folders": ("test/**/*",),
 }
 LABELS = ("category_id", "scientificName", "species", "specificEpithet", "genus", "family", "poisonous")
 
@@ -43,7 +44,7 @@ class Stage:
 def stage_competition(data: Path, folder: Path) -> None:
     """Lay out the competition as Kaggle would mount it, with the test labels absent."""
     layout, marker = find_layout(data)
-    for pattern in VISIBLE[layout.name]:
+    for pattern in (*VISIBLE[layout.name], layout.sample):
         for source in data.glob(pattern):
             if source.is_file():
                 place(source, folder / source.relative_to(data))

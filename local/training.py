@@ -227,7 +227,7 @@ def finetune(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Reci
     uses_fp16 = encoder.device.type == "cuda" and pick_dtype(encoder.device) == torch.float16
     scaler = torch.amp.GradScaler(encoder.device.type, enabled=uses_fp16)
 
-    first, best, best_epoch, best_state = start, start, 0, copy_state(encoder.module)
+    best, best_epoch, best_state = start, 0, copy_state(encoder.module)
     for epoch in range(1, recipe.epochs + 1):
         set_training(encoder.module, recipe.pretrained)
         mean_loss = train_epoch(encoder, loss, batches, targets, optimiser, scheduler, scaler)
@@ -238,7 +238,7 @@ def finetune(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Reci
         log.append(log_row(epoch, mean_loss, scheduler.get_last_lr()[0], judged))
         say(f"epoch {epoch}: loss {mean_loss:.4f}  {log_line(log[-1])}")
         if recall_at_5(judged) > recall_at_5(best):
-            gain, error = paired_gain(judged.hits[:, 1], first.hits[:, 1])
+            gain, error = paired_gain(judged.hits[:, 1], start.hits[:, 1])
             if gain > error:
                 best, best_epoch, best_state = judged, epoch, copy_state(encoder.module)
         if epoch - max(range(len(log)), key=lambda row: log[row]["recall_at_5"]) >= recipe.patience:
