@@ -146,7 +146,7 @@ def tell_plan(name: str, photos: int, planned: int, views: int, pace: Pace, budg
 def load_batches(
     encoder: Encoder, observations: Sequence[Observation], failures: Counter
 ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-    """Readable photos in order, as (index of the observation of each, (batch, 3, size, size) uint8).
+    """Readable photos in order, as (index of the observation of each, (batch, 3, decoded, decoded) uint8).
 
     Args:
         failures: counts by cause the photos that could not be read.
@@ -168,7 +168,7 @@ def load_batches(
 
 
 def stack(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:
-    """Photos as one tensor, (batch, 3, size, size) uint8, in memory from which a GPU can fetch them by itself."""
+    """Photos as one tensor, (batch, 3, decoded, decoded) uint8, in memory from which a GPU can fetch them by itself."""
     batch = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2)
     return batch.pin_memory() if encoder.device.type == "cuda" else batch
 

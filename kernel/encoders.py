@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kernel.mounts import InputError, Weights
+from kernel.views import larger, shrink
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Preprocessing:
         interpolation: a name of `PIL.Image.Resampling`, lower case.
         scale: the shorter side is resized to `size / scale` before the centre is cut out (timm's crop_pct).
         fit: "crop" keeps the aspect ratio and loses the margins, "squash" keeps all and loses the aspect ratio.
+        larger: side of the square of the view `larger`, pixels; 0 where the views do not include it.
     """
 
     size: int
@@ -41,6 +43,12 @@ class Preprocessing:
     interpolation: str
     scale: float
     fit: str
+    larger: int = 0
+
+    @property
+    def decoded(self) -> int:
+        """Side of the square that a photo is decoded to, from which all its views are made; pixels."""
+        return max(self.size, self.larger)
 
 
 class Encoder:
@@ -78,8 +86,8 @@ class Encoder:
         """The mean over views of L2-normalised embeddings.
 
         Args:
-            photos: (batch, 3, size, size) uint8, on the CPU.
-            views: each maps (batch, 3, size, size) to the same shape.
+            photos: (batch, 3, decoded, decoded) uint8, on the CPU.
+            views: each maps (batch, 3, size, size) to the same shape; `larger` stands for the photos as decoded.
 
         Returns:
             (batch, features) float32, on the CPU.
@@ -97,8 +105,9 @@ class Encoder:
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
     ) -> torch.Tensor:
         try:
-            pixels = self.normalise(photos, device)
-            total = sum(self.forward(view(pixels), module) for view in views)
+            decoded = self.normalise(photos, device)
+            pixels = shrink(decoded, self.preprocessing.size)
+            total = sum(self.forward(decoded if view is larger else view(pixels), module) for view in views)
         except RuntimeError as error:
             if len(photos) == 1 or not re.search("out of memory|not enough memory", str(error)):
                 raise

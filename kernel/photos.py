@@ -33,8 +33,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize and crop an RGB photo as the encoder's own evaluation transform does: (size, size, 3) uint8."""
-    size, short = preprocessing.size, shorter_side(preprocessing)
+    """Resize and crop an RGB photo as the encoder's own evaluation transform does: (decoded, decoded, 3) uint8."""
+    size, short = preprocessing.decoded, shorter_side(preprocessing)
     resampling = Image.Resampling[preprocessing.interpolation.upper()]
     if preprocessing.fit == "squash":
         width, height = short, short
@@ -58,11 +58,11 @@ def without_far_ends(image: Image.Image, aspect: int = 8) -> Image.Image:
 
 def shorter_side(preprocessing: Preprocessing) -> int:
     """The shorter side of a photo before the centre is cut out of it, in pixels."""
-    return int(preprocessing.size / preprocessing.scale)
+    return int(preprocessing.decoded / preprocessing.scale)
 
 
 def decode(path: Path, preprocessing: Preprocessing) -> np.ndarray | str:
-    """One photo as (size, size, 3) uint8, or why it cannot be read.
+    """One photo as (decoded, decoded, 3) uint8, or why it cannot be read.
 
     Whatever a decoder throws at a damaged file (OSError, struct.error, ZeroDivisionError, MemoryError, ...) is this
     photo's misfortune and nobody else's, so the guard is as wide as it can be.

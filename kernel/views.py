@@ -30,6 +30,21 @@ def crop(photos: torch.Tensor, left: float, top: float, share: float = 0.8) -> t
     return nn.functional.interpolate(cut, size=(size, size), mode="bilinear", align_corners=False)
 
 
+def shrink(photos: torch.Tensor, size: int) -> torch.Tensor:
+    """Bring (batch, 3, side, side) to a smaller size, without aliasing; photos that have it stay as they are."""
+    if photos.shape[-1] == size:
+        return photos
+    return nn.functional.interpolate(photos, size=(size, size), mode="bicubic", antialias=True)
+
+
+def larger(photos: torch.Tensor) -> torch.Tensor:
+    """The photo as it was decoded, larger than an encoder's own size (Touvron et al. 2019, arXiv:1906.06423).
+
+    The one view that is not made of the photo at the encoder's size; an encoder that takes it knows it by this name.
+    """
+    return photos
+
+
 # Each maps (batch, 3, size, size) to the same shape. In order of worth: a budget keeps the first of a recipe's views.
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "plain": lambda photos: photos,
@@ -43,4 +58,5 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "top-right": partial(crop, left=1, top=0),
     "bottom-left": partial(crop, left=0, top=1),
     "bottom-right": partial(crop, left=1, top=1),
+    "larger": larger,
 }

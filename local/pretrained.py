@@ -4,7 +4,9 @@ The description is all that the kernel gets: from it and a safetensors file it r
 """
 
 import difflib
+import itertools
 import json
+import math
 import pickle
 from dataclasses import asdict
 from importlib.metadata import version
@@ -25,6 +27,7 @@ OPEN_CLIP_WEIGHTS = (
     "open_clip_pytorch_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+LARGER = 1.25  # times the encoder's own size is what the view `larger` has at least
 TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -63,6 +66,33 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
         f"no encoder {spec}: give hf-hub:OWNER/NAME, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, the stem of a "
         ".safetensors and a .json, or a folder with open_clip_config.json or config.json"
     )
+
+
+def take_larger(module: nn.Module, entry: dict) -> tuple[nn.Module, dict]:
+    """The same encoder and its description, with the size of the view `larger`, found by trying.
+
+    Convolutions take any multiple of their stride. Of timm's transformers, those do that can interpolate their position
+    embeddings, which leaves the encoder's own size as it is.
+
+    Raises:
+        InputError: it takes photos of one size alone.
+    """
+    own = entry["preprocessing"]["size"]
+    sizes = [math.ceil(LARGER * own / stride) * stride for stride in (32, 14)]
+    for size, more in itertools.product(sizes, ({}, {"dynamic_img_size": True})):
+        arguments = entry["arguments"] | more
+        try:
+            candidate = build_module(entry["library"], entry["architecture"], arguments) if more else module
+            candidate.load_state_dict(module.state_dict())
+            with torch.inference_mode():
+                candidate.eval()(torch.zeros(1, 3, size, size))
+        except (AssertionError, RuntimeError, TypeError):
+            continue
+        return candidate, entry | {
+            "arguments": arguments,
+            "preprocessing": entry["preprocessing"] | {"larger": size},
+        }
+    raise InputError(f"the view larger: {entry['architecture']} takes photos of {own} pixels alone; leave the view out")
 
 
 def _refuse_size(spec: str, image_size: int) -> None:

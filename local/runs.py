@@ -33,7 +33,7 @@ from local.competition import (
 from local.console import say
 from local.metrics import describe, score
 from local.plots import plot_class_distribution, plot_training_curve
-from local.pretrained import load_encoder
+from local.pretrained import load_encoder, take_larger
 from local.recipe import Recipe, write_recipe
 from local.training import finetune, judge, log_row
 
@@ -52,6 +52,8 @@ def train_run(recipe: Recipe, data: Path, out: Path) -> None:
     find_layout(data)
     torch.manual_seed(recipe.seed)
     module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
+    if "larger" in recipe.views:
+        module, entry = take_larger(module, entry)
     if recipe.fit != "encoder":
         entry["preprocessing"]["fit"] = recipe.fit
     preprocessing = read_preprocessing(entry["preprocessing"])

@@ -1,6 +1,7 @@
 """An observation's embedding is the mean over its photos and views, whatever the batches and the order."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,21 @@ def test_an_embedding_is_the_mean_over_the_views(encoder, observations):
     assert torch.allclose(by_hand(encoder, path, list(VIEWS)), torch.stack(each).mean(dim=0), atol=1e-6)
     flipped = encoder.embed(pixels_of(encoder, path).flip(-1), [VIEWS["plain"]])[0]
     assert torch.allclose(by_hand(encoder, path, ["hflip"]), flipped, atol=1e-5)
+
+
+def test_the_larger_view_sees_the_photo_decoded_larger_and_the_others_see_it_at_the_encoders_size(encoder, tmp_path):
+    def sees(**sizes: int) -> Encoder:
+        preprocessing = replace(encoder.preprocessing, **sizes)
+        return Encoder(encoder.module, preprocessing, encoder.features, [encoder.device])
+
+    path = photo(tmp_path / "a.jpg", size=(400, 300))
+    both, at_96 = sees(larger=96), sees(size=96)
+    assert torch.allclose(by_hand(both, path, ["larger"]), by_hand(at_96, path), atol=1e-6)
+    for view in ("plain", "rotate90", "top-left"):
+        assert by_hand(both, path, [view]) @ by_hand(encoder, path, [view]) > 0.999
+    found = embed_observations(both, [Observation("a", (path,))], ["plain", "larger"]).values[0]
+    mean = by_hand(both, path) + by_hand(at_96, path)
+    assert torch.allclose(found, mean / mean.norm(), atol=1e-6)
 
 
 def test_the_order_of_the_table_does_not_change_an_observation(encoder, observations):

@@ -20,7 +20,7 @@ def test_a_view_keeps_shape_type_and_range(photos, name):
     assert (view.shape, view.dtype) == (photos.shape, photos.dtype)
     assert view.min() >= photos.min() - 1e-5
     assert view.max() <= photos.max() + 1e-5
-    assert name == "plain" or not torch.allclose(view, photos, atol=1e-3)
+    assert name in ("plain", "larger") or not torch.allclose(view, photos, atol=1e-3)
 
 
 def test_quarter_turns_move_every_pixel_and_change_none(photos):

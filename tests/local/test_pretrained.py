@@ -27,7 +27,7 @@ from torch import nn
 from kernel.encoders import Encoder, build_module, read_preprocessing
 from kernel.mounts import InputError
 from kernel.photos import decode
-from local.pretrained import load_encoder
+from local.pretrained import load_encoder, take_larger
 from tests.conftest import photo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,6 +212,44 @@ def test_another_image_size_is_another_preparation_of_the_same_weights(tmp_path:
     paths = photos(tmp_path)
     assert entry["preprocessing"]["size"] == 96
     assert_same(embed(module, entry, paths), embed_timm(original, {**RESNET, "input_size": [3, 96, 96]}, paths))
+
+
+# The view `larger`.
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "larger"),
+    [
+        ("test_resnet", {}, 96),
+        ("test_vit", {"img_size": 64}, 96),
+        ("test_vit", {"img_size": 112, "patch_size": 14}, 140),
+    ],
+    ids=["a convolution", "a transformer", "patches of 14"],
+)
+def test_an_encoder_that_takes_larger_photos_is_the_same_at_its_own_size(
+    tmp_path: Path, architecture: str, arguments: dict, larger: int
+) -> None:
+    size = arguments.get("img_size", 64)
+    write_timm(tmp_path / "a.safetensors", tmp_path / "a.json", architecture, arguments, input_size=[3, size, size])
+    module, entry = load_encoder(str(tmp_path / "a"))
+    taken, described = take_larger(module, entry)
+    assert described["preprocessing"] == entry["preprocessing"] | {"larger": larger}
+    pixels = torch.rand(2, 3, size, size)
+    with torch.inference_mode():
+        assert torch.equal(taken(pixels), module.eval()(pixels))
+
+    described = json.loads(json.dumps(described))  # as the kernel reads it
+    rebuilt = build_module(described["library"], described["architecture"], described["arguments"]).eval()
+    rebuilt.load_state_dict(taken.state_dict(), strict=True)
+    pixels = torch.rand(2, 3, larger, larger)
+    with torch.inference_mode():
+        assert torch.equal(rebuilt(pixels), taken(pixels))
+
+
+def test_an_encoder_of_one_size_refuses_the_larger_view_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the view larger: clip takes photos of") as error:
+        take_larger(*load_encoder(str(write_clip(tmp_path / "clip"))))
+    assert "\n" not in str(error.value)
 
 
 # timm by name.

@@ -1,5 +1,7 @@
 """Fine-tuning learns what it is told to, and keeps nothing that chance alone could explain."""
 
+import json
+
 import numpy as np
 import pytest
 import timm
@@ -10,7 +12,9 @@ from kernel.bank import Bank
 from kernel.encoders import Encoder, Preprocessing
 from local.competition import read_competition, split_for_validation
 from local.recipe import make_recipe
+from local.runs import train_run
 from local.training import PrototypicalLoss, copy_state, finetune, set_training, unfreeze, warmup_cosine
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -114,3 +118,11 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
     assert (np.diff(factors[:10]) > 0).all()
     assert (np.diff(factors[10:]) < 0).all()
     assert factors[-1] < 0.01
+
+
+@pytest.mark.parametrize(("views", "larger"), [(["plain", "larger"], 96), (["plain", "hflip"], 0)])
+def test_photos_are_decoded_larger_only_for_a_recipe_with_the_larger_view(drawn, tmp_path, views, larger):
+    train_run(make_recipe({**TINY, "epochs": 0, "views": views}, "the test"), drawn.competition, tmp_path / "run")
+    member = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]
+    assert member["views"] == views
+    assert member["encoder"]["preprocessing"]["larger"] == larger
