@@ -8,10 +8,12 @@ import torch
 
 from kernel.budget import Budget
 from kernel.embeddings import ahead, embed_observations
-from kernel.encoders import Encoder
+from kernel.encoders import Encoder, open_encoder
+from kernel.mounts import read_weights
 from kernel.observations import Observation
-from kernel.photos import decode
+from kernel.photos import DRAFT, decode
 from kernel.views import VIEWS
+from local.fungi import draw, traits
 from tests.conftest import photo
 
 
@@ -71,6 +73,29 @@ def test_the_larger_view_sees_the_photo_decoded_larger_and_the_others_see_it_at_
     found = embed_observations(both, [Observation("a", (path,))], ["plain", "larger"]).values[0]
     mean = by_hand(both, path) + by_hand(at_96, path)
     assert torch.allclose(found, mean / mean.norm(), atol=1e-6)
+
+
+def test_photos_decoded_small_embed_as_if_they_had_been_decoded_whole(trained, tmp_path, monkeypatch):
+    weights = read_weights(trained)
+    entry = weights.manifest["members"][0]["encoder"]
+    encoder = open_encoder(weights, entry, [torch.device("cpu")], tmp_path / "packages")
+    paths = []
+    for seed, size in enumerate([(400, 300), (640, 480), (750, 500), (1600, 1200), (2000, 3000), (3000, 2000)]):
+        paths.append(tmp_path / f"{size[0]}.jpg")
+        draw(traits("Russulaceae", "Russula", str(seed)), seed, seed, size).save(paths[-1], quality=88)
+
+    def embed(draft: float) -> torch.Tensor:
+        monkeypatch.setattr("kernel.photos.DRAFT", draft)
+        return torch.stack([by_hand(encoder, path) for path in paths])
+
+    def distances(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return 1 - torch.cosine_similarity(one, other)
+
+    exact, small, too_small = embed(1000.0), embed(DRAFT), embed(0.5)
+    assert 0 < distances(small, exact).max() < 0.002
+    # An encoder that has learnt little finds all photos alike: their own distances say how much another one means.
+    apart = distances(exact, exact.roll(1, dims=0)).mean()
+    assert distances(small, exact).max() < 0.002 * apart < distances(too_small, exact).max()
 
 
 def test_the_order_of_the_table_does_not_change_an_observation(encoder, observations):
