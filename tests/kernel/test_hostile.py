@@ -187,3 +187,32 @@ def test_a_table_without_rows_gives_a_submission_without_rows(hidden, tmp_path):
     result = predict(tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "working" / "submission.csv").read_text() == "observationId,predictions\n"
+
+
+READ_AS_SOMEBODY = """
+import os, sys
+from kernel.encoders import Preprocessing
+from kernel.photos import decode
+crop = Preprocessing(64, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.875, "crop")
+os.chdir(sys.argv[1])  # from here on nothing above the folder has to be readable
+decode("open.jpg", crop)  # imports what it needs
+if os.geteuid() == 0:
+    try:
+        os.setuid(65534)  # root reads whatever it likes
+    except OSError:
+        sys.exit("nobody else to be")
+for name in ("open.jpg", "closed.jpg"):
+    result = decode(name, crop)
+    print(result if isinstance(result, str) else "read")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of files are POSIX's")
+def test_a_photo_without_permission_is_named_by_its_cause(tmp_path):
+    tmp_path.chmod(0o755)
+    photo(tmp_path / "open.jpg").chmod(0o644)
+    photo(tmp_path / "closed.jpg").chmod(0o000)
+    result = command("-c", READ_AS_SOMEBODY, tmp_path)
+    if "nobody else to be" in result.stderr:
+        pytest.skip("root, and the system lets us be nobody else")
+    assert result.stdout.split() == ["read", "PermissionError"], result.stderr
