@@ -12,17 +12,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-NAMESPACES = (["--net", "--mount"], ["--user", "--map-root-user", "--net", "--mount"])  # as root; as anybody
+# With processes of their own, all that the script started ends with it, also what left its session.
+PROCESSES = ["--pid", "--fork", "--kill-child"]
+NAMESPACES = tuple(  # as root; as anybody
+    ["--net", "--mount", *who, *what] for what in (PROCESSES, []) for who in ([], ["--user", "--map-root-user"])
+)
 MOUNT_READ_ONLY = """
 count=$1; shift
 while [ "$count" -gt 0 ]; do
   mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" || exit 125
   count=$((count - 1)); shift
 done
-exec "$@"
+"$@"
+exit $?  # and no exec: the first process of a namespace would be deaf to signals
 """
 # An audit hook cannot be removed again by the script that it watches.
 GUARD = """
@@ -148,11 +154,11 @@ def run_isolated(
         watcher.join()
         process.stdout.close()
     process.returncode = os.waitstatus_to_exitcode(status)
+    # The shell between says 128 + n of a script that signal n ended.
+    code = 128 - process.returncode if process.returncode > 128 else process.returncode
     # Linux counts in ru_maxrss what the parent held when it forked, so there the process itself is asked.
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
-    return Outcome(
-        process.returncode, time.monotonic() - started, peak[0] or usage.ru_maxrss * unit / 1e6, killed.is_set()
-    )
+    return Outcome(code, time.monotonic() - started, peak[0] or usage.ru_maxrss * unit / 1e6, killed.is_set())
 
 
 def command_line(
@@ -205,13 +211,14 @@ def _be_idle(group: int, ending: threading.Event) -> None:
 
 
 def _watch_memory(pid: int, ended: threading.Event, peak: list[float]) -> None:
-    """Keep the largest resident size of a process in MB in `peak`, where the system tells it."""
+    """Keep the largest resident size of a process or one below it, in MB, in `peak`, where the system tells it."""
     while True:
-        try:
-            status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-        except OSError:
-            return
-        if "VmHWM:" in status:
-            peak[0] = max(peak[0], int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6)
+        pids = [pid]
+        for each in pids:
+            with suppress(OSError):
+                status = Path(f"/proc/{each}/status").read_text(encoding="ascii", errors="replace")
+                if "VmHWM:" in status:
+                    peak[0] = max(peak[0], int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6)
+                pids += map(int, Path(f"/proc/{each}/task/{each}/children").read_text(encoding="ascii").split())
         if ended.wait(0.05):
             return

@@ -260,6 +260,19 @@ def test_a_script_that_sleeps_is_killed_at_the_limit_with_its_children(sandbox: 
 
 
 @POSIX_ONLY
+def test_in_a_namespace_what_left_the_scripts_session_is_killed_too(sandbox: Sandbox) -> None:
+    if "--pid" not in (sandbox.isolation or []):
+        pytest.skip("only a namespace knows what left its session")
+    source = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {HOLD!r}], start_new_session=True)"
+    outcome = sandbox.run(source, limit=2)
+    assert sandbox.heard == ["holding"]
+    assert outcome.timed_out
+    assert outcome.seconds < 5  # nobody holds its output open
+    assert not is_held(sandbox.working / "held")
+    assert not (sandbox.working / "outlived").exists()
+
+
+@POSIX_ONLY
 def test_a_script_does_not_outlive_an_interrupted_rehearsal(sandbox: Sandbox) -> None:
     def interrupt(line: str) -> None:
         sandbox.heard.append(line)
