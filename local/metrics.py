@@ -49,9 +49,14 @@ def paired_gain(new: np.ndarray, old: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
-def describe(scores: dict[str, float]) -> str:
-    """One line: `Recall@1 .432 [.401, .463]  Recall@5 ...`."""
-    names = {f"recall_at_{count}": f"Recall@{count}" for count in GUESSES} | {"macro_f1": "macro-F1"}
+def describe(scores: dict[str, float], guesses: int = max(GUESSES)) -> str:
+    """One line: `Recall@1 .432 [.401, .463]  Recall@5 ...`.
+
+    Args:
+        guesses: in a row of what was scored; recalls at more than these would only repeat themselves.
+    """
+    counts = [count for count in GUESSES if count <= guesses]
+    names = {f"recall_at_{count}": f"Recall@{count}" for count in counts} | {"macro_f1": "macro-F1"}
     return "  ".join(
         f"{label} {scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]"
         for name, label in names.items()

@@ -132,3 +132,12 @@ def test_the_line_on_the_console_names_each_score_with_its_bounds() -> None:
     assert line.count("\n") == 0
     assert "Recall@5 0.200 [0.150, 0.250]" in line
     assert "macro-F1 0.400 [0.400, 0.400]" in line
+
+
+@pytest.mark.parametrize(
+    ("guesses", "told"),
+    [(1, ["Recall@1", "macro-F1"]), (5, ["Recall@1", "Recall@5", "macro-F1"])],
+)
+def test_the_line_tells_no_recall_at_more_guesses_than_were_made(guesses: int, told: list[str]) -> None:
+    scores = score(["a", "b"], [["a"] * guesses] * 2)
+    assert [word for word in describe(scores, guesses).split() if word[0] in "Rm"] == told
