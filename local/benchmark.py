@@ -2,9 +2,11 @@
 
 python local/benchmark.py speed
 python local/benchmark.py speed --encoder timm:vit_base_patch16_224 --json build/speed.json
+pip install pybioclip && python local/benchmark.py speed  # beside pybioclip itself; offline, over the same encoder
 """
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -89,7 +92,7 @@ def plain_pipeline(paths: Sequence[Path], encoder: Encoder) -> None:
 
 @torch.inference_mode()
 def one_by_one(paths: Sequence[Path], encoder: Encoder) -> None:
-    """pybioclip's way: a float tensor at full resolution, resized as such, a photo at a time."""
+    """A common way: a float tensor at full resolution, resized as such, a photo at a time."""
     how = encoder.preprocessing
     for path in paths:
         pixels = functional.to_tensor(Image.open(path).convert("RGB"))
@@ -100,13 +103,43 @@ def one_by_one(paths: Sequence[Path], encoder: Encoder) -> None:
         encoder.forward(pixels[None].to(encoder.device), encoder.module).cpu()
 
 
+def pybioclip_embedding(encoder: Encoder) -> Callable[[Sequence[Path]], None] | None:
+    """What `bioclip embed` does, by pybioclip's own code, with this encoder in the place of the one that it downloads.
+
+    None where pybioclip is not installed, or the encoder does not see its 224 pixels.
+    """
+    try:
+        from bioclip._constants import DEFAULT_BATCH_SIZE
+        from bioclip.predict import BaseClassifier, preprocess_img
+    except ImportError:
+        return None
+    if encoder.preprocessing.size != 224:
+        return None
+
+    class Offline(BaseClassifier):
+        def load_pretrained_model(self, **_) -> None:
+            # It knows no half precision.
+            self.model = SimpleNamespace(encode_image=copy.deepcopy(encoder.module).float())
+            self.preprocess = preprocess_img
+
+    classifier = Offline(device=encoder.device)
+
+    def embed(paths: Sequence[Path]) -> None:
+        for first in range(0, len(paths), DEFAULT_BATCH_SIZE):
+            images = [classifier.ensure_rgb_image(str(path)) for path in paths[first : first + DEFAULT_BATCH_SIZE]]
+            classifier.create_image_features(images).cpu()
+
+    return embed
+
+
 def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
-    """A row per size of photo: photos per second of the parts, of the whole, and of two other ways."""
+    """A row per size of photo: photos per second of the parts, of the whole, and of other ways."""
     size, on_cpu, rows = encoder.preprocessing.size, encoder.device.type == "cpu", []
     batch = torch.randint(0, 256, (encoder.batch_size, 3, size, size), dtype=torch.uint8)
     plain, every = [VIEWS["plain"]], [view for name, view in VIEWS.items() if name != "larger"]  # at one size
     forward = best_rate(len(batch), lambda: encoder.embed(batch, plain))
     all_views = best_rate(len(batch), lambda: encoder.embed(batch, every))
+    pybioclip = pybioclip_embedding(encoder)
     for name, (pixels, count) in SIZES.items():
         paths = draw_photos(folder, pixels, count)
         paths *= 1 if on_cpu else 8  # a GPU needs more than one batch
@@ -128,6 +161,7 @@ def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
                 "share_of_limit": whole / limit,
                 "plain_pipeline": best_rate(len(few), lambda few=few: plain_pipeline(few, encoder)),
                 "one_by_one": best_rate(len(few), lambda few=few: one_by_one(few, encoder)),
+                "pybioclip": best_rate(len(few), lambda few=few: pybioclip(few)) if pybioclip else None,
                 "views_against_forwards": forward / (len(every) * all_views),
             }
         )
@@ -139,7 +173,8 @@ def table_row(row: dict) -> str:
     """A row of the README's table; the last column is the time of 11 views over that of 11 forward passes."""
     cells = [f"{row[name]:.1f}" for name in ("decode", "forward", "end_to_end")]
     cells += [f"{row['share_of_limit']:.2f}"]
-    cells += [f"{row[name]:.1f} ({row['end_to_end'] / row[name]:.1f}×)" for name in ("plain_pipeline", "one_by_one")]
+    others = [row[name] for name in ("plain_pipeline", "one_by_one", "pybioclip")]
+    cells += [f"{rate:.1f} ({row['end_to_end'] / rate:.1f}×)" if rate else "not here" for rate in others]
     return f"| {row['photos']} | {' | '.join(cells)} | {row['views_against_forwards']:.2f} |"
 
 
@@ -156,8 +191,10 @@ def speed(options: argparse.Namespace) -> dict:
         else " and ".join(torch.cuda.get_device_name(device) for device in devices)
     )
     say(f"{options.encoder} at {encoder.preprocessing.size} px on {machine}; photos per second")
-    say("| photos | decode | forward | end to end | of the limit | plain pipeline | one by one | 11 views |")
-    say("|---|---|---|---|---|---|---|---|")
+    columns = ("photos", "decode", "forward", "end to end", "of the limit")
+    columns += ("plain pipeline", "one by one", "pybioclip", "11 views")
+    say(f"| {' | '.join(columns)} |")
+    say("|---" * len(columns) + "|")
     with tempfile.TemporaryDirectory() as folder:
         return {"encoder": options.encoder, "machine": machine, "rows": measure_speed(encoder, Path(folder))}
 
