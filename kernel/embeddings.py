@@ -101,7 +101,7 @@ def embed_observations(
     # Beside a GPU decoding runs ahead; on a CPU it would take cores from the forward pass, whose threads then wait.
     overlaps, batches = encoder.device.type != "cpu", load_batches(encoder, observations, failures)
     pool, pace = Pool(len(observations), encoder.features, pooling), Pace(overlaps)
-    used, late, planned = Counter(), 0, len(views)
+    used, late = Counter(), 0
     total, done = sum(len(observation.photos) for observation in observations), 0
     end, asked = budget.elapsed() + budget.left() * share, budget.elapsed()
     for owners, photos in ahead(batches) if overlaps else batches:
@@ -112,13 +112,15 @@ def embed_observations(
             warm = budget.elapsed()
             encoder.embed(photos, [VIEWS[views[0]]])
             pace.record(len(owners), 1, arrived - asked, budget.elapsed() - warm)
-            planned = pace.affordable(total, len(views), end - budget.elapsed())
             if name:
+                planned = pace.affordable(total, len(views), end - budget.elapsed())
                 tell_plan(name, total, planned, len(views), pace, budget)
             if is_optional and pace.seconds(total, 1) > budget.left():
                 late = pool.leave_out(0)
                 break
-        count = pace.affordable(total - done - failures.total(), planned, end - budget.elapsed())
+        # As if there were one batch more: a batch that takes longer than the last ones then costs views, not photos.
+        rest = total - done - failures.total() + len(owners)
+        count = pace.affordable(rest, len(views), end - budget.elapsed())
         if budget.left() <= max(0, pace.seconds(len(owners), count)):
             late = pool.leave_out(owners[0])
             break
