@@ -1,7 +1,7 @@
 """Bundle kernel/ and trained runs into one offline Kaggle script with its weights.
 
 python bundle.py runs/NAME                 writes build/kernel.py and build/weights/
-python bundle.py runs/A runs/B runs/C      an ensemble, the best first
+python bundle.py runs/A runs/B runs/C      an ensemble; cross-validation weighs them, and leaves out what does not pay
 """
 
 import argparse
@@ -75,7 +75,7 @@ def commit() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, the best first")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
     parser.add_argument("--out", type=Path, default=Path("build"), metavar="DIR", help="default: %(default)s")
     options = parser.parse_args()
     bundle(options.runs, options.out)

@@ -73,7 +73,7 @@ import torch
 from kernel.encoders import open_encoder, pick_devices
 from kernel.budget import Budget
 from kernel.embeddings import Embeddings, embed_observations
-from kernel.bank import rank, read_bank
+from kernel.bank import rank, read_banks
 
 UNREADABLE_LIMIT = 0.25  # share of unreadable photos above which something is wrong with the mount, not with the photos
 
@@ -109,8 +109,13 @@ def predict(options: argparse.Namespace, weights: Weights, table: TestTable) -> 
     embedded = embed_members(weights, table, packages, budget)
     seconds = budget.elapsed() - opened
 
-    banks = [read_bank(weights.file(member["bank"])) for member in manifest["members"][: len(embedded)]]
-    ranked = rank(banks, [embeddings.values for embeddings in embedded], table.layout.guesses)
+    members = manifest["members"][: len(embedded)]
+    ranked = rank(
+        [read_banks(weights.file(member["bank"])) for member in members],
+        [member["weight"] for member in members],
+        [embeddings.values for embeddings in embedded],
+        table.layout.guesses,
+    )
     seen = torch.stack([embeddings.seen for embeddings in embedded]).all(dim=0)
     fallback, class_ids = fallback_guesses(table, manifest), manifest["class_ids"]
     guesses = [

@@ -125,7 +125,7 @@ def embed_observations(
             late = pool.leave_out(owners[0])
             break
         start = budget.elapsed()
-        pool.add(owners, encoder.embed(photos, [VIEWS[view] for view in views[:count]]))
+        pool.add(owners, encoder.embed(photos, [VIEWS[view] for view in views[:count]]).mean(dim=1))
         if done:
             pace.record(len(owners), count, arrived - asked, budget.elapsed() - start)
         asked = budget.elapsed()

@@ -83,14 +83,14 @@ class Encoder:
 
     @torch.inference_mode()
     def embed(self, photos: torch.Tensor, views: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
-        """The mean over views of L2-normalised embeddings.
+        """L2-normalised embeddings of every view.
 
         Args:
             photos: (batch, 3, decoded, decoded) uint8, on the CPU.
             views: each maps (batch, 3, size, size) to the same shape; `larger` stands for the photos as decoded.
 
         Returns:
-            (batch, features) float32, on the CPU.
+            (batch, views, features) float32, on the CPU.
         """
         parts = photos.chunk(len(self.replicas))
         if len(parts) == 1:
@@ -107,13 +107,14 @@ class Encoder:
         try:
             decoded = self.normalise(photos, device)
             pixels = shrink(decoded, self.preprocessing.size)
-            total = sum(self.forward(decoded if view is larger else view(pixels), module) for view in views)
+            made = (decoded if view is larger else view(pixels) for view in views)
+            embedded = torch.stack([self.forward(each, module) for each in made], dim=1)
         except RuntimeError as error:
             if len(photos) == 1 or not re.search("out of memory|not enough memory", str(error)):
                 raise
         else:
-            if total.isfinite().all() or next(module.parameters()).dtype == torch.float32:
-                return (total / len(views)).cpu()
+            if embedded.isfinite().all() or next(module.parameters()).dtype == torch.float32:
+                return embedded.cpu()
             print("half precision overflows in this encoder: going on in full", flush=True)
             module.float()
             return self._embed_part(photos, views, module, device)

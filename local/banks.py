@@ -1,42 +1,319 @@
-"""Fit banks: from the embeddings of a reference to what the kernel matches against. In float64, on the CPU."""
+"""Fit banks: from the embeddings of a reference to what the kernel matches against. In float64, on the CPU.
+
+Every estimator has scikit-learn's manners: parameters at the constructor, `fit(embeddings, observations, classes,
+taxonomy)`, what was learnt in attributes with a trailing underscore. A transform has a `layers_`, a matcher has
+`prototypes_`, `owners_`, `counts_` and `bias_`; `fit_bank` puts one of each together.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from sklearn.cluster import KMeans
+from sklearn.covariance import ledoit_wolf
+from sklearn.linear_model import LogisticRegression
 
-from kernel.bank import Bank
+from kernel.bank import Bank, Layer
+
+SCALE = 16.0  # of cosines, where nothing is held out to fit it
+NEVER = -100.0  # the bias of a class that the reference lacks
+SCATTER_SAMPLES = 40_000  # residuals suffice for a covariance of a thousand features, and take seconds
 
 
-def fit_centroids(embeddings: torch.Tensor, class_ids: np.ndarray, classes: Sequence[str], centre: bool) -> Bank:
-    """A prototype per class: the mean of its observations' embeddings, each an observation one voice.
+@dataclass(frozen=True)
+class Taxonomy:
+    """The coarser groups of each class; a class whose groups are unknown is alone in its own.
 
-    Prototypical networks' class means (Snell et al. 2017, https://arxiv.org/abs/1703.05175), compared by cosine.
+    Attributes:
+        genus, family: (classes,) int.
+    """
+
+    genus: np.ndarray
+    family: np.ndarray
+
+    @classmethod
+    def unknown(cls, classes: int) -> "Taxonomy":
+        """Of classes without groups."""
+        return cls(np.arange(classes), np.arange(classes))
+
+
+def unit(values: np.ndarray) -> np.ndarray:
+    """Rows of length 1; rows of zeros stay."""
+    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
+
+
+def group_means(values: np.ndarray, groups: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, features), (rows,) -> the mean of each group (count, features), zeros for an empty one, and its size."""
+    sizes = np.bincount(groups, minlength=count)
+    totals = np.zeros((count, values.shape[1]))
+    np.add.at(totals, groups, values)
+    return totals / np.maximum(sizes, 1)[:, None], sizes
+
+
+def pool(embeddings: np.ndarray, observations: np.ndarray, count: int, pooling: str = "mean") -> np.ndarray:
+    """(photos, views, features), (photos,) -> `count` observation embeddings, pooled as the kernel does."""
+    photos = embeddings.mean(axis=1, dtype=np.float64)
+    if pooling == "mean":
+        return unit(group_means(photos, observations, count)[0])
+    largest = np.full((count, photos.shape[1]), -np.inf)
+    np.maximum.at(largest, observations, photos)
+    return unit(np.where(np.isfinite(largest), largest, 0.0))
+
+
+class Centring:
+    """Subtract the reference's mean, which all photos have in common (SimpleShot, https://arxiv.org/abs/1911.04623)."""
+
+    def fit(self, embeddings: np.ndarray, observations: np.ndarray, classes: np.ndarray, taxonomy: Taxonomy):
+        """See `Whitening.fit`."""
+        self.mean_ = pool(embeddings, observations, observations.max() + 1).mean(axis=0)
+        self.layers_ = [layer(np.eye(len(self.mean_)), -self.mean_)]
+        return self
+
+
+class Whitening:
+    """Centre, and shrink the directions in which one class varies within itself.
+
+    What tells photos, views and specimens of one class apart tells nothing about the class (LDA; the covariance is
+    shrunk as by Ledoit and Wolf 2004, https://doi.org/10.1016/S0047-259X(03)00096-4). Views count as variation too:
+    that makes classes of a single photo useful, and the encoder insensitive to turning.
 
     Args:
-        embeddings: (observations, features), rows of length 1, or zero for an observation without a readable photo.
-        class_ids: (observations,) of the reference.
-        classes: all class ids, in the order of the bank.
+        exponent: 1 whitens in full, 0 only centres.
+
+    Attributes:
+        mean_: (features,).
+        variances_, directions_: eigenvalues (features,) and eigenvectors (features, features) of the covariance.
+    """
+
+    def __init__(self, exponent: float = 1.0):
+        self.exponent = exponent
+
+    def fit(self, embeddings: np.ndarray, observations: np.ndarray, classes: np.ndarray, taxonomy: Taxonomy):
+        """Learn from a reference.
+
+        Args:
+            embeddings: (photos, views, features), of length 1.
+            observations: (photos,) index of the observation of each, 0 to observations - 1.
+            classes: (photos,) index of the class of each.
+            taxonomy: of the classes.
+        """
+        self.mean_ = pool(embeddings, observations, observations.max() + 1).mean(axis=0)
+        views = embeddings.shape[1]
+        chosen = np.arange(len(embeddings) * views)
+        if len(chosen) > SCATTER_SAMPLES:
+            chosen = np.sort(np.random.default_rng(0).choice(chosen, SCATTER_SAMPLES, replace=False))
+        photos = embeddings.mean(axis=1, dtype=np.float64)
+        means, _ = group_means(photos, classes, classes.max() + 1)
+        residuals = embeddings.reshape(-1, embeddings.shape[2])[chosen] - means[classes[chosen // views]]
+        # How much to shrink follows from photos: the views of one are no independent samples.
+        photos = photos - means[classes]
+        several = np.bincount(classes)[classes] > 1
+        covariance = residuals.T @ residuals / len(residuals)
+        shrinkage = ledoit_wolf(photos[several], assume_centered=True)[1] if several.sum() > 1 else 1.0
+        mean_variance = np.trace(covariance) / len(covariance)
+        covariance = (1 - shrinkage) * covariance + shrinkage * mean_variance * np.eye(len(covariance))
+        self.variances_, self.directions_ = np.linalg.eigh(covariance)
+        return self
+
+    def layers(self, exponent: float, mean: np.ndarray) -> list[Layer]:
+        """The one linear map that subtracts a mean, (features,), and whitens by an exponent."""
+        weight = self.directions_ * np.maximum(self.variances_, 1e-12) ** (-exponent / 2)
+        weight /= np.abs(weight).max()  # lengths do not matter, and single precision likes moderate ones
+        return [layer(weight, -mean @ weight)]
+
+    @property
+    def layers_(self) -> list[Layer]:
+        """The map of the reference's own mean and the exponent of the constructor."""
+        return self.layers(self.exponent, self.mean_)
+
+
+class ClassMeans:
+    """A prototype per class: the mean of its observations, each one voice, drawn towards its relatives.
+
+    Prototypical networks' means (Snell et al. 2017, https://arxiv.org/abs/1703.05175). With n observations the class
+    weighs n against `genus`, the mean of the other classes of its genus, and `family`, that of the other genera of its
+    family: a class of one observation learns most from its relatives (James-Stein shrinkage).
+    """
+
+    def __init__(self, genus: float = 0.0, family: float = 0.0):
+        self.genus, self.family = genus, family
+
+    def fit(self, embeddings: np.ndarray, observations: np.ndarray, classes: np.ndarray, taxonomy: Taxonomy):
+        """`embeddings`: (observations, features) in the transformed space; the rest as `Whitening.fit`."""
+        count = len(taxonomy.genus)
+        means, sizes = group_means(embeddings, classes, count)
+        self.present_ = sizes > 0
+        genera, species = relatives(means, self.present_, taxonomy.genus)
+        families, _ = relatives(genera_means(means, self.present_, taxonomy.genus), self.present_, taxonomy.family)
+        has_family = relatives(means, self.present_, taxonomy.family)[1] > species
+        genus, family = self.genus * (species > 0), self.family * has_family
+        weight = np.maximum(sizes + genus + family, 1e-9)[:, None]
+        means = (sizes[:, None] * means + genus[:, None] * genera + family[:, None] * families) / weight
+        self.prototypes_, self.owners_ = unit(means), np.arange(count)
+        self.counts_ = sizes * np.linalg.norm(means, axis=1)
+        self.bias_ = np.where(self.present_, 0.0, NEVER)
+        return self
+
+
+def genera_means(means: np.ndarray, present: np.ndarray, genus: np.ndarray) -> np.ndarray:
+    """The mean of each class's genus, (classes, features): a family is a mean of genera, whatever their species."""
+    totals, sizes = group_means(means[present], genus[present], genus.max() + 1)
+    return np.where(sizes[genus][:, None] > 0, totals[genus], 0.0)
+
+
+def relatives(values: np.ndarray, present: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over the other classes of a class's group, (classes, features), and how many they are, (classes,)."""
+    means, sizes = group_means(values[present], groups[present], groups.max() + 1)
+    others = sizes[groups] - present
+    totals = (means * sizes[:, None])[groups] - values * present[:, None]
+    return totals / np.maximum(others, 1)[:, None], others
+
+
+class SeveralPrototypes:
+    """Every observation a prototype, or the centres of k-means where a class has more than `most` observations.
+
+    A class that looks like several, a mushroom young and old, has no use for their mean; with `most` large this is the
+    nearest neighbour.
+    """
+
+    def __init__(self, most: int = 3, seed: int = 0):
+        self.most, self.seed = most, seed
+
+    def fit(self, embeddings: np.ndarray, observations: np.ndarray, classes: np.ndarray, taxonomy: Taxonomy):
+        """As `ClassMeans.fit`."""
+        prototypes, owners, counts = [], [], []
+        for index in np.unique(classes):
+            own = embeddings[classes == index]
+            clusters, sizes = own, np.ones(len(own))
+            if len(own) > self.most:
+                kmeans = KMeans(self.most, n_init=1, random_state=self.seed).fit(own)
+                clusters, sizes = kmeans.cluster_centers_, np.bincount(kmeans.labels_, minlength=self.most)
+            prototypes.append(clusters)
+            counts.append(sizes * np.linalg.norm(clusters, axis=1))
+            owners.append(np.full(len(clusters), index))
+        self.prototypes_, self.owners_ = unit(np.concatenate(prototypes)), np.concatenate(owners)
+        self.counts_ = np.concatenate(counts)
+        self.bias_ = np.where(np.isin(np.arange(len(taxonomy.genus)), classes), 0.0, NEVER)
+        return self
+
+
+class Ridge:
+    """Least squares on one-hot classes, its columns brought to one length, since classes differ in shots.
+
+    With a `width` on that many rectified random features first (RanPAC, McDonnell et al. 2023,
+    https://arxiv.org/abs/2307.02251).
+
+    Args:
+        penalty: of the squared weights, relative to the mean variance of a feature.
+    """
+
+    def __init__(self, penalty: float = 0.1, width: int = 0, seed: int = 0):
+        self.penalty, self.width, self.seed = penalty, width, seed
+
+    def fit(self, embeddings: np.ndarray, observations: np.ndarray, classes: np.ndarray, taxonomy: Taxonomy):
+        """As `ClassMeans.fit`."""
+        self.layers_ = []
+        if self.width:
+            random = np.random.default_rng(self.seed).standard_normal((embeddings.shape[1], self.width))
+            self.layers_ = [layer(random, np.zeros(self.width), rectified=True)]
+            embeddings = unit(np.maximum(embeddings @ random, 0))
+        count = len(taxonomy.genus)
+        targets = np.eye(count)[classes]
+        # The dual form: observations are fewer than features.
+        gram = embeddings @ embeddings.T
+        penalty = self.penalty * np.trace(gram) / len(gram)
+        weights = embeddings.T @ np.linalg.solve(gram + penalty * np.eye(len(gram)), targets)
+        self.prototypes_, self.owners_ = unit(weights.T), np.arange(count)
+        self.counts_ = np.bincount(classes, minlength=count).astype(float)
+        self.bias_ = np.where(self.counts_ > 0, 0.0, NEVER)
+        return self
+
+
+class Logistic:
+    """Multinomial logistic regression, classes balanced, as a bank without cosines.
+
+    Args:
+        strength: scikit-learn's C, inverse of the penalty.
+    """
+
+    def __init__(self, strength: float = 10.0):
+        self.strength = strength
+
+    def fit(self, embeddings: np.ndarray, observations: np.ndarray, classes: np.ndarray, taxonomy: Taxonomy):
+        """As `ClassMeans.fit`."""
+        count = len(taxonomy.genus)
+        model = LogisticRegression(C=self.strength, class_weight="balanced", max_iter=300, tol=1e-3)
+        model.fit(embeddings, classes)
+        weights, bias = model.coef_, model.intercept_
+        if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
+            weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
+        self.prototypes_, self.bias_ = np.zeros((count, embeddings.shape[1])), np.full(count, NEVER)
+        self.prototypes_[model.classes_], self.bias_[model.classes_] = weights, bias
+        self.owners_, self.counts_ = np.arange(count), np.bincount(classes, minlength=count).astype(float)
+        return self
+
+
+def layer(weight: np.ndarray, bias: np.ndarray, rectified: bool = False) -> Layer:
+    """The kernel's form of a linear map."""
+    return Layer(tensor(weight), tensor(bias), torch.tensor(float(rectified)))
+
+
+def tensor(values: np.ndarray | float) -> torch.Tensor:
+    """Single precision, as the kernel computes."""
+    return torch.tensor(np.asarray(values), dtype=torch.float32)
+
+
+def make_bank(transform: Sequence[Layer], matcher, scale: float, share: float = 1.0, transduction: float = 0.0) -> Bank:
+    """The kernel's bank of a fitted transform and a fitted matcher."""
+    return Bank(
+        layers=(*transform, *getattr(matcher, "layers_", ())),
+        prototypes=tensor(matcher.prototypes_),
+        owners=torch.tensor(matcher.owners_),
+        counts=tensor(matcher.counts_),
+        bias=tensor(matcher.bias_),
+        scale=tensor(scale),
+        share=tensor(share),
+        transduction=tensor(transduction),
+    )
+
+
+def centroids(embeddings: np.ndarray, classes: np.ndarray, count: int, centre: bool) -> Bank:
+    """The plainest bank, of class means.
+
+    Args:
+        embeddings: (observations, features), rows of length 1.
+        classes: (observations,) index of the class of each, of `count` classes.
         centre: whether to subtract the mean embedding first.
     """
-    values = embeddings.double()
-    seen = values.norm(dim=1) > 0
-    mean = values[seen].mean(dim=0) if centre else torch.zeros(values.shape[1], dtype=torch.float64)
-    moved = nn.functional.normalize(values - mean, dim=1) * seen[:, None]
-    prototypes = nn.functional.normalize(class_means(moved, class_ids, classes), dim=1)
-    # A class none of whose photos could be read scores below every other.
-    empty = prototypes.norm(dim=1) == 0
-    return Bank(mean.float(), prototypes.float(), torch.where(empty, -2.0, 0.0))
+    observations, taxonomy = np.arange(len(classes)), Taxonomy.unknown(count)
+    transform = Centring().fit(embeddings[:, None], observations, classes, taxonomy).layers_ if centre else []
+    space = apply(transform, embeddings)
+    return make_bank(transform, ClassMeans().fit(space, observations, classes, taxonomy), SCALE)
 
 
-def class_means(values: torch.Tensor, class_ids: np.ndarray, classes: Sequence[str]) -> torch.Tensor:
-    """The sum over each class divided by its count: (observations, features) -> (classes, features)."""
-    place = {class_id: index for index, class_id in enumerate(classes)}
-    index = torch.tensor([place[class_id] for class_id in class_ids])
-    counts = torch.bincount(index, minlength=len(classes)).clamp(min=1)
-    return torch.zeros(len(classes), values.shape[1], dtype=values.dtype).index_add_(0, index, values) / counts[:, None]
+def apply(layers: Sequence[Layer], values: np.ndarray) -> np.ndarray:
+    """The kernel's transform in double precision: (observations, features) -> the same in the prototypes' space."""
+    for part in layers:
+        values = values @ part.weight.double().numpy() + part.bias.double().numpy()
+    return unit(values)
+
+
+def save_banks(banks: Sequence[Bank], path: Path) -> None:
+    """Write what `kernel.bank.read_banks` reads."""
+    tensors = {}
+    for number, bank in enumerate(banks):
+        for name, value in vars(bank).items():
+            if name != "layers":
+                tensors[f"{number}.{name}"] = value.clone().contiguous()
+        for place, part in enumerate(bank.layers):
+            tensors |= {
+                f"{number}.layers.{place}.{name}": value.clone().contiguous() for name, value in vars(part).items()
+            }
+    save_file(tensors, path)
 
 
 def commonest_classes(class_ids: np.ndarray, classes: Sequence[str], count: int = 10) -> list[str]:

@@ -6,7 +6,7 @@ layout there and the reading of its training table here.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from kernel.observations import (
     recognise,
     resolution_folder,
 )
+from local.banks import Taxonomy
 
-COLUMNS = ("split", "observation", "class_id", "photo")
+COLUMNS = ("split", "observation", "class_id", "photo", "genus", "family")
 TIME_LIMITS = {"fungiclef": 12 * 3600, "herbarium": 9 * 3600, "class-folders": 9 * 3600}  # seconds, of a GPU kernel
 
 
@@ -35,7 +36,7 @@ class Competition:
 
     Attributes:
         photos: a row per photo, with COLUMNS: split "train" or "val", observation and class ids as the competition
-            spells them, and the photo's path.
+            spells them, the photo's path, and the class's genus and family, empty where they are not known.
         resolution: of FungiCLEF's folders, the one that was read.
     """
 
@@ -120,6 +121,13 @@ def labelled(competition: Competition, *splits: str) -> Labelled:
     return Labelled(observations, np.array([classes[observation.id] for observation in observations], dtype=object))
 
 
+def read_taxonomy(competition: Competition, classes: Sequence[str]) -> Taxonomy:
+    """The genus and family of each class, by name; a class without one is alone in its own."""
+    ranks = competition.photos.drop_duplicates("class_id").set_index("class_id")
+    named = [[ranks.at[class_id, rank] or f"only {class_id}" for class_id in classes] for rank in ("genus", "family")]
+    return Taxonomy(*(np.unique(names, return_inverse=True)[1] for names in named))
+
+
 def split_for_validation(competition: Competition, seed: int) -> tuple[Labelled, Labelled]:
     """What may be learnt from, and an observation-disjoint rest to judge by.
 
@@ -145,6 +153,12 @@ def sort_ids(class_ids: np.ndarray) -> list[str]:
     return sorted(distinct)
 
 
+def places_of(class_ids: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """The place in `classes` of each class id, (observations,) int; -1 for one that is not there."""
+    place = {class_id: index for index, class_id in enumerate(classes)}
+    return np.array([place.get(class_id, -1) for class_id in class_ids], dtype=np.int64)
+
+
 def _read_fungiclef(folder: Path, marker: Path, resolution: str) -> list[tuple]:
     rows = []
     for split in ("train", "val"):
@@ -153,7 +167,8 @@ def _read_fungiclef(folder: Path, marker: Path, resolution: str) -> list[tuple]:
             continue
         photos = resolution_folder(folder / "images" / marker.parent.name / split, resolution)
         for row in read_table(table, ("observationID", "filename", "category_id")):
-            rows.append((split, row["observationID"], row["category_id"], photos / row["filename"]))
+            ranks = (row.get("genus") or "", row.get("family") or "")
+            rows.append((split, row["observationID"], row["category_id"], photos / row["filename"], *ranks))
     return rows
 
 
@@ -163,14 +178,22 @@ def _read_herbarium(folder: Path, marker: Path, resolution: str) -> list[tuple]:
         metadata = json.loads(table.read_text(encoding="ISO-8859-1"))
         names = {image["id"]: image["file_name"] for image in metadata["images"]}
         labels = [(note["image_id"], str(note["category_id"])) for note in metadata["annotations"]]
-        return [("train", str(photo), label, table.parent / names[photo]) for photo, label in labels]
+        ranks = {
+            str(category["id"]): (category.get("genus", ""), category.get("family", ""))
+            for category in metadata.get("categories", ())
+        }
+        unknown = ("", "")
+        return [
+            ("train", str(photo), label, table.parent / names[photo], *ranks.get(label, unknown))
+            for photo, label in labels
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
 
 
 def _read_class_folders(folder: Path, marker: Path, resolution: str) -> list[tuple]:
     return [
-        (split, path.relative_to(folder).as_posix(), path.parent.name, path)
+        (split, path.relative_to(folder).as_posix(), path.parent.name, path, "", "")
         for split in ("train", "val")
         for path in sorted((folder / split).glob("*/*"))
         if path.suffix.lower() in PHOTO_SUFFIXES

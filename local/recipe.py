@@ -33,6 +33,14 @@ class Recipe:
     # What the bank is made of.
     reference: str = "train+val"  # "train" keeps val out of the bank, so that a score on val or test compares
     centre: bool = True  # subtract the reference's mean before cosines
+    whitening: float = 0.0  # exponent: 0 only centres, 1 evens out all variation within classes
+    matcher: str = "means"  # a class's mean, "several" prototypes, or a linear classifier
+    genus: float = 0.0  # a class's relatives in its genus weigh as much as so many of its observations
+    family: float = 0.0  # the same of its family
+    nearest: float = 0.0  # share of the nearest observation in the probabilities
+    shots: float = 0.0  # a class is likelier by its number of observations to this power
+    transduction: float = 0.0  # how much the test's own observations move the prototypes
+    choose: tuple[str, ...] = ()  # keys of this part, and views, that cross-validation chooses; see local/choice.py
 
     # Fine-tuning; none with epochs = 0.
     epochs: int = 0
@@ -58,6 +66,7 @@ CHOICES = {
     "pooling": POOLINGS,
     "reference": ("train", "train+val"),
     "prototypes": ("fixed", "learned"),
+    "matcher": ("means", "several", "ridge", "random-ridge", "logistic"),
 }
 POSITIVE = ("temperature", "batch_size", "photos_per_observation", "learning_rate", "crop_scale", "patience")
 NOT_NEGATIVE = ("image_size", "epochs", "weight_decay", "warmup", "label_smoothing", "colour_jitter", "seed")

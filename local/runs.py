@@ -13,7 +13,6 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
@@ -21,24 +20,19 @@ from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessin
 from kernel.mounts import FORMAT, MANIFEST, InputError, sha256
 from kernel.observations import RESOLUTIONS
 from kernel.photos import shorter_side
-from local.banks import commonest_classes, fit_centroids
-from local.competition import (
-    TIME_LIMITS,
-    Competition,
-    find_layout,
-    read_competition,
-    sort_ids,
-    split_for_validation,
-)
+from local.banks import commonest_classes, save_banks
+from local.choice import fit_banks
+from local.competition import TIME_LIMITS, Competition, find_layout, read_competition, split_for_validation
 from local.console import say
-from local.metrics import describe, score
 from local.plots import plot_class_distribution, plot_training_curve
 from local.pretrained import load_encoder, take_larger
 from local.recipe import Recipe, write_recipe
-from local.training import finetune, judge, log_row
+from local.study import Study
+from local.training import finetune, log_row
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE = "encoder.safetensors", "bank.safetensors"
+CACHE = ".embeddings"  # beside the runs, which share it
 
 
 def train_run(recipe: Recipe, data: Path, out: Path) -> None:
@@ -56,6 +50,7 @@ def train_run(recipe: Recipe, data: Path, out: Path) -> None:
         module, entry = take_larger(module, entry)
     if recipe.fit != "encoder":
         entry["preprocessing"]["fit"] = recipe.fit
+    recipe = dataclasses.replace(recipe, fit=entry["preprocessing"]["fit"])
     preprocessing = read_preprocessing(entry["preprocessing"])
     resolution = smallest_sufficient(shorter_side(preprocessing)) if recipe.resolution == "auto" else recipe.resolution
     competition = read_competition(data, resolution)
@@ -68,7 +63,7 @@ def train_run(recipe: Recipe, data: Path, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        fill_run(partial, recipe, competition, encoder, entry)
+        fill_run(partial, out.parent / CACHE, recipe, competition, encoder, entry)
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -80,55 +75,51 @@ def smallest_sufficient(side: int) -> str:
     return next((name for name in RESOLUTIONS[:-1] if int(name.rstrip("p")) >= side), RESOLUTIONS[-1])
 
 
-def fill_run(folder: Path, recipe: Recipe, competition: Competition, encoder: Encoder, entry: dict) -> None:
-    """Tune, judge, build the bank of the reference, and write all that a run folder holds."""
+def fill_run(
+    folder: Path, cache: Path, recipe: Recipe, competition: Competition, encoder: Encoder, entry: dict
+) -> None:
+    """Tune the encoder, choose the bank, build it of the reference, and write all that a run folder holds."""
     started = time.monotonic()
     fit, validation = split_for_validation(competition, recipe.seed)
     say(
         f"{competition.folder} ({competition.layout.name}): {len(fit)} observations of {len(set(fit.class_ids))} "
         f"classes to learn from, {len(validation)} to judge by; {recipe.encoder} on {encoder.device.type}"
     )
-    if not len(validation):
-        say("every class has one observation: there is nothing to judge by, and so no score of this run")
-        if recipe.epochs:
-            raise InputError(f"{competition.folder} leaves nothing to judge epochs by: use a recipe with epochs = 0")
-    log, chosen = finetune(encoder, fit, validation, recipe) if recipe.epochs else ([], 0)
+    if recipe.epochs and not len(validation):
+        raise InputError(f"{competition.folder} leaves nothing to judge epochs by: use a recipe with epochs = 0")
+    log, epoch = finetune(encoder, fit, validation, recipe) if recipe.epochs else ([], 0)
     save_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
 
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
     encoder.module.to(pick_dtype(encoder.device, recipe.precision))
-    judged = judge(encoder, fit, validation, recipe, recipe.views)
-    validated = score(validation.class_ids, judged.guesses, recipe.seed) if len(validation) else {}
-    if validated:
-        say(f"validation, with the bank of what was learnt from: {describe(validated)}")
-    log = log or [log_row(0, "", 0.0, judged)]
+    study = Study(recipe, competition, fit, validation, encoder, cache, is_tuned=epoch > 0)
+    chosen, scales, scores = study.choose(folder)
+    embedded = study.embed(chosen.fit).of(study.reference)
+    save_banks(fit_banks(chosen, embedded, scales), folder / BANK_FILE)
 
-    # "train" leaves out the competition's own val alone; what was held out of a train without val belongs to it.
-    keeps_val_out = recipe.reference == "train" and competition.has_val
-    class_ids = fit.class_ids if keeps_val_out else np.concatenate([fit.class_ids, validation.class_ids])
-    embeddings = judged.reference if keeps_val_out else torch.cat([judged.reference, judged.queries])
-    classes = sort_ids(class_ids)
-    bank = fit_centroids(embeddings, class_ids, classes, recipe.centre)
-    save_tensors(dataclasses.asdict(bank), folder / BANK_FILE)
-
-    write_recipe(recipe, folder / "recipe.toml")
-    write_log(log, folder / "log.csv")
-    metrics = {"validation": validated, "chosen_epoch": chosen, "seconds": round(time.monotonic() - started, 1)}
+    class_ids = study.labelled.class_ids[study.reference]
+    write_recipe(chosen, folder / "recipe.toml")
+    if log or scores:
+        log = log or [log_row(0, "", 0.0, scores)]
+        write_log(log, folder / "log.csv")
+        plot_training_curve(log, epoch, folder / "training-curve.png")
+    metrics = {"validation": scores, "chosen_epoch": epoch, "seconds": round(time.monotonic() - started, 1)}
     write_json(metrics, folder / "metrics.json")
-    plot_training_curve(log, chosen, folder / "training-curve.png")
     plot_class_distribution(class_ids, folder / "class-distribution.png")
+    preprocessing = {**entry["preprocessing"], "fit": chosen.fit}
     member = {
         "name": entry["architecture"],
-        "encoder": {**entry, "precision": recipe.precision, "file": ENCODER_FILE},
-        "views": list(recipe.views),
-        "pooling": recipe.pooling,
+        "encoder": {**entry, "preprocessing": preprocessing, "precision": recipe.precision, "file": ENCODER_FILE},
+        "views": list(chosen.views),
+        "pooling": chosen.pooling,
         "bank": BANK_FILE,
-        "validation": validated,
-        "recipe": dataclasses.asdict(recipe),
+        "weight": 1.0,
+        "validation": scores,
+        "recipe": dataclasses.asdict(chosen),
         "data_sha256": competition.digest(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
     }
-    write_manifest(folder, competition, classes, commonest_classes(class_ids, classes), member)
+    write_manifest(folder, competition, study.classes, commonest_classes(class_ids, study.classes), member)
 
 
 def write_manifest(folder: Path, competition: Competition, classes: list[str], prior: list[str], member: dict) -> None:

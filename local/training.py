@@ -15,8 +15,8 @@ from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder, pick_dtype
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
-from local.banks import fit_centroids
-from local.competition import Labelled, sort_ids
+from local.banks import centroids
+from local.competition import Labelled, places_of, sort_ids
 from local.console import progress, say
 from local.metrics import GUESSES, hit_matrix, paired_gain
 from local.recipe import Recipe
@@ -24,20 +24,20 @@ from local.recipe import Recipe
 
 @dataclass(frozen=True)
 class Judged:
-    """An encoder's answers on the validation observations, and what they came from.
+    """An encoder's answers on the validation observations, by class means.
 
     Attributes:
-        reference: (observations that were learnt from, features).
-        queries: (validation observations, features).
-        guesses: class ids, best first, of each validation observation.
+        bank: of the class means of what was learnt from.
         hits: (validation observations, 3) whether the true class is among the first 1, 5, 10.
     """
 
-    reference: torch.Tensor
-    queries: torch.Tensor
     bank: Bank
-    guesses: list[list[str]]
     hits: np.ndarray
+
+    @property
+    def recalls(self) -> dict[str, float]:
+        """Recall@1/5/10."""
+        return {f"recall_at_{count}": float(self.hits[:, index].mean()) for index, count in enumerate(GUESSES)}
 
 
 def judge(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Recipe, views: Sequence[str]) -> Judged:
@@ -50,9 +50,9 @@ def judge(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Recipe,
             say(f"{count} photos could not be read ({cause}) and were left out")
         embedded.append(embeddings.values)
     reference, queries = embedded
-    bank = fit_centroids(reference, fit.class_ids, classes, recipe.centre)
-    guesses = [[classes[index] for index in row] for row in rank([bank], [queries], max(GUESSES)).tolist()]
-    return Judged(reference, queries, bank, guesses, hit_matrix(validation.class_ids, guesses))
+    bank = centroids(reference.double().numpy(), places_of(fit.class_ids, classes), len(classes), recipe.centre)
+    guesses = [[classes[index] for index in row] for row in rank([[bank]], [1.0], [queries], max(GUESSES)).tolist()]
+    return Judged(bank, hit_matrix(validation.class_ids, guesses))
 
 
 class Support(Dataset):
@@ -104,13 +104,14 @@ class PrototypicalLoss(nn.Module):
     Distances are taken in the bank's own space, centred and of length 1, so that what is trained is what is matched.
 
     Args:
-        bank: whose prototypes to use: fixed where they are, or where learning starts.
+        centre: (features,) of the reference.
+        prototypes: (classes, features), fixed where they are, or where learning starts.
     """
 
-    def __init__(self, bank: Bank, recipe: Recipe):
+    def __init__(self, centre: torch.Tensor, prototypes: torch.Tensor, recipe: Recipe):
         super().__init__()
-        self.register_buffer("centre", bank.centre)
-        self.prototypes = nn.Parameter(bank.prototypes.clone(), requires_grad=recipe.prototypes == "learned")
+        self.register_buffer("centre", centre)
+        self.prototypes = nn.Parameter(prototypes.clone(), requires_grad=recipe.prototypes == "learned")
         self.pooling, self.temperature, self.smoothing = recipe.pooling, recipe.temperature, recipe.label_smoothing
 
     def forward(self, embeddings: torch.Tensor, owners: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -205,13 +206,14 @@ def finetune(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Reci
     """
     views = recipe.views[:1]  # all views on the final judgement; one is enough to compare epochs
     start = judge(encoder, fit, validation, recipe, views)
-    log = [log_row(0, "", 0.0, start)]
+    log = [log_row(0, "", 0.0, start.recalls)]
     say(f"epoch 0: {log_line(log[0])}")
-    loss = PrototypicalLoss(start.bank, recipe).to(encoder.device)
+    prototypes = start.bank.prototypes
+    centre = -start.bank.layers[0].bias if recipe.centre else torch.zeros(prototypes.shape[1])
+    loss = PrototypicalLoss(centre, prototypes, recipe).to(encoder.device)
     parameters = unfreeze(encoder.module, recipe.unfreeze)
     learning = [*parameters, *(parameter for parameter in loss.parameters() if parameter.requires_grad)]
-    classes = {class_id: index for index, class_id in enumerate(sort_ids(fit.class_ids))}
-    targets = torch.tensor([classes[class_id] for class_id in fit.class_ids])
+    targets = torch.tensor(places_of(fit.class_ids, sort_ids(fit.class_ids)))
     batches = DataLoader(
         Support(fit.observations, encoder, recipe),
         batch_size=recipe.batch_size,
@@ -235,7 +237,7 @@ def finetune(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Reci
             say(f"epoch {epoch}: the loss is {mean_loss}; stopping with what was learnt before")
             break
         judged = judge(encoder, fit, validation, recipe, views)
-        log.append(log_row(epoch, mean_loss, scheduler.get_last_lr()[0], judged))
+        log.append(log_row(epoch, mean_loss, scheduler.get_last_lr()[0], judged.recalls))
         say(f"epoch {epoch}: loss {mean_loss:.4f}  {log_line(log[-1])}")
         if recall_at_5(judged) > recall_at_5(best):
             gain, error = paired_gain(judged.hits[:, 1], start.hits[:, 1])
@@ -254,9 +256,9 @@ def recall_at_5(judged: Judged) -> float:
     return judged.hits[:, 1].mean()
 
 
-def log_row(epoch: int, loss: float | str, learning_rate: float, judged: Judged) -> dict:
+def log_row(epoch: int, loss: float | str, learning_rate: float, scores: dict[str, float]) -> dict:
     """A row of log.csv."""
-    recalls = {f"recall_at_{count}": float(judged.hits[:, index].mean()) for index, count in enumerate(GUESSES)}
+    recalls = {f"recall_at_{count}": scores[f"recall_at_{count}"] for count in GUESSES}
     return {"epoch": epoch, "loss": loss, "learning_rate": learning_rate, **recalls}
 
 

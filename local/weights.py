@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, read_weights, sha256
-from kernel.observations import RESOLUTIONS
+from kernel.observations import LAYOUTS, RESOLUTIONS
 from local.console import say
+from local.ensemble import weigh
 from local.runs import write_json
 
 
@@ -16,7 +17,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     """Copy the files of every run, the wheels that they need, and one manifest over all of them.
 
     Args:
-        runs: run folders, best first; several make an ensemble.
+        runs: run folders; several make an ensemble, weighted by cross-validation, the weightiest first.
         folder: an empty folder to fill.
 
     Returns:
@@ -31,8 +32,15 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         for key, of in (("class_ids", "classes"), ("competition", "competition")):
             if _comparable(weights.manifest[key]) != _comparable(first[key]):
                 raise InputError(f"{weights.folder} has another {of} than {runs[0]}: train both with the same --data")
+    shares = weigh(runs, guesses_of(first["competition"]["layout"]))
+    order = sorted(range(len(runs)), key=lambda place: -shares[place])
+    opened, shares = ([values[place] for place in order if shares[place]] for values in (opened, shares))
     resolution = max((weights.manifest["competition"]["resolution"] for weights in opened), key=RESOLUTIONS.index)
-    members = [member for place, weights in enumerate(opened, 1) for member in _copy(weights, folder, place)]
+    members = [
+        {**member, "weight": share * member["weight"]}
+        for place, (weights, share) in enumerate(zip(opened, shares, strict=True), 1)
+        for member in _copy(weights, folder, place)
+    ]
     _download_wheels(members, folder / "wheels")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
@@ -45,6 +53,11 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     }
     write_json(manifest, folder / MANIFEST)
     return folder / MANIFEST
+
+
+def guesses_of(name: str) -> int:
+    """Class ids in one row of a layout's submission."""
+    return next(layout.guesses for layout in LAYOUTS if layout.name == name)
 
 
 def _comparable(value: object) -> object:

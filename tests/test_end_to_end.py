@@ -57,7 +57,7 @@ def test_the_run_folder_says_all_that_made_it(trained):
     assert all(sha256(trained / name) == digest for name, digest in manifest["files"].items())
     assert manifest["members"][0]["recipe"]["seed"] == 0
     assert len(manifest["members"][0]["data_sha256"]) == 64
-    assert not list(trained.parent.glob(".*"))
+    assert not list(trained.parent.glob(".*.partial"))
 
 
 def test_the_bundle_alone_in_an_empty_folder_predicts_every_observation(kaggle, drawn):

@@ -8,7 +8,6 @@ import timm
 import torch
 from torch.nn.functional import cross_entropy, normalize
 
-from kernel.bank import Bank
 from kernel.encoders import Encoder, Preprocessing
 from local.competition import read_competition, split_for_validation
 from local.recipe import make_recipe
@@ -94,7 +93,7 @@ def test_a_pretrained_encoder_keeps_its_batch_statistics(fresh):
 def test_the_loss_is_cross_entropy_over_squared_distances(pooling):
     torch.manual_seed(0)
     centre, prototypes = torch.randn(6) / 5, normalize(torch.randn(4, 6))
-    loss = PrototypicalLoss(Bank(centre, prototypes, torch.zeros(4)), recipe(temperature=0.5, pooling=pooling))
+    loss = PrototypicalLoss(centre, prototypes, recipe(temperature=0.5, pooling=pooling))
     photos, owners, targets = normalize(torch.randn(5, 6)), torch.tensor([0, 0, 1, 2, 2]), torch.tensor([3, 1, 0])
     pooled = []
     for owner in range(3):
@@ -106,9 +105,9 @@ def test_the_loss_is_cross_entropy_over_squared_distances(pooling):
 
 
 def test_fixed_prototypes_stay_and_learned_ones_move():
-    bank = Bank(torch.zeros(6), normalize(torch.randn(4, 6)), torch.zeros(4))
-    assert not PrototypicalLoss(bank, recipe()).prototypes.requires_grad
-    assert PrototypicalLoss(bank, recipe(prototypes="learned")).prototypes.requires_grad
+    start = (torch.zeros(6), normalize(torch.randn(4, 6)))
+    assert not PrototypicalLoss(*start, recipe()).prototypes.requires_grad
+    assert PrototypicalLoss(*start, recipe(prototypes="learned")).prototypes.requires_grad
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():

@@ -1,0 +1,124 @@
+"""The labelled observations of a competition as one encoder sees them: which are learnt from, and which judge."""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from kernel.encoders import Encoder
+from local.cache import EmbeddingCache
+from local.choice import Embedded, Search, cross_validated, make_folds, walk
+from local.competition import Competition, Labelled, places_of, read_taxonomy, sort_ids
+from local.console import say
+from local.ensemble import VALIDATION_FILE
+from local.metrics import describe, score
+from local.recipe import Recipe
+
+CANDIDATES_FILE = "candidates.csv"
+
+
+class Study:
+    """What a bank is fitted to and chosen by.
+
+    Attributes:
+        labelled: all labelled observations, those of val after those of train.
+        reference: (observations,) bool, of which the bank is made.
+        classes: the bank's class ids, in order.
+        folds: (reference, queries), each (observations,) bool. Where the competition's val is kept out of the bank,
+            val is the one fold's queries. Else observations of all are held out in turn; for an encoder that was tuned
+            on some, only the others.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        competition: Competition,
+        fit: Labelled,
+        validation: Labelled,
+        encoder: Encoder,
+        cache: Path,
+        is_tuned: bool,
+    ):
+        self.recipe, self.encoder, self.cache, self.embedded = recipe, encoder, cache, {}
+        self.guesses = competition.layout.guesses
+        class_ids = np.concatenate([fit.class_ids, validation.class_ids])
+        self.labelled = Labelled([*fit.observations, *validation.observations], class_ids)
+        is_fit = np.arange(len(class_ids)) < len(fit)
+        keeps_val_out = recipe.reference == "train" and competition.has_val
+        self.reference = is_fit if keeps_val_out else np.ones_like(is_fit)
+        self.classes = sort_ids(class_ids[self.reference])
+        self.places = places_of(class_ids, self.classes)
+        self.taxonomy = read_taxonomy(competition, self.classes)
+        asked = ~is_fit if is_tuned else np.ones_like(is_fit)
+        self.folds = [(is_fit, ~is_fit)] if keeps_val_out else make_folds(self.places, asked, recipe.seed)
+
+    def embed(self, fit: str) -> Embedded:
+        """All labelled observations in all of the recipe's views, photos cropped or squashed."""
+        if fit not in self.embedded:
+            preprocessing = dataclasses.replace(self.encoder.preprocessing, fit=fit)
+            encoder = Encoder(self.encoder.module, preprocessing, self.encoder.features, self.encoder.devices)
+            photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.recipe.views)
+            for cause, count in photos.failures.items():
+                say(f"{count} photos could not be read ({cause}) and were left out")
+            self.embedded[fit] = Embedded(
+                photos.values, self.recipe.views, photos.observations, self.places, self.taxonomy
+            )
+        return self.embedded[fit]
+
+    def choose(self, folder: Path) -> tuple[Recipe, tuple[float, ...], dict[str, float]]:
+        """Choose what the recipe leaves open, and judge it by observations that had no part in the choice.
+
+        Args:
+            folder: to leave the table of candidates and the answers to the held-out observations in.
+
+        Returns:
+            The recipe with nothing left open, the inverse temperatures of its banks, and its scores.
+        """
+        if not self.folds:
+            say("every class has one observation: there is nothing to judge by, and so no score of this run")
+            return self.recipe, (), {}
+        search = Search(self.embed, self.recipe.fit, self.folds, self.guesses, self.reference)
+        chosen, top = self.recipe, None
+        if self.recipe.choose:
+            table: list[dict] = []
+            chosen = walk(search, self.recipe, np.ones(len(search.truth), dtype=bool), table)
+            top = cross_validated(search, self.recipe)
+            write_table(table, folder / CANDIDATES_FILE)
+            tell(table, chosen)
+        outcome = search.judge(chosen)
+        guesses = [[self.classes[place] for place in row] for row in (outcome.top if top is None else top)]
+        scores = score(self.labelled.class_ids[search.queries], guesses, self.recipe.seed)
+        say(f"{len(guesses)} held-out observations: {describe(scores, self.guesses)}")
+        self.keep_answers(search, chosen, folder / VALIDATION_FILE)
+        return chosen, outcome.scales, scores
+
+    def keep_answers(self, search: Search, chosen: Recipe, path: Path) -> None:
+        """Write the log-probabilities of every held-out observation, by which an ensemble is weighted later."""
+        log_probabilities = search.log_probabilities(chosen)[0].half().numpy()
+        observations = [self.labelled.observations[query].id for query in search.queries]
+        said = {"observations": json.dumps(observations), "classes": json.dumps(self.classes)}
+        tensors = {"log_probabilities": log_probabilities, "truth": search.truth, "weights": search.weights}
+        save_file(tensors, path, metadata=said)
+
+
+def write_table(rows: Sequence[dict], path: Path) -> None:
+    """Write the table of candidates as CSV."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def tell(rows: Sequence[dict], chosen: Recipe) -> None:
+    """The table of candidates as lines: each with its paired gain over what it would have replaced."""
+    for row in rows:
+        gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
+        say(
+            f"{row['key']:12} {row['value']!s:44.44}  Recall@1 {row['recall_at_1']:.3f}  "
+            f"Recall@5 {row['recall_at_5']:.3f}  gain {gain}"
+        )
+    say("chosen: " + "  ".join(f"{key} = {getattr(chosen, key)}" for key in chosen.choose))
