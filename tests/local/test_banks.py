@@ -82,9 +82,7 @@ def test_whitening_makes_the_variation_within_classes_alike_in_all_directions():
 
 def test_whitening_finds_classes_that_centring_cannot():
     embeddings, observations, classes = nuisance()
-    queries, owners, truth = nuisance(seed=0)
     rng = np.random.default_rng(9)
-    queries = unit(embeddings[:, 0] + 0.0)
     taxonomy = Taxonomy.unknown(classes.max() + 1)
     fresh = unit(
         embeddings.mean(axis=1) + rng.normal(size=embeddings[:, 0].shape) * np.r_[np.full(4, 0.5), np.zeros(8)]
