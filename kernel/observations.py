@@ -6,22 +6,32 @@ A `Layout` is all that differs from one kind of competition to another. To suppo
 
 import csv
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernel.mounts import InputError, find_folders
 
 RESOLUTIONS = ("300p", "500p", "720p", "fullsize")  # FungiCLEF's folders, by the shorter side in pixels
+# FungiCLEF's columns that say something of an observation beside its photos, and are there in the test table too.
+METADATA = (
+    "year", "month", "day", "latitude", "longitude", "elevation", "landcover", "countryCode", "district",
+    "biogeographicalRegion", "habitat", "substrate", "metaSubstrate",
+)  # fmt: skip
 PHOTO_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp"))
 
 
 @dataclass(frozen=True)
 class Observation:
-    """One or more photos of one specimen: the unit that is predicted."""
+    """One or more photos of one specimen: the unit that is predicted.
+
+    Attributes:
+        metadata: what the table says beside the photos, as its text, by column of METADATA; without the blanks.
+    """
 
     id: str
     photos: tuple[Path, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -70,12 +80,22 @@ def read_table(path: Path, needed: Iterable[str]) -> list[dict[str, str]]:
         raise InputError(f"{path} cannot be read as CSV: {error}") from error
 
 
-def group_photos(rows: Iterable[tuple[str, Path]]) -> list[Observation]:
-    """Observations in order of first appearance, each with its photos in order and without repeats."""
+def group_photos(rows: Iterable[tuple[str, Path, Mapping[str, str | None]]]) -> list[Observation]:
+    """Observations in order of first appearance, each with its photos in order and without repeats.
+
+    Args:
+        rows: of each photo its observation, its path, and what its row says; of METADATA, an observation gets the first
+            that is not blank.
+    """
     photos: dict[str, dict[Path, None]] = {}
-    for observation, photo in rows:
+    metadata: dict[str, dict[str, str]] = {}
+    for observation, photo, row in rows:
         photos.setdefault(observation, {})[photo] = None
-    return [Observation(observation, tuple(paths)) for observation, paths in photos.items()]
+        said = metadata.setdefault(observation, {})
+        for column in METADATA:
+            if column not in said and (row.get(column) or "").strip():
+                said[column] = row[column]
+    return [Observation(observation, tuple(paths), metadata[observation]) for observation, paths in photos.items()]
 
 
 def resolution_folder(split: Path, wanted: str) -> Path:
@@ -93,7 +113,7 @@ def resolution_folder(split: Path, wanted: str) -> Path:
 def _read_fungiclef(folder: Path, table: Path, resolution: str) -> list[Observation]:
     photos = resolution_folder(folder / "images" / table.parent.name / "test", resolution)
     rows = read_table(table, ("observationID", "filename"))
-    return group_photos((whole(row["observationID"]), photos / row["filename"]) for row in rows)
+    return group_photos((whole(row["observationID"]), photos / row["filename"], row) for row in rows)
 
 
 def whole(number: str) -> str:
@@ -103,12 +123,12 @@ def whole(number: str) -> str:
 
 def _read_herbarium(folder: Path, table: Path, resolution: str) -> list[Observation]:
     images = json.loads(table.read_text(encoding="ISO-8859-1"))["images"]
-    return group_photos((str(image["id"]), table.parent / image["file_name"]) for image in images)
+    return group_photos((str(image["id"]), table.parent / image["file_name"], {}) for image in images)
 
 
 def _read_class_folders(folder: Path, table: Path, resolution: str) -> list[Observation]:
     photos = sorted(path for path in table.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
-    return group_photos((path.stem, path) for path in photos)
+    return group_photos((path.stem, path, {}) for path in photos)
 
 
 LAYOUTS = (

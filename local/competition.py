@@ -16,6 +16,7 @@ import pandas as pd
 from kernel.mounts import InputError
 from kernel.observations import (
     LAYOUTS,
+    METADATA,
     PHOTO_SUFFIXES,
     Layout,
     Observation,
@@ -26,7 +27,8 @@ from kernel.observations import (
 )
 from local.banks import Taxonomy
 
-COLUMNS = ("split", "observation", "class_id", "photo", "genus", "family")
+COLUMNS = ("split", "observation", "class_id", "photo")
+TAXONOMY = ("order", "family", "genus")  # FungiCLEF's columns above the species, the widest first
 TIME_LIMITS = {"fungiclef": 12 * 3600, "herbarium": 9 * 3600, "class-folders": 9 * 3600}  # seconds, of a GPU kernel
 
 
@@ -36,7 +38,7 @@ class Competition:
 
     Attributes:
         photos: a row per photo, with COLUMNS: split "train" or "val", observation and class ids as the competition
-            spells them, the photo's path, and the class's genus and family, empty where they are not known.
+            spells them, and the photo's path; then METADATA and TAXONOMY, where the layout has them.
         resolution: of FungiCLEF's folders, the one that was read.
     """
 
@@ -90,7 +92,7 @@ def read_competition(folder: Path, resolution: str = "300p") -> Competition:
     """
     layout, marker = find_layout(folder)
     rows = READERS[layout.name](folder, marker, resolution)
-    photos = pd.DataFrame(rows, columns=COLUMNS).drop_duplicates(ignore_index=True)
+    photos = pd.DataFrame(rows, columns=list(rows[0]) if rows else COLUMNS).drop_duplicates(ignore_index=True)
     if not (photos["split"] == "train").any():
         raise InputError(f"{folder} ({layout.name}) has no labelled photo: check that the training table is complete")
     for column, what in (("class_id", "classes"), ("split", "splits")):
@@ -116,16 +118,34 @@ def find_layout(folder: Path) -> tuple[Layout, Path]:
 def labelled(competition: Competition, *splits: str) -> Labelled:
     """The labelled observations of some splits, in the table's order."""
     photos = competition.photos[competition.photos["split"].isin(splits)]
-    observations = group_photos(zip(photos["observation"], photos["photo"], strict=True))
+    said = photos.filter(METADATA).to_dict("records") or [{}] * len(photos)
+    observations = group_photos(zip(photos["observation"], photos["photo"], said, strict=True))
     classes = dict(zip(photos["observation"], photos["class_id"], strict=True))
     return Labelled(observations, np.array([classes[observation.id] for observation in observations], dtype=object))
 
 
+def lineages(competition: Competition) -> dict[str, tuple[str, ...]]:
+    """Of each class its order, family and genus, "" where the competition does not say."""
+    photos = competition.photos.reindex(columns=["class_id", *TAXONOMY], fill_value="")
+    named = photos.groupby("class_id").max()  # "" sorts before every name
+    return dict(zip(named.index, named.itertuples(index=False, name=None), strict=True))
+
+
 def read_taxonomy(competition: Competition, classes: Sequence[str]) -> Taxonomy:
-    """The genus and family of each class, by name; a class without one is alone in its own."""
-    ranks = competition.photos.drop_duplicates("class_id").set_index("class_id")
-    named = [[ranks.at[class_id, rank] or f"only {class_id}" for class_id in classes] for rank in ("genus", "family")]
-    return Taxonomy(*(np.unique(names, return_inverse=True)[1] for names in named))
+    """The genus and family of each class; one that is not named is the class's own."""
+    known, unknown = lineages(competition), ("",) * len(TAXONOMY)
+    lines = [known.get(class_id, unknown) for class_id in classes]
+    ranks = [
+        [line[TAXONOMY.index(rank)] or f"of {class_id}" for line, class_id in zip(lines, classes, strict=True)]
+        for rank in ("genus", "family")
+    ]
+    return Taxonomy(*(np.unique(names, return_inverse=True)[1] for names in ranks))
+
+
+def places_of(class_ids: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """The place in `classes` of each class id, (observations,) int; -1 for one that is not there."""
+    place = {class_id: index for index, class_id in enumerate(classes)}
+    return np.array([place.get(class_id, -1) for class_id in class_ids], dtype=np.int64)
 
 
 def split_for_validation(competition: Competition, seed: int) -> tuple[Labelled, Labelled]:
@@ -153,13 +173,7 @@ def sort_ids(class_ids: np.ndarray) -> list[str]:
     return sorted(distinct)
 
 
-def places_of(class_ids: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """The place in `classes` of each class id, (observations,) int; -1 for one that is not there."""
-    place = {class_id: index for index, class_id in enumerate(classes)}
-    return np.array([place.get(class_id, -1) for class_id in class_ids], dtype=np.int64)
-
-
-def _read_fungiclef(folder: Path, marker: Path, resolution: str) -> list[tuple]:
+def _read_fungiclef(folder: Path, marker: Path, resolution: str) -> list[dict]:
     rows = []
     for split in ("train", "val"):
         table = marker.with_name(marker.name.replace("-Test", f"-{split.title()}"))
@@ -167,40 +181,40 @@ def _read_fungiclef(folder: Path, marker: Path, resolution: str) -> list[tuple]:
             continue
         photos = resolution_folder(folder / "images" / marker.parent.name / split, resolution)
         for row in read_table(table, ("observationID", "filename", "category_id")):
-            ranks = (row.get("genus") or "", row.get("family") or "")
-            rows.append((split, row["observationID"], row["category_id"], photos / row["filename"], *ranks))
+            more = {column: row.get(column) or "" for column in (*METADATA, *TAXONOMY)}
+            photo = (split, row["observationID"], row["category_id"], photos / row["filename"])
+            rows.append(dict(zip(COLUMNS, photo, strict=True)) | more)
     return rows
 
 
-def _read_herbarium(folder: Path, marker: Path, resolution: str) -> list[tuple]:
+def _read_herbarium(folder: Path, marker: Path, resolution: str) -> list[dict]:
     table = marker.parents[1] / "train" / "metadata.json"
     try:
         metadata = json.loads(table.read_text(encoding="ISO-8859-1"))
         names = {image["id"]: image["file_name"] for image in metadata["images"]}
         labels = [(note["image_id"], str(note["category_id"])) for note in metadata["annotations"]]
+        rows = [("train", str(photo), label, table.parent / names[photo]) for photo, label in labels]
         ranks = {
-            str(category["id"]): (category.get("genus", ""), category.get("family", ""))
+            str(category["id"]): {rank: str(category.get(rank, "")) for rank in TAXONOMY}
             for category in metadata.get("categories", ())
         }
-        unknown = ("", "")
-        return [
-            ("train", str(photo), label, table.parent / names[photo], *ranks.get(label, unknown))
-            for photo, label in labels
-        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
+    unknown = dict.fromkeys(TAXONOMY, "")
+    return [dict(zip(COLUMNS, row, strict=True)) | ranks.get(row[2], unknown) for row in rows]
 
 
-def _read_class_folders(folder: Path, marker: Path, resolution: str) -> list[tuple]:
+def _read_class_folders(folder: Path, marker: Path, resolution: str) -> list[dict]:
     return [
-        (split, path.relative_to(folder).as_posix(), path.parent.name, path, "", "")
+        dict(zip(COLUMNS, (split, path.relative_to(folder).as_posix(), path.parent.name, path), strict=True))
         for split in ("train", "val")
         for path in sorted((folder / split).glob("*/*"))
         if path.suffix.lower() in PHOTO_SUFFIXES
     ]
 
 
-READERS: dict[str, Callable[[Path, Path, str], list[tuple]]] = {
+# Each returns a row per photo: COLUMNS, and METADATA and TAXONOMY if it knows them.
+READERS: dict[str, Callable[[Path, Path, str], list[dict]]] = {
     "fungiclef": _read_fungiclef,
     "herbarium": _read_herbarium,
     "class-folders": _read_class_folders,
