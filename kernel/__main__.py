@@ -73,6 +73,7 @@ import torch
 from kernel.encoders import open_encoder, pick_devices
 from kernel.budget import Budget
 from kernel.embeddings import Embeddings, embed_observations
+from kernel.prior import weighted_prior
 from kernel.bank import rank, read_banks
 
 UNREADABLE_LIMIT = 0.25  # share of unreadable photos above which something is wrong with the mount, not with the photos
@@ -110,17 +111,20 @@ def predict(options: argparse.Namespace, weights: Weights, table: TestTable) -> 
     seconds = budget.elapsed() - opened
 
     members = manifest["members"][: len(embedded)]
+    prior = weighted_prior(weights, members, table.observations)
     ranked = rank(
         [read_banks(weights.file(member["bank"])) for member in members],
         [member["weight"] for member in members],
         [embeddings.values for embeddings in embedded],
         table.layout.guesses,
+        prior,
     )
     seen = torch.stack([embeddings.seen for embeddings in embedded]).all(dim=0)
+    answered = seen if prior is None else torch.ones_like(seen)  # where the photos say nothing, the metadata may
     fallback, class_ids = fallback_guesses(table, manifest), manifest["class_ids"]
     guesses = [
-        [class_ids[index] for index in row] if is_seen else fallback
-        for row, is_seen in zip(ranked.tolist(), seen.tolist(), strict=True)
+        [class_ids[index] for index in row] if is_answered else fallback
+        for row, is_answered in zip(ranked.tolist(), answered.tolist(), strict=True)
     ]
     write_submission(path, table, guesses)
     check_submission(path, table, class_ids)
@@ -134,7 +138,7 @@ def predict(options: argparse.Namespace, weights: Weights, table: TestTable) -> 
     )
     print(
         f"done: {photos} photos ({failures.total()} unreadable{causes}), "
-        f"{len(guesses)} observations ({len(guesses) - int(seen.sum())} on the fallback, {late} too late), "
+        f"{len(guesses)} observations ({len(guesses) - int(answered.sum())} on the fallback, {late} too late), "
         f"{views} views, {budget.elapsed():.1f} s, {photos / max(seconds, 1e-9):.1f} photos/s",
         flush=True,
     )

@@ -124,21 +124,26 @@ def classify(banks: Sequence[Bank], embeddings: torch.Tensor) -> Iterator[torch.
     """Log-probabilities (observations of a chunk, classes), chunk by chunk, by the mean probability of some banks.
 
     Args:
-        embeddings: (observations, features); rows of zeros, of observations without a readable photo, move nothing.
+        embeddings: (observations, features); rows of zeros, of observations without a readable photo, move nothing and
+            say nothing: their log-probabilities are zeros.
     """
     seen = embeddings.norm(dim=1) > 0
     spaces = [bank.transform(embeddings) for bank in banks]
     banks = [move(bank, space[seen]) for bank, space in zip(banks, spaces, strict=True)]
-    for chunks in zip(*(space.split(CHUNK) for space in spaces), strict=True):
+    for is_seen, *chunks in zip(seen.split(CHUNK), *(space.split(CHUNK) for space in spaces), strict=True):
         each = [
             bank.log_probabilities(bank.similarities(part)) + bank.share.log()
             for bank, part in zip(banks, chunks, strict=True)
         ]
-        yield torch.stack(each).logsumexp(dim=0) if len(each) > 1 else each[0]
+        yield torch.stack(each).logsumexp(dim=0) * is_seen[:, None]
 
 
 def rank(
-    members: Sequence[Sequence[Bank]], weights: Sequence[float], embeddings: Sequence[torch.Tensor], guesses: int
+    members: Sequence[Sequence[Bank]],
+    weights: Sequence[float],
+    embeddings: Sequence[torch.Tensor],
+    guesses: int,
+    prior: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The best classes of each observation, by the weighted sum of the log-probabilities of an ensemble's members.
 
@@ -147,17 +152,18 @@ def rank(
         weights: one per member.
         embeddings: (observations, features of the member), one per member.
         guesses: how many classes to return; all, if there are fewer.
+        prior: (observations, classes) of log-probabilities to add, weighted already.
 
     Returns:
         (observations, guesses) int64 indices of classes, best first.
     """
     guesses = min(guesses, len(members[0][0].bias))
-    chunks = zip(*map(classify, members, embeddings), strict=True)
-    # A sorted order in which equal scores keep the order of the classes is the same on every machine.
-    best = [
-        sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        .sort(dim=1, descending=True, stable=True)
-        .indices[:, :guesses]
-        for parts in chunks
-    ]
+    best, first = [], 0
+    for parts in zip(*map(classify, members, embeddings), strict=True):
+        total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        if prior is not None:
+            total = total + prior[first : first + len(total)]
+        # A sorted order in which equal scores keep the order of the classes is the same on every machine.
+        best.append(total.sort(dim=1, descending=True, stable=True).indices[:, :guesses])
+        first += len(total)
     return torch.cat(best) if best else torch.zeros((0, guesses), dtype=torch.long)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from kernel.mounts import Weights
 from kernel.observations import Observation, whole
 
 CELL = (0.1, 0.175)  # degrees of latitude and longitude: 11 km either way in Denmark
@@ -145,6 +146,28 @@ def read_prior(path: Path) -> Prior:
         values = json.loads(file.metadata()["values"])
         tables = {feature: file.get_tensor(feature) for feature in values}
         return Prior(file.get_tensor("classes"), values, tables)
+
+
+def weighted_prior(
+    weights: Weights, members: Sequence[dict], observations: Sequence[Observation]
+) -> torch.Tensor | None:
+    """(observations, classes) to add to an ensemble's log-probabilities; None without metadata, or where it fails.
+
+    Args:
+        members: entries of the manifest.
+    """
+    try:
+        said = [
+            (member["weight"] * member["prior_weight"], read_prior(weights.file(member["prior"])))
+            for member in members
+            if member["prior"]
+        ]
+        priors = [(weight, prior.log_probabilities(observations)) for weight, prior in said]
+        known = [weight * prior for weight, prior in priors if prior is not None]
+        return sum(known) if known else None
+    except Exception as error:  # whatever a hidden table holds, the photos are left
+        print(f"the metadata are left out: {error!r}", flush=True)
+        return None
 
 
 def fused(log_probabilities: torch.Tensor, prior: torch.Tensor | None, weight: float) -> torch.Tensor:

@@ -5,6 +5,7 @@ taxonomy)`, what was learnt in attributes with a trailing underscore. A transfor
 `prototypes_`, `owners_`, `counts_` and `bias_`; `fit_bank` puts one of each together.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -247,7 +248,9 @@ class Logistic:
         """As `ClassMeans.fit`."""
         count = len(taxonomy.genus)
         model = LogisticRegression(C=self.strength, class_weight="balanced", max_iter=300, tol=1e-3)
-        model.fit(embeddings, classes)
+        with warnings.catch_warnings():  # that many classes have few observations is what this is for
+            warnings.simplefilter("ignore")
+            model.fit(embeddings, classes)
         weights, bias = model.coef_, model.intercept_
         if len(model.classes_) == 2:  # scikit-learn keeps one row for two classes
             weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2

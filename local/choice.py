@@ -1,12 +1,13 @@
 """Choose a bank by cross-validation: no test split is looked at, and no observation judges what it was part of."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from kernel.bank import Bank, classify
+from kernel.prior import fused
 from local.banks import (
     SCALE,
     Centring,
@@ -38,6 +39,7 @@ CANDIDATES: dict[str, Sequence] = {
     "nearest": (0.0, 0.2, 0.4),
     "shots": (0.0, 0.25, 0.5),
     "transduction": (0.0, 0.125, 0.25, 0.5, 1.0),
+    "metadata": (0.0, 0.25, 0.5, 0.75, 1.0),
 }
 # Views join in groups: a turn to the left without the one to the right would favour a side.
 VIEW_GROUPS = (
@@ -67,6 +69,7 @@ class Embedded:
     observations: np.ndarray
     classes: np.ndarray
     taxonomy: Taxonomy
+    memory: dict = field(default_factory=dict, compare=False)
 
     def of(self, wanted: np.ndarray) -> "Embedded":
         """The observations where `wanted`, (observations,) bool, is true."""
@@ -76,12 +79,16 @@ class Embedded:
             values=self.values[photos],
             observations=(np.cumsum(wanted) - 1)[self.observations[photos]],
             classes=self.classes[wanted],
+            memory={},
         )
 
     def pooled(self, recipe: Recipe) -> np.ndarray:
-        """(observations, features), of length 1, from the recipe's views."""
-        columns = [self.views.index(view) for view in recipe.views]
-        return pool(self.values[:, columns], self.observations, len(self.classes), recipe.pooling)
+        """(observations, features), of length 1 or 0, from the recipe's views; computed once."""
+        key = (recipe.views, recipe.pooling)
+        if key not in self.memory:
+            columns = [self.views.index(view) for view in recipe.views]
+            self.memory[key] = pool(self.values[:, columns], self.observations, len(self.classes), recipe.pooling)
+        return self.memory[key]
 
 
 def fit_spread(reference: Embedded) -> Whitening:
@@ -92,28 +99,33 @@ def fit_spread(reference: Embedded) -> Whitening:
 
 
 def fit_banks(
-    recipe: Recipe, reference: Embedded, scales: Sequence[float] = (), spread: Whitening | None = None
+    recipe: Recipe,
+    embedded: Embedded,
+    reference: np.ndarray,
+    scales: Sequence[float] = (),
+    spread: Whitening | None = None,
 ) -> list[Bank]:
     """The banks that a recipe asks for.
 
     Args:
+        reference: (observations,) bool, of which to make them.
         scales: inverse temperature of each.
         spread: of the reference, to spare fitting it again.
     """
     # An observation none of whose photos could be read has no place.
-    seen = np.isin(np.arange(len(reference.classes)), reference.observations)
-    pooled, classes = reference.pooled(recipe)[seen], reference.classes[seen]
-    given = (np.arange(len(classes)), classes, reference.taxonomy)
+    seen = reference & np.isin(np.arange(len(reference)), embedded.observations)
+    pooled, classes = embedded.pooled(recipe)[seen], embedded.classes[seen]
+    given = (np.arange(len(classes)), classes, embedded.taxonomy)
     transform = []
     if recipe.whitening:
-        transform = (spread or fit_spread(reference)).layers(recipe.whitening, pooled.mean(axis=0))
+        transform = (spread or fit_spread(embedded.of(seen))).layers(recipe.whitening, pooled.mean(axis=0))
     elif recipe.centre:
         transform = Centring().fit(pooled[:, None], *given).layers_
     space = apply(transform, pooled)
     matchers = [make_matcher(recipe).fit(space, *given)]
     if recipe.nearest:
         matchers.append(SeveralPrototypes(most=len(classes)).fit(space, *given))
-    sizes = np.bincount(classes, minlength=len(reference.taxonomy.genus))
+    sizes = np.bincount(classes, minlength=len(embedded.taxonomy.genus))
     for matcher in matchers:
         matcher.bias_ = matcher.bias_ + recipe.shots * np.log(np.maximum(sizes, 1))
     strength = 0.0 if recipe.matcher in LINEAR else recipe.transduction
@@ -162,6 +174,9 @@ class Search:
         fit: any that will do to read classes from.
         folds: (reference, queries), each (observations,) bool.
         guesses: of a row of the submission.
+        reference: (observations,) bool, of which the bank will be made in the end.
+        ask_prior: maps a fold's (reference, queries) to the log-probabilities of the queries' metadata, (queries,
+            classes), or None.
     """
 
     def __init__(
@@ -171,8 +186,9 @@ class Search:
         folds: Sequence[tuple[np.ndarray, np.ndarray]],
         guesses: int,
         reference: np.ndarray,
+        ask_prior: Callable[[np.ndarray, np.ndarray], torch.Tensor | None] = lambda *fold: None,
     ):
-        self.embed, self.folds = embed, folds
+        self.embed, self.folds, self.ask_prior, self.priors = embed, folds, ask_prior, {}
         classes, count = embed(fit).classes, len(embed(fit).taxonomy.genus)
         self.queries = np.concatenate([np.flatnonzero(queries) for _, queries in folds])
         self.truth = classes[self.queries]
@@ -197,18 +213,27 @@ class Search:
         """(queries, classes), fold after fold, and the scales that they were made with."""
         embedded, fitted, asked = self.embed(recipe.fit), [], []
         for number, (known, queries) in enumerate(self.folds):
-            reference, place = embedded.of(known), (recipe.fit, number)
+            place = (recipe.fit, number)
             if recipe.whitening and place not in self.spreads:
-                self.spreads[place] = fit_spread(reference)
-            fitted.append(fit_banks(recipe, reference, spread=self.spreads.get(place)))
-            asked.append(torch.tensor(embedded.of(queries).pooled(recipe), dtype=torch.float32))
+                self.spreads[place] = fit_spread(embedded.of(known))
+            fitted.append(fit_banks(recipe, embedded, known, spread=self.spreads.get(place)))
+            asked.append(torch.tensor(embedded.pooled(recipe)[queries], dtype=torch.float32))
         # One scale over all folds, without transduction.
         scales = tuple(fit_scale(banks, asked, self.truth) for banks in zip(*fitted, strict=True))
         parts = []
-        for banks, queries in zip(fitted, asked, strict=True):
+        for number, (banks, queries) in enumerate(zip(fitted, asked, strict=True)):
             scaled = [replace(bank, scale=torch.tensor(scale)) for bank, scale in zip(banks, scales, strict=True)]
-            parts += classify(scaled, queries)
+            answers = torch.cat(list(classify(scaled, queries)))
+            if recipe.metadata:
+                answers = fused(answers, self.prior(number), recipe.metadata).log_softmax(dim=1)
+            parts.append(answers)
         return torch.cat(parts), scales
+
+    def prior(self, number: int) -> torch.Tensor | None:
+        """What the metadata of a fold's queries say, fitted once."""
+        if number not in self.priors:
+            self.priors[number] = self.ask_prior(*self.folds[number])
+        return self.priors[number]
 
 
 def worth(places: np.ndarray, guesses: int) -> np.ndarray:

@@ -7,6 +7,7 @@ estimator.prior_.log_probabilities(val.observations)      the kernel's own code
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,7 @@ def taxon_rings(owners: np.ndarray, ancestry: Sequence[tuple[str, ...]], mass: n
         np.add.at(total, member, own)
         sums.append(total[member])
     sums.append(own)
-    return [np.maximum(wide - narrow, 0) for wide, narrow in zip(sums, sums[1:], strict=False)] + [own]
+    return [np.maximum(wide - narrow, 0) for wide, narrow in pairwise(sums)] + [own]
 
 
 def log_ratios(

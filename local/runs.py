@@ -26,12 +26,13 @@ from local.competition import TIME_LIMITS, Competition, find_layout, read_compet
 from local.console import say
 from local.plots import plot_class_distribution, plot_training_curve
 from local.pretrained import load_encoder, take_larger
+from local.prior import write_prior
 from local.recipe import Recipe, write_recipe
 from local.study import Study
 from local.training import finetune, log_row
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
-ENCODER_FILE, BANK_FILE = "encoder.safetensors", "bank.safetensors"
+ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
 CACHE = ".embeddings"  # beside the runs, which share it
 
 
@@ -94,8 +95,9 @@ def fill_run(
     encoder.module.to(pick_dtype(encoder.device, recipe.precision))
     study = Study(recipe, competition, fit, validation, encoder, cache, is_tuned=epoch > 0)
     chosen, scales, scores = study.choose(folder)
-    embedded = study.embed(chosen.fit).of(study.reference)
-    save_banks(fit_banks(chosen, embedded, scales), folder / BANK_FILE)
+    save_banks(fit_banks(chosen, study.embed(chosen.fit), study.reference, scales), folder / BANK_FILE)
+    if chosen.metadata:
+        write_prior(study.fit_prior(study.reference), folder / PRIOR_FILE)
 
     class_ids = study.labelled.class_ids[study.reference]
     write_recipe(chosen, folder / "recipe.toml")
@@ -113,6 +115,8 @@ def fill_run(
         "views": list(chosen.views),
         "pooling": chosen.pooling,
         "bank": BANK_FILE,
+        "prior": PRIOR_FILE if chosen.metadata else None,
+        "prior_weight": chosen.metadata,
         "weight": 1.0,
         "validation": scores,
         "recipe": dataclasses.asdict(chosen),
@@ -134,7 +138,7 @@ def write_manifest(folder: Path, competition: Competition, classes: list[str], p
         "class_ids": classes,
         "prior": prior,
         "members": [member],
-        "files": {name: sha256(folder / name) for name in (ENCODER_FILE, BANK_FILE)},
+        "files": {name: sha256(folder / name) for name in (ENCODER_FILE, BANK_FILE, member["prior"]) if name},
     }
     write_json(manifest, folder / MANIFEST)
 

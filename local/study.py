@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from kernel.encoders import Encoder
+from kernel.prior import Prior
 from local.cache import EmbeddingCache
 from local.choice import Embedded, Search, cross_validated, make_folds, walk
-from local.competition import Competition, Labelled, places_of, read_taxonomy, sort_ids
+from local.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
 from local.console import say
 from local.ensemble import VALIDATION_FILE
 from local.metrics import describe, score
+from local.prior import PriorEstimator
 from local.recipe import Recipe
 
 CANDIDATES_FILE = "candidates.csv"
@@ -44,7 +47,7 @@ class Study:
         is_tuned: bool,
     ):
         self.recipe, self.encoder, self.cache, self.embedded = recipe, encoder, cache, {}
-        self.guesses = competition.layout.guesses
+        self.guesses, self.lineages = competition.layout.guesses, lineages(competition)
         class_ids = np.concatenate([fit.class_ids, validation.class_ids])
         self.labelled = Labelled([*fit.observations, *validation.observations], class_ids)
         is_fit = np.arange(len(class_ids)) < len(fit)
@@ -69,6 +72,16 @@ class Study:
             )
         return self.embedded[fit]
 
+    def fit_prior(self, reference: np.ndarray) -> Prior:
+        """What place, season and substrate say of the classes, learnt from some of the observations."""
+        return PriorEstimator().fit(self.labelled.subset(reference), self.classes, self.lineages).prior_
+
+    def ask_prior(self, reference: np.ndarray, queries: np.ndarray) -> torch.Tensor | None:
+        """(queries, classes) log-probabilities by the metadata alone; None where the tables have none."""
+        if not any(observation.metadata for observation in self.labelled.observations):
+            return None
+        return self.fit_prior(reference).log_probabilities(self.labelled.subset(queries).observations)
+
     def choose(self, folder: Path) -> tuple[Recipe, tuple[float, ...], dict[str, float]]:
         """Choose what the recipe leaves open, and judge it by observations that had no part in the choice.
 
@@ -81,7 +94,7 @@ class Study:
         if not self.folds:
             say("every class has one observation: there is nothing to judge by, and so no score of this run")
             return self.recipe, (), {}
-        search = Search(self.embed, self.recipe.fit, self.folds, self.guesses, self.reference)
+        search = Search(self.embed, self.recipe.fit, self.folds, self.guesses, self.reference, self.ask_prior)
         chosen, top = self.recipe, None
         if self.recipe.choose:
             table: list[dict] = []

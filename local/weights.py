@@ -68,11 +68,12 @@ def _copy(weights: Weights, folder: Path, place: int) -> list[dict]:
     """Copy a run's files under names of their own; its members under the new names."""
     members = []
     for member in weights.manifest["members"]:
-        encoder, bank = member["encoder"]["file"], member["bank"]
-        for name in (encoder, bank):
+        names = {"file": member["encoder"]["file"], "bank": member["bank"], "prior": member["prior"]}
+        for name in filter(None, names.values()):
             shutil.copyfile(weights.file(name), folder / f"{place}-{name}")
-        renamed = {**member["encoder"], "file": f"{place}-{encoder}"}
-        members.append({**member, "encoder": renamed, "bank": f"{place}-{bank}"})
+        renamed = {key: name and f"{place}-{name}" for key, name in names.items()}
+        encoder = {**member["encoder"], "file": renamed.pop("file")}
+        members.append({**member, **renamed, "encoder": encoder})
     return members
 
 

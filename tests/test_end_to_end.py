@@ -285,7 +285,7 @@ def test_a_users_mistake_is_one_line_and_leaves_nothing_behind(
     elif mistake == "unknown key":
         settings = ["--set", "temprature=1"]
     elif mistake == "unknown recipe":
-        recipe = "fungiclef-best"
+        recipe = "fungiclef-wurst"
     elif mistake == "wrong encoder":
         config = {"architecture": "test_vit", "num_classes": 0, "pretrained_cfg": {}}
         (tmp_path / "wrong.json").write_text(json.dumps(config))

@@ -141,7 +141,7 @@ def test_a_choice_among_luck_alone_is_not_reported_as_a_gain():
 def test_every_matcher_makes_banks_that_the_kernel_applies(matcher):
     embedded = specimens()
     recipe = Recipe(views=VIEWS[:2], whitening=1.0, matcher=matcher, nearest=0.25, transduction=0.25)
-    banks = fit_banks(recipe, embedded)
+    banks = fit_banks(recipe, embedded, np.ones(len(embedded.classes), dtype=bool))
     assert sum(bank.share.item() for bank in banks) == pytest.approx(1)
     queries = torch.tensor(embedded.pooled(recipe), dtype=torch.float32)
     probabilities = torch.cat(list(classify(banks, queries))).exp()
@@ -153,7 +153,7 @@ def test_an_observation_without_a_readable_photo_is_no_part_of_the_bank():
     embedded = specimens()
     blind = embedded.observations != 5
     partly = Embedded(embedded.values[blind], VIEWS, embedded.observations[blind], embedded.classes, embedded.taxonomy)
-    bank = fit_banks(Recipe(views=VIEWS[:2]), partly)[0]
+    bank = fit_banks(Recipe(views=VIEWS[:2]), partly, np.ones(len(partly.classes), dtype=bool))[0]
     assert bank.prototypes.isfinite().all()
     counts = np.bincount(embedded.classes)
     counts[embedded.classes[5]] -= 1
