@@ -16,7 +16,7 @@ from safetensors import safe_open
 from kernel.mounts import Weights
 from kernel.observations import Observation, whole
 
-CELL = (0.1, 0.175)  # degrees of latitude and longitude: 11 km either way in Denmark
+CELL = (0.05, 0.0875)  # degrees of latitude and longitude: 5.6 km either way in Denmark
 DAYS_IN_DEKAD = 10  # a third of a month, the climatologists' unit; the last one has the rest of the month
 BLANKS = frozenset(("", "nan", "none", "null", "na", "n/a"))
 

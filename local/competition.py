@@ -54,10 +54,11 @@ class Competition:
 
     def digest(self) -> str:
         """SHA-256 of the labelled table and of every photo's name and size, the same wherever the folder lies."""
+        said = self.photos.drop(columns=list(COLUMNS)).itertuples(index=False, name=None)
         lines = sorted(
             f"{row.split} {row.observation} {row.class_id} {row.photo.relative_to(self.folder).as_posix()} "
-            f"{row.photo.stat().st_size if row.photo.is_file() else 'missing'}"
-            for row in self.photos.itertuples()
+            f"{row.photo.stat().st_size if row.photo.is_file() else 'missing'} {' '.join(more)}"
+            for row, more in zip(self.photos.itertuples(), said, strict=True)
         )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -21,14 +21,15 @@ from local.competition import Labelled
 
 SHOTS, RECENCY = "shots", "recency"  # the terms that no metadata of the query's enter
 # How many observations' worth the wider taxon speaks for: all fungi in an order, it in a family, that in a genus, that
-# in a class. Small at the class: a species' one observation says much of where the next will be.
+# in a class. Small at the class: a species' one observation says much of where the next will be. These and the widths
+# of the kernels below are of the flat middle of what the folds of FungiCLEF's Train liked; its Val had no say.
 CONCENTRATIONS = (50.0, 20.0, 5.0, 0.5)
 RIDGE = 1e-3  # on the squared weights, in nats per query: settles what the queries leave open, and no more
 START = 0.3  # of every weight; what they stay at when there is nothing to choose them by
 KM_PER_DEGREE = 111.2
 
 
-def season_kernel(values: Sequence[str], days: float = 20.0) -> np.ndarray:
+def season_kernel(values: Sequence[str], days: float = 30.0) -> np.ndarray:
     """Gaussian around the year's circle between dekads: (values, values)."""
     dekads = np.array([int(value) for value in values])
     apart = np.abs(dekads[:, None] - dekads)
@@ -41,7 +42,7 @@ def elevation_kernel(values: Sequence[str], steps: float = 1.0) -> np.ndarray:
     return np.exp(-0.5 * ((heights[:, None] - heights) / steps) ** 2)
 
 
-def place_kernel(values: Sequence[str], km: float = 15.0) -> np.ndarray:
+def place_kernel(values: Sequence[str], km: float = 4.0) -> np.ndarray:
     """Cauchy between the centres of cells: (values, values). Its tail keeps a whole country a little alike."""
     latitude, longitude = ((np.array([value.split(",") for value in values], dtype=float) + 0.5) * CELL).T
     narrowing = np.cos(np.radians((latitude[:, None] + latitude) / 2))
@@ -102,7 +103,7 @@ def log_ratios(
     overall = (total + 1 / len(total)) / (total.sum() + 1)
     estimate = overall
     rings = taxon_rings(owners, ancestry, mass)
-    for ring, concentration in zip(rings, concentrations[-len(rings) :], strict=True):
+    for ring, concentration in zip(rings, concentrations, strict=True):
         estimate = (ring + concentration * estimate) / (ring.sum(axis=1, keepdims=True) + concentration)
     return np.log(estimate) - np.log(overall)
 
@@ -136,6 +137,21 @@ def conditional_logit(designs: Sequence[tuple[np.ndarray, np.ndarray]], terms: i
     return minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * terms).x
 
 
+def fusion_weight(log_probabilities: torch.Tensor, prior: torch.Tensor, answers: np.ndarray) -> float:
+    """The weight for `kernel.prior.fused`, by the likelihood of the answers to held-out observations.
+
+    The photos' scores may be of any temperature: their own weight is fitted beside, and divided out.
+
+    Args:
+        log_probabilities, prior: (observations, classes), of a bank and a prior fitted without these observations.
+        answers: (observations,) indices of the true classes.
+    """
+    design = np.stack([log_probabilities.double().numpy(), prior.double().numpy()])
+    spans = design.std(axis=(1, 2))  # of one span, so that the ridge weighs on both alike
+    photos, metadata = conditional_logit([(design / spans[:, None, None], answers)], 2) / spans
+    return float(metadata / max(photos, 1e-6))
+
+
 def folds(years: np.ndarray, origins: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Observation-disjoint (fit, query) masks: what came before each of the last years, and that year.
 
@@ -161,7 +177,7 @@ class PriorEstimator:
         features: of kernel.prior.FEATURES, those to use.
 
     Attributes:
-        weights_: of each feature, and of RECENCY and SHOTS, the weight that the folds chose.
+        weights_: of each feature and of RECENCY what the folds chose, and of SHOTS 1.
         prior_: what the kernel applies.
     """
 
@@ -191,62 +207,62 @@ class PriorEstimator:
             known = sorted(set(reference.class_ids[past]))
             asked = asked & np.isin(reference.class_ids, known)
             if asked.any():
-                design = self._design(reference.subset(past), known, lineages, reference.subset(asked).observations)
+                values, tables = self._terms(reference.subset(past), known, lineages)
+                design = lay_out(values, tables, terms, reference.subset(asked).observations)
                 designs.append((design, np.searchsorted(known, reference.class_ids[asked].astype(str))))
-        self.weights_ = dict(zip(terms, conditional_logit(designs, len(terms)).tolist(), strict=True))
         # The folds cannot weigh the shots: few-shot data leave out the classes that came often, so that in them a class
         # of four seems never to return. Probabilities go with counts, which is a weight of 1.
-        self.prior_ = self._tables(reference, classes, lineages, self.weights_ | {SHOTS: 1.0})
+        chosen = dict(zip(terms, conditional_logit(designs, len(terms)).tolist(), strict=True))
+        self.weights_ = chosen | {SHOTS: 1.0}
+        self.prior_ = weighted(*self._terms(reference, classes, lineages), self.weights_)
         return self
 
-    def _tables(
-        self,
-        reference: Labelled,
-        classes: Sequence[str],
-        lineages: Mapping[str, tuple[str, ...]],
-        weights: Mapping[str, float],
-    ) -> Prior:
-        """The prior with given weights."""
+    def _terms(
+        self, reference: Labelled, classes: Sequence[str], lineages: Mapping[str, tuple[str, ...]]
+    ) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+        """Of each feature that has any its values, and of each term its table: (values or 1, classes), unweighted."""
         index = {class_id: place for place, class_id in enumerate(classes)}
         owners = np.array([index[class_id] for class_id in reference.class_ids])
-        ancestry = [lineages.get(class_id, ()) for class_id in classes]
+        ancestry = [lineages[class_id] for class_id in classes]
         values, tables = {}, {}
         for feature in self.features:
             read = [feature_value(feature, observation.metadata) for observation in reference.observations]
             known = sorted({value for value in read if value is not None})
-            if known and weights[feature] > 0:
-                mass = spread(read, known, feature)
-                ratios = log_ratios(owners, ancestry, mass, self.concentrations)
+            if known:
                 values[feature] = known
-                tables[feature] = torch.from_numpy(weights[feature] * ratios.T.copy()).float()
-        shots = np.maximum(np.bincount(owners, minlength=len(classes)), 0.5)
-        scores = weights[SHOTS] * np.log(shots) + weights[RECENCY] * self._recency(reference, owners, ancestry)
-        return Prior(torch.from_numpy(scores).log_softmax(dim=0).float(), values, tables)
-
-    def _recency(self, reference: Labelled, owners: np.ndarray, ancestry: Sequence[tuple[str, ...]]) -> np.ndarray:
-        """(classes,) log p(recent | class) / p(recent), with the same back-off; zeros where no year is known."""
+                tables[feature] = log_ratios(owners, ancestry, spread(read, known, feature), self.concentrations).T
         years = np.array([year_of(observation) for observation in reference.observations])
-        if not np.isfinite(years).any():
-            return np.zeros(len(ancestry))
-        recent = np.exp((years - np.nanmax(years)) / self.memory)
-        mass = np.nan_to_num(np.stack([recent, 1 - recent], axis=1))
-        return log_ratios(owners, ancestry, mass, self.concentrations)[:, 0]
+        recent = np.exp((years - np.nanmax(years, initial=-np.inf)) / self.memory)
+        mass = np.nan_to_num(np.stack([recent, 1 - recent], axis=1))  # a year that is not known says nothing
+        tables[RECENCY] = log_ratios(owners, ancestry, mass, self.concentrations).T[:1]
+        tables[SHOTS] = np.log(np.maximum(np.bincount(owners, minlength=len(classes)), 0.5))[None]
+        return values, tables
 
-    def _design(
-        self,
-        reference: Labelled,
-        classes: Sequence[str],
-        lineages: Mapping[str, tuple[str, ...]],
-        queries: Sequence[Observation],
-    ) -> np.ndarray:
-        """(terms, queries, classes) float32, each term with a weight of 1."""
-        silent = dict.fromkeys((*self.features, RECENCY, SHOTS), 0.0)
-        design = []
-        for term in silent:
-            prior = self._tables(reference, classes, lineages, silent | {term: 1.0})
-            one = prior.log_likelihoods(queries) if term in FEATURES else prior.classes.expand(len(queries), -1)
-            design.append(one.numpy())
-        return np.stack(design)
+
+def weighted(values: Mapping[str, list[str]], tables: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> Prior:
+    """What the kernel applies, of unweighted tables; a feature without weight is left out."""
+    kept = {feature: known for feature, known in values.items() if weights[feature] > 0}
+    classes = sum(weights[term] * tables[term][0] for term in (RECENCY, SHOTS))
+    return Prior(
+        torch.from_numpy(classes).log_softmax(dim=0).float(),
+        kept,
+        {feature: torch.from_numpy(weights[feature] * tables[feature]).float().contiguous() for feature in kept},
+    )
+
+
+def lay_out(
+    values: Mapping[str, list[str]],
+    tables: Mapping[str, np.ndarray],
+    terms: Sequence[str],
+    queries: Sequence[Observation],
+) -> np.ndarray:
+    """(terms, queries, classes) float32: what each term says by itself, looked up as the kernel does."""
+    silent, design = dict.fromkeys(terms, 0.0), []
+    for term in terms:
+        alone = weighted(values, tables, silent | {term: 1.0})
+        says = alone.log_likelihoods(queries) if term in FEATURES else alone.classes.expand(len(queries), -1)
+        design.append(says.numpy())
+    return np.stack(design)
 
 
 def year_of(observation: Observation) -> float:

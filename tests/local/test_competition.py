@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from kernel.mounts import InputError
-from local.competition import COLUMNS as READ
-from local.competition import labelled, read_competition, sort_ids, split_for_validation
+from local.competition import COLUMNS as PHOTO_COLUMNS
+from local.competition import labelled, lineages, read_competition, sort_ids, split_for_validation
 
 DATASET = "FungiTastic-FewShot"
 COLUMNS = ("year", "observationID", "species", "filename", "category_id")
@@ -97,7 +97,7 @@ def test_fungiclefs_tables_give_photos_with_the_ids_as_they_are_spelt(tmp_path: 
     competition = read_competition(fungiclef(tmp_path))
     photos = tmp_path / "images" / DATASET
     assert competition.layout.name == "fungiclef"
-    assert list(competition.photos[list(READ)].itertuples(index=False, name=None)) == [
+    assert list(competition.photos.filter(PHOTO_COLUMNS).itertuples(index=False, name=None)) == [
         ("train", "900", "10", photos / "train" / "300p" / "0-900.JPG"),
         ("train", "70", "9", photos / "train" / "300p" / "0-70.JPG"),
         ("train", "900", "10", photos / "train" / "300p" / "1-900.JPG"),
@@ -141,7 +141,7 @@ def test_herbariums_metadata_is_read_in_its_own_encoding(tmp_path: Path) -> None
     )
     photos = tmp_path / "nybg2020" / "train" / "images" / "000"
     assert competition.layout.name == "herbarium"
-    assert list(competition.photos[list(READ)].itertuples(index=False, name=None)) == [
+    assert list(competition.photos.filter(PHOTO_COLUMNS).itertuples(index=False, name=None)) == [
         ("train", "7", "1000", photos / "01" / "Bétula.jpg"),
         ("train", "33", "2", photos / "00" / "33.jpg"),
     ]
@@ -158,7 +158,7 @@ def test_class_folders_give_a_class_for_each_folder_and_an_observation_for_each_
     )
     competition = read_competition(folder)
     assert competition.layout.name == "class-folders"
-    assert list(competition.photos[list(READ)].itertuples(index=False, name=None)) == [
+    assert list(competition.photos.filter(PHOTO_COLUMNS).itertuples(index=False, name=None)) == [
         ("train", "train/elm/a.jpeg", "elm", tmp_path / "train/elm/a.jpeg"),
         ("train", "train/red oak/a.PNG", "red oak", tmp_path / "train/red oak/a.PNG"),
         ("train", "train/red oak/b.jpg", "red oak", tmp_path / "train/red oak/b.jpg"),
@@ -237,6 +237,28 @@ def test_the_digest_is_the_same_wherever_the_folder_lies_and_another_when_a_labe
     (tmp_path / "elsewhere" / "copy" / photo).unlink()
     others.append(read_competition(tmp_path / "elsewhere" / "copy").digest())
     assert len({first, *others}) == 5
+
+
+def test_metadata_and_taxonomy_are_the_first_that_an_observation_and_a_class_have(tmp_path: Path) -> None:
+    columns = (*COLUMNS, "habitat", "order", "family", "genus")
+    more = [("", "Russulales", "", "Russula"), ("bog", "", "", "Amanita"), ("dune", "", "Russulaceae", ""), ("",) * 4]
+    rows = [(*row, *cells) for row, cells in zip(TRAIN, more, strict=True)]
+    competition = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
+    train = labelled(competition, "train")
+    assert [observation.metadata for observation in train.observations] == [
+        {"year": "2021", "habitat": "dune"},
+        {"year": "2021", "habitat": "bog"},
+        {"year": "2021"},
+    ]
+    expected = {"10": ("Russulales", "Russulaceae", "Russula"), "9": ("", "", "Amanita"), "0100": ("", "", "")}
+    assert lineages(competition) == expected
+
+
+def test_a_competition_without_a_taxonomy_has_blank_lineages(tmp_path: Path) -> None:
+    class_folders(tmp_path, "train/a/1.png", "train/b/2.png")
+    competition = read_competition(tmp_path)
+    assert lineages(competition) == {"a": ("", "", ""), "b": ("", "", "")}
+    assert not labelled(competition, "train").observations[0].metadata
 
 
 def test_an_unknown_layout_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
