@@ -104,16 +104,19 @@ class Whitening:
         """
         self.mean_ = pool(embeddings, observations, observations.max() + 1).mean(axis=0)
         views = embeddings.shape[1]
+        photos = embeddings.mean(axis=1, dtype=np.float64)
+        means, _ = group_means(photos, classes, classes.max() + 1)
         chosen = np.arange(len(embeddings) * views)
         if len(chosen) > SCATTER_SAMPLES:
             chosen = np.sort(np.random.default_rng(0).choice(chosen, SCATTER_SAMPLES, replace=False))
-        photos = embeddings.mean(axis=1, dtype=np.float64)
-        means, _ = group_means(photos, classes, classes.max() + 1)
-        residuals = embeddings.reshape(-1, embeddings.shape[2])[chosen] - means[classes[chosen // views]]
+        covariance = np.zeros((embeddings.shape[2],) * 2)
+        for part in np.array_split(chosen, 1 + len(chosen) // 4096):  # in double precision, all at once fills gigabytes
+            photo, view = np.divmod(part, views)
+            residuals = embeddings[photo, view] - means[classes[photo]]
+            covariance += residuals.T @ residuals / len(chosen)
         # How much to shrink follows from photos: the views of one are no independent samples.
-        photos = photos - means[classes]
+        photos -= means[classes]
         several = np.bincount(classes)[classes] > 1
-        covariance = residuals.T @ residuals / len(residuals)
         shrinkage = ledoit_wolf(photos[several], assume_centered=True)[1] if several.sum() > 1 else 1.0
         mean_variance = np.trace(covariance) / len(covariance)
         covariance = (1 - shrinkage) * covariance + shrinkage * mean_variance * np.eye(len(covariance))
