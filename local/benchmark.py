@@ -3,209 +3,44 @@
 python local/benchmark.py speed
 python local/benchmark.py speed --encoder timm:vit_base_patch16_224 --json build/speed.json
 pip install pybioclip && python local/benchmark.py speed  # beside pybioclip itself; offline, over the same encoder
+python local/benchmark.py accuracy  # on drawn fungi, with an encoder pre-trained on others, in minutes
+python local/benchmark.py accuracy --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip --out runs
 """
 
 import argparse
-import copy
 import json
-import os
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
-from torchvision.transforms import functional
-
-from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessing
-from kernel.observations import Observation
-from kernel.photos import decode_all, shorter_side
-from kernel.views import VIEWS
-from local.console import progress, run, say
-from local.fungi import draw, traits
-from local.pretrained import load_encoder
-
-# Width and height, pixels, and how many photos are measured; the few large ones are read several times.
-SIZES = {"300p": ((400, 300), 96), "500p": ((750, 500), 96), "fullsize": ((3000, 2000), 24)}
-REPEATS = 3  # the best of them counts: whatever disturbs a measurement makes it slower
+from local.accuracy import accuracy
+from local.console import run
+from local.speed import speed
 
 
-def best_rate(photos: int, work: Callable[[], object]) -> float:
-    """Photos per second of the best of some repeats, after one that warms up."""
-    work()
-    seconds = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return photos / min(seconds)
-
-
-def draw_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
-    """Photos of generated fungi, as JPEG."""
-    paths = []
-    for number in progress(range(count), f"drawing {size[0]}x{size[1]}"):
-        path = folder / f"{size[0]}-{number}.jpg"
-        draw(traits("Amanitaceae", "Amanita", str(number)), number, number, size).save(path, quality=88)
-        paths.append(path)
-    return paths
-
-
-class PlainDataset(Dataset):
-    """What most notebooks do: decode it all, resize with Pillow, a float tensor per photo."""
-
-    def __init__(self, paths: Sequence[Path], transform: Callable):
-        self.paths, self.transform = paths, transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(Image.open(self.paths[index]).convert("RGB"))
-
-
-@torch.inference_mode()
-def plain_pipeline(paths: Sequence[Path], encoder: Encoder) -> None:
-    """The field's plain pipeline: torchvision's transforms, a DataLoader with its defaults, one view."""
-    how = encoder.preprocessing
-    transform = transforms.Compose(
-        [
-            transforms.Resize(shorter_side(how), transforms.InterpolationMode(how.interpolation)),
-            transforms.CenterCrop(how.size),
-            transforms.ToTensor(),
-            transforms.Normalize(how.mean, how.std),
-        ]
-    )
-    for batch in DataLoader(PlainDataset(paths, transform), batch_size=32):
-        encoder.forward(batch.to(encoder.device), encoder.module).cpu()
-
-
-@torch.inference_mode()
-def one_by_one(paths: Sequence[Path], encoder: Encoder) -> None:
-    """A common way: a float tensor at full resolution, resized as such, a photo at a time."""
-    how = encoder.preprocessing
-    for path in paths:
-        pixels = functional.to_tensor(Image.open(path).convert("RGB"))
-        pixels = functional.resize(
-            pixels, shorter_side(how), transforms.InterpolationMode(how.interpolation), antialias=True
-        )
-        pixels = functional.normalize(functional.center_crop(pixels, how.size), how.mean, how.std)
-        encoder.forward(pixels[None].to(encoder.device), encoder.module).cpu()
-
-
-def pybioclip_embedding(encoder: Encoder) -> Callable[[Sequence[Path]], None] | None:
-    """What `bioclip embed` does, by pybioclip's own code, with this encoder in the place of the one that it downloads.
-
-    None where pybioclip is not installed, or the encoder does not see its 224 pixels.
-    """
-    try:
-        from bioclip._constants import DEFAULT_BATCH_SIZE
-        from bioclip.predict import BaseClassifier, preprocess_img
-    except ImportError:
-        return None
-    if encoder.preprocessing.size != 224:
-        return None
-
-    class Offline(BaseClassifier):
-        def load_pretrained_model(self, **_) -> None:
-            # It knows no half precision.
-            self.model = SimpleNamespace(encode_image=copy.deepcopy(encoder.module).float())
-            self.preprocess = preprocess_img
-
-    classifier = Offline(device=encoder.device)
-
-    def embed(paths: Sequence[Path]) -> None:
-        for first in range(0, len(paths), DEFAULT_BATCH_SIZE):
-            images = [classifier.ensure_rgb_image(str(path)) for path in paths[first : first + DEFAULT_BATCH_SIZE]]
-            classifier.create_image_features(images).cpu()
-
-    return embed
-
-
-def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
-    """A row per size of photo: photos per second of the parts, of the whole, and of other ways."""
-    size, on_cpu, rows = encoder.preprocessing.size, encoder.device.type == "cpu", []
-    batch = torch.randint(0, 256, (encoder.batch_size, 3, size, size), dtype=torch.uint8)
-    plain, every = [VIEWS["plain"]], [view for name, view in VIEWS.items() if name != "larger"]  # at one size
-    forward = best_rate(len(batch), lambda: encoder.embed(batch, plain))
-    all_views = best_rate(len(batch), lambda: encoder.embed(batch, every))
-    pybioclip = pybioclip_embedding(encoder)
-    for name, (pixels, count) in SIZES.items():
-        paths = draw_photos(folder, pixels, count)
-        paths *= 1 if on_cpu else 8  # a GPU needs more than one batch
-        observations = [Observation(str(number), (path,)) for number, path in enumerate(paths)]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            decode = best_rate(
-                len(paths), lambda paths=paths, threads=threads: decode_all(paths, encoder.preprocessing, threads)
-            )
-        whole = best_rate(len(paths), lambda rows=observations: embed_observations(encoder, rows, ["plain"]))
-        few = paths[:count]
-        # On a CPU decode and forward share the cores; beside a GPU they overlap.
-        limit = 1 / (1 / decode + 1 / forward) if on_cpu else min(decode, forward)
-        rows.append(
-            {
-                "photos": name,
-                "decode": decode,
-                "forward": forward,
-                "end_to_end": whole,
-                "share_of_limit": whole / limit,
-                "plain_pipeline": best_rate(len(few), lambda few=few: plain_pipeline(few, encoder)),
-                "one_by_one": best_rate(len(few), lambda few=few: one_by_one(few, encoder)),
-                "pybioclip": best_rate(len(few), lambda few=few: pybioclip(few)) if pybioclip else None,
-                "views_against_forwards": forward / (len(every) * all_views),
-            }
-        )
-        say(table_row(rows[-1]))
-    return rows
-
-
-def table_row(row: dict) -> str:
-    """A row of the README's table; the last column is the time of 11 views over that of 11 forward passes."""
-    cells = [f"{row[name]:.1f}" for name in ("decode", "forward", "end_to_end")]
-    cells += [f"{row['share_of_limit']:.2f}"]
-    others = [row[name] for name in ("plain_pipeline", "one_by_one", "pybioclip")]
-    cells += [f"{rate:.1f} ({row['end_to_end'] / rate:.1f}×)" if rate else "not here" for rate in others]
-    return f"| {row['photos']} | {' | '.join(cells)} | {row['views_against_forwards']:.2f} |"
-
-
-def speed(options: argparse.Namespace) -> dict:
-    """The table of speeds for one encoder, with random weights where they would have to be fetched."""
-    module, entry = load_encoder(options.encoder, pretrained=not options.encoder.startswith("timm:"))
-    devices = pick_devices()
-    module.requires_grad_(False).eval()
-    module.to(devices[0], pick_dtype(devices[0]), memory_format=torch.channels_last)
-    encoder = Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], devices)
-    machine = (
-        f"{torch.get_num_threads()} cores"
-        if devices[0].type == "cpu"
-        else " and ".join(torch.cuda.get_device_name(device) for device in devices)
-    )
-    say(f"{options.encoder} at {encoder.preprocessing.size} px on {machine}; photos per second")
-    columns = ("photos", "decode", "forward", "end to end", "of the limit")
-    columns += ("plain pipeline", "one by one", "pybioclip", "11 views")
-    say(f"| {' | '.join(columns)} |")
-    say("|---" * len(columns) + "|")
-    with tempfile.TemporaryDirectory() as folder:
-        return {"encoder": options.encoder, "machine": machine, "rows": measure_speed(encoder, Path(folder))}
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = parser.add_subparsers(dest="name", required=True)
+    one = tables.add_parser("speed", help="photos per second, beside other ways of the same work")
+    one.add_argument("--encoder", default="timm:mobilenetv2_100", metavar="SPEC", help="default: %(default)s")
+    one = tables.add_parser("accuracy", help="from the public starter's rule to the best recipe, on the same photos")
+    one.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="competitions (default: draw one)")
+    one.add_argument("--encoder", nargs="+", default=[], metavar="SPEC", help="several: their ensemble too")
+    one.add_argument("--reference", choices=("train", "train+val"), default="train", help="default: %(default)s")
+    one.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there (default: a temporary folder)")
+    for table in tables.choices.values():
+        table.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("speed",), help="which table")
-    parser.add_argument("--encoder", default="timm:mobilenetv2_100", metavar="SPEC", help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    options = parser.parse_args()
-    report = {"speed": speed}[options.name](options)
+    options = parse_options()
+    if options.name == "speed":
+        report = speed(options.encoder)
+    else:
+        report = accuracy(options.data, options.encoder, options.reference, options.out)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ layout there and the reading of its training table here.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,10 @@ class Competition:
     def has_val(self) -> bool:
         """Whether the competition ships a validation split of its own."""
         return bool((self.photos["split"] == "val").any())
+
+    def without_val(self) -> "Competition":
+        """The competition as it would be without a validation split."""
+        return replace(self, photos=self.photos[self.photos["split"] != "val"])
 
     def digest(self) -> str:
         """SHA-256 of the labelled table and of every photo's name and size, the same wherever the folder lies."""

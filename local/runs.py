@@ -36,8 +36,11 @@ ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors",
 CACHE = ".embeddings"  # beside the runs, which share it
 
 
-def train_run(recipe: Recipe, data: Path, out: Path) -> None:
+def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True) -> None:
     """Train by a recipe and leave a run folder; on any failure `out` does not exist.
+
+    Args:
+        uses_val: False trains as if the competition had no val, so that nothing is chosen by what will be asked.
 
     Raises:
         InputError: something of the user's is wrong; `out` exists already.
@@ -55,6 +58,8 @@ def train_run(recipe: Recipe, data: Path, out: Path) -> None:
     preprocessing = read_preprocessing(entry["preprocessing"])
     resolution = smallest_sufficient(shorter_side(preprocessing)) if recipe.resolution == "auto" else recipe.resolution
     competition = read_competition(data, resolution)
+    if not uses_val:
+        competition = competition.without_val()
     recipe = dataclasses.replace(recipe, resolution=resolution)
     device = pick_devices()[0]
     module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()

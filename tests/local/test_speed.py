@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernel.encoders import Encoder
-from local.benchmark import pybioclip_embedding, table_row
+from local.speed import pybioclip_embedding, table_row
 from tests.conftest import photo
 
 
