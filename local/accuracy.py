@@ -214,13 +214,8 @@ def photo_rungs(task: Task, run: Path, cache: Path, of: str) -> list[Rung]:
     means, _ = group_means(known.values[:, 0].astype(float), owners, len(classes))
     photos = asked.values[:, 0].astype(float)
 
-    # The starter's: the class of the nearest mean by cosine, of each photo, and nothing else in the row.
-    cosines = unit(photos) @ unit(means).T
-    first, nearest = cosines.max(axis=1), cosines.argmax(axis=1)
-    rows: list[list[str]] = [[] for _ in queries]
-    for photo in np.argsort(-first, kind="stable"):
-        rows[asked.observations[photo]].append(classes[nearest[photo]])
-    guesses = [list(dict.fromkeys(row)) or manifest["prior"][:1] for row in rows]
+    rows = nearest_means(photos, asked.observations, means, len(queries))
+    guesses = [[classes[place] for place in row] or manifest["prior"][:1] for row in rows]
     starter = Rung("starter: top-1 of each photo" + of, guesses)
 
     # The published prototypical network's, before its training: minus the distance, averaged over photos.
@@ -229,6 +224,25 @@ def photo_rungs(task: Task, run: Path, cache: Path, of: str) -> list[Rung]:
     seen = np.isin(np.arange(len(queries)), asked.observations)
     averaged = rank_rung(task, queries, manifest, scores.log_softmax(dim=1), seen, "raw photo means" + of, starter)
     return [starter, averaged]
+
+
+def nearest_means(photos: np.ndarray, observations: np.ndarray, means: np.ndarray, count: int) -> list[list[int]]:
+    """The starter's rule: the class of the nearest mean by cosine of each photo, and nothing else in the row.
+
+    Args:
+        photos: (photos, features).
+        observations: (photos,) the place of each photo's observation, 0 to `count` - 1.
+        means: (classes, features).
+
+    Returns:
+        Of each observation, distinct places of classes, the most similar first.
+    """
+    cosines = unit(photos) @ unit(means).T
+    nearest = cosines.argmax(axis=1)
+    rows: list[dict[int, None]] = [{} for _ in range(count)]
+    for photo in np.argsort(-cosines.max(axis=1), kind="stable"):
+        rows[observations[photo]][int(nearest[photo])] = None
+    return [list(row) for row in rows]
 
 
 def run_rung(
