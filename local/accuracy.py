@@ -18,6 +18,7 @@ from kernel.bank import classify, read_banks
 from kernel.encoders import open_encoder, pick_devices
 from kernel.mounts import InputError, read_weights
 from kernel.observations import RESOLUTIONS, Observation
+from kernel.prior import weighted_prior
 from local.banks import group_means, pool, unit
 from local.cache import EmbeddingCache, PhotoEmbeddings
 from local.choice import compare
@@ -260,6 +261,8 @@ def run_rung(
         embeddings = pool(photos.values, photos.observations, len(queries), member["pooling"])
         banks = read_banks(read_weights(run).file(member["bank"]))
         total += share * torch.cat(list(classify(banks, torch.tensor(embeddings, dtype=torch.float32))))
+        said = weighted_prior(read_weights(run), [{**member, "weight": share}], queries)
+        total += 0 if said is None else said
         seen &= np.isin(np.arange(len(queries)), photos.observations)
     return rank_rung(task, queries, opened[0][1], total.log_softmax(dim=1), seen, name, below)
 
