@@ -46,17 +46,22 @@ class Recipe:
     # Fine-tuning; none with epochs = 0.
     epochs: int = 0
     unfreeze: int = 2  # groups of layers from the top that learn, as timm and open_clip group them; -1: all
+    lora: int = 0  # rank of what their matrices learn; 0: they learn in full
     prototypes: str = "fixed"  # at the class means of the untuned encoder; "learned": they move with the loss
+    probe: int = 0  # epochs before the others in which learned prototypes alone move
     temperature: float = 0.1  # of squared distances between unit vectors
     batch_size: int = 32  # observations
     photos_per_observation: int = 4  # seen of one observation in one step
     learning_rate: float = 1e-4
+    layer_decay: float = 1.0  # factor of the learning rate from one layer to the one below
     weight_decay: float = 0.05
+    ema: float = 0.0  # decay per step of the moving average of the weights that is judged and kept; 0: none
     warmup: float = 0.1  # share of the steps
     label_smoothing: float = 0.0
     crop_scale: float = 0.6  # smallest share of a photo's area in a random crop
     colour_jitter: float = 0.1
-    patience: int = 4  # epochs without a better Recall@5 on the validation
+    rand_augment: int = 0  # magnitude of RandAugment's two random operations, up to 10
+    patience: int = 4  # epochs without better recalls on the validation
     seed: int = 0
 
 
@@ -69,9 +74,29 @@ CHOICES = {
     "prototypes": ("fixed", "learned"),
     "matcher": ("means", "several", "ridge", "random-ridge", "logistic"),
 }
-POSITIVE = ("temperature", "batch_size", "photos_per_observation", "learning_rate", "crop_scale", "patience")
-NOT_NEGATIVE = ("image_size", "epochs", "weight_decay", "warmup", "label_smoothing", "colour_jitter", "seed")
-SHARES = ("warmup", "label_smoothing", "crop_scale")
+POSITIVE = (
+    "temperature",
+    "batch_size",
+    "photos_per_observation",
+    "learning_rate",
+    "layer_decay",
+    "crop_scale",
+    "patience",
+)
+NOT_NEGATIVE = (
+    "image_size",
+    "epochs",
+    "lora",
+    "probe",
+    "weight_decay",
+    "ema",
+    "warmup",
+    "label_smoothing",
+    "colour_jitter",
+    "rand_augment",
+    "seed",
+)
+SHARES = ("layer_decay", "ema", "warmup", "label_smoothing", "crop_scale")
 
 
 def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> Recipe:
@@ -111,7 +136,10 @@ def make_recipe(values: dict, where: str) -> Recipe:
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
             raise InputError(f"unknown key {key!r} in {where}: the nearest known one is {nearest!r}")
         checked[key] = _check(key, value, fields[key].default, where)
-    return Recipe(**checked)
+    recipe = Recipe(**checked)
+    if recipe.probe and recipe.prototypes == "fixed":
+        raise InputError(f'probe = {recipe.probe} in {where}: nothing moves in it without prototypes = "learned"')
+    return recipe
 
 
 def _check(key: str, value: object, default: object, where: str) -> object:
@@ -134,6 +162,10 @@ def _check(key: str, value: object, default: object, where: str) -> object:
         raise InputError(f"{key} = {value} in {where}: it must not be negative")
     if key in SHARES and value > 1:
         raise InputError(f"{key} = {value} in {where}: it is a share, at most 1")
+    if key == "ema" and value == 1:
+        raise InputError(f"ema = {value} in {where}: it must be smaller than 1, or the average never moves")
+    if key == "rand_augment" and value > 10:
+        raise InputError(f"rand_augment = {value} in {where}: its scale ends at 10")
     return value
 
 

@@ -29,7 +29,7 @@ from local.pretrained import load_encoder, take_larger
 from local.prior import write_prior
 from local.recipe import Recipe, write_recipe
 from local.study import Study
-from local.training import finetune, log_row
+from local.training import Tuning, finetune, log_row
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
@@ -93,12 +93,12 @@ def fill_run(
     )
     if recipe.epochs and not len(validation):
         raise InputError(f"{competition.folder} leaves nothing to judge epochs by: use a recipe with epochs = 0")
-    log, epoch = finetune(encoder, fit, validation, recipe) if recipe.epochs else ([], 0)
+    tuning = finetune(encoder, fit, validation, recipe) if recipe.epochs else Tuning([], 0, 0.0)
     save_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
 
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
     encoder.module.to(pick_dtype(encoder.device, recipe.precision))
-    study = Study(recipe, competition, fit, validation, encoder, cache, is_tuned=epoch > 0)
+    study = Study(recipe, competition, fit, validation, encoder, cache, is_tuned=tuning.share > 0)
     chosen, scales, scores = study.choose(folder)
     save_banks(fit_banks(chosen, study.embed(chosen.fit), study.reference, scales), folder / BANK_FILE)
     if chosen.metadata:
@@ -106,11 +106,16 @@ def fill_run(
 
     class_ids = study.labelled.class_ids[study.reference]
     write_recipe(chosen, folder / "recipe.toml")
-    if log or scores:
-        log = log or [log_row(0, "", 0.0, scores)]
+    if tuning.log or scores:
+        log = tuning.log or [log_row(0, "", 0.0, scores)]
         write_log(log, folder / "log.csv")
-        plot_training_curve(log, epoch, folder / "training-curve.png")
-    metrics = {"validation": scores, "chosen_epoch": epoch, "seconds": round(time.monotonic() - started, 1)}
+        plot_training_curve(log, tuning.epoch, folder / "training-curve.png")
+    metrics = {
+        "validation": scores,
+        "chosen_epoch": tuning.epoch,
+        "chosen_share": tuning.share,
+        "seconds": round(time.monotonic() - started, 1),
+    }
     write_json(metrics, folder / "metrics.json")
     plot_class_distribution(class_ids, folder / "class-distribution.png")
     preprocessing = {**entry["preprocessing"], "fit": chosen.fit}

@@ -141,6 +141,14 @@ def test_views_that_there_are_not_are_refused_with_those_that_there_are(views: s
         "crop_scale=0",
         "crop_scale=2",  # a share of the photo
         "patience=0",
+        "layer_decay=0",
+        "layer_decay=1.5",  # a share: higher layers learn no more slowly
+        "lora=-1",
+        "probe=-1",
+        "ema=-0.1",
+        "ema=1",  # would never leave the start
+        "rand_augment=-1",
+        "rand_augment=11",  # RandAugment's scale ends at 10
         "epochs=-1",
         "image_size=-5",
         "warmup=-0.5",
@@ -163,6 +171,11 @@ def test_a_value_out_of_range_is_refused_with_its_key(setting: str) -> None:
 def test_a_value_at_the_end_of_its_range_is_taken(setting: str) -> None:
     key, _, value = setting.partition("=")
     assert getattr(read_recipe("demo", [setting]), key) == float(value)
+
+
+def test_a_probe_is_refused_where_nothing_would_move_in_it() -> None:
+    assert refusal("fungiclef-protonet", "probe=5").startswith("probe = 5")
+    assert read_recipe("fungiclef-protonet", ["probe=5", "prototypes=learned"]).probe == 5
 
 
 def test_a_setting_without_a_value_is_refused_with_how_to_write_it() -> None:
