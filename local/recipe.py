@@ -74,6 +74,8 @@ CHOICES = {
     "prototypes": ("fixed", "learned"),
     "matcher": ("means", "several", "ridge", "random-ridge", "logistic"),
 }
+BANK = ("whitening", "genus", "family", "nearest", "shots", "transduction", "metadata")
+CHOOSABLE = ("fit", "views", "matcher", *BANK)
 POSITIVE = (
     "temperature",
     "batch_size",
@@ -95,8 +97,9 @@ NOT_NEGATIVE = (
     "colour_jitter",
     "rand_augment",
     "seed",
+    *BANK,
 )
-SHARES = ("layer_decay", "ema", "warmup", "label_smoothing", "crop_scale")
+SHARES = ("nearest", "layer_decay", "ema", "warmup", "label_smoothing", "crop_scale")
 
 
 def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> Recipe:
@@ -156,6 +159,9 @@ def _check(key: str, value: object, default: object, where: str) -> object:
         raise InputError(f"{key} = {value!r} in {where}: choose from {', '.join(CHOICES[key])}")
     if key == "views" and (not value or len([view for view in VIEWS if view in value]) < len(value)):
         raise InputError(f"views = {list(value)} in {where}: choose some of {', '.join(VIEWS)}, each once")
+    for name in value if key == "choose" else ():
+        if name not in CHOOSABLE:
+            raise InputError(f"choose = {list(value)} in {where}: {name!r} cannot be; {', '.join(CHOOSABLE)} can")
     if key in POSITIVE and not value > 0:
         raise InputError(f"{key} = {value} in {where}: it must be larger than 0")
     if key in NOT_NEGATIVE and not value >= 0:

@@ -217,3 +217,13 @@ def test_a_written_recipe_reads_back_as_it_was(tmp_path: Path, recipe: Recipe) -
 def test_settings_made_by_a_program_name_where_they_come_from() -> None:
     with pytest.raises(InputError, match="in the tests"):
         make_recipe({"epoch": 1}, "the tests")
+
+
+def test_only_what_has_candidates_can_be_left_to_the_choice():
+    from local.choice import CANDIDATES
+    from local.recipe import CHOOSABLE
+
+    assert set(CHOOSABLE) == {"views", *CANDIDATES}
+    assert make_recipe({"choose": ["whitening", "views"]}, "x").choose == ("whitening", "views")
+    with pytest.raises(InputError, match="'seed' cannot be"):
+        make_recipe({"choose": ["seed"]}, "x")
