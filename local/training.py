@@ -213,14 +213,6 @@ def add_low_rank(module: nn.Module, rank: int) -> None:
         parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), rank))
 
 
-def merge_low_rank(module: nn.Module) -> nn.Module:
-    """The module with its low-rank additions added, in place: its weights have their own names again."""
-    for layer in list(module.modules()):
-        for name in list(layer.parametrizations) if parametrize.is_parametrized(layer) else ():
-            parametrize.remove_parametrizations(layer, name, leave_parametrized=True)
-    return module
-
-
 def group_by_layer(module: nn.Module, recipe: Recipe) -> list[dict]:
     """What learns of an encoder as AdamW's parameter groups, the learning rate smaller by `layer_decay` per layer."""
     if hasattr(getattr(module, "transformer", None), "resblocks"):  # open_clip's transformers, in timm's terms
@@ -344,7 +336,7 @@ def finetune(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Reci
         say(f"epoch {epoch}: loss {mean_loss:.4f}  {log_line(present)}")
         if best is None or present.worth.mean() > best.worth.mean():
             best, best_epoch = present, epoch
-            best_state = merge_low_rank(copy.deepcopy(kept.module)).state_dict()
+            best_state = copy_state(kept.module)
         if epoch - (best_epoch if best.worth.mean() > start.worth.mean() else 0) >= recipe.patience:
             say(f"no better recalls for {recipe.patience} epochs: stopping")
             break
@@ -417,5 +409,9 @@ def log_line(judged: Judged) -> str:
 
 
 def copy_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the weights in memory."""
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+    """A copy of the weights in memory, under their own names; low-rank additions are added to theirs."""
+    own = {name: value for name, value in module.state_dict().items() if ".parametrizations." not in name}
+    for path, layer in module.named_modules():
+        if parametrize.is_parametrized(layer):
+            own |= {f"{path}.{name}": getattr(layer, name) for name in layer.parametrizations}
+    return {name: value.detach().clone() for name, value in own.items()}

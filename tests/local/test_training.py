@@ -26,7 +26,6 @@ from local.training import (
     finetune,
     group_by_layer,
     interpolate,
-    merge_low_rank,
     probe,
     set_training,
     unfreeze,
@@ -79,12 +78,12 @@ def test_it_stops_when_recall_has_not_risen_for_as_long_as_patience_says(fresh, 
 
 
 @pytest.mark.parametrize(
-    "settings", [{"lora": 2}, {"ema": 0.9}, {"prototypes": "learned", "probe": 1}, {"rand_augment": 5}]
+    "settings", [{"lora": 2, "ema": 0.9}, {"ema": 0.9}, {"prototypes": "learned", "probe": 1}, {"rand_augment": 5}]
 )
 def test_every_way_of_learning_leaves_an_encoder_of_the_same_weights_by_name(fresh, parts, settings):
     names = set(fresh.module.state_dict())
-    tuning = finetune(fresh, *parts, recipe(epochs=1, unfreeze=-1, learning_rate=1e-3, **settings))
-    assert len(tuning.log) == 2
+    tuning = finetune(fresh, *parts, recipe(epochs=2, unfreeze=-1, learning_rate=1e-3, **settings))
+    assert len(tuning.log) == 3
     assert set(fresh.module.state_dict()) == names
     assert not any(parameter.requires_grad for parameter in fresh.module.parameters())
 
@@ -120,7 +119,7 @@ ARCHITECTURES = [tiny_transformer, tiny_tower, lambda: timm.create_model("test_r
 @pytest.mark.parametrize("make", ARCHITECTURES)
 def test_low_rank_additions_start_as_nothing_and_merge_exactly(make):
     module, photos = make(), torch.randn(2, 3, 160, 160)
-    before, names = module(photos), list(copy_state(module))
+    before = module(photos)
     unfreeze(module, -1)
     add_low_rank(module, 2)
     learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
@@ -133,9 +132,9 @@ def test_low_rank_additions_start_as_nothing_and_merge_exactly(make):
                 parameter.normal_(std=0.1)
     moved = module(photos)
     assert not torch.allclose(moved, before, atol=1e-3)
-    merge_low_rank(module)
-    assert torch.allclose(module(photos), moved, atol=1e-5)  # attention takes another path where nothing learns
-    assert sorted(copy_state(module)) == sorted(names)
+    merged = make()
+    merged.load_state_dict(copy_state(module))
+    assert torch.allclose(merged(photos), moved, atol=1e-5)  # attention takes another path where nothing learns
 
 
 def test_low_rank_additions_keep_to_the_last_groups():
