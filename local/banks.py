@@ -55,8 +55,15 @@ def group_means(values: np.ndarray, groups: np.ndarray, count: int) -> tuple[np.
     return totals / np.maximum(sizes, 1)[:, None], sizes
 
 
-def pool(embeddings: np.ndarray, observations: np.ndarray, count: int, pooling: str = "mean") -> np.ndarray:
-    """(photos, views, features), (photos,) -> `count` observation embeddings, pooled as the kernel does."""
+def pool(
+    embeddings: np.ndarray, observations: np.ndarray, count: int | None = None, pooling: str = "mean"
+) -> np.ndarray:
+    """(photos, views, features), (photos,) -> observation embeddings, pooled as the kernel does.
+
+    Args:
+        count: of observations, the last of which may have no photo; None counts those that have one.
+    """
+    count = observations.max() + 1 if count is None else count
     photos = embeddings.mean(axis=1, dtype=np.float64)
     if pooling == "mean":
         return unit(group_means(photos, observations, count)[0])
@@ -70,7 +77,7 @@ class Centring:
 
     def fit(self, embeddings: np.ndarray, observations: np.ndarray, classes: np.ndarray, taxonomy: Taxonomy):
         """See `Whitening.fit`."""
-        self.mean_ = pool(embeddings, observations, observations.max() + 1).mean(axis=0)
+        self.mean_ = pool(embeddings, observations).mean(axis=0)
         self.layers_ = [layer(np.eye(len(self.mean_)), -self.mean_)]
         return self
 
@@ -102,7 +109,7 @@ class Whitening:
             classes: (photos,) index of the class of each.
             taxonomy: of the classes.
         """
-        self.mean_ = pool(embeddings, observations, observations.max() + 1).mean(axis=0)
+        self.mean_ = pool(embeddings, observations).mean(axis=0)
         views = embeddings.shape[1]
         photos = embeddings.mean(axis=1, dtype=np.float64)
         means, _ = group_means(photos, classes, classes.max() + 1)

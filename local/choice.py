@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from kernel.bank import Bank, classify
+from kernel.bank import Bank, Layer, classify
 from kernel.prior import fused
 from local.banks import (
     SCALE,
@@ -21,11 +21,11 @@ from local.banks import (
     make_bank,
     pool,
 )
+from local.folds import FOLDS, shot_weights
 from local.metrics import GUESSES, paired_gain
+from local.projection import ProjectionEnsemble
 from local.recipe import Recipe
 
-FOLDS = 5
-SCORES = 50_000_000  # of queries and classes at most; the queries are drawn where there would be more
 SCALES = 2.0 ** np.arange(1, 8.5, 0.5)
 LINEAR = ("ridge", "random-ridge", "logistic")  # their columns are no places among the observations, and never move
 
@@ -35,7 +35,7 @@ CANDIDATES: dict[str, Sequence] = {
     "whitening": (0.0, 0.25, 0.5, 0.75, 1.0),
     "genus": (0.0, 0.25, 0.5, 1.0),
     "family": (0.0, 0.25, 0.5),
-    "matcher": ("means", "several", *LINEAR),
+    "matcher": ("means", "several", *LINEAR, "projection"),
     "nearest": (0.0, 0.2, 0.4),
     "shots": (0.0, 0.25, 0.5),
     "transduction": (0.0, 0.125, 0.25, 0.5, 1.0),
@@ -109,32 +109,53 @@ def fit_banks(
 
     Args:
         reference: (observations,) bool, of which to make them.
-        scales: inverse temperature of each.
+        scales: inverse temperatures, of the matcher's banks and of the nearest observation's.
         spread: of the reference, to spare fitting it again.
     """
     # An observation none of whose photos could be read has no place.
     seen = reference & np.isin(np.arange(len(reference)), embedded.observations)
     pooled, classes = embedded.pooled(recipe)[seen], embedded.classes[seen]
     given = (np.arange(len(classes)), classes, embedded.taxonomy)
+    matched, nearest = scales or (SCALE, SCALE) if recipe.nearest else (*(scales or (SCALE,)), SCALE)
     transform = []
-    if recipe.whitening:
-        transform = (spread or fit_spread(embedded.of(seen))).layers(recipe.whitening, pooled.mean(axis=0))
-    elif recipe.centre:
-        transform = Centring().fit(pooled[:, None], *given).layers_
-    space = apply(transform, pooled)
-    matchers = [make_matcher(recipe).fit(space, *given)]
+    if recipe.matcher == "projection":
+        banks = fit_projection(recipe, embedded.of(seen), pooled)
+    else:
+        transform = fit_transform(recipe, embedded, seen, spread)
+        banks = [make_bank(transform, make_matcher(recipe).fit(apply(transform, pooled), *given), SCALE)]
+    banks = [replace(bank, scale=torch.tensor(matched), share=bank.share * (1 - recipe.nearest)) for bank in banks]
     if recipe.nearest:
-        matchers.append(SeveralPrototypes(most=len(classes)).fit(space, *given))
-    sizes = np.bincount(classes, minlength=len(embedded.taxonomy.genus))
-    for matcher in matchers:
-        matcher.bias_ = matcher.bias_ + recipe.shots * np.log(np.maximum(sizes, 1))
-    strength = 0.0 if recipe.matcher in LINEAR else recipe.transduction
-    shares = (1 - recipe.nearest, recipe.nearest)
-    scales = scales or [SCALE] * len(matchers)
-    return [
-        make_bank(transform, matcher, scale, share, strength)
-        for matcher, scale, share in zip(matchers, scales, shares, strict=False)
-    ]
+        transform = transform or fit_transform(recipe, embedded, seen, spread)
+        matcher = SeveralPrototypes(most=len(classes)).fit(apply(transform, pooled), *given)
+        banks.append(make_bank(transform, matcher, nearest, recipe.nearest))
+    sizes = torch.bincount(torch.tensor(classes), minlength=len(embedded.taxonomy.genus))
+    prior = recipe.shots * sizes.clamp(min=1).log()
+    strength = torch.tensor(0.0 if recipe.matcher in LINEAR else recipe.transduction)
+    return [replace(bank, bias=bank.bias + prior, transduction=strength) for bank in banks]
+
+
+def fit_transform(recipe: Recipe, embedded: Embedded, seen: np.ndarray, spread: Whitening | None) -> list[Layer]:
+    """The layers of a recipe before its matcher; see `fit_banks`."""
+    pooled = embedded.pooled(recipe)[seen]
+    if recipe.whitening:
+        return (spread or fit_spread(embedded.of(seen))).layers(recipe.whitening, pooled.mean(axis=0))
+    if recipe.centre:
+        given = (np.arange(len(pooled)), embedded.classes[seen], embedded.taxonomy)
+        return Centring().fit(pooled[:, None], *given).layers_
+    return []
+
+
+def fit_projection(recipe: Recipe, reference: Embedded, pooled: np.ndarray) -> list[Bank]:
+    """The members of a projection ensemble, which learn a transform each; `pooled` as the kernel will see it."""
+    start = Whitening(recipe.whitening) if recipe.whitening else Centring()
+    ensemble = ProjectionEnsemble(start, genus=recipe.genus, family=recipe.family, seed=recipe.seed)
+    classes = reference.classes[reference.observations]
+    return ensemble.fit(reference.values, reference.observations, classes, reference.taxonomy, pooled=pooled).banks_
+
+
+def in_scales(recipe: Recipe) -> list[slice]:
+    """Which of a recipe's banks have one scale: those of its matcher, and that of the nearest observation."""
+    return [slice(-1), slice(-1, None)] if recipe.nearest else [slice(None)]
 
 
 def make_matcher(recipe: Recipe):
@@ -219,10 +240,15 @@ class Search:
             fitted.append(fit_banks(recipe, embedded, known, spread=self.spreads.get(place)))
             asked.append(torch.tensor(embedded.pooled(recipe)[queries], dtype=torch.float32))
         # One scale over all folds, without transduction.
-        scales = tuple(fit_scale(banks, asked, self.truth) for banks in zip(*fitted, strict=True))
+        groups = in_scales(recipe)
+        scales = tuple(fit_scale([banks[group] for banks in fitted], asked, self.truth) for group in groups)
         parts = []
         for number, (banks, queries) in enumerate(zip(fitted, asked, strict=True)):
-            scaled = [replace(bank, scale=torch.tensor(scale)) for bank, scale in zip(banks, scales, strict=True)]
+            scaled = [
+                replace(bank, scale=torch.tensor(scale))
+                for group, scale in zip(groups, scales, strict=True)
+                for bank in banks[group]
+            ]
             answers = torch.cat(list(classify(scaled, queries)))
             if recipe.metadata:
                 answers = fused(answers, self.prior(number), recipe.metadata).log_softmax(dim=1)
@@ -244,22 +270,23 @@ def worth(places: np.ndarray, guesses: int) -> np.ndarray:
     return np.mean([places < count for count in GUESSES if count <= guesses], axis=0)
 
 
-def fit_scale(banks: Sequence[Bank], queries: Sequence[torch.Tensor], truth: np.ndarray) -> float:
+def fit_scale(folds: Sequence[Sequence[Bank]], queries: Sequence[torch.Tensor], truth: np.ndarray) -> float:
     """The inverse temperature of least log-loss (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
     Args:
-        banks: one per fold.
+        folds: the banks of each, whose probabilities are averaged.
         queries: (queries of the fold, features), one per fold.
         truth: (queries,) fold after fold; -1 for a class that no bank has.
     """
-    pairs = list(zip(banks, queries, strict=True))
-    similarities = torch.cat([bank.similarities(bank.transform(asked)) for bank, asked in pairs])
-    bias = torch.cat([bank.bias.expand(len(asked), -1) for bank, asked in pairs])
-    target = torch.tensor(truth)
-    losses = [
-        torch.nn.functional.cross_entropy(similarities * scale + bias, target, ignore_index=-1).item()
-        for scale in SCALES.tolist()
-    ]
+    members = []  # (similarities, bias), each (queries, classes), fold after fold
+    for banks in zip(*folds, strict=True):
+        pairs = list(zip(banks, queries, strict=True))
+        similarities = torch.cat([bank.similarities(bank.transform(asked)) for bank, asked in pairs])
+        members.append((similarities, torch.cat([bank.bias.expand(len(asked), -1) for bank, asked in pairs])))
+    target, losses = torch.tensor(truth), []
+    for scale in SCALES.tolist():
+        each = torch.stack([(similarities * scale + bias).log_softmax(dim=1) for similarities, bias in members])
+        losses.append(torch.nn.functional.nll_loss(each.logsumexp(dim=0), target, ignore_index=-1).item())
     return float(SCALES[int(np.argmin(losses))])
 
 
@@ -273,46 +300,6 @@ def compare(log_probabilities: torch.Tensor, truth: np.ndarray, scales: tuple[fl
     losses = torch.where(target < 0, torch.nan, -own[:, 0].double())
     top = log_probabilities.sort(dim=1, descending=True, stable=True).indices[:, : max(GUESSES)]
     return Outcome(top.numpy(), places.numpy(), losses.numpy(), scales)
-
-
-def make_folds(classes: np.ndarray, asked: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Observation-disjoint folds, a class's observations spread over as many of them as it has.
-
-    A class of one observation is always part of the reference: nothing can be asked of it, but it makes the other
-    classes' queries as hard as they will be. What it is like to be asked for a class of one observation is told by the
-    classes of two, and `shot_weights` gives these the part of both.
-
-    Args:
-        classes: (observations,) index of the class of each.
-        asked: (observations,) bool, which may be queries.
-
-    Returns:
-        (reference, queries), each (observations,) bool, per fold.
-    """
-    rng = np.random.default_rng(seed)
-    fold = np.full(len(classes), -1)
-    for index in rng.permutation(np.unique(classes)):
-        own = rng.permutation(np.flatnonzero((classes == index) & asked))
-        if len(own) and (classes == index).sum() > 1:
-            fold[own] = (np.arange(len(own)) + rng.integers(FOLDS)) % FOLDS
-    limit = max(FOLDS, SCORES // (classes.max() + 1))
-    left = rng.permutation(np.flatnonzero(fold >= 0))[:limit]
-    chosen = np.isin(np.arange(len(fold)), left)
-    return [(fold != number, chosen & (fold == number)) for number in range(FOLDS) if (chosen & (fold == number)).any()]
-
-
-def shot_weights(shots: np.ndarray, classes: np.ndarray, most: int = 4) -> np.ndarray:
-    """Weights of queries, of mean 1, that give each number of shots the part that it has in the whole reference.
-
-    Args:
-        shots: (queries,) observations of the query's class in its fold's reference.
-        classes: (observations,) class of each observation of the whole reference.
-    """
-    sizes = np.minimum(np.bincount(classes)[classes], most)
-    shots = np.clip(shots, 1, most)
-    wanted, found = np.bincount(sizes, minlength=most + 1), np.bincount(shots, minlength=most + 1)
-    weights = (wanted / np.maximum(found, 1))[shots]
-    return weights / weights.mean()
 
 
 def walk(search: Search, recipe: Recipe, queries: np.ndarray, table: list[dict] | None = None) -> Recipe:

@@ -34,7 +34,7 @@ class Recipe:
     reference: str = "train+val"  # "train" keeps val out of the bank, so that a score on val or test compares
     centre: bool = True  # subtract the reference's mean before cosines
     whitening: float = 0.0  # exponent: 0 only centres, 1 evens out all variation within classes
-    matcher: str = "means"  # a class's mean, "several" prototypes, or a linear classifier
+    matcher: str = "means"  # a class's mean, "several" prototypes, a linear classifier, or trained networks
     genus: float = 0.0  # a class's relatives in its genus weigh as much as so many of its observations
     family: float = 0.0  # the same of its family
     nearest: float = 0.0  # share of the nearest observation in the probabilities
@@ -72,7 +72,7 @@ CHOICES = {
     "pooling": POOLINGS,
     "reference": ("train", "train+val"),
     "prototypes": ("fixed", "learned"),
-    "matcher": ("means", "several", "ridge", "random-ridge", "logistic"),
+    "matcher": ("means", "several", "ridge", "random-ridge", "logistic", "projection"),
 }
 BANK = ("whitening", "genus", "family", "nearest", "shots", "transduction", "metadata")
 CHOOSABLE = ("fit", "views", "matcher", *BANK)

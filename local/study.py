@@ -13,10 +13,11 @@ from safetensors.numpy import save_file
 from kernel.encoders import Encoder
 from kernel.prior import Prior
 from local.cache import EmbeddingCache
-from local.choice import Embedded, Search, cross_validated, make_folds, walk
+from local.choice import Embedded, Search, cross_validated, walk
 from local.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
 from local.console import say
 from local.ensemble import VALIDATION_FILE
+from local.folds import make_folds
 from local.metrics import describe, score
 from local.prior import PriorEstimator
 from local.recipe import Recipe
@@ -57,7 +58,7 @@ class Study:
         self.places = places_of(class_ids, self.classes)
         self.taxonomy = read_taxonomy(competition, self.classes)
         asked = ~is_fit if is_tuned else np.ones_like(is_fit)
-        self.folds = [(is_fit, ~is_fit)] if keeps_val_out else make_folds(self.places, asked, recipe.seed)
+        self.folds = [(is_fit, ~is_fit)] if keeps_val_out else make_folds(self.places, recipe.seed, asked)
 
     def embed(self, fit: str) -> Embedded:
         """All labelled observations in all of the recipe's views, photos cropped or squashed."""

@@ -13,11 +13,10 @@ from local.choice import (
     compare,
     cross_validated,
     fit_banks,
-    make_folds,
-    shot_weights,
     walk,
     worth,
 )
+from local.folds import make_folds, shot_weights
 from local.recipe import Recipe
 
 VIEWS = ("plain", "hflip", "rotate90", "rotate270")
@@ -45,7 +44,7 @@ def specimens(shots=(1, 2, 3, 4), repeats=8, seed=0) -> Embedded:
 
 def search_over(embedded, seed=0) -> Search:
     everyone = np.ones(len(embedded.classes), dtype=bool)
-    return Search(lambda fit: embedded, "crop", make_folds(embedded.classes, everyone, seed), 10, everyone)
+    return Search(lambda fit: embedded, "crop", make_folds(embedded.classes, seed), 10, everyone)
 
 
 def open_recipe(*keys) -> Recipe:
@@ -59,7 +58,7 @@ def search():
 
 def test_no_observation_is_asked_of_a_reference_that_holds_it_and_none_of_a_class_without_another():
     classes = specimens().classes
-    folds = make_folds(classes, np.ones(len(classes), dtype=bool), 0)
+    folds = make_folds(classes, 0)
     asked = np.zeros(len(classes), dtype=int)
     for reference, queries in folds:
         assert not (reference & queries).any()
@@ -73,7 +72,7 @@ def test_no_observation_is_asked_of_a_reference_that_holds_it_and_none_of_a_clas
 def test_only_what_may_be_asked_is():
     classes = specimens().classes
     may = np.arange(len(classes)) % 3 == 0
-    folds = make_folds(classes, may, 0)
+    folds = make_folds(classes, 0, may)
     assert all(may[queries].all() for _, queries in folds)
     assert all(reference[~may].all() for reference, _ in folds)
 
