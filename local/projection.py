@@ -3,6 +3,7 @@
 `ProjectionEnsemble` has the manners of the estimators in local/banks.py; its members are banks that the kernel reads.
 """
 
+import math
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ class ProjectionEnsemble:
         members: networks, whose probabilities are averaged.
         hidden: units of a network's one hidden layer.
         width: features in which cosines are taken, at most those of the embeddings.
-        steps: batches of training; observations are few, so more epochs of a small reference fit into them.
+        epochs, steps: training sees every observation so many times, and takes at least so many batches.
         batch_size: observations in a batch.
         draws: photos in random views whose mean is a sample; many make it like the mean of all, which the kernel sees.
         variation: how far a sample is moved, in differences of a photo from the mean of its class.
@@ -62,6 +63,7 @@ class ProjectionEnsemble:
         members: int = 5,
         hidden: int = 2048,
         width: int = 768,
+        epochs: int = 8,
         steps: int = 60,
         batch_size: int = 256,
         draws: int = 16,
@@ -77,7 +79,8 @@ class ProjectionEnsemble:
     ):
         self.start = Whitening(0.75) if start is None else start
         self.members, self.hidden, self.width, self.seed = members, hidden, width, seed
-        self.steps, self.batch_size, self.draws, self.variation = steps, batch_size, draws, variation
+        self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
+        self.draws, self.variation = draws, variation
         self.temperature, self.contrast, self.dropout = temperature, contrast, dropout
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.genus, self.family = genus, family
@@ -100,11 +103,12 @@ class ProjectionEnsemble:
         reference = Reference.of(embeddings, observations, classes, taxonomy, pooled)
         everything = np.ones(len(reference.classes), dtype=bool)
         folds = make_folds(reference.classes.numpy(), self.seed) or [(everything, ~everything)]
+        steps = max(self.steps, math.ceil(self.epochs * len(reference.classes) / self.batch_size))
         members = [
-            Member(self, reference, *folds[number % len(folds)], seed=self.seed * SEEDS + number)
+            Member(self, reference, *folds[number % len(folds)], steps, seed=self.seed * SEEDS + number)
             for number in range(self.members)
         ]
-        marks = np.unique(np.linspace(0, self.steps, MARKS + 1).round().astype(int)).tolist()
+        marks = np.unique(np.linspace(0, steps, MARKS + 1).round().astype(int)).tolist()
         worth, self.worth_ = {}, {}
         for before, mark in zip([0, *marks], marks, strict=False):
             for member in members:
@@ -211,10 +215,17 @@ class Member:
 
     Args:
         kept, held: (observations,) bool, those that it learns from and those that it leaves out.
+        steps: of the whole training, for the learning rate's schedule.
     """
 
     def __init__(
-        self, settings: ProjectionEnsemble, reference: Reference, kept: np.ndarray, held: np.ndarray, seed: int
+        self,
+        settings: ProjectionEnsemble,
+        reference: Reference,
+        kept: np.ndarray,
+        held: np.ndarray,
+        steps: int,
+        seed: int,
     ):
         self.settings, self.reference = settings, reference
         self.kept, self.held = torch.tensor(np.flatnonzero(kept)), torch.tensor(np.flatnonzero(held))
@@ -234,7 +245,7 @@ class Member:
             lr=settings.learning_rate,
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, settings.learning_rate, total_steps=settings.steps + 1, pct_start=0.1
+            self.optimizer, settings.learning_rate, total_steps=steps + 1, pct_start=0.1
         )
         self.queue = self.kept[:0]
 

@@ -129,7 +129,7 @@ def test_a_member_learns_nothing_from_what_it_leaves_out(problem) -> None:
 def test_classes_of_one_observation_are_never_left_out_and_suffice() -> None:
     embeddings, observations, classes = nuisance_problem(per_class=1, seed=3, nuisance=0.3)
     taxonomy = Taxonomy.unknown(CLASSES + 2)  # two classes are not in the reference
-    fitted = ProjectionEnsemble(**{**SMALL, "steps": 10}).fit(
+    fitted = ProjectionEnsemble(**{**SMALL, "steps": 10, "epochs": 0}).fit(
         embeddings[::2], observations[::2], classes[::2], taxonomy
     )
     assert fitted.steps_ == 10
@@ -196,7 +196,7 @@ def test_a_recipe_may_ask_for_networks_and_all_members_have_one_scale(problem, m
 def a_member(problem, steps: int = 1, seed: int = 3, split=None, **given) -> Member:
     """A network about to be trained."""
     embeddings, observations, classes, taxonomy = problem
-    settings = ProjectionEnsemble(Centring(), **{**SMALL, "steps": steps, **given})
+    settings = ProjectionEnsemble(Centring(), **SMALL, **given)
     reference = Reference.of(embeddings, observations, classes, taxonomy, pool(embeddings, observations))
     kept, held = split or make_folds(classes[::2], 0)[0]
-    return Member(settings, reference, kept, held, seed)
+    return Member(settings, reference, kept, held, steps, seed)
