@@ -324,7 +324,7 @@ def finetune(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Reci
     kept = with_module(encoder, average.module) if average else tuned
     groups = [*group_by_layer(tuned.module, recipe), *head_groups(loss)]
     optimising = Optimising(groups, recipe.epochs * len(batches), recipe, encoder.device)
-    best, best_epoch, best_state = None, 0, {}
+    epochs, best_state = [start], {}
     for epoch in range(1, recipe.epochs + 1):
         set_training(tuned.module, recipe.pretrained)
         mean_loss = train_epoch(tuned, loss, batches, targets, optimising, average)
@@ -334,21 +334,23 @@ def finetune(encoder: Encoder, fit: Labelled, validation: Labelled, recipe: Reci
         present = judged(kept)
         log.append(log_row(epoch, mean_loss, max(optimising.scheduler.get_last_lr()), present.recalls))
         say(f"epoch {epoch}: loss {mean_loss:.4f}  {log_line(present)}")
-        if best is None or present.worth.mean() > best.worth.mean():
-            best, best_epoch = present, epoch
+        epochs.append(present)
+        if best_of(epochs[1:]) == epoch - 1:
             best_state = copy_state(kept.module)
-        if epoch - (best_epoch if best.worth.mean() > start.worth.mean() else 0) >= recipe.patience:
+        if epoch - best_of(epochs) >= recipe.patience:
             say(f"no better recalls for {recipe.patience} epochs: stopping")
             break
 
-    share, before, candidates = 0.0, copy_state(encoder.module), [start]
-    if best:
-        for part in SHARES[1:-1]:
-            encoder.module.load_state_dict(interpolate(before, best_state, part))
-            candidates.append(judged(encoder))
-            say(f"{part:.0%} of epoch {best_epoch}: {log_line(candidates[-1])}")
-        share = choose_share([*candidates, best])
+    if not best_state:
+        return Tuning(log, 0, 0.0)
+    best_epoch = best_of(epochs[1:]) + 1
+    before, mixes = copy_state(encoder.module), []
+    for share in SHARES[1:-1]:
         encoder.module.load_state_dict(interpolate(before, best_state, share))
+        mixes.append(judged(encoder))
+        say(f"{share:.0%} of epoch {best_epoch}: {log_line(mixes[-1])}")
+    share = choose_share([start, *mixes, epochs[best_epoch]])
+    encoder.module.load_state_dict(interpolate(before, best_state, share))
     say(f"chosen: {share:.0%} of epoch {best_epoch}" if share else "chosen: the encoder as it came")
     return Tuning(log, best_epoch if share else 0, share)
 
@@ -375,9 +377,14 @@ def choose_share(judged: Sequence[Judged]) -> float:
 
     So chance on a small validation cannot pass for learning (the one-standard-error rule of Breiman et al. 1984).
     """
-    best = max(range(len(SHARES)), key=lambda place: judged[place].worth.mean())  # the smallest of equals
+    best = best_of(judged)
     gain, error = paired_gain(judged[best].worth, judged[0].worth)
     return SHARES[best] if gain > error else 0.0
+
+
+def best_of(judged: Sequence[Judged]) -> int:
+    """The place of the best, the first of equals."""
+    return int(np.argmax([one.worth.mean() for one in judged]))
 
 
 def interpolate(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], share: float) -> dict:
