@@ -137,21 +137,6 @@ def conditional_logit(designs: Sequence[tuple[np.ndarray, np.ndarray]], terms: i
     return minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * terms).x
 
 
-def fusion_weight(log_probabilities: torch.Tensor, prior: torch.Tensor, answers: np.ndarray) -> float:
-    """The weight for `kernel.prior.fused`, by the likelihood of the answers to held-out observations.
-
-    The photos' scores may be of any temperature: their own weight is fitted beside, and divided out.
-
-    Args:
-        log_probabilities, prior: (observations, classes), of a bank and a prior fitted without these observations.
-        answers: (observations,) indices of the true classes.
-    """
-    design = np.stack([log_probabilities.double().numpy(), prior.double().numpy()])
-    spans = design.std(axis=(1, 2))  # of one span, so that the ridge weighs on both alike
-    photos, metadata = conditional_logit([(design / spans[:, None, None], answers)], 2) / spans
-    return float(metadata / max(photos, 1e-6))
-
-
 def folds(years: np.ndarray, origins: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Observation-disjoint (fit, query) masks: what came before each of the last years, and that year.
 

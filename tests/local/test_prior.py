@@ -20,7 +20,6 @@ from local.prior import (
     conditional_logit,
     elevation_kernel,
     folds,
-    fusion_weight,
     log_ratios,
     place_kernel,
     season_kernel,
@@ -163,15 +162,6 @@ def test_the_conditional_logit_finds_the_weights_that_made_the_answers():
         [(design[:, :2000], scores[:2000].argmax(1)), (design[:, 2000:], scores[2000:].argmax(1))], 3
     )
     assert np.allclose(found, [1.0, 0.5, 0.0], atol=0.07)
-
-
-def test_the_fusing_weight_does_not_depend_on_the_photos_temperature():
-    rng = np.random.default_rng(1)
-    photos, prior = rng.normal(size=(2, 3000, 10))
-    answers = (photos + 0.5 * prior + rng.gumbel(size=(3000, 10))).argmax(1)
-    photos, prior = torch.from_numpy(photos), torch.from_numpy(prior)
-    assert fusion_weight(photos, prior, answers) == pytest.approx(0.5, abs=0.08)
-    assert fusion_weight(photos / 20, prior, answers) == pytest.approx(0.5 / 20, abs=0.004)
 
 
 def test_the_drawn_competition_carries_its_metadata_and_taxonomy(drawn):
