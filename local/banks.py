@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from sklearn.cluster import KMeans
-from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.linear_model import LogisticRegression
 
 from kernel.bank import Bank, Layer
 
 SCALE = 16.0  # of cosines, where nothing is held out to fit it
 NEVER = -100.0  # the bias of a class that the reference lacks
+SHRINKAGE_SAMPLES = 4000  # photos
 SCATTER_SAMPLES = 40_000  # residuals suffice for a covariance of a thousand features, and take seconds
 
 
@@ -123,8 +124,9 @@ class Whitening:
             covariance += residuals.T @ residuals / len(chosen)
         # How much to shrink follows from photos: the views of one are no independent samples.
         photos -= means[classes]
-        several = np.bincount(classes)[classes] > 1
-        shrinkage = ledoit_wolf(photos[several], assume_centered=True)[1] if several.sum() > 1 else 1.0
+        several = np.flatnonzero(np.bincount(classes)[classes] > 1)
+        several = np.random.default_rng(0).permutation(several)[:SHRINKAGE_SAMPLES]
+        shrinkage = ledoit_wolf_shrinkage(photos[several], assume_centered=True) if len(several) > 1 else 1.0
         mean_variance = np.trace(covariance) / len(covariance)
         covariance = (1 - shrinkage) * covariance + shrinkage * mean_variance * np.eye(len(covariance))
         self.variances_, self.directions_ = np.linalg.eigh(covariance)
