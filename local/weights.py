@@ -10,6 +10,7 @@ from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, read_weights, s
 from kernel.observations import LAYOUTS, RESOLUTIONS
 from local.console import say
 from local.ensemble import weigh
+from local.metrics import GUESSES
 from local.runs import write_json
 
 
@@ -17,7 +18,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     """Copy the files of every run, the wheels that they need, and one manifest over all of them.
 
     Args:
-        runs: run folders; several make an ensemble, weighted by cross-validation, the weightiest first.
+        runs: run folders; several make an ensemble, weighted by cross-validation.
         folder: an empty folder to fill.
 
     Returns:
@@ -33,7 +34,8 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
             if _comparable(weights.manifest[key]) != _comparable(first[key]):
                 raise InputError(f"{weights.folder} has another {of} than {runs[0]}: train both with the same --data")
     shares = weigh(runs, guesses_of(first["competition"]["layout"]))
-    order = sorted(range(len(runs)), key=lambda place: -shares[place])
+    # The best alone comes first, since a kernel short of time drops the last.
+    order = sorted(range(len(runs)), key=lambda place: -worth_alone(opened[place]))
     opened, shares = ([values[place] for place in order if shares[place]] for values in (opened, shares))
     resolution = max((weights.manifest["competition"]["resolution"] for weights in opened), key=RESOLUTIONS.index)
     members = [
@@ -53,6 +55,12 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     }
     write_json(manifest, folder / MANIFEST)
     return folder / MANIFEST
+
+
+def worth_alone(weights: Weights) -> float:
+    """A run's recalls on its validation together; 0 where it has none."""
+    validation = weights.manifest["members"][0]["validation"]
+    return sum(validation.get(f"recall_at_{count}", 0.0) for count in GUESSES)
 
 
 def guesses_of(name: str) -> int:
