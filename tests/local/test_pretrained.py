@@ -101,7 +101,7 @@ def embed(module: nn.Module, entry: dict, paths: list[Path]) -> torch.Tensor:
     )
     pixels = torch.tensor(np.stack([decode(path, encoder.preprocessing) for path in paths])).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        return encoder.embed(pixels, [lambda photos: photos])
+        return encoder.embed(pixels, [lambda photos: photos])[:, 0]
 
 
 def embed_timm(module: nn.Module, config: dict, paths: list[Path]) -> torch.Tensor:
