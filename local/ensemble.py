@@ -57,7 +57,7 @@ def weigh(runs: Sequence[Path], guesses: int) -> list[float]:
 
     The best run comes first; then, step after step, whichever run the answers gain most by is added once more, as often
     as it takes (Caruana et al. 2004, https://doi.org/10.1145/1015330.1015432). All of that is kept only when it gains
-    on the best run alone by more than its standard error, so that an ensemble is not bought with luck.
+    on the best run alone beyond its 95% interval, so that an ensemble is not bought with luck.
 
     Args:
         guesses: of a row of the submission.
@@ -83,7 +83,7 @@ def weigh(runs: Sequence[Path], guesses: int) -> list[float]:
         )
         best = max(best, counts, key=lambda candidate: worth_of(candidate).mean())
     gain, error = paired_gain(worth_of(best), worth_of(best_alone))
-    if gain <= error:
+    if gain <= 1.96 * error:
         best = best_alone
     for run, count in zip(runs, best, strict=True):
         say(f"{run}: weight {count / sum(best):.2f}" + ("" if count else ", it is left out"))
