@@ -3,7 +3,6 @@
 A run folder is a bundle of one: the kernel's own code reads its manifest, encoder and bank.
 """
 
-import csv
 import dataclasses
 import json
 import os
@@ -28,7 +27,7 @@ from local.plots import plot_class_distribution, plot_training_curve
 from local.pretrained import load_encoder, take_larger
 from local.prior import write_prior
 from local.recipe import Recipe, write_recipe
-from local.study import Study
+from local.study import Study, write_table
 from local.training import Tuning, finetune, log_row
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
@@ -108,7 +107,7 @@ def fill_run(
     write_recipe(chosen, folder / "recipe.toml")
     if tuning.log or scores:
         log = tuning.log or [log_row(0, "", 0.0, scores)]
-        write_log(log, folder / "log.csv")
+        write_table(log, folder / "log.csv")
         plot_training_curve(log, tuning.epoch, folder / "training-curve.png")
     metrics = {
         "validation": scores,
@@ -156,14 +155,6 @@ def write_manifest(folder: Path, competition: Competition, classes: list[str], p
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write tensors as safetensors, on the CPU and contiguous."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def write_log(rows: list[dict], path: Path) -> None:
-    """Write log.csv: a row per epoch."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_json(value: dict, path: Path) -> None:

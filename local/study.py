@@ -120,7 +120,7 @@ class Study:
 
 
 def write_table(rows: Sequence[dict], path: Path) -> None:
-    """Write the table of candidates as CSV."""
+    """Write rows of equal keys as CSV, under a header."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
