@@ -14,7 +14,7 @@ from kernel.mounts import InputError, sha256
 from local.console import run, say
 from local.flatten import flatten
 from local.kaggle_metadata import PLACEHOLDER, dataset_metadata, read_kernel_metadata
-from local.runs import write_json
+from local.make_run import write_json
 from local.weights import gather_weights
 
 ROOT = Path(__file__).resolve().parent

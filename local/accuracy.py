@@ -26,10 +26,10 @@ from local.competition import Labelled, find_layout, labelled, places_of, read_c
 from local.console import say
 from local.ensemble import weigh
 from local.generate import generate
+from local.make_run import CACHE, train_run, write_json
 from local.metrics import GUESSES, hit_matrix, interval, paired_gain, score
 from local.recipe import read_recipe
 from local.rehearsal import read_solution
-from local.runs import CACHE, train_run, write_json
 
 RECIPES = ("fungiclef-baseline", "fungiclef-protonet", "fungiclef-best")
 SPECIES = 60  # of the competition that is drawn where none is given

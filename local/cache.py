@@ -23,6 +23,7 @@ from kernel.embeddings import load_batches
 from kernel.encoders import Encoder
 from kernel.observations import Observation
 from kernel.views import VIEWS
+from local import team
 from local.console import progress
 
 PART = 256  # photos between two writes
@@ -64,6 +65,7 @@ class EmbeddingCache:
             for digest, (_, path) in zip(digests, photos, strict=True)
             if any(digest not in known[view] for view in views)
         }
+        team.wait()  # so that all of them miss the same
         failures = self._fill(missing, views, known) if missing else {}
         kept = [place for place, digest in enumerate(digests) if all(digest in known[view] for view in views)]
         shape = (len(kept), len(views), self.encoder.features)
@@ -78,9 +80,13 @@ class EmbeddingCache:
         )
 
     def _fill(self, missing: dict[str, Path], views: Sequence[str], known: dict[str, dict]) -> dict[str, str]:
-        """Embed the missing photos, part by part. Returns the cause of each that could not be read."""
-        digests, causes = list(missing), {}
-        parts = [digests[start : start + PART] for start in range(0, len(digests), PART)]
+        """Embed the missing photos, part by part, every process of a team its share.
+
+        Returns:
+            The cause of each that this process could not read.
+        """
+        digests, causes, (rank, world) = list(missing), {}, team.place()
+        parts = [digests[start : start + PART] for start in range(0, len(digests), PART)][rank::world]
         for part in progress(parts, f"embedding {len(digests)} photos in {len(views)} views"):
             single = [Observation(digest, (missing[digest],)) for digest in part]
             found: dict[str, np.ndarray] = {}
@@ -93,6 +99,9 @@ class EmbeddingCache:
                 rows = {digest: row[column] for digest, row in found.items()}
                 known[view] |= rows
                 self._write(view, rows)
+        team.wait()
+        if world > 1:
+            known.update({view: self._read(view) for view in views})
         return causes
 
     def _write(self, view: str, rows: dict[str, np.ndarray]) -> None:

@@ -36,7 +36,7 @@ CANDIDATES: dict[str, Sequence] = {
     "whitening": (0.0, 0.25, 0.5, 0.75, 1.0),
     "genus": (0.0, 0.25, 0.5, 1.0),
     "family": (0.0, 0.25, 0.5),
-    "matcher": ("means", "several", *LINEAR, "projection"),
+    "matcher": ("means", "several", *LINEAR, "projection", "head"),
     "nearest": (0.0, 0.2, 0.4),
     "shots": (0.0, 0.25, 0.5),
     "transduction": (0.0, 0.125, 0.25, 0.5, 1.0),
@@ -63,6 +63,7 @@ class Embedded:
         observations: (photos,) 0 to observations - 1.
         classes: (observations,) index into the bank's classes; -1 for one that it lacks.
         taxonomy: of the bank's classes.
+        head: the bank that was trained with the encoder, if one was.
     """
 
     values: np.ndarray
@@ -70,6 +71,7 @@ class Embedded:
     observations: np.ndarray
     classes: np.ndarray
     taxonomy: Taxonomy
+    head: Bank | None = None
     memory: dict = field(default_factory=dict, compare=False)
 
     def of(self, wanted: np.ndarray) -> "Embedded":
@@ -117,9 +119,12 @@ def fit_banks(
     seen = reference & np.isin(np.arange(len(reference)), embedded.observations)
     pooled, classes = embedded.pooled(recipe)[seen], embedded.classes[seen]
     given = (np.arange(len(classes)), classes, embedded.taxonomy)
-    matched, nearest = scales or (SCALE, SCALE) if recipe.nearest else (*(scales or (SCALE,)), SCALE)
+    own = float(embedded.head.scale) if recipe.matcher == "head" else SCALE
+    matched, nearest = scales or (own, SCALE) if recipe.nearest else (*(scales or (own,)), SCALE)
     transform = []
-    if recipe.matcher == "projection":
+    if recipe.matcher == "head":
+        banks = [embedded.head]
+    elif recipe.matcher == "projection":
         banks = fit_projection(recipe, embedded.of(seen), pooled)
     else:
         transform = fit_transform(recipe, embedded, seen, spread)
@@ -333,7 +338,8 @@ def walk(search: Search, recipe: Recipe, queries: np.ndarray, table: list[dict] 
             if key == "views":
                 recipe = more_views(recipe, every, best_of)
             else:
-                recipe = best_of(key, recipe, [replace(recipe, **{key: value}) for value in CANDIDATES[key]])
+                values = [value for value in CANDIDATES[key] if value != "head" or search.embed(recipe.fit).head]
+                recipe = best_of(key, recipe, [replace(recipe, **{key: value}) for value in values])
         if recipe == before:
             break
     return recipe

@@ -56,6 +56,14 @@ class Competition:
         """The competition as it would be without a validation split."""
         return replace(self, photos=self.photos[self.photos["split"] != "val"])
 
+    def sample(self, observations: int, seed: int) -> "Competition":
+        """Only so many observations of train, drawn at random, and a fifth as many of val."""
+        rng, kept = np.random.default_rng(seed), []
+        for split, count in (("train", observations), ("val", max(1, observations // 5))):
+            own = self.photos.loc[self.photos["split"] == split, "observation"].unique()
+            kept += rng.permutation(own)[:count].tolist()
+        return replace(self, photos=self.photos[self.photos["observation"].isin(kept)])
+
     def digest(self) -> str:
         """SHA-256 of the labelled table and of every photo's name and size, the same wherever the folder lies."""
         said = self.photos.drop(columns=list(COLUMNS)).itertuples(index=False, name=None)
@@ -145,6 +153,24 @@ def read_taxonomy(competition: Competition, classes: Sequence[str]) -> Taxonomy:
         for rank in ("genus", "family")
     ]
     return Taxonomy(*(np.unique(names, return_inverse=True)[1] for names in ranks))
+
+
+def read_ranks(competition: Competition, classes: Sequence[str]) -> list[np.ndarray | None]:
+    """Per rank of TAXONOMY (classes,) int, the group of each class; None for one that the competition never names."""
+    known, unknown, ranks = lineages(competition), ("",) * len(TAXONOMY), []
+    for place in range(len(TAXONOMY)):
+        names = [known.get(class_id, unknown)[place] for class_id in classes]
+        named = [name or f"of {class_id}" for name, class_id in zip(names, classes, strict=True)]
+        ranks.append(np.unique(named, return_inverse=True)[1] if any(names) else None)
+    return ranks
+
+
+def largest_classes(part: Labelled, of: Labelled, count: int) -> Labelled:
+    """The observations whose class is one of the `count` that have the most in `of`; all of them for 0."""
+    if not count:
+        return part
+    ids, sizes = np.unique(of.class_ids, return_counts=True)
+    return part.subset(np.isin(part.class_ids, ids[np.argsort(-sizes, kind="stable")[:count]]))
 
 
 def places_of(class_ids: np.ndarray, classes: Sequence[str]) -> np.ndarray:

@@ -17,11 +17,11 @@ from kernel.mounts import InputError
 from local.competition import labelled, read_competition, sort_ids
 from local.console import run, say
 from local.generate import generate
+from local.make_run import train_run
 from local.metrics import describe
 from local.plots import plot_predictions
 from local.recipe import read_recipe
 from local.rehearse import rehearse
-from local.runs import train_run
 
 
 def demonstrate(out: Path, species: int, seed: int) -> None:

@@ -43,63 +43,108 @@ class Recipe:
     metadata: float = 0.0  # weight of what place, season and substrate say, against what the photos say
     choose: tuple[str, ...] = ()  # keys of this part, and views, that cross-validation chooses; see local/choice.py
 
-    # Fine-tuning; none with epochs = 0.
+    # Training; none with epochs = 0.
     epochs: int = 0
-    unfreeze: int = 2  # groups of layers from the top that learn, as timm and open_clip group them; -1: all
+    unfreeze: int = 2  # groups of layers from the top that learn, as timm and open_clip group them; 0: none; -1: all
     lora: int = 0  # rank of what their matrices learn; 0: they learn in full
-    prototypes: str = "fixed"  # at the class means of the untuned encoder; "learned": they move with the loss
-    probe: int = 0  # epochs before the others in which learned prototypes alone move
+    gradient_checkpointing: bool = False  # a third slower, with a fraction of the memory
+    classes: int = 0  # learn from so many classes of the most observations alone; 0: all
+    subset: int = 0  # of so many observations, drawn at random, to try a recipe in a minute; 0: all
+    most_parameters: int = 0  # an encoder and head with more are refused; 0: no limit
+    # The head, which is a bank: `matcher = "head"` keeps it, any other makes a bank of the tuned embeddings.
+    prototypes: str = "fixed"  # at the class means as they came; "updated" every epoch; "learned"; "episodic"
+    subcentres: int = 1  # prototypes of each class, of which the nearest counts
+    hidden: int = 0  # units of a layer in between; 0: none
+    dropout: float = 0.0  # of the embedding
+    hidden_dropout: float = 0.0
     temperature: float = 0.1  # of squared distances between unit vectors
+    probe: int = 0  # epochs before the others in which the head learns alone
+    # The loss.
+    label_smoothing: float = 0.0
+    arcface: float = 0.0  # margin in radians by which the true class must be nearer
+    cosface: float = 0.0  # the same in cosine
+    class_weights: float = 0.0  # a class's part in the loss falls with its observations to this power; 1: all equal
+    rank_weights: tuple[float, ...] = ()  # of the coarser ranks beside the species' 1, the widest first
+    # What is seen.
     batch_size: int = 32  # observations
+    accumulate: int = 1  # batches to a step
     photos_per_observation: int = 4  # seen of one observation in one step
+    balance: float = 0.0  # classes are drawn as often as their observations to the power of 1 minus this
+    ways: int = 20  # classes of an episode
+    support: int = 1  # observations of each that make its prototype, and ...
+    queries: int = 3  # ... that are asked; of a smaller class as many as there are
+    crop_scale: float = 0.6  # smallest share of a photo's area in a random crop
+    rotate: float = 0.0  # degrees, at most
+    translate: float = 0.0  # share of the side, at most; also by which a photo shrinks or grows
+    colour_jitter: float = 0.1
+    hue: float = 0.0
+    rand_augment: int = 0  # magnitude of RandAugment's two random operations, up to 10
+    erase: float = 0.0  # share of photos of which a random rectangle is erased
+    mixup: float = 0.0  # alpha; 0: none
+    cutmix: float = 0.0
+    # How it learns.
+    optimiser: str = "adamw"
     learning_rate: float = 1e-4
     layer_decay: float = 1.0  # factor of the learning rate from one layer to the one below
     weight_decay: float = 0.05
-    ema: float = 0.0  # decay per step of the moving average of the weights that is judged and kept; 0: none
+    clip: float = 1.0  # length of the gradient, at most; 0: no limit
+    schedule: str = "cosine"  # down to 0; "plateau": down by `decay` when validation stands still; "constant"
     warmup: float = 0.1  # share of the steps
-    label_smoothing: float = 0.0
-    crop_scale: float = 0.6  # smallest share of a photo's area in a random crop
-    colour_jitter: float = 0.1
-    rand_augment: int = 0  # magnitude of RandAugment's two random operations, up to 10
-    patience: int = 4  # epochs without better recalls on the validation
+    restarts: int = 0  # of the cosine
+    decay: float = 0.2
+    decay_patience: int = 3  # epochs
+    ema: float = 0.0  # decay per step of the moving average of the weights that is judged and kept; 0: none
+    monitor: str = "recalls"  # of the validation, their mean; or one of log.csv's columns
+    patience: int = 4  # epochs without a better one
     seed: int = 0
 
 
+MONITORS = ("recalls", "recall_at_1", "recall_at_5", "recall_at_10", "macro_f1", "weighted_f1", "log_loss")
 CHOICES = {
     "resolution": ("auto", *RESOLUTIONS),
     "fit": ("encoder", "crop", "squash"),
     "precision": ("half", "full"),
     "pooling": POOLINGS,
     "reference": ("train", "train+val"),
-    "prototypes": ("fixed", "learned"),
-    "matcher": ("means", "several", "ridge", "random-ridge", "logistic", "projection"),
+    "prototypes": ("fixed", "updated", "learned", "episodic"),
+    "matcher": ("means", "several", "ridge", "random-ridge", "logistic", "projection", "head"),
+    "optimiser": ("adamw", "adam", "sgd"),
+    "schedule": ("cosine", "plateau", "constant"),
+    "monitor": MONITORS,
 }
 BANK = ("whitening", "genus", "family", "nearest", "shots", "transduction", "metadata")
 CHOOSABLE = ("fit", "views", "matcher", *BANK)
 POSITIVE = (
+    "subcentres",
     "temperature",
     "batch_size",
+    "accumulate",
     "photos_per_observation",
+    "support",
+    "queries",
+    "crop_scale",
     "learning_rate",
     "layer_decay",
-    "crop_scale",
+    "decay",
     "patience",
 )
-NOT_NEGATIVE = (
-    "image_size",
-    "epochs",
-    "lora",
-    "probe",
-    "weight_decay",
-    "ema",
-    "warmup",
+SHARES = (
+    "nearest",
+    "dropout",
+    "hidden_dropout",
     "label_smoothing",
-    "colour_jitter",
-    "rand_augment",
-    "seed",
-    *BANK,
+    "balance",
+    "crop_scale",
+    "translate",
+    "erase",
+    "layer_decay",
+    "warmup",
+    "decay",
+    "ema",
 )
-SHARES = ("nearest", "layer_decay", "ema", "warmup", "label_smoothing", "crop_scale")
+BELOW_ONE = ("dropout", "hidden_dropout", "ema")  # at 1 nothing would be left to learn
+MOST = {"rand_augment": 10, "hue": 0.5}
+SIGNED = ("unfreeze",)
 
 
 def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> Recipe:
@@ -140,16 +185,33 @@ def make_recipe(values: dict, where: str) -> Recipe:
             raise InputError(f"unknown key {key!r} in {where}: the nearest known one is {nearest!r}")
         checked[key] = _check(key, value, fields[key].default, where)
     recipe = Recipe(**checked)
-    if recipe.probe and recipe.prototypes == "fixed":
-        raise InputError(f'probe = {recipe.probe} in {where}: nothing moves in it without prototypes = "learned"')
+    for wrong, why in (
+        (recipe.probe and recipe.prototypes != "learned", 'probe: nothing moves in it without prototypes = "learned"'),
+        (
+            recipe.hidden and recipe.prototypes != "learned",
+            'hidden: its layer learns with prototypes = "learned" alone',
+        ),
+        (recipe.subcentres > 1 and recipe.prototypes != "learned", 'subcentres: they need prototypes = "learned"'),
+        (recipe.matcher == "head" and recipe.prototypes == "episodic", 'matcher = "head": an episode leaves no head'),
+        (recipe.matcher == "head" and not recipe.epochs, 'matcher = "head": without epochs there is none'),
+        (
+            (recipe.mixup or recipe.cutmix) and recipe.photos_per_observation > 1,
+            "mixup and cutmix mix photos, not observations: set photos_per_observation = 1",
+        ),
+        ((recipe.mixup or recipe.cutmix) and recipe.prototypes == "episodic", "mixup and cutmix: not in episodes"),
+        (recipe.prototypes == "episodic" and recipe.ways < 2, "ways: an episode has two classes at least"),
+    ):
+        if wrong:
+            raise InputError(f"{why}, in {where}")
     return recipe
 
 
 def _check(key: str, value: object, default: object, where: str) -> object:
     if isinstance(default, tuple):
-        value = (
-            tuple(value.split(",")) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-        )
+        if isinstance(value, (str, list)):
+            value = tuple(value.split(",") if isinstance(value, str) else value)
+        if key == "rank_weights" and isinstance(value, tuple):
+            value = tuple(float(weight) if type(weight) is int else weight for weight in value)
     elif isinstance(default, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(default):
@@ -162,16 +224,20 @@ def _check(key: str, value: object, default: object, where: str) -> object:
     for name in value if key == "choose" else ():
         if name not in CHOOSABLE:
             raise InputError(f"choose = {list(value)} in {where}: {name!r} cannot be; {', '.join(CHOOSABLE)} can")
+    if key == "rank_weights" and not all(isinstance(weight, float) and weight >= 0 for weight in value):
+        raise InputError(f"rank_weights = {list(value)} in {where}: a list of numbers, none negative, is wanted")
+    if not isinstance(value, (int, float)):
+        return value
     if key in POSITIVE and not value > 0:
         raise InputError(f"{key} = {value} in {where}: it must be larger than 0")
-    if key in NOT_NEGATIVE and not value >= 0:
+    if key not in SIGNED and not value >= 0:
         raise InputError(f"{key} = {value} in {where}: it must not be negative")
     if key in SHARES and value > 1:
         raise InputError(f"{key} = {value} in {where}: it is a share, at most 1")
-    if key == "ema" and value == 1:
-        raise InputError(f"ema = {value} in {where}: it must be smaller than 1, or the average never moves")
-    if key == "rand_augment" and value > 10:
-        raise InputError(f"rand_augment = {value} in {where}: its scale ends at 10")
+    if key in BELOW_ONE and value == 1:
+        raise InputError(f"{key} = {value} in {where}: it must be smaller than 1, or nothing is learnt")
+    if key in MOST and value > MOST[key]:
+        raise InputError(f"{key} = {value} in {where}: its scale ends at {MOST[key]}")
     return value
 
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
+from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.prior import Prior
 from local.cache import EmbeddingCache
-from local.choice import Embedded, Search, cross_validated, walk
+from local.choice import CANDIDATES, Embedded, Search, cross_validated, walk
 from local.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
 from local.console import say
 from local.ensemble import VALIDATION_FILE
@@ -46,8 +47,9 @@ class Study:
         encoder: Encoder,
         cache: Path,
         is_tuned: bool,
+        head: Bank | None = None,
     ):
-        self.recipe, self.encoder, self.cache, self.embedded = recipe, encoder, cache, {}
+        self.recipe, self.encoder, self.cache, self.head, self.embedded = recipe, encoder, cache, head, {}
         self.guesses, self.lineages = competition.layout.guesses, lineages(competition)
         class_ids = np.concatenate([fit.class_ids, validation.class_ids])
         self.labelled = Labelled([*fit.observations, *validation.observations], class_ids)
@@ -69,9 +71,14 @@ class Study:
             for cause, count in photos.failures.items():
                 say(f"{count} photos could not be read ({cause}) and were left out")
             self.embedded[fit] = Embedded(
-                photos.values, self.recipe.views, photos.observations, self.places, self.taxonomy
+                photos.values, self.recipe.views, photos.observations, self.places, self.taxonomy, self.head
             )
         return self.embedded[fit]
+
+    def embed_together(self) -> None:
+        """Embed all that the choice may ask for, every process of the team its share."""
+        for fit in CANDIDATES["fit"] if "fit" in self.recipe.choose else (self.recipe.fit,):
+            self.embed(fit)
 
     def fit_prior(self, reference: np.ndarray) -> Prior:
         """What place, season and substrate say of the classes, learnt from some of the observations."""

@@ -2,6 +2,7 @@
 
 python local/train.py --recipe fungiclef-baseline --data data/fungi-clef-2025 --out runs/baseline
 python local/train.py --recipe fungiclef-protonet --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
+torchrun --nproc-per-node 2 local/train.py --recipe fungiclef-protonet --data data/fungi-clef-2025 --resume
 """
 
 import argparse
@@ -11,9 +12,10 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from local import team
 from local.console import run
+from local.make_run import train_run
 from local.recipe import read_recipe
-from local.runs import train_run
 
 
 def parse_options() -> argparse.Namespace:
@@ -23,13 +25,19 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/RECIPE)")
     parser.add_argument("--encoder", metavar="SPEC", help="hf-hub:..., open_clip:A/P, timm:NAME, or a path")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one of its settings")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
     recipe = read_recipe(options.recipe, options.set, options.encoder)
-    train_run(recipe, options.data, options.out or Path("runs") / Path(options.recipe).stem)
+    out = options.out or Path("runs") / Path(options.recipe).stem
+    team.join()
+    try:
+        train_run(recipe, options.data, out, resumes=options.resume or team.is_restarted())
+    finally:
+        team.leave()
 
 
 if __name__ == "__main__":

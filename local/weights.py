@@ -10,8 +10,8 @@ from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, read_weights, s
 from kernel.observations import LAYOUTS, RESOLUTIONS
 from local.console import say
 from local.ensemble import weigh
+from local.make_run import write_json
 from local.metrics import GUESSES
-from local.runs import write_json
 
 
 def gather_weights(runs: Sequence[Path], folder: Path) -> Path:

@@ -12,8 +12,8 @@ from PIL import Image
 
 from kernel.encoders import Encoder, Preprocessing
 from local.generate import generate
+from local.make_run import train_run
 from local.recipe import make_recipe
-from local.runs import train_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

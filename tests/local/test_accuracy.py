@@ -15,9 +15,9 @@ from kernel.mounts import InputError, read_weights
 from local import accuracy, benchmark
 from local.accuracy import climb, keep_encoder, label, nearest_means, read_task, report_on, tell_ladder, tell_shots
 from local.competition import labelled, read_competition
+from local.make_run import train_run
 from local.recipe import make_recipe
 from local.rehearse import rehearse
-from local.runs import train_run
 from tests.conftest import TINY
 
 SCORES = [f"{name}{end}" for name in accuracy.COLUMNS for end in ("", "_low", "_high")]

@@ -174,7 +174,7 @@ def test_a_value_at_the_end_of_its_range_is_taken(setting: str) -> None:
 
 
 def test_a_probe_is_refused_where_nothing_would_move_in_it() -> None:
-    assert refusal("fungiclef-protonet", "probe=5").startswith("probe = 5")
+    assert refusal("fungiclef-protonet", "probe=5").startswith("probe: nothing moves")
     assert read_recipe("fungiclef-protonet", ["probe=5", "prototypes=learned"]).probe == 5
 
 

@@ -1,37 +1,23 @@
-"""Fine-tuning learns what it is told to, and keeps nothing that chance alone could explain."""
+"""Training learns what it is told to, keeps nothing that chance alone could explain, and loses nothing."""
 
-import json
+import math
+import os
+import re
+import signal
 
 import numpy as np
 import pytest
 import timm
 import torch
 from timm.utils import ModelEmaV3
-from torch.nn.functional import cross_entropy, normalize
-from torch.utils.data import DataLoader
 
 from kernel.encoders import Encoder, Preprocessing
+from kernel.mounts import InputError
 from local import training
-from local.competition import places_of, read_competition, sort_ids, split_for_validation
+from local.adaptation import copy_state
+from local.competition import TAXONOMY, read_competition, read_ranks, sort_ids, split_for_validation
 from local.recipe import make_recipe
-from local.runs import train_run
-from local.training import (
-    Judged,
-    PrototypicalLoss,
-    Support,
-    add_low_rank,
-    choose_share,
-    collate,
-    copy_state,
-    finetune,
-    group_by_layer,
-    interpolate,
-    probe,
-    set_training,
-    unfreeze,
-    warmup_cosine,
-)
-from tests.conftest import TINY
+from local.training import Stopped, Training, finetune
 
 
 @pytest.fixture
@@ -48,126 +34,75 @@ def parts(drawn):
     return split_for_validation(read_competition(drawn.competition), 0)
 
 
+RANKS = [0.5] * len(TAXONOMY)
+
+
 def recipe(**settings):
     return make_recipe({"epochs": 2, "patience": 3, **settings}, "the test")
+
+
+@pytest.fixture(scope="module")
+def ranks(drawn, parts):
+    return read_ranks(read_competition(drawn.competition), sort_ids(parts[0].class_ids))
 
 
 def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_training_that_gains_nothing_leaves_the_encoder_as_it_came(fresh, parts):
+def test_training_that_gains_nothing_leaves_the_encoder_as_it_came(fresh, parts, tmp_path):
     before = copy_state(fresh.module)
-    tuning = finetune(fresh, *parts, recipe(learning_rate=1e-12, weight_decay=0.0))
+    tuning = finetune(fresh, *parts, recipe(learning_rate=1e-12, weight_decay=0.0), tmp_path)
     assert (tuning.epoch, tuning.share) == (0, 0.0)
     assert [row["epoch"] for row in tuning.log] == [0, 1, 2]
     assert same(fresh.module.state_dict(), before)
 
 
-def test_training_that_ruins_the_encoder_is_caught(fresh, parts):
+def test_training_that_ruins_the_encoder_is_caught(fresh, parts, tmp_path):
     before = copy_state(fresh.module)
-    tuning = finetune(fresh, *parts, recipe(learning_rate=10.0, unfreeze=-1))
+    tuning = finetune(fresh, *parts, recipe(learning_rate=10.0, unfreeze=-1), tmp_path)
     after = fresh.module.state_dict()
     assert (tuning.share == 0) == same(after, before)
     assert all(value.isfinite().all() for value in after.values())
 
 
-def test_it_stops_when_recall_has_not_risen_for_as_long_as_patience_says(fresh, parts):
-    tuning = finetune(fresh, *parts, recipe(epochs=20, patience=2, learning_rate=1e-12, weight_decay=0.0))
+def test_it_stops_when_recall_has_not_risen_for_as_long_as_patience_says(fresh, parts, tmp_path):
+    tuning = finetune(fresh, *parts, recipe(epochs=20, patience=2, learning_rate=1e-12, weight_decay=0.0), tmp_path)
     assert len(tuning.log) == 3
 
 
-@pytest.mark.parametrize(
-    "settings", [{"lora": 2, "ema": 0.9}, {"ema": 0.9}, {"prototypes": "learned", "probe": 1}, {"rand_augment": 5}]
-)
-def test_every_way_of_learning_leaves_an_encoder_of_the_same_weights_by_name(fresh, parts, settings):
+WAYS = [
+    {
+        "lora": 2,
+        "ema": 0.9,
+        "prototypes": "updated",
+        "accumulate": 2,
+        "balance": 1.0,
+        "optimiser": "sgd",
+        "restarts": 1,
+    },
+    {
+        **{"prototypes": "learned", "probe": 1, "subcentres": 2, "arcface": 0.1, "cosface": 0.1, "class_weights": 0.5},
+        **{"rand_augment": 5, "rotate": 20, "translate": 0.1, "hue": 0.1, "erase": 0.5, "ema": 0.9},
+    },
+    {"prototypes": "episodic", "ways": 5, "schedule": "plateau", "decay_patience": 0, "optimiser": "adam"},
+    {
+        **{"prototypes": "learned", "matcher": "head", "hidden": 8, "dropout": 0.2, "hidden_dropout": 0.2},
+        **{"mixup": 0.4, "cutmix": 1.0, "photos_per_observation": 1, "rank_weights": RANKS, "monitor": "log_loss"},
+    },
+]
+
+
+@pytest.mark.parametrize("settings", WAYS)
+def test_every_way_of_learning_leaves_an_encoder_of_the_same_weights_by_name(fresh, parts, ranks, tmp_path, settings):
     names = set(fresh.module.state_dict())
-    tuning = finetune(fresh, *parts, recipe(epochs=2, unfreeze=-1, learning_rate=1e-3, **settings))
+    tuning = finetune(fresh, *parts, recipe(epochs=2, unfreeze=-1, learning_rate=1e-3, **settings), tmp_path, ranks)
     assert len(tuning.log) == 3
     assert set(fresh.module.state_dict()) == names
     assert not any(parameter.requires_grad for parameter in fresh.module.parameters())
 
 
-def test_a_linear_probe_moves_the_prototypes_and_leaves_the_encoder_alone(fresh, parts):
-    fit, settings = parts[0], recipe(probe=2, prototypes="learned")
-    places = torch.tensor(places_of(fit.class_ids, sort_ids(fit.class_ids)))
-    start = normalize(torch.randn(int(places.max()) + 1, fresh.features))
-    loss = PrototypicalLoss(torch.zeros(fresh.features), start, settings)
-    batches = DataLoader(Support(fit.observations, fresh, settings), batch_size=16, collate_fn=collate)
-    before = copy_state(fresh.module.requires_grad_(False))
-    probe(fresh, loss, batches, places, settings)
-    assert same(fresh.module.state_dict(), before)
-    assert not torch.equal(loss.prototypes, start)
-
-
-def tiny_transformer():
-    torch.manual_seed(0)
-    return timm.create_model("test_vit", num_classes=0).eval()
-
-
-def tiny_tower():
-    from open_clip.model import _build_vision_tower
-
-    torch.manual_seed(0)
-    vision = {"image_size": 160, "layers": 3, "width": 64, "patch_size": 32, "head_width": 32}
-    return _build_vision_tower(24, vision).eval()
-
-
-ARCHITECTURES = [tiny_transformer, tiny_tower, lambda: timm.create_model("test_resnet", num_classes=0).eval()]
-
-
-@pytest.mark.parametrize("make", ARCHITECTURES)
-def test_low_rank_additions_start_as_nothing_and_merge_exactly(make):
-    module, photos = make(), torch.randn(2, 3, 160, 160)
-    before = module(photos)
-    unfreeze(module, -1)
-    add_low_rank(module, 2)
-    learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    assert learning
-    assert all(name.endswith((".up", ".down")) for name in learning)
-    assert torch.allclose(module(photos), before, atol=1e-6)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith(".up"):
-                parameter.normal_(std=0.1)
-    moved = module(photos)
-    assert not torch.allclose(moved, before, atol=1e-3)
-    merged = make()
-    merged.load_state_dict(copy_state(module))
-    assert torch.allclose(merged(photos), moved, atol=1e-5)  # attention takes another path where nothing learns
-
-
-def test_low_rank_additions_keep_to_the_last_groups():
-    module = tiny_transformer()
-    unfreeze(module, 2)
-    wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    add_low_rank(module, 2)
-    learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    assert learning
-    assert {name.split(".parametrizations.")[0] for name in learning} <= {name.rsplit(".", 1)[0] for name in wanted}
-
-
-@pytest.mark.parametrize("make", ARCHITECTURES)
-@pytest.mark.parametrize("rank", [0, 2])
-def test_lower_layers_learn_more_slowly(make, rank):
-    module = make()
-    unfreeze(module, -1)
-    if rank:
-        add_low_rank(module, rank)
-    groups = group_by_layer(module, recipe(layer_decay=0.5, learning_rate=1.0))
-    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
-    in_order = [rates[id(parameter)] for parameter in module.parameters() if parameter.requires_grad]
-    assert len(rates) == len(in_order)
-    assert min(in_order) == in_order[0] < 0.5
-    assert max(in_order) == in_order[-1] == 1.0
-
-
-def test_without_layer_decay_all_layers_learn_alike(fresh):
-    unfreeze(fresh.module, -1)
-    assert {group["lr"] for group in group_by_layer(fresh.module, recipe())} == {recipe().learning_rate}
-
-
-def test_the_moving_average_is_what_is_judged_and_kept(fresh, parts, monkeypatch):
+def test_the_moving_average_is_what_is_judged_and_kept(fresh, parts, tmp_path, monkeypatch):
     """A decay of 1 with no warm-up would never leave the start: here the average lags behind what learns."""
     averages, update = [], ModelEmaV3.update
 
@@ -177,103 +112,104 @@ def test_the_moving_average_is_what_is_judged_and_kept(fresh, parts, monkeypatch
 
     monkeypatch.setattr(ModelEmaV3, "update", watched)
     monkeypatch.setattr(training, "choose_share", lambda judged: 1.0)
-    finetune(fresh, *parts, recipe(epochs=1, unfreeze=-1, learning_rate=1e-2, ema=0.9))
+    finetune(fresh, *parts, recipe(epochs=1, unfreeze=-1, learning_rate=1e-2, ema=0.9), tmp_path)
     assert same(fresh.module.state_dict(), averages[-1])
 
 
-def test_the_ends_of_the_interpolation_are_the_two_encoders(fresh):
-    before, after = copy_state(fresh.module), {}
-    for name, value in before.items():
-        after[name] = value + torch.randn_like(value) if value.is_floating_point() else value + 7
-    assert same(interpolate(before, after, 0.0), before)
-    assert same(interpolate(before, after, 1.0), after)
-    half = interpolate(before, after, 0.5)["conv1.0.weight"]
-    assert torch.allclose(half, (before["conv1.0.weight"] + after["conv1.0.weight"]) / 2)
+class Interrupted(Training):
+    """A training whose process is sent a real SIGTERM during one of its batches."""
+
+    at = math.inf
+
+    def follow(self, *given):
+        Interrupted.at -= 1
+        if Interrupted.at == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().follow(*given)
 
 
-def judged_with(right, of=200):
-    """Judgements in which the first `right` observations are hits."""
-    return Judged(None, np.repeat((np.arange(of) < right)[:, None].astype(float), 3, axis=1))
+@pytest.mark.parametrize("settings", WAYS)
+def test_it_goes_on_bit_for_bit_from_wherever_it_was_stopped(fresh, parts, ranks, tmp_path, monkeypatch, settings):
+    monkeypatch.setattr(training, "Training", Interrupted)
+    settings = recipe(unfreeze=-1, batch_size=8, learning_rate=1e-3, **settings)
+    start, ends = copy_state(fresh.module), []
+    for stops in ((), (1, 2, 1)):
+        folder = tmp_path / str(len(ends))
+        for at in stops:
+            Interrupted.at = at
+            fresh.module.load_state_dict(start)
+            with pytest.raises(Stopped):
+                finetune(fresh, *parts, settings, folder, ranks)
+        Interrupted.at = math.inf
+        fresh.module.load_state_dict(start)
+        ends.append((finetune(fresh, *parts, settings, folder, ranks), copy_state(fresh.module)))
+    (tuning, state), (other, same_state) = ends
+    assert same(state, same_state)
+    assert [row["loss"] for row in tuning.log] == [row["loss"] for row in other.log]
+    assert tuning.share == other.share
 
 
-@pytest.mark.parametrize(
-    ("right", "share"),
-    [
-        ([100, 110, 130, 120, 90], 0.5),
-        ([100, 130, 130, 120, 90], 0.25),  # of equals the nearest to the encoder as it came
-        ([100, 90, 80, 70, 120], 1.0),
-        ([100, 100, 90, 80, 70], 0.0),
-        ([100, 101, 101, 100, 100], 0.0),  # one hit is within its standard error
-    ],
-)
-def test_the_best_share_is_chosen_where_it_gains_more_than_chance(right, share):
-    assert choose_share([judged_with(count) for count in right]) == share
+def test_a_damaged_checkpoint_costs_no_more_than_the_time_since_the_one_before(fresh, parts, tmp_path, capsys):
+    start = copy_state(fresh.module)
+    finetune(fresh, *parts, recipe(unfreeze=-1), tmp_path / "whole")
+    ended = copy_state(fresh.module)
+    fresh.module.load_state_dict(start)
+    finetune(fresh, *parts, recipe(unfreeze=-1), tmp_path / "damaged")
+    newest = sorted((tmp_path / "damaged").glob("0*"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    fresh.module.load_state_dict(start)
+    finetune(fresh, *parts, recipe(unfreeze=-1), tmp_path / "damaged")
+    assert "is damaged: going on from the one before" in capsys.readouterr().out
+    assert same(copy_state(fresh.module), ended)
 
 
-def test_only_the_last_groups_learn(fresh):
-    learning = unfreeze(fresh.module, 1)
-    names = [name for name, parameter in fresh.module.named_parameters() if parameter.requires_grad]
-    assert 0 < len(learning) < len(list(fresh.module.parameters()))
-    assert len(names) == len(learning)
-    assert not any(name.startswith(("conv1", "bn1", "layer1")) for name in names)
-    assert len(unfreeze(fresh.module, 2)) > len(learning)
-    assert len(unfreeze(fresh.module, -1)) == len(list(fresh.module.parameters()))
-    assert unfreeze(fresh.module, 0) == []
+def test_a_loss_that_is_no_number_ends_the_training_with_what_was_learnt(fresh, parts, tmp_path, monkeypatch, capsys):
+    class Poisoned(Training):
+        def follow(self, batch, number, *given):
+            if self.epoch == 2:
+                batch.photos[:] = 0
+                self.head.prototypes.data[:] = math.nan
+            return super().follow(batch, number, *given)
+
+    monkeypatch.setattr(training, "Training", Poisoned)
+    tuning = finetune(fresh, *parts, recipe(unfreeze=-1, epochs=3), tmp_path)
+    assert [row["epoch"] for row in tuning.log] == [0, 1]
+    assert "epoch 2, batch 0: the loss is nan" in capsys.readouterr().out
+    assert all(value.isfinite().all() for value in fresh.module.state_dict().values())
 
 
-def test_only_the_last_groups_of_an_open_clip_tower_learn():
-    tower = tiny_tower()
-    unfreeze(tower, 2)
-    names = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
-    assert "proj" in names
-    assert any(name.startswith("transformer.resblocks.2.") for name in names)
-    assert not any(name.startswith(("conv1", "transformer.resblocks.0.", "transformer.resblocks.1.")) for name in names)
+def test_memory_that_does_not_suffice_is_one_line_and_loses_nothing(fresh, parts, tmp_path, monkeypatch):
+    class Cramped(Training):
+        def follow(self, batch, number, *given):
+            if self.epoch == 2 and self.recipe.batch_size > 4:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+            return super().follow(batch, number, *given)
+
+    monkeypatch.setattr(training, "Training", Cramped)
+    with pytest.raises(InputError, match=re.escape("--resume --set batch_size=4 --set accumulate=2")):
+        finetune(fresh, *parts, recipe(unfreeze=-1, batch_size=8), tmp_path)
+    tuning = finetune(fresh, *parts, recipe(unfreeze=-1, batch_size=4, accumulate=2), tmp_path)
+    assert [row["epoch"] for row in tuning.log] == [0, 1, 2]
 
 
-def test_a_pretrained_encoder_keeps_its_batch_statistics(fresh):
-    photos = torch.randn(4, 3, 64, 64)
-    before = copy_state(fresh.module)
-    set_training(fresh.module, pretrained=True)
-    fresh.module(photos)
-    assert all(torch.equal(value, before[name]) for name, value in fresh.module.state_dict().items())
-    set_training(fresh.module, pretrained=False)
-    fresh.module(photos)
-    assert any(not torch.equal(value, before[name]) for name, value in fresh.module.state_dict().items())
+def test_nothing_to_learn_is_refused(fresh, parts, tmp_path):
+    with pytest.raises(InputError, match="nothing learns"):
+        finetune(fresh, *parts, recipe(unfreeze=0), tmp_path)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max"])
-def test_the_loss_is_cross_entropy_over_squared_distances(pooling):
-    torch.manual_seed(0)
-    centre, prototypes = torch.randn(6) / 5, normalize(torch.randn(4, 6))
-    loss = PrototypicalLoss(centre, prototypes, recipe(temperature=0.5, pooling=pooling))
-    photos, owners, targets = normalize(torch.randn(5, 6)), torch.tensor([0, 0, 1, 2, 2]), torch.tensor([3, 1, 0])
-    pooled = []
-    for owner in range(3):
-        own = photos[owners == owner]
-        pooled.append(own.mean(dim=0) if pooling == "mean" else own.amax(dim=0))
-    embedded = normalize(normalize(torch.stack(pooled)) - centre)
-    expected = cross_entropy(-(torch.cdist(embedded, prototypes) ** 2) / 0.5, targets)
-    assert torch.allclose(loss(photos, owners, targets), expected, atol=1e-5)
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(fresh, parts, tmp_path, monkeypatch):
+    rates = []
 
+    class Watched(Training):
+        def step(self, done):
+            super().step(done)
+            rates.append(self.learning_rate)
 
-def test_fixed_prototypes_stay_and_learned_ones_move():
-    start = (torch.zeros(6), normalize(torch.randn(4, 6)))
-    assert not PrototypicalLoss(*start, recipe()).prototypes.requires_grad
-    assert PrototypicalLoss(*start, recipe(prototypes="learned")).prototypes.requires_grad
-
-
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
-    factors = np.array([warmup_cosine(step, 100, 0.1) for step in range(100)])
-    assert factors.argmax() in (9, 10)
-    assert factors.max() == 1
-    assert (np.diff(factors[:10]) > 0).all()
-    assert (np.diff(factors[10:]) < 0).all()
-    assert factors[-1] < 0.01
-
-
-@pytest.mark.parametrize(("views", "larger"), [(["plain", "larger"], 96), (["plain", "hflip"], 0)])
-def test_photos_are_decoded_larger_only_for_a_recipe_with_the_larger_view(drawn, tmp_path, views, larger):
-    train_run(make_recipe({**TINY, "epochs": 0, "views": views}, "the test"), drawn.competition, tmp_path / "run")
-    member = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]
-    assert member["views"] == views
-    assert member["encoder"]["preprocessing"]["larger"] == larger
+    monkeypatch.setattr(training, "Training", Watched)
+    finetune(fresh, *parts, recipe(unfreeze=-1, epochs=5, patience=9, batch_size=2, warmup=0.2), tmp_path)
+    peak = int(np.argmax(rates))
+    assert 0 < peak <= math.ceil(0.2 * len(rates))
+    assert rates[peak] == pytest.approx(1e-4)
+    assert (np.diff(rates[:peak]) > 0).all()
+    assert (np.diff(rates[peak:]) < 0).all()
+    assert rates[-1] < 1e-6

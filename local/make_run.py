@@ -19,9 +19,19 @@ from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessin
 from kernel.mounts import FORMAT, MANIFEST, InputError, sha256
 from kernel.observations import RESOLUTIONS
 from kernel.photos import shorter_side
+from local import team
 from local.banks import commonest_classes, save_banks
 from local.choice import fit_banks
-from local.competition import TIME_LIMITS, Competition, find_layout, read_competition, split_for_validation
+from local.competition import (
+    TIME_LIMITS,
+    Competition,
+    find_layout,
+    largest_classes,
+    read_competition,
+    read_ranks,
+    sort_ids,
+    split_for_validation,
+)
 from local.console import say
 from local.plots import plot_class_distribution, plot_training_curve
 from local.pretrained import load_encoder, take_larger
@@ -33,19 +43,29 @@ from local.training import Tuning, finetune, log_row
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
 CACHE = ".embeddings"  # beside the runs, which share it
+CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
+RATES = ("learning_rate", "batch_size", "accumulate")
 
 
-def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True) -> None:
-    """Train by a recipe and leave a run folder; on any failure `out` does not exist.
+def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resumes: bool = False) -> None:
+    """Train by a recipe and leave a run folder; on any failure `out` is as it was.
+
+    A training that is interrupted leaves its checkpoints in a hidden folder beside `out`.
 
     Args:
         uses_val: False trains as if the competition had no val, so that nothing is chosen by what will be asked.
+        resumes: go on from the checkpoints of an interrupted training, or of a finished one with more epochs; where
+            there are none, begin.
 
     Raises:
         InputError: something of the user's is wrong; `out` exists already.
     """
-    if out.exists():
-        raise InputError(f"{out} exists already: give another --out, or remove it")
+    partial = out.with_name(f".{out.name}.partial")
+    if is_done(out, recipe, resumes):
+        say(f"{out} is done already: to train on, give more epochs, or another learning_rate")
+        return
+    if any((partial / CHECKPOINTS).glob("*.safetensors")) and not resumes:
+        raise InputError(f"{out} was interrupted: go on with --resume, or remove {partial}")
     find_layout(data)
     torch.manual_seed(recipe.seed)
     module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
@@ -59,20 +79,70 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True) -> N
     competition = read_competition(data, resolution)
     if not uses_val:
         competition = competition.without_val()
+    if recipe.subset:
+        competition = competition.sample(recipe.subset, recipe.seed)
     recipe = dataclasses.replace(recipe, resolution=resolution)
-    device = pick_devices()[0]
+    device = team.device_of(pick_devices())
     module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     encoder = Encoder(module, preprocessing, entry["features"], [device])
 
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if team.is_first():
+        prepare(partial, out)
+    team.wait()
     try:
         fill_run(partial, out.parent / CACHE, recipe, competition, encoder, entry)
-        os.replace(partial, out)
+        if team.is_first():
+            put_in_place(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if team.is_first() and not any((partial / CHECKPOINTS).glob("*.safetensors")):
+            shutil.rmtree(partial, ignore_errors=True)
     say(f"{out}: done")
+
+
+def is_done(out: Path, recipe: Recipe, resumes: bool) -> bool:
+    """Whether `out` is a run that this training has nothing to add to.
+
+    Raises:
+        InputError: it is there, and not to be gone on with.
+    """
+    if not out.exists():
+        return False
+    if not resumes:
+        raise InputError(f"{out} exists already: give another --out, go on with --resume, or remove it")
+    try:
+        trained = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["members"][0]["recipe"]
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise InputError(f"{out} is no run, or a damaged one: remove it, or give another --out") from error
+    if all(trained.get(key) == getattr(recipe, key) for key in ("epochs", "patience", *RATES)):
+        return True
+    if not any((out / CHECKPOINTS).glob("*.safetensors")):
+        raise InputError(f"{out} has no checkpoint to go on from: give another --out, or remove it")
+    return False
+
+
+def prepare(partial: Path, out: Path) -> None:
+    """The folder that is to become `out`: with the checkpoints to go on from, and nothing else."""
+    for source in (partial, out):
+        if any((source / CHECKPOINTS).glob("*.safetensors")):
+            kept = out.with_name(f".{out.name}.kept")
+            shutil.rmtree(kept, ignore_errors=True)
+            for name in (CHECKPOINTS, EVENTS):
+                if (source / name).is_dir():
+                    shutil.copytree(source / name, kept / name)
+            shutil.rmtree(partial, ignore_errors=True)
+            os.replace(kept, partial)
+            return
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Let `partial` be `out`; what `out` was before is there until then."""
+    before = out.with_name(f".{out.name}.before")
+    if out.exists():
+        os.replace(out, before)
+    os.replace(partial, out)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def smallest_sufficient(side: int) -> str:
@@ -92,12 +162,19 @@ def fill_run(
     )
     if recipe.epochs and not len(validation):
         raise InputError(f"{competition.folder} leaves nothing to judge epochs by: use a recipe with epochs = 0")
-    tuning = finetune(encoder, fit, validation, recipe) if recipe.epochs else Tuning([], 0, 0.0)
-    save_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
-
+    digest = competition.digest()
+    tuning = Tuning([], 0, 0.0)
+    if recipe.epochs:
+        learnt, judges = (largest_classes(part, fit, recipe.classes) for part in (fit, validation))
+        ranks = read_ranks(competition, sort_ids(learnt.class_ids))
+        tuning = finetune(encoder, learnt, judges, recipe, folder / CHECKPOINTS, ranks, digest)
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
     encoder.module.to(pick_dtype(encoder.device, recipe.precision))
-    study = Study(recipe, competition, fit, validation, encoder, cache, is_tuned=tuning.share > 0)
+    study = Study(recipe, competition, fit, validation, encoder, cache, tuning.share > 0, tuning.head)
+    study.embed_together()
+    if not team.is_first():
+        return
+    save_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
     chosen, scales, scores = study.choose(folder)
     save_banks(fit_banks(chosen, study.embed(chosen.fit), study.reference, scales), folder / BANK_FILE)
     if chosen.metadata:
@@ -129,7 +206,7 @@ def fill_run(
         "weight": 1.0,
         "validation": scores,
         "recipe": dataclasses.asdict(chosen),
-        "data_sha256": competition.digest(),
+        "data_sha256": digest,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
     }
     write_manifest(folder, competition, study.classes, commonest_classes(class_ids, study.classes), member)

@@ -1,0 +1,114 @@
+"""Checkpoints of a training: complete or not there, checked when read, the last good one where the newest is damaged.
+
+A checkpoint is a safetensors file whose name ends with its own digest. It is written beside its place and moved there
+in one step; the one before is kept until the next.
+"""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kernel.mounts import InputError, sha256
+from local.console import say
+
+KEPT = 2
+DIGITS = 16  # of the digest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a training stands.
+
+    Attributes:
+        tensors: by name.
+        notes: what JSON can say.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    notes: dict
+
+    def part(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names begin with `prefix.`, without it."""
+        return {
+            name.removeprefix(f"{prefix}."): value
+            for name, value in self.tensors.items()
+            if name.startswith(f"{prefix}.")
+        }
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Add a checkpoint to a folder, and forget all but the newest KEPT.
+
+    Raises:
+        InputError: the disk is full; the ones before are still there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    older = _newest_first(folder)
+    number = int(older[0].name.split(".")[0]) + 1 if older else 0
+    partial = folder / ".partial"
+    tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
+    with full_disk_named(folder):
+        save_file(tensors, partial, metadata={"notes": json.dumps(checkpoint.notes)})
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, folder / f"{number:06}.{sha256(partial)[:DIGITS]}.safetensors")
+    for path in older[KEPT - 1 :]:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Turn a want of space while a training writes into one line, with what was learnt kept."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        for path in folder.glob(".*"):
+            path.unlink()
+        # safetensors says so in its message alone
+        if getattr(error, "errno", None) != errno.ENOSPC and f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise InputError(
+            f"the disk is full: {folder} keeps what was learnt until the last checkpoint; free some space and go on "
+            "with --resume"
+        ) from error
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is as it was written; None where there is none."""
+    for path in _newest_first(folder):
+        if sha256(path)[:DIGITS] != path.name.split(".")[1]:
+            say(f"{path} is damaged: going on from the one before")
+            continue
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            return Checkpoint(tensors, json.loads(file.metadata()["notes"]))
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[0-9]*.safetensors"), reverse=True)
+
+
+def flatten_optimiser(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """The moments of an optimiser as named tensors; its rates are the recipe's business."""
+    for place, state in optimiser.state_dict()["state"].items():
+        for name, value in state.items():
+            if value is not None:
+                yield f"{place}.{name}", torch.as_tensor(value)
+
+
+def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Take up the moments that `flatten_optimiser` gave."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        place, _, name = key.partition(".")
+        state.setdefault(int(place), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

@@ -1,0 +1,118 @@
+"""A run is complete or not there, and a training that is killed goes on as if nothing had been."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from local.make_run import train_run
+from local.recipe import make_recipe
+from tests.conftest import LEARNING, ROOT, TINY, command
+
+SETTINGS = {**TINY, **LEARNING, "epochs": 3, "patience": 9, "ema": 0.9, "batch_size": 8}
+
+
+def train(out, drawn, *more, **settings):
+    """The arguments of a training of its own process."""
+    pairs = [f"{key}={value}" for key, value in (SETTINGS | settings).items() if key != "encoder"]
+    chosen = [
+        argument for pair in pairs for argument in ("--set", pair.replace("True", "true").replace("False", "false"))
+    ]
+    data = ["--data", drawn.competition, "--out", out, "--encoder", SETTINGS["encoder"]]
+    return ["local/train.py", "--recipe", "demo", *map(str, data), *chosen, *more]
+
+
+@pytest.fixture(scope="module")
+def whole(drawn, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train_run(make_recipe(SETTINGS, "the test"), drawn.competition, out)
+    return out
+
+
+@pytest.mark.parametrize(("views", "larger"), [(["plain", "larger"], 96), (["plain", "hflip"], 0)])
+def test_photos_are_decoded_larger_only_for_a_recipe_with_the_larger_view(drawn, tmp_path, views, larger):
+    train_run(make_recipe({**TINY, "epochs": 0, "views": views}, "the test"), drawn.competition, tmp_path / "run")
+    member = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]
+    assert member["views"] == views
+    assert member["encoder"]["preprocessing"]["larger"] == larger
+
+
+def test_a_training_that_is_killed_over_and_over_ends_with_the_same_weights_bit_for_bit(drawn, whole, tmp_path):
+    out, rng = tmp_path / "run", random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, *train(out, drawn, "--resume")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for line in process.stdout:
+            if re.match("epoch [1-9]|going on", line):
+                break
+        time.sleep(rng.random() / 2)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    done = command(*train(out, drawn, "--resume"))
+    assert done.returncode == 0, done.stderr
+    for name in ("encoder.safetensors", "bank.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(tmp_path.glob(".run*"))
+
+
+def test_a_training_that_is_asked_to_stop_keeps_what_it_learnt_and_says_how_to_go_on(drawn, whole, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, *train(out, drawn)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert re.search("stopped.* --resume", errors)
+    assert "Traceback" not in errors
+    refused = command(*train(out, drawn))
+    assert refused.returncode == 2
+    assert "was interrupted: go on with --resume" in refused.stderr
+    train_run(make_recipe(SETTINGS, "the test"), drawn.competition, out, resumes=True)
+    assert (out / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+
+
+def test_a_finished_run_goes_on_with_more_epochs_and_another_learning_rate(drawn, whole, tmp_path, capsys):
+    out = tmp_path / "run"
+    train_run(make_recipe(SETTINGS | {"epochs": 2}, "the test"), drawn.competition, out)
+    before = (out / "encoder.safetensors").read_bytes()
+    train_run(make_recipe(SETTINGS | {"epochs": 2}, "the test"), drawn.competition, out, resumes=True)
+    assert "is done already" in capsys.readouterr().out
+    assert (out / "encoder.safetensors").read_bytes() == before
+    more = make_recipe(SETTINGS | {"epochs": 4, "learning_rate": 5e-4}, "the test")
+    train_run(more, drawn.competition, out, resumes=True)
+    log = (out / "log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in log[1:]] == ["0", "1", "2", "3", "4"]
+    assert json.loads((out / "manifest.json").read_text())["members"][0]["recipe"]["epochs"] == 4
+    assert not list(tmp_path.glob(".run*"))
+
+
+def test_what_would_be_another_training_is_no_resumption(drawn, tmp_path):
+    out = tmp_path / "run"
+    train_run(make_recipe(SETTINGS | {"epochs": 1}, "the test"), drawn.competition, out)
+    other = command(*train(out, drawn, "--resume", epochs=2, temperature=0.3))
+    assert other.returncode == 2
+    assert "was trained with temperature = 0.1" in other.stderr
+    assert (out / "manifest.json").is_file()
+
+
+def test_a_full_disk_costs_one_line_and_not_what_was_learnt(drawn, tmp_path):
+    """In a small file system of its own, which takes a namespace."""
+    inside = " ".join(map(str, [sys.executable, *train(tmp_path / "small/run", drawn)]))
+    mount = f"mount -t tmpfs -o size=700k none {tmp_path / 'small'} && {inside}; code=$?; find {tmp_path}; exit $code"
+    (tmp_path / "small").mkdir()
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=ROOT, capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no file system of its own to fill: {done.stderr.strip()}")
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: the disk is full: .* --resume\n", done.stderr)
