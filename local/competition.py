@@ -28,7 +28,7 @@ from kernel.observations import (
 from local.banks import Taxonomy
 
 COLUMNS = ("split", "observation", "class_id", "photo")
-TAXONOMY = ("order", "family", "genus")  # FungiCLEF's columns above the species, the widest first
+TAXONOMY = ("phylum", "class", "order", "family", "genus")  # the columns above the species, the widest first
 TIME_LIMITS = {"fungiclef": 12 * 3600, "herbarium": 9 * 3600, "class-folders": 9 * 3600}  # seconds, of a GPU kernel
 
 
@@ -138,7 +138,7 @@ def labelled(competition: Competition, *splits: str) -> Labelled:
 
 
 def lineages(competition: Competition) -> dict[str, tuple[str, ...]]:
-    """Of each class its order, family and genus, "" where the competition does not say."""
+    """Of each class the names of its taxa by TAXONOMY, "" where the competition does not say."""
     photos = competition.photos.reindex(columns=["class_id", *TAXONOMY], fill_value="")
     named = photos.groupby("class_id").max()  # "" sorts before every name
     return dict(zip(named.index, named.itertuples(index=False, name=None), strict=True))

@@ -183,7 +183,8 @@ class PriorEstimator:
 
         Args:
             classes: all class ids, in the order of the bank.
-            lineages: of each class its order, family and genus.
+            lineages: of each class the names of its taxa, the widest first; of them the narrowest ones count, one for
+                each concentration but the class's.
         """
         years = np.array([year_of(observation) for observation in reference.observations])
         terms = (*self.features, RECENCY, SHOTS)
@@ -210,7 +211,8 @@ class PriorEstimator:
         """Of each feature that has any its values, and of each term its table: (values or 1, classes), unweighted."""
         index = {class_id: place for place, class_id in enumerate(classes)}
         owners = np.array([index[class_id] for class_id in reference.class_ids])
-        ancestry = [lineages[class_id] for class_id in classes]
+        taxa = len(self.concentrations) - 1
+        ancestry = [lineages[class_id][-taxa:] for class_id in classes]
         values, tables = {}, {}
         for feature in self.features:
             read = [feature_value(feature, observation.metadata) for observation in reference.observations]

@@ -240,8 +240,13 @@ def test_the_digest_is_the_same_wherever_the_folder_lies_and_another_when_a_labe
 
 
 def test_metadata_and_taxonomy_are_the_first_that_an_observation_and_a_class_have(tmp_path: Path) -> None:
-    columns = (*COLUMNS, "habitat", "order", "family", "genus")
-    more = [("", "Russulales", "", "Russula"), ("bog", "", "", "Amanita"), ("dune", "", "Russulaceae", ""), ("",) * 4]
+    columns = (*COLUMNS, "habitat", "phylum", "order", "family", "genus")
+    more = [
+        ("", "Basidiomycota", "Russulales", "", "Russula"),
+        ("bog", "", "", "", "Amanita"),
+        ("dune", "", "", "Russulaceae", ""),
+        ("",) * 5,
+    ]
     rows = [(*row, *cells) for row, cells in zip(TRAIN, more, strict=True)]
     competition = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
     train = labelled(competition, "train")
@@ -250,14 +255,17 @@ def test_metadata_and_taxonomy_are_the_first_that_an_observation_and_a_class_hav
         {"year": "2021", "habitat": "bog"},
         {"year": "2021"},
     ]
-    expected = {"10": ("Russulales", "Russulaceae", "Russula"), "9": ("", "", "Amanita"), "0100": ("", "", "")}
-    assert lineages(competition) == expected
+    assert lineages(competition) == {
+        "10": ("Basidiomycota", "", "Russulales", "Russulaceae", "Russula"),
+        "9": ("", "", "", "", "Amanita"),
+        "0100": ("",) * 5,
+    }
 
 
 def test_a_competition_without_a_taxonomy_has_blank_lineages(tmp_path: Path) -> None:
     class_folders(tmp_path, "train/a/1.png", "train/b/2.png")
     competition = read_competition(tmp_path)
-    assert lineages(competition) == {"a": ("", "", ""), "b": ("", "", "")}
+    assert lineages(competition) == {"a": ("",) * 5, "b": ("",) * 5}
     assert not labelled(competition, "train").observations[0].metadata
 
 

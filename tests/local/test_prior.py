@@ -169,7 +169,7 @@ def test_the_drawn_competition_carries_its_metadata_and_taxonomy(drawn):
     train, ancestry = labelled(competition, "train"), lineages(competition)
     assert all(observation.metadata["habitat"] for observation in train.observations)
     assert set(ancestry) >= set(train.class_ids)
-    assert all(len(line) == 3 and all(line) for line in ancestry.values())
+    assert all(len(line) == 5 and all(line) for line in ancestry.values())
     classes = sort_ids(train.class_ids)
     found = PriorEstimator().fit(train, classes, ancestry).prior_.log_probabilities(train.observations)
     assert torch.allclose(found.exp().sum(1), torch.ones(len(train)), atol=1e-5)
