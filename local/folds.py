@@ -35,6 +35,8 @@ def make_folds(classes: np.ndarray, seed: int, asked: np.ndarray | None = None) 
 def shot_weights(shots: np.ndarray, classes: np.ndarray, most: int = 4) -> np.ndarray:
     """Weights of queries, of mean 1, that give each number of shots the part that it has in the whole reference.
 
+    Equal ones where no query has a number of shots that is in the whole, as when all classes are of one size.
+
     Args:
         shots: (queries,) observations of the query's class in its fold's reference.
         classes: (observations,) class of each observation of the whole reference.
@@ -43,4 +45,4 @@ def shot_weights(shots: np.ndarray, classes: np.ndarray, most: int = 4) -> np.nd
     shots = np.clip(shots, 1, most)
     wanted, found = np.bincount(sizes, minlength=most + 1), np.bincount(shots, minlength=most + 1)
     weights = (wanted / np.maximum(found, 1))[shots]
-    return weights / weights.mean()
+    return weights / weights.mean() if weights.any() else np.ones(len(shots))

@@ -89,6 +89,10 @@ def test_queries_of_few_shots_stand_for_the_classes_of_one_observation():
     )
 
 
+def test_queries_of_classes_that_are_all_of_one_size_weigh_the_same():
+    assert shot_weights(np.array([2, 2, 2]), np.repeat([0, 1, 2], 3)).tolist() == [1, 1, 1]
+
+
 def test_the_place_of_the_true_class_counts_ties_in_the_order_of_the_classes():
     log_probabilities = torch.tensor([[0.1, 0.3, 0.3], [0.3, 0.1, 0.2], [0.5, 0.2, 0.1]])
     outcome = compare(log_probabilities, np.array([2, 1, -1]))
