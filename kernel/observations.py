@@ -1,13 +1,13 @@
 """Read the test table: which observations are to be predicted, from which photos, and how the answer is written.
 
 A `Layout` is all that differs from one kind of competition to another. To support another one, add its layout here
-(and the reading of its training table in `local/competition.py`).
+(and the reading of its training table in `local/competition.py`, where its form is a new one).
 """
 
 import csv
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kernel.mounts import InputError, find_folders
@@ -39,19 +39,26 @@ class Layout:
     """How one kind of competition ships its test table and wants its submission.
 
     Attributes:
-        marker: glob of a file or folder, relative to the competition's folder, by which the layout is recognised.
+        marker: glob of the test table, by which the layout is recognised, relative to the competition's folder: a CSV
+            or JSON file, or the folder of photos where that is all there is. Of several, the first by name counts.
+        photos: the folder of a split's photos, relative too, with {split} and {subset}, the name of the table's folder.
         sample: glob of the sample submission, whose first row is a valid answer when nothing better is known.
         header: the two columns of the submission, spelt as the grader wants them.
         guesses: class ids in one row, best first.
-        read: (competition's folder, the marker's path, resolution) -> its observations, in the submission's order.
+        read: (folder of the test photos, test table, resolution) -> its observations, in the submission's order.
     """
 
     name: str
     marker: str
+    photos: str
     sample: str
     header: tuple[str, str]
     guesses: int
     read: Callable[[Path, Path, str], list[Observation]]
+
+    def photo_folder(self, folder: Path, table: Path, split: str) -> Path:
+        """Where the photos of a split ("train", "val" or "test") lie, or their folders by resolution."""
+        return folder / self.photos.format(subset=table.parent.name, split=split)
 
 
 @dataclass(frozen=True)
@@ -110,62 +117,103 @@ def resolution_folder(split: Path, wanted: str) -> Path:
     return split / (larger or present[-1:] or [wanted])[0]
 
 
-def _read_fungiclef(folder: Path, table: Path, resolution: str) -> list[Observation]:
-    photos = resolution_folder(folder / "images" / table.parent.name / "test", resolution)
-    rows = read_table(table, ("observationID", "filename"))
-    return group_photos((whole(row["observationID"]), photos / row["filename"], row) for row in rows)
-
-
 def whole(number: str) -> str:
     """An id as the sample submission spells it, also where a table's writer took its column for floats."""
     return number.removesuffix(".0")
 
 
-def _read_herbarium(folder: Path, table: Path, resolution: str) -> list[Observation]:
-    images = json.loads(table.read_text(encoding="ISO-8859-1"))["images"]
-    return group_photos((str(image["id"]), table.parent / image["file_name"], {}) for image in images)
+def _read_fungi(photos: Path, table: Path, resolution: str) -> list[Observation]:
+    photos = resolution_folder(photos, resolution)
+    rows = read_table(table, ("observationID", "filename"))
+    return group_photos((whole(row["observationID"]), photos / row["filename"], row) for row in rows)
 
 
-def _read_class_folders(folder: Path, table: Path, resolution: str) -> list[Observation]:
-    photos = sorted(path for path in table.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
-    return group_photos((path.stem, path, {}) for path in photos)
+def read_coco(path: Path) -> tuple[dict[str, str], dict]:
+    """The file name of each image by its id, in order, and all that COCO metadata say, whichever the year.
+
+    Herbarium 2020 and 2021 are written in ISO-8859-1. 2022 is not, calls an `id` by its list, `image_id`, and says
+    nothing of its test set but a bare list of images.
+
+    Raises:
+        InputError: the file is not JSON, or an image lacks its id or file name.
+    """
+    try:
+        content = path.read_bytes()
+        try:
+            said = json.loads(content)
+        except UnicodeDecodeError:
+            said = json.loads(content.decode("ISO-8859-1"))
+        said = {"images": said} if isinstance(said, list) else said
+        return {coco_id(image, "image"): image["file_name"] for image in said["images"]}, said
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read as COCO metadata ({error!r}): download it again") from error
 
 
+def coco_id(entry: dict, kind: str) -> str:
+    """The id of an image or category, under either name."""
+    return str(entry["id"] if "id" in entry else entry[f"{kind}_id"])
+
+
+def _read_herbarium(photos: Path, table: Path, resolution: str) -> list[Observation]:
+    names, _ = read_coco(table)
+    return group_photos((image, photos / name, {}) for image, name in names.items())
+
+
+def _read_class_folders(photos: Path, table: Path, resolution: str) -> list[Observation]:
+    paths = sorted(path for path in photos.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
+    return group_photos((path.stem, path, {}) for path in paths)
+
+
+_FUNGICLEF = Layout(
+    "fungiclef",
+    marker="metadata/*/*-Test.csv",
+    photos="images/{subset}/{split}",
+    sample="*SAMPLE_SUBMISSION*.csv",
+    header=("observationId", "predictions"),  # the metadata spells it observationID
+    guesses=10,
+    read=_read_fungi,
+)
+# The data set from which FungiCLEF was taken, whose tables have the test labels too. All subsets' tables are downloaded
+# together, their photos one by one. [!A] passes over DNA-Test; ClosedSet-Test comes before OpenSet-Test by name.
+_FUNGITASTIC = tuple(
+    replace(_FUNGICLEF, name=subset.lower(), marker=f"metadata/{subset}/*[!A]-Test.csv", photos="{subset}/{split}")
+    for subset in ("FungiTastic", "FungiTastic-Mini", "FungiTastic-FewShot")
+)
+_HERBARIUM = Layout(
+    "herbarium",
+    marker="nybg2020/test/metadata.json",
+    photos="nybg2020/{split}",
+    sample="sample_submission.csv",
+    header=("Id", "Predicted"),
+    guesses=1,
+    read=_read_herbarium,
+)
+_CLASS_FOLDERS = Layout(
+    "class-folders",
+    marker="test",
+    photos="{split}",
+    sample="sample_submission.csv",
+    header=("image_name", "pred_label"),
+    guesses=1,
+    read=_read_class_folders,
+)
 LAYOUTS = (
-    Layout(
-        "fungiclef",
-        marker="metadata/*/*-Test.csv",
-        sample="*SAMPLE_SUBMISSION*.csv",
-        header=("observationId", "predictions"),  # the metadata spells it observationID
-        guesses=10,
-        read=_read_fungiclef,
-    ),
-    Layout(
-        "herbarium",
-        marker="*/test/metadata.json",
-        sample="sample_submission.csv",
-        header=("Id", "Predicted"),
-        guesses=1,
-        read=_read_herbarium,
-    ),
-    Layout(
-        "class-folders",
-        marker="test",
-        sample="sample_submission.csv",
-        header=("image_name", "pred_label"),
-        guesses=1,
-        read=_read_class_folders,
-    ),
+    _FUNGICLEF,
+    *_FUNGITASTIC,
+    _HERBARIUM,
+    replace(_HERBARIUM, name="herbarium-2021", marker="test/metadata.json", photos="{split}"),
+    replace(_HERBARIUM, name="herbarium-2022", marker="test_metadata.json", photos="{split}_images"),
+    _CLASS_FOLDERS,
 )
 
 
-def recognise(folder: Path) -> tuple[Layout, Path] | None:
-    """The layout of a competition's folder and the marker that gave it away, or None."""
-    for layout in LAYOUTS:
-        marker = next(iter(sorted(folder.glob(layout.marker))), None)
-        if marker:
-            return layout, marker
-    return None
+def recognise(folder: Path, layouts: Iterable[Layout] = LAYOUTS) -> tuple[Layout, Path] | None:
+    """The layout of a competition's folder and its test table, or None.
+
+    Where a folder fits several layouts, the one whose test photos are there counts.
+    """
+    found = [(layout, table) for layout in layouts for table in sorted(folder.glob(layout.marker))[:1]]
+    return max(found, key=lambda one: one[0].photo_folder(folder, one[1], "test").is_dir(), default=None)
 
 
 def find_test_table(root: Path, manifest: dict | None) -> TestTable:
@@ -179,10 +227,9 @@ def find_test_table(root: Path, manifest: dict | None) -> TestTable:
     """
     competition = (manifest or {}).get("competition", {})
     wanted = [layout for layout in LAYOUTS if layout.name == competition.get("layout", layout.name)]
-    for layout in wanted:
-        for folder in find_folders(root, lambda folder, layout=layout: any(folder.glob(layout.marker))):
-            marker = sorted(folder.glob(layout.marker))[0]
-            observations = layout.read(folder, marker, competition.get("resolution", RESOLUTIONS[0]))
-            return TestTable(folder, layout, observations)
+    for folder in find_folders(root, lambda folder: recognise(folder, wanted) is not None):
+        layout, table = recognise(folder, wanted)
+        photos = layout.photo_folder(folder, table, "test")
+        return TestTable(folder, layout, layout.read(photos, table, competition.get("resolution", RESOLUTIONS[0])))
     looked_for = " or ".join(layout.marker for layout in wanted)
     raise InputError(f"no competition under {root}: looked for {looked_for}; attach the competition to the kernel")

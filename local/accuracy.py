@@ -57,8 +57,8 @@ class Task:
         """The observations asked, with photos of one of FungiCLEF's resolutions."""
         if self.split == "val":
             return labelled(read_competition(self.data, resolution), "val").observations
-        layout, marker = find_layout(self.data)
-        return layout.read(self.data, marker, resolution)
+        layout, table = find_layout(self.data)
+        return layout.read(layout.photo_folder(self.data, table, "test"), table, resolution)
 
     def support(self, resolution: str) -> Labelled:
         """The reference, with photos of one of FungiCLEF's resolutions."""

@@ -1,11 +1,10 @@
 """Read a competition's folder as downloaded: which photos, of which observations and classes, may be learnt from.
 
 The test table is the kernel's business (`kernel/observations.py`); to support another kind of competition, add its
-layout there and the reading of its training table here.
+layout there and, where its tables have a form of their own, the reading of the training table here.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +17,22 @@ from kernel.observations import (
     LAYOUTS,
     METADATA,
     PHOTO_SUFFIXES,
+    RESOLUTIONS,
     Layout,
     Observation,
+    coco_id,
     group_photos,
+    read_coco,
     read_table,
     recognise,
     resolution_folder,
 )
 from local.banks import Taxonomy
+from local.console import say
 
 COLUMNS = ("split", "observation", "class_id", "photo")
 TAXONOMY = ("phylum", "class", "order", "family", "genus")  # the columns above the species, the widest first
-TIME_LIMITS = {"fungiclef": 12 * 3600, "herbarium": 9 * 3600, "class-folders": 9 * 3600}  # seconds, of a GPU kernel
+TIME_LIMITS = {layout.name: 9 * 3600 for layout in LAYOUTS} | {"fungiclef": 12 * 3600}  # seconds, of a GPU kernel
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Competition:
     Attributes:
         photos: a row per photo, with COLUMNS: split "train" or "val", observation and class ids as the competition
             spells them, and the photo's path; then METADATA and TAXONOMY, where the layout has them.
-        resolution: of FungiCLEF's folders, the one that was read.
+        resolution: of the folders of photos, where there are several, the one that was wanted.
     """
 
     folder: Path
@@ -101,10 +104,10 @@ def read_competition(folder: Path, resolution: str = "300p") -> Competition:
         resolution: of the photos, where the competition ships several; see `kernel.observations.RESOLUTIONS`.
 
     Raises:
-        InputError: the folder is of no known layout, or a table lacks a column.
+        InputError: the folder is of no known layout, a table lacks a column, or an observation is in two splits.
     """
-    layout, marker = find_layout(folder)
-    rows = READERS[layout.name](folder, marker, resolution)
+    layout, table = find_layout(folder)
+    rows = READERS[table.suffix](folder, layout, table, resolution)
     photos = pd.DataFrame(rows, columns=list(rows[0]) if rows else COLUMNS).drop_duplicates(ignore_index=True)
     if not (photos["split"] == "train").any():
         raise InputError(f"{folder} ({layout.name}) has no labelled photo: check that the training table is complete")
@@ -116,7 +119,7 @@ def read_competition(folder: Path, resolution: str = "300p") -> Competition:
 
 
 def find_layout(folder: Path) -> tuple[Layout, Path]:
-    """The layout of a competition's folder, and the marker that gave it away.
+    """The layout of a competition's folder, and its test table.
 
     Raises:
         InputError: the folder is of no known layout.
@@ -204,49 +207,73 @@ def sort_ids(class_ids: np.ndarray) -> list[str]:
     return sorted(distinct)
 
 
-def _read_fungiclef(folder: Path, marker: Path, resolution: str) -> list[dict]:
-    rows = []
-    for split in ("train", "val"):
-        table = marker.with_name(marker.name.replace("-Test", f"-{split.title()}"))
+def _read_fungi(folder: Path, layout: Layout, marker: Path, resolution: str) -> list[dict]:
+    tables = {
+        "train": marker.with_name(marker.name.replace("-ClosedSet", "").replace("-Test", "-Train")),
+        "val": marker.with_name(marker.name.replace("-Test", "-Val")),
+    }
+    rows, lines = [], []
+    for split, table in tables.items():
         if not table.is_file() and split == "val":
             continue
-        photos = resolution_folder(folder / "images" / marker.parent.name / split, resolution)
+        photos = _find_photos(layout.photo_folder(folder, marker, split), resolution, lines)
         for row in read_table(table, ("observationID", "filename", "category_id")):
             more = {column: row.get(column) or "" for column in (*METADATA, *TAXONOMY)}
             photo = (split, row["observationID"], row["category_id"], photos / row["filename"])
             rows.append(dict(zip(COLUMNS, photo, strict=True)) | more)
+    for line in dict.fromkeys(lines):
+        say(line)
     return rows
 
 
-def _read_herbarium(folder: Path, marker: Path, resolution: str) -> list[dict]:
-    table = marker.parents[1] / "train" / "metadata.json"
+def _find_photos(split: Path, wanted: str, lines: list[str]) -> Path:
+    """The split's folder in the wanted resolution, or in the one that the kernel would take instead.
+
+    Args:
+        lines: gets one that says so in the latter case.
+
+    Raises:
+        InputError: the split is there, and in none of RESOLUTIONS.
+    """
+    found = resolution_folder(split, wanted)
+    if found.name != wanted:
+        present = ", ".join(name for name in RESOLUTIONS if (split / name).is_dir())
+        lines.append(f"{split.parent} has {present}, not {wanted}: reading {found.name}")
+    elif split.is_dir() and not found.is_dir():
+        there = ", ".join(sorted(path.name for path in split.iterdir())[:4]) or "nothing"
+        raise InputError(f"{split} has none of {', '.join(RESOLUTIONS)}, but {there}: download the photos again")
+    return found
+
+
+def _read_herbarium(folder: Path, layout: Layout, marker: Path, resolution: str) -> list[dict]:
+    table = folder / str(marker.relative_to(folder)).replace("test", "train")
+    photos = layout.photo_folder(folder, marker, "train")
+    names, said = read_coco(table)
     try:
-        metadata = json.loads(table.read_text(encoding="ISO-8859-1"))
-        names = {image["id"]: image["file_name"] for image in metadata["images"]}
-        labels = [(note["image_id"], str(note["category_id"])) for note in metadata["annotations"]]
-        rows = [("train", str(photo), label, table.parent / names[photo]) for photo, label in labels]
+        labels = [(str(note["image_id"]), str(note["category_id"])) for note in said["annotations"]]
+        rows = [("train", image, label, photos / names[image]) for image, label in labels]
         ranks = {
-            str(category["id"]): {rank: str(category.get(rank, "")) for rank in TAXONOMY}
-            for category in metadata.get("categories", ())
+            coco_id(category, "category"): {rank: str(category.get(rank, "")) for rank in TAXONOMY}
+            for category in said.get("categories", ())
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
     unknown = dict.fromkeys(TAXONOMY, "")
     return [dict(zip(COLUMNS, row, strict=True)) | ranks.get(row[2], unknown) for row in rows]
 
 
-def _read_class_folders(folder: Path, marker: Path, resolution: str) -> list[dict]:
+def _read_class_folders(folder: Path, layout: Layout, marker: Path, resolution: str) -> list[dict]:
     return [
         dict(zip(COLUMNS, (split, path.relative_to(folder).as_posix(), path.parent.name, path), strict=True))
         for split in ("train", "val")
-        for path in sorted((folder / split).glob("*/*"))
+        for path in sorted(layout.photo_folder(folder, marker, split).glob("*/*"))
         if path.suffix.lower() in PHOTO_SUFFIXES
     ]
 
 
-# Each returns a row per photo: COLUMNS, and METADATA and TAXONOMY if it knows them.
-READERS: dict[str, Callable[[Path, Path, str], list[dict]]] = {
-    "fungiclef": _read_fungiclef,
-    "herbarium": _read_herbarium,
-    "class-folders": _read_class_folders,
+# By the form of the test table. Each returns a row per photo: COLUMNS, and METADATA and TAXONOMY if it knows them.
+READERS: dict[str, Callable[[Path, Layout, Path, str], list[dict]]] = {
+    ".csv": _read_fungi,
+    ".json": _read_herbarium,
+    "": _read_class_folders,
 }

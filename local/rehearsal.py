@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.mounts import InputError, read_weights
-from kernel.observations import TestTable, find_test_table, read_table
+from kernel.observations import TestTable, find_test_table, read_table, whole
 from kernel.submission import check_submission, fallback_guesses
 from local.competition import find_layout
 from local.console import say
@@ -229,15 +229,19 @@ class Rehearsal(AbstractContextManager):
 
 
 def read_solution(solution: Path) -> dict[str, str]:
-    """The class id of each observation: CSV with the observation's id in the first column and the class id beside it.
+    """The class id of each observation, of a CSV with the two in its first columns; or of FungiTastic's own test table.
 
     Raises:
         InputError: there is no such file, or it is no such CSV.
     """
     try:
         with solution.open(encoding="utf-8-sig", newline="") as file:
-            return {row[0]: row[1] for row in list(csv.reader(file))[1:] if row}
-    except (OSError, UnicodeDecodeError, csv.Error, IndexError) as error:
+            header, *rows = csv.reader(file)
+        if {"observationID", "category_id"}.issubset(header):
+            identity, answer = header.index("observationID"), header.index("category_id")
+            return {whole(row[identity]): row[answer] for row in rows}
+        return {row[0]: row[1] for row in rows if row}
+    except (OSError, ValueError, csv.Error, IndexError) as error:
         raise InputError(f"no solution in {solution} ({error}): give a CSV of observation and class id") from error
 
 

@@ -13,16 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.observations import read_table
-from local.competition import find_layout
+from local.competition import TAXONOMY, find_layout
 
-# What of a competition's folder a kernel needs to see, beside the sample submission; whatever else lies there, such as
-# a solution, stays out.
-VISIBLE = {
-    "fungiclef": ("metadata/*/*.csv", "images/*/test/**/*"),
-    "herbarium": ("*/test/**/*",),
-    "class-folders": ("test/**/*",),
-}
-LABELS = ("category_id", "scientificName", "species", "specificEpithet", "genus", "family", "poisonous")
+LABELS = (
+    "category_id", "scientificName", "species", "specificEpithet", *TAXONOMY, "kingdom", "poisonous",
+    "iucnRedListCategory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,15 +38,20 @@ class Stage:
 
 
 def stage_competition(data: Path, folder: Path) -> None:
-    """Lay out the competition as Kaggle would mount it, with the test labels absent."""
+    """Lay out the competition as Kaggle would mount it, with the test labels absent.
+
+    What a kernel needs to see are the test table, FungiCLEF's other tables beside it, the test photos and the sample
+    submission; whatever else lies in the folder, such as a solution, stays out.
+    """
     layout, marker = find_layout(data)
-    for pattern in (*VISIBLE[layout.name], layout.sample):
-        for source in data.glob(pattern):
-            if source.is_file():
-                place(source, folder / source.relative_to(data))
-    staged = folder / marker.relative_to(data)
-    if staged.suffix == ".csv":
-        drop_columns(staged, LABELS)
+    tables = marker.parent.glob("*.csv") if marker.suffix == ".csv" else (marker,)
+    photos = layout.photo_folder(data, marker, "test").rglob("*")
+    for source in {*tables, *photos, *data.glob(layout.sample)}:
+        if source.is_file():
+            place(source, folder / source.relative_to(data))
+    if marker.suffix == ".csv":
+        for table in (folder / marker.relative_to(data)).parent.glob("*-Test.csv"):
+            drop_columns(table, LABELS)
 
 
 def stage_bundle(build: Path, weights: Path, source: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from kernel.mounts import MANIFEST
-from kernel.observations import PHOTO_SUFFIXES, Layout, TestTable, read_table
+from kernel.observations import PHOTO_SUFFIXES, RESOLUTIONS, Layout, TestTable, coco_id, read_coco, read_table
 from local.competition import find_layout
 from local.staging import place, replace_file, write_csv
 
@@ -33,27 +33,30 @@ class Row:
     entry: dict
 
 
-def read_rows(layout: Layout, marker: Path) -> list[Row]:
+def read_rows(marker: Path) -> list[Row]:
     """The test table's rows, in its order."""
-    if layout.name == "fungiclef":
+    if marker.suffix == ".csv":
         return [Row(row["observationID"], row["filename"], row) for row in read_table(marker, ())]
-    if layout.name == "herbarium":
-        images = json.loads(marker.read_text(encoding="ISO-8859-1"))["images"]
-        return [Row(str(image["id"]), image["file_name"], image) for image in images]
+    if marker.suffix == ".json":
+        return [Row(coco_id(image, "image"), image["file_name"], image) for image in read_coco(marker)[1]["images"]]
     photos = sorted(path for path in marker.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
     return [Row(photo.stem, photo.name, {}) for photo in photos]
 
 
-def write_rows(layout: Layout, marker: Path, rows: Sequence[Row]) -> None:
+def write_rows(competition: Path, layout: Layout, marker: Path, rows: Sequence[Row]) -> None:
     """Put rows in the place of the test table, and remove the photos that none of them names."""
-    if layout.name == "fungiclef":
+    if marker.suffix == ".csv":
         entries = [row.entry | {"observationID": row.observation, "filename": row.name} for row in rows]
         write_csv(marker, list(rows[0].entry), entries)
-    elif layout.name == "herbarium":
-        entries = [row.entry | {"id": type(row.entry["id"])(row.observation), "file_name": row.name} for row in rows]
-        whole = json.loads(marker.read_text(encoding="ISO-8859-1")) | {"images": entries}
-        replace_file(marker, json.dumps(whole).encode("ascii"))
-    for folder in photo_folders(layout, marker):
+    elif marker.suffix == ".json":
+        identity = "id" if "id" in rows[0].entry else "image_id"
+        entries = [
+            row.entry | {identity: type(row.entry[identity])(row.observation), "file_name": row.name} for row in rows
+        ]
+        is_bare = marker.read_bytes().lstrip().startswith(b"[")
+        said = entries if is_bare else read_coco(marker)[1] | {"images": entries}
+        replace_file(marker, json.dumps(said).encode("ascii"))
+    for folder in photo_folders(competition, layout, marker):
         named = {folder / row.name for row in rows} | {marker}
         for path in [path for path in folder.rglob("*") if path not in named]:
             if path.is_file():
@@ -62,23 +65,22 @@ def write_rows(layout: Layout, marker: Path, rows: Sequence[Row]) -> None:
                 path.rmdir()
 
 
-def photo_folders(layout: Layout, marker: Path) -> list[Path]:
+def photo_folders(competition: Path, layout: Layout, marker: Path) -> list[Path]:
     """The folders of test photos; several where a competition ships several resolutions."""
-    if layout.name == "fungiclef":
-        return sorted(marker.parents[2].glob(f"images/{marker.parent.name}/test/*/"))
-    return [marker.parent if layout.name == "herbarium" else marker]
+    photos = layout.photo_folder(competition, marker, "test")
+    return [photos / name for name in RESOLUTIONS if (photos / name).is_dir()] or [photos]
 
 
 def keep_observations(competition: Path, wanted: Collection[str]) -> None:
     """Reduce a staged test set to some observations."""
     layout, marker = find_layout(competition)
-    write_rows(layout, marker, [row for row in read_rows(layout, marker) if row.observation in wanted])
+    write_rows(competition, layout, marker, [row for row in read_rows(marker) if row.observation in wanted])
 
 
 def keep_one_row(competition: Path) -> None:
     """Reduce a staged test set to the first photo of the first observation."""
     layout, marker = find_layout(competition)
-    write_rows(layout, marker, read_rows(layout, marker)[:1])
+    write_rows(competition, layout, marker, read_rows(marker)[:1])
 
 
 def repeat_observations(competition: Path, times: int) -> dict[str, str]:
@@ -88,7 +90,7 @@ def repeat_observations(competition: Path, times: int) -> dict[str, str]:
         The original id of every id.
     """
     layout, marker = find_layout(competition)
-    rows, folders = read_rows(layout, marker), photo_folders(layout, marker)
+    rows, folders = read_rows(marker), photo_folders(competition, layout, marker)
     repeated, originals = list(rows), {row.observation: row.observation for row in rows}
     for copy in range(1, times):
         # Digits, so that an id which was a number stays one; the table's length, so that it can be repeated again.
@@ -101,7 +103,7 @@ def repeat_observations(competition: Path, times: int) -> dict[str, str]:
                     place(folder / row.name, folder / new.name)
             repeated.append(new)
             originals[new.observation] = row.observation
-    write_rows(layout, marker, repeated)
+    write_rows(competition, layout, marker, repeated)
     return originals
 
 

@@ -15,8 +15,11 @@ from bundle import bundle
 from kernel.mounts import MANIFEST, sha256
 from local import train
 from local.console import run
+from local.recipe import make_recipe
 from local.rehearse import rehearse
+from local.runs import train_run
 from tests.conftest import ROOT, TINY, command, photo
+from tests.layouts import SPECIES, fungitastic, herbarium
 
 
 @pytest.fixture(scope="module")
@@ -352,3 +355,23 @@ def test_class_folders_with_one_photo_each_go_all_the_way(tmp_path):
     ]
     result = command("local/train.py", *recipe, "--set", "epochs=2", "--data", data, "--out", tmp_path / "tuned")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["fungitastic", "herbarium-2021", "herbarium-2022"])
+def test_a_competition_of_each_layout_goes_all_the_way(name, tmp_path):
+    """The photos of a class are alike, so that every answer can be right."""
+    data, (layout, _, year) = tmp_path / "data", name.partition("-")
+    solution = herbarium(data, int(year)) if year else fungitastic(data)
+    recipe = make_recipe({**TINY, "epochs": 0}, "the tests")
+    train_run(recipe, data, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
+    assert manifest["competition"]["layout"].startswith(layout)
+    assert manifest["class_ids"] == list(SPECIES)
+    bundle([tmp_path / "run"], tmp_path / "build")
+    report = rehearse(data, tmp_path / "build", solution)
+    assert report["scenarios"][0]["ok"], report
+    assert report["recall_at_1"] == 1
+    header, first, *_ = rows(tmp_path / "build" / "rehearsal" / "plain" / "submission.csv")
+    assert (header, len(first[1].split())) == (
+        (["Id", "Predicted"], 1) if year else (["observationId", "predictions"], 3)
+    )

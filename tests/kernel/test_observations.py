@@ -1,11 +1,10 @@
 """The test table of each layout: observations in order, with their photos."""
 
-import json
-
 import pytest
 
 from kernel.mounts import InputError
-from kernel.observations import find_test_table, read_table, resolution_folder
+from kernel.observations import find_test_table, read_table, recognise, resolution_folder
+from tests.layouts import SPECIES, TEST_OBSERVATIONS, fungitastic, herbarium
 
 FUNGI = {"competition": {"layout": "fungiclef", "resolution": "300p"}}
 
@@ -53,18 +52,44 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
         read_table(tmp_path / "table.csv", ("a",))
 
 
-def test_a_herbarium_is_read_from_its_coco_metadata(tmp_path):
-    folder = tmp_path / "nybg2020" / "test"
-    folder.mkdir(parents=True)
-    images = [{"id": 4, "file_name": "images/000/4.jpg"}, {"id": 2, "file_name": "images/000/2.jpg"}]
-    text = json.dumps({"images": images, "regions": [{"id": 0, "name": "Córdoba"}]}, ensure_ascii=False)
-    (folder / "metadata.json").write_text(text, encoding="ISO-8859-1")
+@pytest.mark.parametrize("year", [2020, 2021, 2022])
+def test_a_herbarium_is_read_from_its_coco_metadata_of_any_year(tmp_path, year):
+    solution = herbarium(tmp_path / "competitions" / "plants", year)
     table = find_test_table(tmp_path, None)
-    assert [(one.id, one.photos) for one in table.observations] == [
-        ("4", (folder / "images/000/4.jpg",)),
-        ("2", (folder / "images/000/2.jpg",)),
-    ]
+    assert table.layout.name.startswith("herbarium")
     assert table.layout.header == ("Id", "Predicted")
+    assert table.folder == solution.parent
+    answered = [line.split(",")[0] for line in solution.read_text().splitlines()[1:]]
+    assert [observation.id for observation in table.observations] == answered
+    photos = [photo for observation in table.observations for photo in observation.photos]
+    assert len(photos) == len(answered)
+    assert all(photo.is_file() for photo in photos)
+
+
+@pytest.mark.parametrize("text", ['{"images": [', '{"images": [{"id": 1}]}', '[{"file_name": "1.jpg"}]', "3"])
+def test_damaged_coco_metadata_is_refused_in_one_line_with_its_path(tmp_path, text):
+    (tmp_path / "test_metadata.json").write_text(text)
+    with pytest.raises(InputError, match=r"test_metadata\.json cannot be read") as error:
+        find_test_table(tmp_path, None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("subset", ["FungiTastic", "FungiTastic-Mini", "FungiTastic-FewShot"])
+def test_of_fungitastics_tables_the_closed_test_of_the_subset_with_photos_is_asked(tmp_path, subset):
+    table = fungitastic(tmp_path, subset)
+    layout, found = recognise(tmp_path)
+    assert (layout.name, found) == (subset.lower(), table)
+    asked = find_test_table(tmp_path, {"competition": {"layout": layout.name}})
+    assert len(asked.observations) == TEST_OBSERVATIONS * len(SPECIES)
+    assert all(photo.is_file() for observation in asked.observations for photo in observation.photos)
+
+
+def test_a_kernel_takes_the_subset_that_its_weights_were_trained_for_where_all_are_mounted(tmp_path):
+    for subset in ("FungiTastic", "FungiTastic-Mini"):
+        fungitastic(tmp_path / "datasets" / "fungitastic", subset)
+    for subset in ("FungiTastic", "FungiTastic-Mini"):
+        table = find_test_table(tmp_path, {"competition": {"layout": subset.lower()}})
+        assert {photo.parents[2].name for one in table.observations for photo in one.photos} == {subset}
 
 
 def test_in_class_folders_every_test_photo_is_an_observation(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from kernel.mounts import InputError
 from local.competition import COLUMNS as PHOTO_COLUMNS
 from local.competition import labelled, lineages, read_competition, sort_ids, split_for_validation
+from tests import layouts
 
 DATASET = "FungiTastic-FewShot"
 COLUMNS = ("year", "observationID", "species", "filename", "category_id")
@@ -147,6 +148,65 @@ def test_herbariums_metadata_is_read_in_its_own_encoding(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("year", "lineage"),
+    [
+        (2020, ("", "", "", "Boletaceae", "Boletus")),
+        (2021, ("", "", "Boletales", "Boletaceae", "")),
+        (2022, ("", "", "", "Boletaceae", "Boletus")),
+    ],
+)
+def test_the_herbaria_of_three_years_give_photos_classes_and_what_they_name_of_the_taxonomy(
+    tmp_path: Path, year: int, lineage: tuple[str, ...]
+) -> None:
+    layouts.herbarium(tmp_path, year)
+    competition = read_competition(tmp_path)
+    assert len(competition.photos) == 3 * len(layouts.SPECIES)
+    assert set(competition.photos["class_id"]) == set(layouts.SPECIES)
+    assert all(photo.is_file() for photo in competition.photos["photo"])
+    assert all(row.photo.parent.name == row.class_id for row in competition.photos.itertuples())
+    assert lineages(competition)["12"] == lineage
+
+
+@pytest.mark.parametrize("subset", ["FungiTastic", "FungiTastic-Mini", "FungiTastic-FewShot"])
+def test_fungitastic_is_learnt_from_the_subset_whose_photos_are_there(tmp_path: Path, subset: str) -> None:
+    layouts.fungitastic(tmp_path, subset)
+    competition = read_competition(tmp_path)
+    assert competition.layout.name == subset.lower()
+    train, val = labelled(competition, "train"), labelled(competition, "val")
+    assert (len(train), len(val)) == (2 * len(layouts.SPECIES), len(layouts.SPECIES))
+    assert set(train.class_ids) == set(val.class_ids) == set(layouts.SPECIES)
+    assert not {one.id for one in train.observations} & {one.id for one in val.observations}
+    photos = {photo for one in (*train.observations, *val.observations) for photo in one.photos}
+    assert {photo.relative_to(tmp_path).parts[0] for photo in photos} == {subset}
+    assert all(photo.is_file() for photo in photos)
+    assert train.observations[0].metadata == {"habitat": "garden"}
+    assert lineages(competition) == {label: ranks[:5] for label, ranks in layouts.SPECIES.items()}
+
+
+def test_a_resolution_that_is_absent_is_one_line_with_those_there_are(tmp_path: Path, capsys) -> None:
+    layouts.fungitastic(tmp_path, resolutions=("300p", "720p"))
+    for wanted, found in (("300p", None), ("500p", "720p"), ("720p", None), ("fullsize", "720p")):
+        photos = read_competition(tmp_path, wanted).photos["photo"]
+        assert {photo.parent.name for photo in photos} == {found or wanted}
+        line = f"{tmp_path / 'FungiTastic-Mini'} has 300p, 720p, not {wanted}: reading {found}\n"
+        assert capsys.readouterr().out == (line if found else "")
+
+
+def test_photos_in_no_folder_of_a_resolution_are_refused_with_what_is_there(tmp_path: Path) -> None:
+    layouts.fungitastic(tmp_path)
+    (tmp_path / "FungiTastic-Mini" / "train" / "300p").rename(tmp_path / "FungiTastic-Mini" / "train" / "300")
+    message = refusal(tmp_path)
+    assert str(tmp_path / "FungiTastic-Mini" / "train") in message
+    assert "none of 300p, 500p, 720p, fullsize, but 300:" in message
+
+
+def test_an_observation_in_train_and_val_is_refused_with_its_id(tmp_path: Path) -> None:
+    shared = [("2022", "70", "Amanita muscaria", "9-70.JPG", "9")]
+    assert "observation 70 in" in (message := refusal(fungiclef(tmp_path, val=shared)))
+    assert "2 splits" in message
+
+
 def test_class_folders_give_a_class_for_each_folder_and_an_observation_for_each_photo(tmp_path: Path) -> None:
     folder = class_folders(
         tmp_path,
@@ -274,7 +334,12 @@ def test_an_unknown_layout_is_refused_with_what_was_looked_for(tmp_path: Path) -
     for folder in (tmp_path, tmp_path / "not there"):
         message = refusal(folder)
         assert message.startswith(str(folder))
-        for looked_for in ("metadata/*/*-Test.csv", "*/test/metadata.json", "class-folders"):
+        for looked_for in (
+            "metadata/*/*-Test.csv",
+            "nybg2020/test/metadata.json",
+            "test_metadata.json",
+            "class-folders",
+        ):
             assert looked_for in message
 
 

@@ -18,6 +18,7 @@ from local.scenarios import BY_NAME, SCENARIOS, conduct
 from local.staging import fingerprint, stage_competition
 from local.variations import keep_observations, keep_one_row, remove_photos, repeat_observations, spoil_photos
 from tests.conftest import command, photo
+from tests.layouts import fungitastic, herbarium
 
 
 @pytest.fixture(scope="module")
@@ -270,22 +271,32 @@ def test_a_solution_of_other_observations_is_an_error_of_the_user(miniature, dra
         report_on(rehearsal, ["plain"])
 
 
-@pytest.fixture(params=["fungiclef", "herbarium", "class-folders"])
+@pytest.fixture(params=["fungiclef", "fungitastic", "herbarium-2020", "herbarium-2021", "herbarium-2022", "folders"])
 def staged(request, drawn, tmp_path) -> Path:
     """A staged competition of each layout, with 8 test observations or more."""
     data, folder = tmp_path / "data", tmp_path / "staged"
-    if request.param == "fungiclef":
+    name, _, year = request.param.partition("-")
+    if name == "fungiclef":
         data = drawn.competition
-    elif request.param == "herbarium":
-        images = [{"id": number, "file_name": f"images/00/{number}.jpg"} for number in range(10)]
-        for number, image in enumerate(images):
-            photo(data / "nybg2020" / "test" / image["file_name"], number)
-        (data / "nybg2020" / "test" / "metadata.json").write_text(json.dumps({"info": "é", "images": images}))
+    elif name == "fungitastic":
+        fungitastic(data, resolutions=("300p", "500p"))
+    elif name == "herbarium":
+        herbarium(data, int(year))
     else:
         for number in range(10):
             photo(data / "test" / f"photo {number}.jpg", number)
     stage_competition(data, folder)
     return folder
+
+
+def test_what_is_staged_has_no_label_of_the_test_in_any_table(tmp_path):
+    fungitastic(tmp_path / "data", "FungiTastic")
+    stage_competition(tmp_path / "data", tmp_path / "staged")
+    tests = list((tmp_path / "staged").rglob("*-Test.csv"))
+    assert len(tests) == 3
+    for table in tests:
+        assert table.read_text().splitlines()[0] == "observationID,filename,habitat"
+    assert not (tmp_path / "staged" / "FungiTastic" / "train").exists()
 
 
 def test_variations_change_the_table_of_every_layout_and_no_file_of_the_user(staged):
@@ -318,7 +329,7 @@ def test_variations_change_the_table_of_every_layout_and_no_file_of_the_user(sta
             assert content(photo_) == content(original) != b""
     counts = spoil_photos(find_test_table(staged, None), seed=0)
     assert sum(counts.values()) >= 3
-    if staged.joinpath("test").is_dir():
+    if find_test_table(staged, None).layout.name == "class-folders":
         assert "missing" not in counts
     else:
         gone = remove_photos(find_test_table(staged, None), seed=1)

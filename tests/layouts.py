@@ -1,0 +1,85 @@
+"""Small competitions of the layouts that `local/generate.py` does not draw, with photos, as they are downloaded."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tests.conftest import photo
+
+# Of each class its phylum, class, order, family, genus and species.
+SPECIES = {
+    "7": ("Basidiomycota", "Agaricomycetes", "Agaricales", "Amanitaceae", "Amanita", "Amanita muscaria"),
+    "12": ("Basidiomycota", "Agaricomycetes", "Boletales", "Boletaceae", "Boletus", "Boletus edulis"),
+    "340": ("Ascomycota", "Pezizomycetes", "Pezizales", "Morchellaceae", "Morchella", "Morchella elata"),
+}
+COLUMNS = (
+    "observationID", "filename", "habitat", "phylum", "class", "order", "family", "genus", "species", "category_id",
+)  # fmt: skip
+TEST_OBSERVATIONS = 4  # of each class
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def fungitastic(folder: Path, subset: str = "FungiTastic-Mini", resolutions: Sequence[str] = ("300p",)) -> Path:
+    """FungiTastic with the tables of all subsets and the photos of one; returns the labelled test table."""
+    closed, opened = ("ClosedSet-", "OpenSet-") if subset == "FungiTastic" else ("", "")
+    tables = {"Train": ("train", 2), f"{closed}Val": ("val", 1), f"{closed}Test": ("test", TEST_OBSERVATIONS)}
+    for first, (name, (split, count)) in enumerate(tables.items()):
+        rows = []
+        for number in range(count):
+            for label, ranks in SPECIES.items():
+                observation = f"{first}{number}{label}"
+                for index in range(1 + number % 2):
+                    file = f"{index}-{observation}.JPG"
+                    rows.append((observation, file, "garden", *ranks, label))
+                    for resolution in resolutions:
+                        photo(folder / subset / split / resolution / file, int(label), format="JPEG")
+        write_csv(folder / "metadata" / subset / f"{subset}-{name}.csv", [COLUMNS, *rows])
+    foreign = [("999", "0-999.JPG", "garden", *[""] * 6, "-1")]
+    for name in ("DNA-Test", *([f"{opened}Val", f"{opened}Test"] if opened else [])):
+        write_csv(folder / "metadata" / subset / f"{subset}-{name}.csv", [COLUMNS, *foreign])
+    for other in {"FungiTastic-FewShot", "FungiTastic-Mini"} - {subset}:
+        for name in ("Train", "Val", "Test"):
+            write_csv(folder / "metadata" / other / f"{other}-{name}.csv", [COLUMNS, *foreign])
+    return folder / "metadata" / subset / f"{subset}-{closed}Test.csv"
+
+
+def herbarium(folder: Path, year: int) -> Path:
+    """Herbarium 2020, 2021 or 2022, whose tables differ in place, encoding and the names of ids; returns a solution."""
+    split_folder = {2020: "nybg2020/{}", 2021: "{}", 2022: "{}_images"}[year]
+    identity = {"image": "image_id", "category": "category_id"} if year == 2022 else {"image": "id", "category": "id"}
+    images, answers = {"train": [], "test": []}, []
+    annotations = []
+    for split, count in (("train", 3), ("test", TEST_OBSERVATIONS)):
+        for number in range(count):
+            for label in SPECIES:
+                image = len(images[split]) if split == "test" or year != 2022 else f"{label:0>5}__{number:03}"
+                name = f"000/{label}/{image}.jpg" if year == 2022 else f"images/000/{label}/{image}.jpg"
+                images[split].append({identity["image"]: image, "file_name": name, "license": 0})
+                photo(folder / split_folder.format(split) / name, int(label))
+                if split == "train":
+                    annotations.append({"image_id": image, "category_id": int(label), "institution_id": 0})
+                else:
+                    answers.append((str(image), label))
+    named = {2020: ("family", "genus"), 2021: ("order", "family"), 2022: ("family", "genus", "species")}[year]
+    ranks = ("phylum", "class", "order", "family", "genus", "species")
+    categories = [
+        {identity["category"]: int(label)} | {rank: dict(zip(ranks, taxa, strict=True))[rank] for rank in named}
+        for label, taxa in SPECIES.items()
+    ]
+    institutions = [{"id": 0, "name": "Jardín Botánico"}]
+    train = {"annotations": annotations, "categories": categories, "images": images["train"]}
+    tables = {
+        "train": train | {"institutions": institutions},
+        "test": images["test"] if year == 2022 else {"images": images["test"], "info": {"description": "Café"}},
+    }
+    for split, table in tables.items():
+        path = folder / (f"{split}_metadata.json" if year == 2022 else f"{split_folder.format(split)}/metadata.json")
+        path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8" if year == 2022 else "ISO-8859-1")
+    return write_csv(folder / "solution.csv", [("Id", "Predicted"), *answers])
