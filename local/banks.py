@@ -8,7 +8,7 @@ taxonomy)`, what was learnt in attributes with a trailing underscore. A transfor
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +294,15 @@ def make_bank(transform: Sequence[Layer], matcher, scale: float, share: float = 
         share=tensor(share),
         transduction=tensor(transduction),
     )
+
+
+def spread_over(bank: Bank, own: Sequence[str], classes: Sequence[str]) -> Bank:
+    """A bank of some classes as one of more of them, of which the others are never the answer."""
+    place = {class_id: index for index, class_id in enumerate(classes)}
+    places = torch.tensor([place[class_id] for class_id in own])
+    bias = torch.full((len(classes),), NEVER)
+    bias[places] = bank.bias
+    return replace(bank, owners=places[bank.owners], bias=bias)
 
 
 def centroids(embeddings: np.ndarray, classes: np.ndarray, count: int, centre: bool) -> Bank:

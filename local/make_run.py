@@ -38,7 +38,7 @@ from local.pretrained import load_encoder, take_larger
 from local.prior import write_prior
 from local.recipe import Recipe, write_recipe
 from local.study import Study, write_table
-from local.training import Tuning, finetune, log_row
+from local.training import Tuning, finetune, log_row, refuse_large
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
@@ -69,6 +69,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     find_layout(data)
     torch.manual_seed(recipe.seed)
     module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
+    refuse_large(recipe, module)
     if "larger" in recipe.views:
         module, entry = take_larger(module, entry)
     if recipe.fit != "encoder":
@@ -170,7 +171,7 @@ def fill_run(
         tuning = finetune(encoder, learnt, judges, recipe, folder / CHECKPOINTS, ranks, digest)
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
     encoder.module.to(pick_dtype(encoder.device, recipe.precision))
-    study = Study(recipe, competition, fit, validation, encoder, cache, tuning.share > 0, tuning.head)
+    study = Study(recipe, competition, fit, validation, encoder, cache, tuning.share > 0, tuning.head, tuning.classes)
     study.embed_together()
     if not team.is_first():
         return

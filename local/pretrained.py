@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kernel.encoders import Preprocessing, build_module
-from kernel.mounts import InputError
+from kernel.mounts import MANIFEST, InputError
 from local.console import say
 
 OPEN_CLIP_WEIGHTS = (
@@ -32,11 +32,12 @@ TIMM_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tuple[nn.Module, dict]:
-    """An encoder in one of five forms, with its description.
+    """An encoder in one of six forms, with its description.
 
     Args:
         spec: `hf-hub:OWNER/NAME`; `open_clip:ARCHITECTURE/PRETRAINED`; `timm:NAME`; the stem of a pair of
-            .safetensors and .json; or a folder in the hub's format, of open_clip or of timm.
+            .safetensors and .json; a folder in the hub's format, of open_clip or of timm; or a run, whose encoder goes
+            on learning.
         pretrained: False leaves a `timm:NAME` with random weights.
         image_size: side of the input in pixels; 0 is the encoder's own.
 
@@ -57,6 +58,8 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
     if kind == "hf-hub":
         return _from_folder(_download(name), image_size, name)
     path = Path(spec)
+    if (path / MANIFEST).is_file():
+        return _from_run(path, image_size)
     if path.is_dir():
         return _from_folder(path, image_size)
     pair = [path.with_name(path.name + suffix) for suffix in (".json", ".safetensors")]
@@ -64,7 +67,7 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
         return _timm_entry(_read_json(pair[0]), pair[1], image_size)
     raise InputError(
         f"no encoder {spec}: give hf-hub:OWNER/NAME, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, the stem of a "
-        ".safetensors and a .json, or a folder with open_clip_config.json or config.json"
+        ".safetensors and a .json, a folder with open_clip_config.json or config.json, or a run"
     )
 
 
@@ -154,6 +157,19 @@ def _from_folder(folder: Path, image_size: int, name: str = "") -> tuple[nn.Modu
         weights = next((folder / name for name in TIMM_WEIGHTS if (folder / name).is_file()), folder / TIMM_WEIGHTS[0])
         return _timm_entry(_read_json(folder / "config.json"), weights, image_size)
     raise InputError(f"{folder} holds neither open_clip_config.json nor config.json: give a folder in the hub's format")
+
+
+def _from_run(folder: Path, image_size: int) -> tuple[nn.Module, dict]:
+    try:
+        entry = dict(_read_json(folder / MANIFEST)["members"][0]["encoder"])
+        module = build_module(entry["library"], entry["architecture"], entry["arguments"])
+        weights, _ = entry.pop("file"), entry.pop("precision")
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise InputError(f"{folder / MANIFEST} is no run's: {error!r}; train it again") from error
+    if image_size not in (0, entry["preprocessing"]["size"]):
+        raise InputError(f"image_size = {image_size}: {folder} was trained at {entry['preprocessing']['size']}")
+    _load(module, _read_weights(folder, (weights,)), folder)
+    return module, entry | {"preprocessing": entry["preprocessing"] | {"larger": 0}}
 
 
 def _from_open_clip(name: str) -> tuple[nn.Module, dict]:

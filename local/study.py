@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.prior import Prior
+from local.banks import spread_over
 from local.cache import EmbeddingCache
 from local.choice import CANDIDATES, Embedded, Search, cross_validated, walk
 from local.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
@@ -48,8 +49,9 @@ class Study:
         cache: Path,
         is_tuned: bool,
         head: Bank | None = None,
+        head_classes: Sequence[str] = (),
     ):
-        self.recipe, self.encoder, self.cache, self.head, self.embedded = recipe, encoder, cache, head, {}
+        self.recipe, self.encoder, self.cache, self.embedded = recipe, encoder, cache, {}
         self.guesses, self.lineages = competition.layout.guesses, lineages(competition)
         class_ids = np.concatenate([fit.class_ids, validation.class_ids])
         self.labelled = Labelled([*fit.observations, *validation.observations], class_ids)
@@ -57,6 +59,7 @@ class Study:
         keeps_val_out = recipe.reference == "train" and competition.has_val
         self.reference = is_fit if keeps_val_out else np.ones_like(is_fit)
         self.classes = sort_ids(class_ids[self.reference])
+        self.head = spread_over(head, head_classes, self.classes) if head else None
         self.places = places_of(class_ids, self.classes)
         self.taxonomy = read_taxonomy(competition, self.classes)
         asked = ~is_fit if is_tuned else np.ones_like(is_fit)

@@ -68,12 +68,14 @@ class Tuning:
         epoch: whose weights were mixed in; 0 where the encoder stays as it came.
         share: of them in the encoder, one of SHARES.
         head: that was trained with it, where the recipe keeps it.
+        classes: of the head.
     """
 
     log: list[dict]
     epoch: int
     share: float
     head: Bank | None = None
+    classes: Sequence[str] = ()
 
 
 class Stopped(KeyboardInterrupt):
@@ -144,7 +146,8 @@ class Training:
     def __init__(self, encoder: Encoder, head: Head, fit: Labelled, recipe: Recipe, data_sha256: str, folder: Path):
         self.recipe, self.head, self.folder, self.data_sha256 = recipe, head, folder, data_sha256
         self.encoder = self.kept = with_module(encoder, copy.deepcopy(encoder.module))
-        self.targets = places_of(fit.class_ids, sort_ids(fit.class_ids))
+        self.classes = sort_ids(fit.class_ids)
+        self.targets = places_of(fit.class_ids, self.classes)
         self.draws = Draws(self.targets, recipe, team.place())
         self.loader = DataLoader(
             Photos(fit.observations, encoder.preprocessing, recipe),
@@ -409,6 +412,9 @@ def finetune(
     torch.manual_seed(recipe.seed)
     sizes = np.bincount(places_of(fit.class_ids, classes), minlength=len(classes))
     head = Head(centre, prototypes, sizes, recipe, ranks).to(encoder.device)
+    refuse_large(recipe, encoder.module, head)
+    if recipe.prototypes == "episodic" and sizes.max() < 2:
+        raise InputError("no class has two observations: an episode needs one to learn from and one to ask")
     training = Training(encoder, head, fit, recipe, data_sha256, folder)
     if not training.log:
         training.log.append(log_row(0, "", 0.0, start.scores))
@@ -444,6 +450,20 @@ def finetune(
                 head.centre.copy_(-present.bank.layers[0].bias if recipe.centre else head.centre)
             training.next_epoch()
     return settle(encoder, training, start, judged)
+
+
+def refuse_large(recipe: Recipe, *modules: nn.Module) -> None:
+    """Keep to the recipe's limit of parameters.
+
+    Raises:
+        InputError: there are more.
+    """
+    count = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    if recipe.most_parameters and count > recipe.most_parameters:
+        raise InputError(
+            f"{recipe.encoder} with its head has {count:,} parameters, most_parameters allows "
+            f"{recipe.most_parameters:,}: take a smaller encoder"
+        )
 
 
 def is_over(log: Sequence[dict], recipe: Recipe) -> bool:
@@ -486,7 +506,7 @@ def settle(encoder: Encoder, training: Training, start: Judged, judged: Callable
         encoder.module.load_state_dict(after)
         training.head.load_state_dict(best.part("head"))
         say(f"chosen: epoch {epoch}, with its head")
-        return Tuning(log, epoch, 1.0, training.head.bank())
+        return Tuning(log, epoch, 1.0, training.head.bank(), training.classes)
     before, mixes = copy_state(encoder.module), []
     for share in SHARES[1:-1]:
         encoder.module.load_state_dict(interpolate(before, after, share))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local.runs import train_run
 from safetensors.torch import load_file, save_file
 
 from bundle import bundle
@@ -17,7 +18,6 @@ from local import train
 from local.console import run
 from local.recipe import make_recipe
 from local.rehearse import rehearse
-from local.runs import train_run
 from tests.conftest import ROOT, TINY, command, photo
 from tests.layouts import SPECIES, fungitastic, herbarium
 
