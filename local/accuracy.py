@@ -246,9 +246,24 @@ def nearest_means(photos: np.ndarray, observations: np.ndarray, means: np.ndarra
     return [list(row) for row in rows]
 
 
-def run_rung(
-    task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path, name: str, below: Rung | None
-) -> Rung:
+@dataclass(frozen=True)
+class Answers:
+    """What a bundle says of all that is asked.
+
+    Attributes:
+        queries: that were asked.
+        manifest: of the first run.
+        log_probabilities: (queries, classes).
+        seen: (queries,) bool, those with a readable photo.
+    """
+
+    queries: list[Observation]
+    manifest: dict
+    log_probabilities: torch.Tensor
+    seen: np.ndarray
+
+
+def answers_of(task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path) -> Answers:
     """What the bundle of some runs answers, its members weighed by `shares`."""
     opened = [(run, read_weights(run).manifest, share) for run, share in zip(runs, shares, strict=True) if share]
     # All members of a bundle see the photos of the largest resolution among them.
@@ -264,7 +279,15 @@ def run_rung(
         said = weighted_prior(read_weights(run), [{**member, "weight": share}], queries)
         total += 0 if said is None else said
         seen &= np.isin(np.arange(len(queries)), photos.observations)
-    return rank_rung(task, queries, opened[0][1], total.log_softmax(dim=1), seen, name, below)
+    return Answers(queries, opened[0][1], total.log_softmax(dim=1), seen)
+
+
+def run_rung(
+    task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path, name: str, below: Rung | None
+) -> Rung:
+    """The rung of some runs; see `answers_of`."""
+    found = answers_of(task, runs, shares, cache)
+    return rank_rung(task, found.queries, found.manifest, found.log_probabilities, found.seen, name, below)
 
 
 def embed(run: Path, observations: Sequence[Observation], views: Sequence[str], cache: Path) -> PhotoEmbeddings:

@@ -159,7 +159,7 @@ def augmentation(preprocessing: Preprocessing, recipe: Recipe) -> v2.Compose:
     jitter, side = recipe.colour_jitter, preprocessing.size
     steps = [
         v2.RandomResizedCrop(side, scale=(recipe.crop_scale, 1.0), interpolation=interpolation, antialias=True),
-        v2.RandomHorizontalFlip(),
+        v2.RandomHorizontalFlip(0.5 if recipe.flip else 0.0),
     ]
     if recipe.rand_augment:
         policy = f"rand-m{recipe.rand_augment}-n2-mstd0.5-inc1"

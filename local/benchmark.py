@@ -5,6 +5,8 @@ python local/benchmark.py speed --encoder timm:vit_base_patch16_224 --json build
 pip install pybioclip && python local/benchmark.py speed  # beside pybioclip itself; offline, over the same encoder
 python local/benchmark.py accuracy  # on drawn fungi, with an encoder pre-trained on others, in minutes
 python local/benchmark.py accuracy --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip --out runs
+python local/benchmark.py systems --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
+python local/benchmark.py omniglot --data data/omniglot
 """
 
 import argparse
@@ -17,7 +19,9 @@ if not __package__:  # run as a script
 
 from local.accuracy import accuracy
 from local.console import run
+from local.omniglot import omniglot
 from local.speed import speed
+from local.systems import systems
 
 
 def parse_options() -> argparse.Namespace:
@@ -30,6 +34,14 @@ def parse_options() -> argparse.Namespace:
     one.add_argument("--encoder", nargs="+", default=[], metavar="SPEC", help="several: their ensemble too")
     one.add_argument("--reference", choices=("train", "train+val"), default="train", help="default: %(default)s")
     one.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there (default: a temporary folder)")
+    one = tables.add_parser("systems", help="each recipe beside the plain rules of the published system it comes from")
+    one.add_argument("--data", type=Path, nargs="+", required=True, metavar="DIR", help="competitions")
+    one.add_argument("--encoder", required=True, metavar="SPEC", help="for all of them")
+    one.add_argument("--recipe", nargs="+", default=[], metavar="NAME", help="some of them (default: all)")
+    one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipes")
+    one = tables.add_parser("omniglot", help="5 and 20 ways, 1 and 5 shots of an alphabet never learnt from")
+    one.add_argument("--data", type=Path, required=True, metavar="DIR", help="of alphabet/character/drawing.png")
+    one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe")
     for table in tables.choices.values():
         table.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     return parser.parse_args()
@@ -39,8 +51,12 @@ def main() -> None:
     options = parse_options()
     if options.name == "speed":
         report = speed(options.encoder)
-    else:
+    elif options.name == "accuracy":
         report = accuracy(options.data, options.encoder, options.reference, options.out)
+    elif options.name == "systems":
+        report = systems(options.data, options.encoder, options.recipe, options.set)
+    else:
+        report = omniglot(options.data, options.set)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -93,6 +93,13 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def tidy(folder: Path) -> None:
+    """Forget what only an interruption would have needed: all but the newest of each kind of file."""
+    for pattern in ("[0-9]*.safetensors", "best-*.safetensors"):
+        for path in sorted(folder.glob(pattern))[:-1]:
+            path.unlink()
+
+
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"), reverse=True)
 

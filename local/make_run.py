@@ -21,6 +21,7 @@ from kernel.observations import RESOLUTIONS
 from kernel.photos import shorter_side
 from local import team
 from local.banks import commonest_classes, save_banks
+from local.checkpoints import tidy
 from local.choice import fit_banks
 from local.competition import (
     TIME_LIMITS,
@@ -139,6 +140,7 @@ def prepare(partial: Path, out: Path) -> None:
 
 def put_in_place(partial: Path, out: Path) -> None:
     """Let `partial` be `out`; what `out` was before is there until then."""
+    tidy(partial / CHECKPOINTS)
     before = out.with_name(f".{out.name}.before")
     if out.exists():
         os.replace(out, before)

@@ -74,6 +74,7 @@ class Recipe:
     support: int = 1  # observations of each that make its prototype, and ...
     queries: int = 3  # ... that are asked; of a smaller class as many as there are
     crop_scale: float = 0.6  # smallest share of a photo's area in a random crop
+    flip: bool = True  # left and right alike
     rotate: float = 0.0  # degrees, at most
     translate: float = 0.0  # share of the side, at most; also by which a photo shrinks or grows
     colour_jitter: float = 0.1

@@ -1,0 +1,68 @@
+"""List the runs of a folder with their validation scores, newest first.
+
+python local/runs.py            of runs/
+python local/runs.py elsewhere
+"""
+
+import argparse
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from kernel.mounts import MANIFEST, InputError
+from local.console import run, say
+
+SCORES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
+
+
+def list_runs(folder: Path) -> list[dict[str, str]]:
+    """A row per run, newest first; a run without anything held out has no scores.
+
+    Raises:
+        InputError: there is no run.
+    """
+    manifests = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    rows = [row for row in map(describe_run, manifests) if row]
+    if not rows:
+        raise InputError(f"{folder} holds no run: train one with local/train.py, or give another folder")
+    return rows
+
+
+def describe_run(manifest: Path) -> dict[str, str] | None:
+    """One row; None where the manifest is no run's."""
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        member = content["members"][0]
+        scores, recipe = member["validation"], member["recipe"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        return None
+    return {
+        "run": manifest.parent.name,
+        "trained": datetime.fromtimestamp(manifest.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
+        "data": f"{content['competition']['layout']} {member['data_sha256'][:6]}",
+        "encoder": Path(recipe["encoder"]).name,
+        "reference": recipe["reference"],
+        **{
+            label: f"{scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]" if scores else "-"
+            for name, label in SCORES.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s"
+    )
+    rows = list_runs(parser.parse_args().folder)
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in [dict(zip(widths, widths, strict=True)), *rows]:
+        say("  ".join(f"{row[key]:{width}}" for key, width in widths.items()).rstrip())
+
+
+if __name__ == "__main__":
+    run(main)
