@@ -7,6 +7,7 @@ import csv
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ import pytest
 
 from kernel.mounts import InputError
 from local.competition import COLUMNS as PHOTO_COLUMNS
-from local.competition import labelled, lineages, read_competition, sort_ids, split_for_validation
+from local.competition import (
+    TAXONOMY,
+    labelled,
+    largest_classes,
+    lineages,
+    read_competition,
+    read_ranks,
+    sort_ids,
+    split_for_validation,
+)
 from tests import layouts
 
 DATASET = "FungiTastic-FewShot"
@@ -395,3 +405,30 @@ def test_damaged_herbarium_metadata_is_refused_with_its_path(tmp_path: Path, tex
     table = folder / "nybg2020" / "train" / "metadata.json"
     table.write_text(text, encoding="utf-8")
     assert str(table) in refusal(folder)
+
+
+def test_a_subset_is_of_so_many_observations_of_train_and_a_fifth_as_many_of_val(drawn) -> None:
+    competition = read_competition(drawn.competition)
+    one, same, other = (competition.sample(10, seed) for seed in (0, 0, 1))
+    assert (len(labelled(one, "train")), len(labelled(one, "val"))) == (10, 2)
+    assert one.digest() == same.digest() != other.digest()
+
+
+def test_the_largest_classes_are_those_of_most_observations(drawn) -> None:
+    fit, validation = split_for_validation(read_competition(drawn.competition), 0)
+    sizes = Counter(fit.class_ids)
+    kept = largest_classes(fit, fit, 3)
+    assert set(kept.class_ids) == {class_id for class_id, _ in sorted(sizes.items(), key=lambda one: -one[1])[:3]}
+    assert set(largest_classes(validation, fit, 3).class_ids) <= set(kept.class_ids)
+    assert largest_classes(fit, fit, 0) is fit
+
+
+def test_ranks_group_the_classes_and_one_that_is_never_named_is_left_out(drawn) -> None:
+    competition = read_competition(drawn.competition)
+    classes = sort_ids(labelled(competition, "train").class_ids)
+    ranks = dict(zip(TAXONOMY, read_ranks(competition, classes), strict=True))
+    known = lineages(competition)
+    genera = [known[class_id][TAXONOMY.index("genus")] for class_id in classes]
+    assert len(set(zip(genera, ranks["genus"].tolist(), strict=True))) == len(set(genera)) == ranks["genus"].max() + 1
+    blank = replace(competition, photos=competition.photos.assign(family=""))
+    assert read_ranks(blank, classes)[TAXONOMY.index("family")] is None

@@ -635,3 +635,14 @@ def test_a_configuration_that_describes_no_open_clip_model_is_refused_with_its_p
     folder = write_clip(tmp_path / "clip")
     (folder / "open_clip_config.json").write_text(text, encoding="utf-8")
     assert str(folder) in refusal(folder)
+
+
+def test_a_run_goes_on_learning_from_its_own_encoder(trained: Path, drawn) -> None:
+    module, entry = load_encoder(str(trained))
+    weights = load_file(trained / "encoder.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+    kept = json.loads((trained / "manifest.json").read_text())["members"][0]["encoder"]
+    assert entry["preprocessing"] == kept["preprocessing"]
+    assert {"file", "precision"} == set(kept) - set(entry)
+    with pytest.raises(InputError, match="was trained at 64"):
+        load_encoder(str(trained), image_size=96)

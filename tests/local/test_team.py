@@ -12,34 +12,35 @@ from local.recipe import make_recipe
 from tests.conftest import LEARNING, ROOT, TINY
 from tests.local.test_make_run import train
 
+# Without batch statistics, which each process has of its own share.
+ENCODER = "timm:test_convnext"
 SETTINGS = {"epochs": 2, "batch_size": 8, "colour_jitter": 0.0, "crop_scale": 1.0}
 
 
 @pytest.fixture(scope="module")
 def alone(drawn, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
-    train_run(
-        make_recipe({**TINY, **LEARNING, "ema": 0.9, "patience": 9, **SETTINGS}, "the test"), drawn.competition, out
-    )
+    settings = {**TINY, **LEARNING, "ema": 0.9, "patience": 9, **SETTINGS, "encoder": ENCODER}
+    train_run(make_recipe(settings, "the test"), drawn.competition, out)
     return out
 
 
 def torchrun(processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-    return subprocess.run([*map(str, command), *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([*map(str, command), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 def test_two_processes_give_the_metrics_of_one(drawn, alone, tmp_path):
-    done = torchrun(2, *train(tmp_path / "run", drawn, **SETTINGS))
+    done = torchrun(2, *train(tmp_path / "run", drawn, "--encoder", ENCODER, **SETTINGS))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1:") == 1  # only one of them speaks
+    assert done.stdout.count("\nepoch 1:") == 1  # only one of them speaks
     one, two = (json.loads((run / "metrics.json").read_text())["validation"] for run in (alone, tmp_path / "run"))
     for name in ("recall_at_1", "recall_at_5", "macro_f1"):
         assert two[name] == pytest.approx(one[name], abs=0.25)
     logs = [
         [line.split(",") for line in (run / "log.csv").read_text().splitlines()] for run in (alone, tmp_path / "run")
     ]
-    assert float(logs[0][2][1]) == pytest.approx(float(logs[1][2][1]), rel=0.02)  # the loss of the first epoch
+    assert float(logs[0][2][1]) == pytest.approx(float(logs[1][2][1]), rel=1e-3)  # the loss of the first epoch
     weights = [load_file(run / "encoder.safetensors") for run in (alone, tmp_path / "run")]
     assert weights[0].keys() == weights[1].keys()
 
@@ -60,7 +61,7 @@ def test_a_team_whose_member_dies_is_restarted_and_ends(drawn, alone, tmp_path):
         "from local.train import main\n"
         "main()\n"
     )
-    _, *arguments = train(tmp_path / "run", drawn, **SETTINGS)
+    _, *arguments = train(tmp_path / "run", drawn, "--encoder", ENCODER, **SETTINGS)
     done = torchrun(2, "--max-restarts", "1", str(script), *arguments)
     assert done.returncode == 0, done.stderr
     assert "going on in epoch 1 after batch" in done.stdout
