@@ -19,6 +19,7 @@ if not __package__:  # run as a script
 from local.console import run, say
 from local.kaggle_metadata import PLACEHOLDER
 from local.metrics import describe, score
+from local.record import write_record
 from local.rehearsal import Ran, Rehearsal
 from local.scenarios import BY_NAME, SCENARIOS, class_of, conduct
 
@@ -42,7 +43,10 @@ def rehearse(data: Path, build: Path, solution: Path | None = None, time_limit: 
 
 
 def report_on(rehearsal: Rehearsal, names: Sequence[str]) -> dict:
-    """Conduct scenarios, telling each outcome as it comes; their report, with the scores and timings of `plain`."""
+    """Conduct scenarios, telling each outcome as it comes; their report, with the scores and timings of `plain`.
+
+    The report stays beside the bundle as well, for `local/publish.py` to find.
+    """
     report = {"scenarios": []}
     for name in names:
         result = conduct(rehearsal, BY_NAME[name])
@@ -51,7 +55,9 @@ def report_on(rehearsal: Rehearsal, names: Sequence[str]) -> dict:
         say(f"{name:18} {verdict:6} {result['seconds']:7.1f} s  {result['reason']}".rstrip())
         if name == "plain":
             report |= measure(rehearsal, rehearsal.performed["plain"][0][0])
-    return report | {"network": "namespace" if rehearsal.isolation else "guard"}
+    report["network"] = "namespace" if rehearsal.isolation else "guard"
+    write_record(rehearsal.build, report)
+    return report
 
 
 def measure(rehearsal: Rehearsal, ran: Ran) -> dict[str, float | None]:
