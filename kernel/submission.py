@@ -51,8 +51,13 @@ def check_submission(path: Path, table: TestTable, class_ids: Sequence[str]) -> 
     Raises:
         InputError: the grader would refuse the file, or score it wrongly.
     """
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as CSV: {error}") from error
+    if not rows or any(len(row) != 2 for row in rows):
+        raise InputError(f"{path} is no CSV of two columns")
     if tuple(rows[0]) != table.layout.header:
         raise InputError(f"{path} has the header {rows[0]}, the grader wants {list(table.layout.header)}")
     ids = [row[0] for row in rows[1:]]
