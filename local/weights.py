@@ -81,7 +81,7 @@ def _copy(weights: Weights, folder: Path, place: int) -> list[dict]:
             shutil.copyfile(weights.file(name), folder / f"{place}-{name}")
         renamed = {key: name and f"{place}-{name}" for key, name in names.items()}
         encoder = {**member["encoder"], "file": renamed.pop("file")}
-        members.append({**member, **renamed, "encoder": encoder})
+        members.append({**member, **renamed, "encoder": encoder, "run": weights.folder.resolve().name})
     return members
 
 
