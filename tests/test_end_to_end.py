@@ -324,7 +324,9 @@ def test_a_damaged_run_is_not_bundled_and_the_old_bundle_stays(built, trained, t
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
 
 
-@pytest.mark.parametrize("script", ["bundle.py", "local/train.py", "local/benchmark.py"])
+@pytest.mark.parametrize(
+    "script", ["bundle.py", "local/train.py", "local/benchmark.py", "local/publish.py", "local/submissions.py"]
+)
 def test_commands_run_as_scripts_from_anywhere(script, tmp_path):
     assert "usage:" in command(ROOT / script, "--help", cwd=tmp_path).stdout
 

@@ -35,6 +35,10 @@ def test_what_is_written_passes_the_check(tmp_path, table):
         ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,0 1 2 3 4 5 6 7 8\n", "observation 4"),
         ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,0 1 2 3 4 5 6 7 8 77\n", "observation 4"),
         ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,\n", "observation 4"),
+        ("", "no CSV of two columns"),
+        ("<html>Something went wrong</html>", "no CSV of two columns"),
+        ("observationId,predictions\n9\n", "no CSV of two columns"),
+        ("observationId,predictions\n9,\0\n", "observation"),
     ],
 )
 def test_what_the_grader_would_refuse_is_named(tmp_path, table, content, complaint):

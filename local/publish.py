@@ -1,0 +1,90 @@
+"""Publish the bundle: the weights as a dataset, the script as a kernel, its output back, its score into the ledger.
+
+python local/publish.py --dry-run    what would be sent
+python local/publish.py              send what is not there yet, wait for the run, check what it left
+python local/publish.py --submit     and submit that version, and wait for the score
+
+Every step can be resumed: run the same command again. All is private unless --public.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from local.console import run, say
+from local.ledger import LEDGER
+from local.preflight import Bundle, check_owner, find_credentials, find_secret, inspect
+
+METADATA = Path(__file__).resolve().parents[1] / "kernel-metadata.json"
+
+
+def publish(
+    build: Path,
+    submits: bool = False,
+    is_public: bool = False,
+    is_dry: bool = False,
+    metadata: Path = METADATA,
+    ledger: Path = LEDGER,
+    **kaggle,
+) -> None:
+    """Take a bundle to Kaggle and bring back what it left.
+
+    Args:
+        is_dry: say what would be sent, and send nothing.
+        metadata: kernel-metadata.json.
+        kaggle: of `local.kaggle_client.Kaggle`.
+
+    Raises:
+        InputError: a check or a step failed; nothing that is done already will be done again.
+    """
+    bundle, credentials = inspect(build, metadata), find_credentials()
+    check_owner(bundle, credentials.owner, credentials.source)
+    find_secret(bundle, credentials)
+    describe(bundle, is_public)
+    if is_dry:
+        say("dry run: nothing was sent")
+        return
+    # Kaggle's client signs in when it is imported, so only what has passed the checks comes as far.
+    from local.kaggle_client import Kaggle
+    from local.publication import Publication
+
+    user = Kaggle(credentials.source, **kaggle)
+    check_owner(bundle, user.name, credentials.source)
+    publication = Publication(bundle, user, is_public)
+    publication.deliver_weights()
+    publication.push_kernel()
+    output = publication.collect_output()
+    if submits:
+        publication.submit(output, ledger)
+    else:
+        say("run again with --submit to submit this version")
+
+
+def describe(bundle: Bundle, is_public: bool) -> None:
+    """Say what goes where, and what is known of it."""
+    seen = "public" if is_public else "private"
+    size = sum(path.stat().st_size for path in bundle.files[1:])
+    say(f"kernel       {bundle.metadata['id']}, {seen}: {bundle.script}, {bundle.script.stat().st_size:,} bytes")
+    say(f"dataset      {bundle.dataset}, {seen}: {len(bundle.files) - 1} files, {size / 1e6:.1f} MB")
+    for path in bundle.files[1:]:
+        say(f"               {path.relative_to(bundle.weights)}, {path.stat().st_size:,} bytes")
+    say(f"competition  {bundle.competition}, {len(bundle.table.observations)} observations in the table as rehearsed")
+    say(f"runs         {', '.join(bundle.runs)}, bundled from commit {bundle.commit}")
+    say(f"rehearsal    {bundle.record['when']} UTC, passed: {', '.join(bundle.record['scenarios'])}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", type=Path, default=Path("build"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--submit", action="store_true", help="submit to the competition, wait for the score")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    parser.add_argument("--public", action="store_true", help="show kernel and dataset to everybody")
+    options = parser.parse_args()
+    publish(options.build, options.submit, options.public, options.dry_run)
+
+
+if __name__ == "__main__":
+    run(main)
