@@ -8,7 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
-from kernel.mounts import InputError, Weights, find_weights, tree
+from kernel.mounts import MANIFEST_SHA256, InputError, Weights, find_weights, tree
 from kernel.observations import TestTable, find_test_table
 from kernel.submission import check_submission, fallback_guesses, write_submission
 
@@ -46,6 +46,7 @@ def open_inputs(options: argparse.Namespace) -> tuple[Weights, TestTable]:
     weights, problem = None, None
     try:
         weights = find_weights(options.input)
+        print(f"{weights.folder}: manifest {MANIFEST_SHA256 or 'of a run, not of a bundle'}", flush=True)
     except InputError as error:
         problem = error
     try:

@@ -141,7 +141,8 @@ class Kaggle:
             answer, state = ask()
             waited = self.clock.now() - started
             if sys.stdout.isatty():
-                print(f"\r{what}: {state}, {minutes(waited)}", end="\n" if answer is not None else " ", flush=True)
+                line = f"{what}: {state}, {minutes(waited)}"
+                print(f"\r{line:<79}", end="" if answer is None else "\n", flush=True)
             elif state != last or waited - told >= TELL_EVERY:
                 say(f"{what}: {state}, {minutes(waited)}")
                 last, told = state, waited

@@ -111,6 +111,8 @@ class Publication:
             raise InputError(f"{what} {reason}{failure and f' ({failure})'}: see its log in {self.path.parent}")
         for line in lines[-1:]:
             say(f"  | {line}")
+        if self.bundle.digests["manifest"] not in log:
+            raise InputError(f"{what}: the log is of a run with other weights: run the same command again in a minute")
         check_submission(output, self.bundle.table, self.bundle.manifest["class_ids"])
         share = agreement(self.bundle.rehearsed, output, self.bundle.table)
         say(f"{output}: {len(self.bundle.table.observations)} rows, {share:.1%} with the rehearsal's first guess")

@@ -49,7 +49,7 @@ class Loopback:
         self.processing, self.running = ["READY"], ["QUEUED", "RUNNING", "COMPLETE"]
         self.scoring = ["PENDING", "COMPLETE"]
         self.output: dict[str, bytes] = {}
-        self.log = '[{"stream_name":"stdout","time":1.5,"data":"done: all\\n"}]'
+        self.log = ""
         self.versions, self.submitted, self.limits = 0, [], 5
         self.competition = {"id": 1, "ref": "c", "userHasEntered": True, "isKernelsSubmissionsOnly": True}
         self.faults: dict[str, list[Callable[[dict], dict | None]]] = defaultdict(list)

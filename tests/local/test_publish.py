@@ -87,6 +87,7 @@ class World:
         before, content = sha256(manifest), json.loads(manifest.read_text(encoding="utf-8"))
         manifest.write_text(json.dumps({**content, **(changes or {"note": "another"})}), encoding="utf-8")
         script.write_text(script.read_text(encoding="utf-8").replace(before, sha256(manifest)), encoding="utf-8")
+        self.kaggle.log = self.kaggle.log.replace(before, sha256(manifest))
         self.record(plain=True)
 
     def record(self, **scenarios: bool) -> None:
@@ -107,7 +108,9 @@ def world(rehearsed, tmp_path, monkeypatch):
         from kaggle.api.kaggle_api_extended import KaggleApi
 
         monkeypatch.setattr(KaggleApi, "args", ["--local"])  # what the environment says, whenever it was imported
-        kaggle.output["submission.csv"] = (tmp_path / "competitor" / "build" / PLAIN).read_bytes()
+        plain = tmp_path / "competitor" / "build" / PLAIN
+        kaggle.output["submission.csv"] = plain.read_bytes()
+        kaggle.log = plain.with_name("kernel.log").read_text(encoding="utf-8")
         yield World(tmp_path / "competitor", kaggle)
         assert not kaggle.foreign
 
@@ -138,7 +141,7 @@ def test_the_whole_way_sends_the_bundle_privately_and_brings_the_score_into_the_
     assert float(row["low"]) <= float(row["local"]) <= float(row["high"])
     said = capfd.readouterr()
     assert "public score 0.5310" in said.out
-    assert "done: all" in said.out  # the last line of the log
+    assert "| done: " in said.out  # the last line of the log
     assert KEY not in said.out + said.err
     assert "0123456789abcdef" not in said.out + said.err
 
@@ -464,9 +467,30 @@ def test_a_run_that_fails_shows_the_end_of_its_log_and_the_next_command_pushes_a
     assert (world.build / "kaggle" / "few-shot-species.log").is_file()
     assert world.kaggle.submitted == []
     world.kaggle.running = ["COMPLETE"]
+    world.kaggle.log = (world.build / PLAIN).with_name("kernel.log").read_text(encoding="utf-8")
     world.publish()
     assert world.kaggle.count("SaveKernel") == 2
     assert world.kaggle.count("CreateDataset") == 1
+
+
+def test_a_log_of_other_weights_is_not_taken_for_this_version(world):
+    """Kaggle tells of a kernel's latest run, which may for a moment be the one before."""
+    log, world.kaggle.log = world.kaggle.log, "done: 3 photos"
+    assert "other weights" in world.refusal(submits=True)
+    world.kaggle.log = log
+    world.publish(submits=True)
+    assert world.kaggle.count("SaveKernel") == 1
+
+
+def test_on_a_terminal_the_wait_is_one_line(world, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    world.publish()
+    [line] = [line for line in capsys.readouterr().out.split("\n") if "running" in line]
+    assert [re.search("queued|running|complete", part).group() for part in line.split("\r")[1:]] == [
+        "queued",
+        "running",
+        "complete",
+    ]
 
 
 def reverse_guesses(text: str) -> str:
