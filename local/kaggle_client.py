@@ -120,6 +120,8 @@ class Kaggle:
                     say(f"{what}: {reason}; trying again in {pause:.0f} s")
                     self.clock.sleep(pause)
                     delay *= 2
+            except KeyError as error:  # a state of which the client knows nothing
+                raise InputError(f"{what}: kaggle does not know {error}: pip install --upgrade kaggle") from error
             except ValueError as error:  # the client's own words for what it refuses, or for a 403
                 raise InputError(f"{what}: {one_line(error)}{forbidden and '; ' + forbidden}") from error
         raise InputError(f"{what} failed {ATTEMPTS} times, at last by {reason}: run the same command again later")

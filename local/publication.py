@@ -85,6 +85,7 @@ class Publication:
         version, url = self.kaggle.push(metadata, self.bundle.script)
         self._note("kernel", {"sent": wanted, "version": version, "url": url})
         say(f"{metadata['id']}: version {version} pushed, {url}")
+        self.kaggle.clock.sleep(RUN[0])  # Kaggle is asked for the latest run, which a moment ago was the one before
 
     def collect_output(self) -> Path:
         """Wait for the run, bring its log and its CSV, and check the CSV: its path.
@@ -131,14 +132,15 @@ class Publication:
         """
         name, version = self.bundle.competition, self.state["kernel"]["version"]
         row = row_of(self.bundle, version)
-        description = f"{row['runs'][:100]}, version {version}, manifest {row['manifest'][:16]}"
+        kernel, made_of = self.bundle.metadata["id"], row["runs"][:100]
+        description = f"{made_of}, {kernel} version {version}, manifest {row['manifest'][:16]}"  # found again by it
         if not self._find(description):
             left = self.kaggle.submissions_left(name)
             if left < 1:
                 raise InputError(f"{name} allows no further submission today: run the same command after midnight UTC")
             say(f"{name}: {left} submissions left today, one of which is made now")
-            kernel = self.bundle.metadata["id"] if self.competition.is_kernels_submissions_only else None
-            self.kaggle.submit(name, description, output, kernel, version)
+            takes_kernels = self.competition.is_kernels_submissions_only
+            self.kaggle.submit(name, description, output, kernel if takes_kernels else None, version)
         note(row, ledger)
 
         def ask() -> tuple[object | None, str]:

@@ -81,7 +81,9 @@ def main() -> None:
     parser.add_argument("--build", type=Path, default=Path("build"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--submit", action="store_true", help="submit to the competition, wait for the score")
     parser.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
-    parser.add_argument("--public", action="store_true", help="show kernel and dataset to everybody")
+    parser.add_argument(
+        "--public", action="store_true", help="show the kernel, and a dataset that is new, to everybody"
+    )
     options = parser.parse_args()
     publish(options.build, options.submit, options.public, options.dry_run)
 

@@ -473,6 +473,13 @@ def test_a_run_that_fails_shows_the_end_of_its_log_and_the_next_command_pushes_a
     assert world.kaggle.count("CreateDataset") == 1
 
 
+def test_a_state_that_the_client_does_not_know_is_no_traceback(world):
+    world.kaggle.running = ["HIBERNATING"]
+    message = world.refusal()
+    assert "HIBERNATING" in message
+    assert "pip install --upgrade kaggle" in message
+
+
 def test_a_log_of_other_weights_is_not_taken_for_this_version(world):
     """Kaggle tells of a kernel's latest run, which may for a moment be the one before."""
     log, world.kaggle.log = world.kaggle.log, "done: 3 photos"
