@@ -91,7 +91,7 @@ class Kaggle:
         self.name = self.api.get_config_value("username")
 
     def call(self, what: str, function: Callable, *arguments: Any, forbidden: str = "", **named: Any) -> Any:
-        """What a function of the client returns; tried again after network failures, 429 and 5xx.
+        """What a function of the client returns; tried again after network failures, 408, 429 and 5xx.
 
         Args:
             what: the attempt in words, for messages: "sending the weights".
@@ -113,7 +113,7 @@ class Kaggle:
                     raise InputError(f"{what}: Kaggle forbids it ({reason}){forbidden and ': ' + forbidden}") from error
                 if code == 404:
                     raise NotFound(f"{what}: Kaggle does not find it ({reason})") from error
-                if code and code != 429 and code < 500:
+                if code and code not in (408, 429) and code < 500:
                     raise InputError(f"{what}: Kaggle refuses it ({reason})") from error
                 if attempt < ATTEMPTS:
                     pause = min(max(delay, retry_after(error)), LONGEST_DELAY)
@@ -137,8 +137,7 @@ class Kaggle:
         Raises:
             InputError: there is no answer within the limit.
         """
-        started = told = self.clock.now()
-        last = None
+        started, told, last = self.clock.now(), 0.0, None
         while True:
             answer, state = ask()
             waited = self.clock.now() - started

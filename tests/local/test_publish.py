@@ -4,11 +4,13 @@ python -m pytest tests/local/test_publish.py
 """
 
 import csv
+import io
 import json
 import re
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -382,6 +384,17 @@ def test_an_upload_that_never_ends_is_resumed_by_the_next_command(world):
     assert world.kaggle.count("StartBlobUpload") == len(names)  # none was begun anew
     stored = world.kaggle.stored(DATASET)
     assert all(stored[name] == (world.build / "weights" / name).read_bytes() for name in names)
+
+
+def test_wheels_travel_in_a_zip_that_kaggle_unpacks_into_their_folder(world):
+    wheel = world.build / "weights" / "wheels" / "ftfy-6.3-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.write_bytes(b"a wheel")
+    manifest = json.loads((world.build / "weights" / MANIFEST).read_text(encoding="utf-8"))
+    world.bundle_again(files={**manifest["files"], f"wheels/{wheel.name}": sha256(wheel)})
+    world.publish()
+    with zipfile.ZipFile(io.BytesIO(world.kaggle.stored(DATASET)["wheels.zip"])) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == {wheel.name: b"a wheel"}
 
 
 def test_no_dataset_is_made_without_a_file_that_was_refused(world):
