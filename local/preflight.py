@@ -106,7 +106,7 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
     """
     metadata = read_kernel_metadata(metadata_path)
     if PLACEHOLDER in json.dumps(metadata):
-        raise InputError(f"{metadata_path}: put your Kaggle name for {PLACEHOLDER}, then bundle and rehearse again")
+        raise InputError(f"{metadata_path}: put your Kaggle name for {PLACEHOLDER}, then bundle again")
     manifest, digest = inspect_weights(build / "weights", metadata)
     inspect_script(build / "kernel.py", digest)
     record = read_record(build)
@@ -209,7 +209,7 @@ def check_owner(bundle: Bundle, owner: str | None, source: str) -> None:
     if owner and owner.lower() != named.lower():
         raise InputError(
             f"kernel-metadata.json is of {named}, the credentials in {source} are of {owner}: "
-            "make both the same, then bundle and rehearse again"
+            "make both the same, then bundle again"
         )
 
 

@@ -33,7 +33,8 @@ def plot_submissions(rows: Sequence[dict[str, str]], path: Path) -> int:
             local, public = float(row["local"]), float(row["public"])
             spread = [[local - (number(row["low"]) or local)], [(number(row["high"]) or local) - local]]
             axis.errorbar(local, public, noise(public, int(row["observations"])), spread, "o", color=f"C{place}")
-            axis.annotate(f" {row['runs']} v{row['version']}", (local, public), fontsize=8)
+            name = f"{row['runs']} v{row['version']}"
+            axis.annotate(name, (local, public), xytext=(4, 4), textcoords="offset points", fontsize=8)
         axis.plot([], [], "o", color=f"C{place}", label=competition)
     low, high = (pick(*axis.get_xlim(), *axis.get_ylim()) for pick in (min, max))
     axis.plot([low, high], [low, high], ":", color="grey", label="equal")
