@@ -27,7 +27,7 @@ from local.console import say
 from local.ensemble import weigh
 from local.generate import generate
 from local.make_run import CACHE, train_run, write_json
-from local.metrics import GUESSES, hit_matrix, interval, paired_gain, score
+from local.metrics import GUESSES, bounded, hit_matrix, paired_gain, score
 from local.recipe import read_recipe
 from local.rehearsal import read_solution
 
@@ -353,12 +353,6 @@ def row_of(rung: Rung, truth: Sequence[str], hits: dict[str, np.ndarray]) -> dic
         gain, error = paired_gain(hits[rung.name], hits[rung.below.name])
         row["gain"] = {"over": rung.below.name, "value": gain, "low": gain - 1.96 * error, "high": gain + 1.96 * error}
     return row
-
-
-def bounded(sample: np.ndarray) -> dict[str, float]:
-    """A mean with its 95% interval."""
-    low, high = interval(sample)
-    return {"value": float(sample.mean()), "low": low, "high": high}
 
 
 def tell_ladder(report: dict) -> list[str]:

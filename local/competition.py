@@ -32,6 +32,7 @@ from local.console import say
 
 COLUMNS = ("split", "observation", "class_id", "photo")
 TAXONOMY = ("phylum", "class", "order", "family", "genus")  # the columns above the species, the widest first
+NAMES = ("species", "poisonous")  # what people want to know of a class; nothing is learnt from it
 TIME_LIMITS = {layout.name: 9 * 3600 for layout in LAYOUTS} | {"fungiclef": 12 * 3600}  # seconds, of a GPU kernel
 
 
@@ -41,7 +42,7 @@ class Competition:
 
     Attributes:
         photos: a row per photo, with COLUMNS: split "train" or "val", observation and class ids as the competition
-            spells them, and the photo's path; then METADATA and TAXONOMY, where the layout has them.
+            spells them, and the photo's path; then METADATA, TAXONOMY and NAMES, where the layout has them.
         resolution: of the folders of photos, where there are several, the one that was wanted.
     """
 
@@ -69,7 +70,7 @@ class Competition:
 
     def digest(self) -> str:
         """SHA-256 of the labelled table and of every photo's name and size, the same wherever the folder lies."""
-        said = self.photos.drop(columns=list(COLUMNS)).itertuples(index=False, name=None)
+        said = self.photos.drop(columns=[*COLUMNS, *NAMES], errors="ignore").itertuples(index=False, name=None)
         lines = sorted(
             f"{row.split} {row.observation} {row.class_id} {row.photo.relative_to(self.folder).as_posix()} "
             f"{row.photo.stat().st_size if row.photo.is_file() else 'missing'} {' '.join(more)}"
@@ -218,7 +219,8 @@ def _read_fungi(folder: Path, layout: Layout, marker: Path, resolution: str) -> 
             continue
         photos = _find_photos(layout.photo_folder(folder, marker, split), resolution, lines)
         for row in read_table(table, ("observationID", "filename", "category_id")):
-            more = {column: row.get(column) or "" for column in (*METADATA, *TAXONOMY)}
+            more = {column: row.get(column) or "" for column in (*METADATA, *TAXONOMY, *NAMES)}
+            more["species"] = more["species"] or row.get("scientificName") or ""
             photo = (split, row["observationID"], row["category_id"], photos / row["filename"])
             rows.append(dict(zip(COLUMNS, photo, strict=True)) | more)
     for line in dict.fromkeys(lines):
@@ -254,11 +256,12 @@ def _read_herbarium(folder: Path, layout: Layout, marker: Path, resolution: str)
         rows = [("train", image, label, photos / names[image]) for image, label in labels]
         ranks = {
             coco_id(category, "category"): {rank: str(category.get(rank, "")) for rank in TAXONOMY}
+            | {"species": str(category.get("name", category.get("scientificName", ""))), "poisonous": ""}
             for category in said.get("categories", ())
         }
     except (KeyError, TypeError) as error:
         raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
-    unknown = dict.fromkeys(TAXONOMY, "")
+    unknown = dict.fromkeys((*TAXONOMY, *NAMES), "")
     return [dict(zip(COLUMNS, row, strict=True)) | ranks.get(row[2], unknown) for row in rows]
 
 
@@ -271,7 +274,8 @@ def _read_class_folders(folder: Path, layout: Layout, marker: Path, resolution: 
     ]
 
 
-# By the form of the test table. Each returns a row per photo: COLUMNS, and METADATA and TAXONOMY if it knows them.
+# By the form of the test table. Each returns a row per photo: COLUMNS, and METADATA,
+# TAXONOMY and NAMES if it knows them.
 READERS: dict[str, Callable[[Path, Layout, Path, str], list[dict]]] = {
     ".csv": _read_fungi,
     ".json": _read_herbarium,

@@ -43,6 +43,12 @@ def interval(sample: np.ndarray, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def bounded(sample: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """A mean with its 95% interval: `value`, `low`, `high`."""
+    low, high = interval(sample, seed)
+    return {"value": float(np.mean(sample)), "low": low, "high": high}
+
+
 def paired_gain(new: np.ndarray, old: np.ndarray) -> tuple[float, float]:
     """The mean difference between two methods on the same observations, and its standard error."""
     difference = np.asarray(new, dtype=float) - np.asarray(old, dtype=float)

@@ -1,0 +1,60 @@
+"""Evaluate a run by what was held out from it: all figures as metrics.json, and a page to look at, report.html.
+
+python local/evaluate.py runs/best --data data/fungi-clef-2025
+python local/evaluate.py runs/best --data data/fungi-clef-2025 --against runs/baseline --focus "Amanita fulvoides"
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from local.console import run, say
+from local.report.evidence import read_evidence
+from local.report.figures import evaluate
+from local.report.page import render
+
+
+def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequence[str] = ()) -> Path:
+    """Write metrics.json and report.html into a run's folder. What training left in metrics.json stays there.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: something of the user's is wrong; then nothing is written.
+    """
+    evidence = read_evidence(folder, data)
+    figures = json.loads(json.dumps(evaluate(evidence, others, focus), default=float, allow_nan=False))
+    page = render(figures, data)
+    by_training = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.dumps(by_training | {"evaluation": figures}, indent=1, ensure_ascii=False) + "\n"
+    for name, text in (("metrics.json", metrics), ("report.html", page)):
+        partial = folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / name)
+    return folder / "report.html"
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the competition, as downloaded")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with")
+    parser.add_argument("--focus", nargs="+", default=[], metavar="SPECIES", help="species to look at closely")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    page = report(options.run, options.data, options.against, options.focus)
+    say(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

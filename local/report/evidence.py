@@ -1,0 +1,255 @@
+"""Read what a report rests on: a run's answers to what was held out from it, and what these are about."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kernel.mounts import InputError, read_weights
+from kernel.observations import Observation
+from local.accuracy import embed
+from local.banks import pool, unit
+from local.choice import Outcome, compare
+from local.competition import (
+    NAMES,
+    TAXONOMY,
+    Competition,
+    labelled,
+    lineages,
+    places_of,
+    read_competition,
+    sort_ids,
+)
+from local.ensemble import VALIDATION_FILE, Answers, read_answers
+from local.recipe import Recipe, make_recipe
+from local.runs import CACHE
+
+SPECIES = "species"  # the finest rank: the class itself
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One level of the taxonomy.
+
+    Attributes:
+        names: (groups,) in the order of the taxonomy, so that relatives are neighbours.
+        groups: (classes,) the group of each; a class whose group is not named is alone in its own.
+        is_named: (groups,) bool.
+    """
+
+    name: str
+    names: list[str]
+    groups: np.ndarray
+    is_named: np.ndarray
+
+    def pooled(self, probabilities: np.ndarray) -> np.ndarray:
+        """(queries, classes) -> (queries, groups): a group is as likely as its species together."""
+        order = np.argsort(self.groups, kind="stable")
+        starts = np.searchsorted(self.groups[order], np.arange(len(self.names)))
+        return np.add.reduceat(probabilities[:, order], starts, axis=1)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Photos of the reference and of the queries, as the run's encoder sees them, the reference's mean subtracted.
+
+    Attributes:
+        photos: (photos, views, features) float32, of length 1: those of the queries.
+        owners: (photos,) the query of each.
+        observations: all that were embedded, the queries first.
+        readable: (observations,) how many of its photos could be read.
+        pooled: (observations, features), of length 1, or 0 where no photo could be read.
+        classes: (observations,) place of the class.
+        is_reference: (observations,) bool.
+    """
+
+    photos: np.ndarray
+    owners: np.ndarray
+    observations: list[Observation]
+    readable: np.ndarray
+    pooled: np.ndarray
+    classes: np.ndarray
+    is_reference: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A run's answers to its held-out observations.
+
+    Attributes:
+        classes: the bank's class ids, and after them those of queries whose class the bank lacks.
+        names: (classes,) of species, for people; no two are alike.
+        poisonous: (classes,) 1, 0, or NaN where the competition does not say.
+        ranks: of the taxonomy, the widest first, the species last.
+        queries: the held-out observations.
+        truth: (queries,) place in `classes`.
+        log_probabilities: (queries, classes) float32; minus infinity for a class that the bank lacks.
+        shots: (queries,) observations of the true class to learn from, the query itself left out. (So it is in every
+            fold for classes of up to five observations; of more, a fold leaves out several, and four or more remain.)
+        reference: (classes,) observations of each in the run's bank.
+    """
+
+    run: Path
+    manifest: dict
+    recipe: Recipe
+    competition: Competition
+    classes: list[str]
+    names: list[str]
+    poisonous: np.ndarray
+    ranks: list[Rank]
+    queries: list[Observation]
+    truth: np.ndarray
+    log_probabilities: np.ndarray
+    shots: np.ndarray
+    reference: np.ndarray
+    memory: dict = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """(queries, classes) float32."""
+        return torch.tensor(self.log_probabilities).softmax(dim=1).numpy()
+
+    @cached_property
+    def outcome(self) -> Outcome:
+        """Guesses, places of the true class, and log-losses."""
+        return judge(self.log_probabilities, self.truth)
+
+    @cached_property
+    def guesses(self) -> np.ndarray:
+        """(queries,) the first guess."""
+        return self.outcome.top[:, 0]
+
+    @cached_property
+    def embedded(self) -> Embedded:
+        """The embeddings, from the cache that training filled."""
+        return read_embeddings(self)
+
+    def photo(self, path: Path) -> str:
+        """A photo's path inside the competition."""
+        return path.relative_to(self.competition.folder).as_posix()
+
+
+def judge(log_probabilities: np.ndarray, truth: np.ndarray) -> Outcome:
+    """What (queries, classes) log-probabilities answer; the loss of a class that they lack is NaN."""
+    outcome = compare(torch.tensor(log_probabilities), truth)
+    return Outcome(outcome.top, outcome.places, np.where(np.isinf(outcome.losses), np.nan, outcome.losses), ())
+
+
+def read_evidence(run: Path, data: Path) -> Evidence:
+    """All that is known of a run's held-out answers.
+
+    Raises:
+        InputError: `run` is no run or kept no answers; `data` is not the competition that they are about.
+    """
+    manifest, answers = read_weights(run).manifest, answers_of(run)
+    recipe = make_recipe(manifest["members"][0]["recipe"], str(run))
+    competition = read_competition(data, manifest["competition"]["resolution"])
+    known = labelled(competition, "train", "val")
+    place = {observation.id: number for number, observation in enumerate(known.observations)}
+    ids, bank = asked(answers)
+    missing = [name for name in ids if name not in place]
+    if missing:
+        raise InputError(f"{data} lacks observation {missing[0]}, which {run} was judged by: give the data of the run")
+    asked_places = np.array([place[name] for name in ids])
+    class_ids = known.class_ids[asked_places]
+    stored = np.array([bank[number] if number >= 0 else "" for number in answers.truth.tolist()], dtype=object)
+    if ((stored != class_ids) & (stored != "")).any():
+        raise InputError(f"{data} names other classes than {run} was judged by: give the data of the run")
+    classes = [*bank, *sort_ids(set(class_ids) - set(bank))]
+    lacking = np.full((len(ids), len(classes) - len(bank)), -np.inf, dtype=np.float32)
+    names, poisonous = names_of(competition, classes)
+    truth = places_of(class_ids, classes)
+    reference = labelled(competition, *recipe.reference.split("+"))
+    sizes = np.bincount(places_of(reference.class_ids, classes) + 1, minlength=len(classes) + 1)[1:]
+    own = np.isin(ids, [observation.id for observation in reference.observations])
+    return Evidence(
+        run,
+        manifest,
+        recipe,
+        competition,
+        classes,
+        names,
+        poisonous,
+        read_ranks(competition, classes, names),
+        [known.observations[number] for number in asked_places],
+        truth,
+        np.concatenate([answers.log_probabilities.numpy(), lacking], axis=1),
+        sizes[truth] - own,
+        sizes,
+    )
+
+
+def answers_of(run: Path) -> Answers:
+    """The answers that training kept.
+
+    Raises:
+        InputError: it kept none.
+    """
+    answers = read_answers(run)
+    if answers is None:
+        raise InputError(f"{run / VALIDATION_FILE} is missing: nothing could be held out, or train the run again")
+    return answers
+
+
+def asked(answers: Answers) -> tuple[list[str], list[str]]:
+    """The ids of the observations that answers are to, and of the classes that they are about."""
+    said = json.loads(answers.asked)
+    return json.loads(said["observations"]), json.loads(said["classes"])
+
+
+def names_of(competition: Competition, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Of each class its species' name, with the id where two share it; and whether it is poisonous (1, 0, NaN)."""
+    said = competition.photos.reindex(columns=["class_id", *NAMES], fill_value="").groupby("class_id").max()
+    said = said.reindex(classes, fill_value="")
+    names = np.where(said["species"] == "", classes, said["species"])
+    shared = pd.Series(names).duplicated(keep=False)
+    names = [f"{name} #{one}" if twice else name for name, one, twice in zip(names, classes, shared, strict=True)]
+    return names, pd.to_numeric(said["poisonous"], errors="coerce").to_numpy(dtype=float)
+
+
+def read_ranks(competition: Competition, classes: Sequence[str], names: Sequence[str]) -> list[Rank]:
+    """The ranks that the competition names, and the species."""
+    known, unknown = lineages(competition), ("",) * len(TAXONOMY)
+    lines = [known.get(one, unknown) for one in classes]
+    order = sorted(range(len(classes)), key=lambda place: (lines[place], names[place]))
+    ranks = []
+    for level, name in enumerate((*TAXONOMY, SPECIES)):
+        said = [names[place] if name == SPECIES else lines[place][level] for place in range(len(classes))]
+        if not any(said):
+            continue
+        own = [text or f"of {names[place]}" for place, text in enumerate(said)]
+        groups = {text: number for number, text in enumerate(dict.fromkeys(own[place] for place in order))}
+        is_named = np.isin(list(groups), list(filter(None, said)))
+        ranks.append(Rank(name, list(groups), np.array([groups[text] for text in own]), is_named))
+    return ranks
+
+
+def read_embeddings(evidence: Evidence) -> Embedded:
+    """The photos of the reference and of the queries, embedded already unless the cache was removed."""
+    reference = labelled(evidence.competition, *evidence.recipe.reference.split("+")).observations
+    # Queries first, so that their places are those of the evidence.
+    known = {observation.id: observation for observation in [*evidence.queries, *reference]}
+    observations = list(known.values())
+    found = embed(evidence.run, observations, evidence.recipe.views, evidence.run.parent / CACHE)
+    everything = labelled(evidence.competition, "train", "val")
+    ids = [observation.id for observation in everything.observations]
+    class_of = dict(zip(ids, everything.class_ids, strict=True))
+    readable = np.bincount(found.observations, minlength=len(observations))
+    is_reference = np.isin(list(known), [observation.id for observation in reference])
+    pooled = pool(found.values, found.observations, len(observations), evidence.recipe.pooling)
+    mean = pooled[(readable > 0) & is_reference].mean(axis=0)
+    is_query = found.observations < len(evidence.queries)
+    return Embedded(
+        unit(found.values[is_query].astype(np.float32) - mean.astype(np.float32)),
+        found.observations[is_query],
+        observations,
+        readable,
+        unit(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),
+        places_of([class_of[name] for name in known], evidence.classes),
+        is_reference,
+    )

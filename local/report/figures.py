@@ -1,0 +1,507 @@
+"""Compute every figure of a report: what is shown elsewhere of a run is read from what this returns.
+
+Called by local/evaluate.py; draws nothing. A dictionary {value, low, high} is a mean with its 95% interval.
+"""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.sparse import csr_array
+from scipy.stats import norm
+
+from kernel.mounts import InputError
+from kernel.observations import Observation
+from local.choice import Outcome, compare
+from local.competition import find_layout, places_of, sort_ids
+from local.metrics import GUESSES, RESAMPLES, bounded, score
+from local.report.advice import advise
+from local.report.closeup import Closeup
+from local.report.evidence import Evidence, Rank, answers_of, asked, judge
+from local.report.origin import reproduce, training
+from local.report.trust import trust
+
+MOST_SHOTS = MOST_PHOTOS = 4  # what has so many or more is told together
+HABITATS = 12  # told apart; the others together
+PAIRS = 25  # confusions that are shown
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+          "December")  # fmt: skip
+# Observations of the two parts of a leaderboard, by the size of the whole test: FungiCLEF 2025's.
+BOARDS = {999: {"public": 226, "private": 773}}
+RECALLS = {f"recall_at_{count}": count for count in GUESSES}
+MAIN = 5  # guesses, of the recall by which what is better is told
+CONFIDENCES = 20  # bars of a histogram
+VISIBLE = 0.04  # of a matrix's side, for a name beside it
+SHOWN = 8  # photos of a species in focus
+COSTS = {"poisonous taken for edible": 100, "edible taken for poisonous": 1}  # FungiCLEF 2024's
+CELLS = 20_000_000  # of drawn counts in memory at once
+
+
+def evaluate(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -> dict:
+    """All figures of a run's report.
+
+    Args:
+        others: runs to compare with, judged by the same observations, or by some of them.
+        focus: names of species, or class ids, to look at closely.
+
+    Raises:
+        InputError: another run has no observation in common; a species is not known.
+    """
+    wanted = [place for name in focus for place in find_species(evidence, name)]
+    closeup = Closeup(evidence)
+    figures = {
+        "run": evidence.run.name,
+        "data": evidence.competition.folder.name,
+        "layout": evidence.competition.layout.name,
+        "observations": len(evidence.queries),
+        "classes": len(evidence.classes),
+        "classes_asked": len(np.unique(evidence.truth)),
+        "reference_observations": int(evidence.reference.sum()),
+        "headline": headline(evidence.truth, evidence.log_probabilities),
+        "by_training": evidence.manifest["members"][0]["validation"],
+        "chosen": list(evidence.recipe.choose),
+        "against": [against(evidence, run) for run in others],
+    }
+    figures["leaderboard"] = leaderboard(evidence, figures["against"])
+    figures["ranks"] = [by_rank(evidence, rank) for rank in evidence.ranks]
+    figures["hierarchical"] = hierarchical(evidence)
+    figures["groups"] = groups(evidence)
+    figures["species"] = species(evidence, closeup)
+    figures["confusions"] = [confusion(evidence, rank) for rank in evidence.ranks]
+    figures["mistaken"] = mistaken(evidence)
+    figures["pairs"] = pairs(evidence, closeup)
+    figures["deadly"] = deadly(evidence, closeup)
+    figures["focus"] = [in_focus(evidence, closeup, place) for place in wanted]
+    figures["photos"] = closeup.photos()
+    figures["trust"] = trust(evidence, closeup)
+    figures["map"] = closeup.map()
+    figures["training"] = training(evidence)
+    figures["advice"] = advise(evidence, figures)
+    figures["reproduce"] = reproduce(evidence, others, focus)
+    return figures
+
+
+def find_species(evidence: Evidence, name: str) -> list[int]:
+    """The classes of a species, two of which may have one name.
+
+    Raises:
+        InputError: there is none.
+    """
+    plain = [full.split(" #")[0].casefold() for full in evidence.names]
+    found = [place for place, one in enumerate(plain) if name.casefold() in (one, evidence.classes[place].casefold())]
+    if not found:
+        near = difflib.get_close_matches(name.casefold(), plain, n=3, cutoff=0.0)
+        near = ", ".join(evidence.names[plain.index(one)] for one in near)
+        raise InputError(f'--focus "{name}" is no species of {evidence.competition.folder}: the nearest are {near}')
+    return found
+
+
+def headline(truth: np.ndarray, log_probabilities: np.ndarray) -> dict:
+    """Recalls, macro and weighted F1, and log-loss, each with its interval."""
+    outcome = judge(log_probabilities, truth)
+    scores = score(truth, outcome.top)
+    values = {
+        name: {"value": scores[name], "low": scores[f"{name}_low"], "high": scores[f"{name}_high"]}
+        for name in (*RECALLS, "macro_f1")
+    }
+    value, drawn = weighted_f1(truth, outcome.top[:, 0])
+    return values | {"weighted_f1": spread(value, drawn), "log_loss": mean_loss(outcome.losses)}
+
+
+def spread(value: float, drawn: np.ndarray) -> dict:
+    """A value with the interval of what resampling made of it."""
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def mean_loss(losses: np.ndarray) -> dict | None:
+    """The mean log-loss, over observations whose class the bank has."""
+    known = losses[~np.isnan(losses)]
+    return bounded(known) if len(known) else None
+
+
+def draws(count: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """How often each observation is drawn, (resamples, count) float32, in parts that make RESAMPLES together."""
+    rng, left = np.random.default_rng(seed), RESAMPLES
+    while left:
+        part = min(left, max(1, CELLS // count))
+        yield rng.multinomial(count, np.full(count, 1 / count), part).astype(np.float32)
+        left -= part
+
+
+def weighted_f1(truth: np.ndarray, guesses: np.ndarray) -> tuple[float, np.ndarray]:
+    """F1 averaged over classes by their observations; and the same of every resample of the observations."""
+
+    def of(weights: np.ndarray) -> np.ndarray:
+        true, guessed, hit = (weights @ matrix for matrix in (asked_of, guessed_of, hits_of))
+        return (2 * hit / np.maximum(true + guessed, 1) * true).sum(axis=1) / weights.sum(axis=1)
+
+    classes, places = np.unique(np.concatenate([truth, guesses]), return_inverse=True)
+    own, said = places[: len(truth)], places[len(truth) :]
+    shape, rows = (len(truth), len(classes)), np.arange(len(truth))
+    asked_of, guessed_of = (csr_array((np.ones(len(rows), np.float32), (rows, one)), shape) for one in (own, said))
+    hits_of = csr_array(((own == said).astype(np.float32), (rows, own)), shape)
+    value = of(np.ones((1, len(truth)), np.float32))[0]
+    return float(value), np.concatenate([of(part) for part in draws(len(truth))])
+
+
+def against(evidence: Evidence, other: Path) -> dict:
+    """Another run on the observations that both were judged by: its scores, and the paired differences from them.
+
+    Raises:
+        InputError: there are no such observations.
+    """
+    answers = answers_of(other)
+    ids, bank = asked(answers)
+    place = {name: number for number, name in enumerate(ids)}
+    ours = np.array([number for number, query in enumerate(evidence.queries) if query.id in place], dtype=int)
+    if not len(ours):
+        raise InputError(
+            f"{other} was judged by none of the observations of {evidence.run}: compare runs of one --data"
+        )
+    theirs = np.array([place[evidence.queries[number].id] for number in ours])
+    classes = [*evidence.classes, *sort_ids(set(bank) - set(evidence.classes))]
+    found = np.full((len(ours), len(classes)), -np.inf, dtype=np.float32)
+    found[:, places_of(bank, classes)] = answers.log_probabilities.numpy()[theirs]
+    own = np.full_like(found, -np.inf)
+    own[:, : len(evidence.classes)] = evidence.log_probabilities[ours]
+    truth = evidence.truth[ours]
+    new, old = judge(own, truth), judge(found, truth)
+    gains = {name: recall_gain(new, old, count) for name, count in RECALLS.items()}
+    per_class = [f1_per_class(truth, outcome.top[:, 0], len(classes)) for outcome in (new, old)]
+    met = np.unique(np.concatenate([truth, new.top[:, 0], old.top[:, 0]]))
+    gains["macro_f1"] = bounded(per_class[0][met] - per_class[1][met])
+    (first, drawn), (second, drawn_too) = (weighted_f1(truth, outcome.top[:, 0]) for outcome in (new, old))
+    gains["weighted_f1"] = spread(first - second, drawn - drawn_too)
+    gains["log_loss"] = mean_loss(new.losses - old.losses)
+    together = compare(torch.tensor(own + found), truth)
+    best = max(new, old, key=lambda outcome: (outcome.places < MAIN).mean())
+    return {
+        "run": other.name,
+        "path": str(other),
+        "observations": len(ours),
+        "scores": headline(truth, found),
+        "gain": gains,
+        "together": {name: recall_gain(together, best, count) for name, count in RECALLS.items()},
+    }
+
+
+def recall_gain(new: Outcome, old: Outcome, count: int) -> dict:
+    """How much oftener the true class is among so many guesses, paired by observation."""
+    return bounded((new.places < count).astype(float) - (old.places < count))
+
+
+def f1_per_class(truth: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:
+    """(classes,) F1; 0 where a class was neither asked nor guessed."""
+    hits = np.bincount(truth[truth == guesses], minlength=classes)
+    met = np.bincount(truth, minlength=classes) + np.bincount(guesses, minlength=classes)
+    return 2 * hits / np.maximum(met, 1)
+
+
+def leaderboard(evidence: Evidence, others: Sequence[dict]) -> dict:
+    """What the leaderboard can see of the score that it is ordered by.
+
+    `boards` says of each of its parts where this run's score will fall in 95 of 100 cases, the chance of the held-out
+    observations included; and how probable it is that a run which is better by what was found looks worse there.
+    """
+    layout, marker = find_layout(evidence.competition.folder)
+    size = len(layout.read(evidence.competition.folder, marker, evidence.competition.resolution))
+    name, count = ("recall_at_5", 5) if layout.guesses >= 5 else ("recall_at_1", 1)
+    recall, boards = float((evidence.outcome.places < count).mean()), []
+    for part, observations in BOARDS.get(size, {"whole test": size}).items():
+        if not observations:
+            continue
+        variance = recall * (1 - recall)
+        noise = 1.96 * np.sqrt(variance / observations)
+        width = 1.96 * np.sqrt(variance / observations + variance / len(evidence.queries))
+        wrong = {}
+        for other in others:
+            gain = other["gain"][name]
+            deviation = (gain["high"] - gain["low"]) / (2 * 1.96) * np.sqrt(other["observations"] / observations)
+            wrong[other["run"]] = float(norm.cdf(-abs(gain["value"]) / deviation)) if deviation else 0.0
+        boards.append(
+            {
+                "part": part,
+                "observations": observations,
+                "half_width": float(noise),
+                "expected": {"value": recall, "low": max(0.0, recall - width), "high": min(1.0, recall + width)},
+                "wrong_order": wrong,
+            }
+        )
+    return {"score": name, "boards": boards}
+
+
+def by_rank(evidence: Evidence, rank: Rank) -> dict:
+    """How good the answers are at one level of the taxonomy, a group's probability being that of its species.
+
+    `by_species` is how often the first species' own group is right: where that is better, large groups collect more
+    from many unlikely species than they deserve.
+    """
+    truth, outcome, confidence = rank_outcome(evidence, rank)
+    scores = score(truth, outcome.top)
+    edges = np.linspace(0, 1, CONFIDENCES + 1)
+    right = outcome.places == 0
+    return {
+        "rank": rank.name,
+        "groups": int(rank.is_named.sum()),
+        "asked": len(np.unique(truth)),
+        **{
+            name: {"value": scores[name], "low": scores[f"{name}_low"], "high": scores[f"{name}_high"]}
+            for name in ("recall_at_1", "recall_at_5", "macro_f1")
+        },
+        "by_species": bounded((rank.groups[evidence.guesses] == truth).astype(float)),
+        "confidence": float(confidence.mean()),
+        "histogram": {
+            "right": np.histogram(confidence[right], edges)[0].tolist(),
+            "wrong": np.histogram(confidence[~right], edges)[0].tolist(),
+        },
+    }
+
+
+def rank_outcome(evidence: Evidence, rank: Rank) -> tuple[np.ndarray, Outcome, np.ndarray]:
+    """At one rank the true groups, (queries,), the answers, and the probabilities of the first of them, (queries,)."""
+    if rank.name not in evidence.memory:
+        truth, pooled = rank.groups[evidence.truth], rank.pooled(evidence.probabilities)
+        evidence.memory[rank.name] = truth, compare(torch.tensor(pooled), truth), pooled.max(axis=1)
+    return evidence.memory[rank.name]
+
+
+def hierarchical(evidence: Evidence) -> dict:
+    """How often every rank's own first guess is right; and how often these guesses lie on one line of the tree."""
+    firsts = {rank.name: rank_outcome(evidence, rank) for rank in evidence.ranks}
+    right = np.all([outcome.places == 0 for _, outcome, _ in firsts.values()], axis=0)
+    line = np.all(
+        [firsts[rank.name][1].top[:, 0] == rank.groups[evidence.guesses] for rank in evidence.ranks],
+        axis=0,
+    )
+    return {"accuracy": bounded(right.astype(float)), "consistent": bounded(line.astype(float))}
+
+
+def groups(evidence: Evidence) -> dict[str, list[dict]]:
+    """Recalls by shots, photos, habitat and month; what a competition does not say is left out."""
+    habitats = Counter(said for query in evidence.queries if (said := query.metadata.get("habitat")))
+    common = [name for name, _ in habitats.most_common(HABITATS)]
+    photos = [len(query.photos) for query in evidence.queries]
+    labels = {
+        "shots": ([capped(count, MOST_SHOTS) for count in evidence.shots], up_to(MOST_SHOTS)),
+        "photos": ([capped(count, MOST_PHOTOS) for count in photos], up_to(MOST_PHOTOS)),
+        "habitat": (
+            [
+                said if (said := query.metadata.get("habitat")) in common else "others" if said else None
+                for query in evidence.queries
+            ],
+            [*common, "others"],
+        ),
+        "month": ([month_of(query) for query in evidence.queries], list(MONTHS)),
+    }
+    told = {name: recalls_by(evidence, *given) for name, given in labels.items()}
+    return {name: rows for name, rows in told.items() if len(rows) > 1}
+
+
+def capped(count: int, most: int) -> str:
+    """`3`, or `4 or more`."""
+    return str(count) if count < most else f"{most} or more"
+
+
+def up_to(most: int) -> list[str]:
+    """All that `capped` may say."""
+    return [capped(count, most) for count in range(most + 1)]
+
+
+def month_of(query: Observation) -> str | None:
+    """The name of the month, where the table has it."""
+    with suppress(KeyError, ValueError, IndexError):
+        return MONTHS[int(float(query.metadata["month"])) - 1]
+    return None
+
+
+def recalls_by(evidence: Evidence, labels: Sequence[str | None], order: Sequence[str]) -> list[dict]:
+    """Recalls of the observations of each label, in order; those without one are left out."""
+    rows, labels = [], np.array(labels, dtype=object)
+    for label in order:
+        places = evidence.outcome.places[labels == label]
+        if len(places):
+            recalls = {name: bounded((places < count).astype(float)) for name, count in RECALLS.items()}
+            rows.append({"label": label, "observations": len(places), **recalls})
+    return rows
+
+
+def species(evidence: Evidence, closeup: Closeup) -> list[dict]:
+    """A row for every class, in the order of the taxonomy."""
+    photos = closeup.first_photos()
+    count, outcome = len(evidence.classes), evidence.outcome
+    asked_of, guessed = (np.bincount(one, minlength=count) for one in (evidence.truth, evidence.guesses))
+    first, five = (
+        np.bincount(evidence.truth, outcome.places < most, minlength=count) / np.maximum(asked_of, 1)
+        for most in (1, MAIN)
+    )
+    own = evidence.probabilities[np.arange(len(evidence.truth)), evidence.truth]
+    mean = np.bincount(evidence.truth, own, minlength=count) / np.maximum(asked_of, 1)
+    f1 = f1_per_class(evidence.truth, evidence.guesses, count)
+    return [
+        {
+            "class": int(place),
+            "id": evidence.classes[place],
+            "name": evidence.names[place],
+            "lineage": [
+                rank.names[group] if rank.is_named[group := rank.groups[place]] else None
+                for rank in evidence.ranks[:-1]
+            ],
+            "poisonous": None if np.isnan(evidence.poisonous[place]) else bool(evidence.poisonous[place]),
+            "shots": int(evidence.reference[place]),
+            "asked": int(asked_of[place]),
+            "guessed": int(guessed[place]),
+            "recall_at_1": float(first[place]) if asked_of[place] else None,
+            "recall_at_5": float(five[place]) if asked_of[place] else None,
+            "f1": float(f1[place]) if asked_of[place] or guessed[place] else None,
+            "probability": float(mean[place]) if asked_of[place] else None,
+            "photo": photos.get(int(place)),
+        }
+        for place in np.argsort(evidence.ranks[-1].groups)
+    ]
+
+
+def confusion(evidence: Evidence, rank: Rank) -> dict:
+    """What is taken for what at one rank: (true, guessed, observations), of groups in the order of the taxonomy."""
+    truth, outcome, _ = rank_outcome(evidence, rank)
+    cells, counts = np.unique(truth * len(rank.names) + outcome.top[:, 0], return_counts=True)
+    true, guessed = np.divmod(cells, len(rank.names))
+    met = np.unique(np.concatenate([true, guessed]))
+    return {
+        "rank": rank.name,
+        "groups": [rank.names[group] for group in met],
+        "relatives": relatives(evidence.ranks, rank, met),
+        "cells": np.stack([np.searchsorted(met, true), np.searchsorted(met, guessed), counts], axis=1).tolist(),
+    }
+
+
+def relatives(ranks: Sequence[Rank], rank: Rank, met: np.ndarray) -> list[dict]:
+    """Runs of neighbours in a matrix that belong together: of the wider rank that tells most of them apart visibly."""
+    best: list[dict] = []
+    first = np.unique(rank.groups, return_index=True)[1][met]  # a species of each group
+    for wider in ranks[: ranks.index(rank)]:
+        above = wider.groups[first]
+        starts = np.flatnonzero(np.r_[True, above[1:] != above[:-1]])
+        ends = np.r_[starts[1:], len(above)]
+        wide = [
+            {"name": wider.names[above[start]], "start": int(start), "end": int(end)}
+            for start, end in zip(starts, ends, strict=True)
+            if end - start >= VISIBLE * len(above)
+        ]
+        best = max(best, wide, key=len)
+    return best
+
+
+def mistaken(evidence: Evidence) -> list[list[int]]:
+    """Every confusion of species: (true class, guessed class, observations)."""
+    count = len(evidence.classes)
+    missed = evidence.guesses != evidence.truth
+    cells, counts = np.unique(evidence.truth[missed] * count + evidence.guesses[missed], return_counts=True)
+    return np.stack([*np.divmod(cells, count), counts], axis=1)[np.argsort(-counts, kind="stable")].tolist()
+
+
+def pairs(evidence: Evidence, closeup: Closeup) -> list[dict]:
+    """The commonest confusions of species, each with an observation and what it was taken for."""
+    missed = np.flatnonzero(evidence.guesses != evidence.truth)
+    cells, firsts, counts = np.unique(
+        evidence.truth[missed] * len(evidence.classes) + evidence.guesses[missed],
+        return_index=True,
+        return_counts=True,
+    )
+    sizes = np.bincount(evidence.truth, minlength=len(evidence.classes))
+    shares = counts / sizes[cells // len(evidence.classes)]
+    return [
+        mistake(evidence, closeup, missed[firsts[place]])
+        | {"observations": int(counts[place]), "share": float(shares[place])}
+        for place in np.lexsort((-shares, -counts))[:PAIRS]
+    ]
+
+
+def mistake(evidence: Evidence, closeup: Closeup, query: int) -> dict:
+    """One misread observation: the classes, by place, the rank that they share, and a photo of each."""
+    true, guessed = int(evidence.truth[query]), int(evidence.guesses[query])
+    shared = [rank.name for rank in evidence.ranks if rank.groups[true] == rank.groups[guessed]]
+    return {
+        "true": true,
+        "guessed": guessed,
+        "shared_rank": shared[-1] if shared else None,
+        "observation": evidence.queries[query].id,
+        "probability": float(evidence.probabilities[query, guessed]),
+        "photo": closeup.photo_of(query),
+        "nearest": closeup.nearest(query, guessed),
+    }
+
+
+def deadly(evidence: Evidence, closeup: Closeup) -> dict | None:
+    """Poisonous taken for edible and the reverse, and what that costs; None where no class is known as poisonous."""
+    poisonous = evidence.poisonous == 1
+    if not poisonous.any():
+        return None
+    edible = evidence.poisonous == 0
+    true, guessed = poisonous[evidence.truth], poisonous[evidence.guesses]
+    kinds = dict(
+        zip(COSTS, (true & edible[evidence.guesses], edible[evidence.truth] & guessed), strict=True),
+    )
+    cost = sum(COSTS[kind] * kinds[kind] for kind in kinds)
+    # Whoever decides by expected cost calls poisonous what is so with more than 1 in 101.
+    likely = evidence.probabilities[:, poisonous].sum(axis=1)
+    dearer, cheaper = COSTS.values()
+    careful = likely > cheaper / (dearer + cheaper)
+    careful_cost = dearer * (true & ~careful) + cheaper * (edible[evidence.truth] & careful)
+    return {
+        "costs": COSTS,
+        "poisonous_classes": int(poisonous.sum()),
+        "poisonous_asked": int(true.sum()),
+        "edible_asked": int(edible[evidence.truth].sum()),
+        "kinds": {kind: int(where.sum()) for kind, where in kinds.items()},
+        "cost": bounded(cost.astype(float)),
+        "careful": {
+            "threshold": cheaper / (dearer + cheaper),
+            "cost": bounded(careful_cost.astype(float)),
+            "missed": int((true & ~careful).sum()),
+            "false_alarms": int((edible[evidence.truth] & careful).sum()),
+        },
+        "mistakes": [
+            {"kind": kind} | mistake(evidence, closeup, query)
+            for kind, where in kinds.items()
+            for query in np.flatnonzero(where)[:PAIRS]
+        ],
+    }
+
+
+def in_focus(evidence: Evidence, closeup: Closeup, place: int) -> dict:
+    """One species: how well it is known at every rank, what it is taken for, and what is taken for it."""
+    own, taken = evidence.truth == place, evidence.guesses == place
+    ranks = []
+    for rank in evidence.ranks:
+        _, outcome, _ = rank_outcome(evidence, rank)
+        places = outcome.places[own]
+        ranks.append(
+            {
+                "rank": rank.name,
+                "expected": rank.names[rank.groups[place]],
+                "recall_at_1": bounded((places == 0).astype(float)) if len(places) else None,
+                "recall_at_5": bounded((places < MAIN).astype(float)) if len(places) else None,
+            }
+        )
+    return {
+        "class": place,
+        "asked": int(own.sum()),
+        "shots": int(evidence.reference[place]),
+        "ranks": ranks,
+        "taken_for": counted(evidence.guesses[own & ~taken]),
+        "taken_for_it": counted(evidence.truth[taken & ~own]),
+        "expected_share": float(evidence.probabilities[own, place].mean()) if own.any() else None,
+        "known": closeup.photos_of(place),
+        "asked_photos": [closeup.photo_of(query) for query in np.flatnonzero(own)[:SHOWN]],
+        "resembles": closeup.resembling(place),
+    }
+
+
+def counted(places: np.ndarray) -> list[dict]:
+    """Classes with how often each occurs, the commonest first."""
+    return [{"class": int(place), "observations": count} for place, count in Counter(places.tolist()).most_common()]
