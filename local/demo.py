@@ -1,4 +1,4 @@
-"""The whole way in a few minutes, with nothing but this repository: draw a competition, train, bundle, rehearse, score.
+"""The whole way in a few minutes, with nothing but this repository: draw, train, bundle, rehearse, evaluate.
 
 python local/demo.py
 """
@@ -16,6 +16,7 @@ from bundle import bundle
 from kernel.mounts import InputError
 from local.competition import labelled, read_competition, sort_ids
 from local.console import run, say
+from local.evaluate import report
 from local.generate import generate
 from local.make_run import train_run
 from local.metrics import describe
@@ -25,7 +26,7 @@ from local.rehearse import rehearse
 
 
 def demonstrate(out: Path, species: int, seed: int) -> None:
-    """Leave in `out` a competition, a run, a bundle, and the rehearsal's scored submission."""
+    """Leave in `out` a competition, a run, a bundle, the rehearsal's scored submission, and the report of the run."""
     if out.exists():
         if not (out / "contact-sheet.png").is_file():
             raise InputError(f"{out} exists and is no earlier demo: give another --out")
@@ -35,23 +36,26 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
     def step(line: str) -> None:
         say(f"\n[{time.monotonic() - started:4.0f} s] {line}")
 
-    step(f"1/4 Drawing a competition: {species} species of fungi, in FungiCLEF 2025's folders and columns.")
+    step(f"1/5 Drawing a competition: {species} species of fungi, in FungiCLEF 2025's folders and columns.")
     drawn = generate(out, species=species, seed=seed)
-    step("2/4 Training a small encoder from scratch, and building the bank of prototypes.")
+    step("2/5 Training a small encoder from scratch, and building the bank of prototypes.")
     train_run(read_recipe("demo", [f"seed={seed}"]), drawn.competition, out / "run")
-    step("3/4 Bundling kernel/ and the run into one script and its weights.")
+    step("3/5 Bundling kernel/ and the run into one script and its weights.")
     bundle([out / "run"], out / "build")
-    step("4/4 Rehearsing the script as Kaggle runs it: alone, offline, the test labels absent.")
-    report = rehearse(drawn.competition, out / "build", drawn.solution)
-    scenario = report["scenarios"][0]
+    step("4/5 Rehearsing the script as Kaggle runs it: alone, offline, the test labels absent.")
+    rehearsed = rehearse(drawn.competition, out / "build", drawn.solution)
+    scenario = rehearsed["scenarios"][0]
     if not scenario["ok"]:
         raise InputError(f"the rehearsal failed: {scenario['reason']}; its log is in {out / 'build' / 'rehearsal'}")
     submission, pictures = out / "build" / "rehearsal" / "plain" / "submission.csv", out / "predictions.png"
     plot_predictions(drawn.competition, submission, drawn.solution, pictures)
 
+    step("5/5 Looking at what the run had not learnt from.")
+    page = report(out / "run", drawn.competition)
+
     classes = len(sort_ids(labelled(read_competition(drawn.competition), "train").class_ids))
     step("Done. On the hidden test observations, with 95% intervals:")
-    say(f"  bundle  {describe(report)}")
+    say(f"  bundle  {describe(rehearsed)}")
     say(f"  chance  Recall@1 {1 / classes:.3f}  Recall@5 {5 / classes:.3f}  Recall@10 {10 / classes:.3f}")
     for what, path in (
         ("the fungi", drawn.contact_sheet),
@@ -59,6 +63,7 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
         ("what was recognised", pictures),
         ("the script for Kaggle", out / "build" / "kernel.py"),
         ("its submission", submission),
+        ("the report of the run", page),
     ):
         say(f"  {what:22} {path}")
 
