@@ -139,9 +139,8 @@ def share(value: float | None) -> str:
     """`32 %`; what is not quite nothing or all does not look like it."""
     if value is None:
         return "–"
-    if 0 < value < 0.01 or 0.99 < value < 1:
-        return "< 1 %" if value < 0.5 else "> 99 %"
-    return f"{100 * value:.0f} %"
+    text = "< 1 %" if 0 < value < 0.01 else "> 99 %" if 0.99 < value < 1 else f"{100 * value:.0f} %"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def code(text: str) -> Markup:
