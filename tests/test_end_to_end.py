@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from local.runs import train_run
 from safetensors.torch import load_file, save_file
 
 from bundle import bundle
 from kernel.mounts import MANIFEST, sha256
 from local import train
 from local.console import run
+from local.make_run import train_run
 from local.recipe import make_recipe
 from local.rehearse import rehearse
 from tests.conftest import ROOT, TINY, command, photo

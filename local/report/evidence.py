@@ -26,8 +26,8 @@ from local.competition import (
     sort_ids,
 )
 from local.ensemble import VALIDATION_FILE, Answers, read_answers
+from local.make_run import CACHE
 from local.recipe import Recipe, make_recipe
-from local.runs import CACHE
 
 SPECIES = "species"  # the finest rank: the class itself
 

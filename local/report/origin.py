@@ -13,8 +13,8 @@ import numpy as np
 from bundle import commit
 from kernel.mounts import MANIFEST, sha256
 from local.competition import labelled, places_of
+from local.make_run import VERSIONED
 from local.report.evidence import Evidence
-from local.runs import VERSIONED
 
 
 def training(evidence: Evidence) -> dict:

@@ -15,6 +15,7 @@ from sklearn.metrics import f1_score
 
 from kernel.mounts import InputError
 from local.evaluate import report
+from local.make_run import train_run
 from local.metrics import GUESSES
 from local.recipe import make_recipe
 from local.report import page
@@ -22,7 +23,6 @@ from local.report.closeup import Closeup
 from local.report.evidence import Rank, names_of, read_evidence
 from local.report.figures import against, deadly, find_species, hierarchical, pairs, weighted_f1
 from local.report.trust import best_temperature, calibration, risk_coverage
-from local.runs import train_run
 from tests.conftest import TINY, command
 
 
