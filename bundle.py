@@ -7,14 +7,13 @@ python bundle.py runs/A runs/B runs/C      an ensemble; cross-validation weighs 
 import argparse
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 from kernel.mounts import InputError, sha256
 from local.console import run, say
 from local.flatten import flatten
 from local.kaggle_metadata import PLACEHOLDER, dataset_metadata, read_kernel_metadata
-from local.make_run import write_json
+from local.make_run import commit, write_json
 from local.weights import gather_weights
 
 ROOT = Path(__file__).resolve().parent
@@ -54,23 +53,13 @@ def banner(digest: str) -> str:
     """The script's first lines: what it is, and of what it was made."""
     return f'''"""An offline Kaggle kernel for few-shot species recognition, made by bundle.py from kernel/.
 
-commit    {commit()}
+commit    {commit("kernel")}
 manifest  {digest}
 
 It finds the competition and the weights under /kaggle/input, has a valid submission on disk before it imports torch,
 and replaces it by the predictions: observation embeddings, averaged over photos and views, matched against a bank.
 """
 '''
-
-
-def commit() -> str:
-    """The commit that kernel/ is of, marked when it has changed since."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "kernel"], capture_output=True, text=True)
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 
 def main() -> None:

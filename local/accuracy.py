@@ -247,7 +247,7 @@ def nearest_means(photos: np.ndarray, observations: np.ndarray, means: np.ndarra
 
 
 @dataclass(frozen=True)
-class Answers:
+class BundleAnswers:
     """What a bundle says of all that is asked.
 
     Attributes:
@@ -263,7 +263,7 @@ class Answers:
     seen: np.ndarray
 
 
-def answers_of(task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path) -> Answers:
+def answers_of(task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path) -> BundleAnswers:
     """What the bundle of some runs answers, its members weighed by `shares`."""
     opened = [(run, read_weights(run).manifest, share) for run, share in zip(runs, shares, strict=True) if share]
     # All members of a bundle see the photos of the largest resolution among them.
@@ -279,7 +279,7 @@ def answers_of(task: Task, runs: Sequence[Path], shares: Sequence[float], cache:
         said = weighted_prior(read_weights(run), [{**member, "weight": share}], queries)
         total += 0 if said is None else said
         seen &= np.isin(np.arange(len(queries)), photos.observations)
-    return Answers(queries, opened[0][1], total.log_softmax(dim=1), seen)
+    return BundleAnswers(queries, opened[0][1], total.log_softmax(dim=1), seen)
 
 
 def run_rung(

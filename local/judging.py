@@ -108,14 +108,19 @@ def choose_share(judged: Sequence[Judged]) -> float:
     return SHARES[best] if gain > error else 0.0
 
 
-def log_row(epoch: int, loss: float | str, rate: float, scores: dict[str, float], seconds: float = 0.0) -> dict:
-    """A row of log.csv: what the epoch cost beside what it gave. Memory is the most that was held, in GB."""
+def peak_memory_gb() -> float:
+    """The most that this process has held, of the GPU's memory where there is one."""
     if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2
+    )
+
+
+def log_row(epoch: int, loss: float | str, rate: float, scores: dict[str, float], seconds: float = 0.0) -> dict:
+    """A row of log.csv: what the epoch cost beside what it gave."""
     known = {name: scores.get(name, "") for name in MONITORS if name != "recalls"}
-    cost = {"seconds": round(seconds, 1), "memory_gb": round(memory / 1e9, 2)}
+    cost = {"seconds": round(seconds, 1), "memory_gb": peak_memory_gb()}
     return {"epoch": epoch, "loss": loss, "learning_rate": rate, **known, **cost}
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -34,12 +35,13 @@ from local.competition import (
     split_for_validation,
 )
 from local.console import say
+from local.judging import log_row, peak_memory_gb
 from local.plots import plot_class_distribution, plot_training_curve
 from local.pretrained import load_encoder, take_larger
 from local.prior import write_prior
 from local.recipe import Recipe, write_recipe
 from local.study import Study, write_table
-from local.training import Tuning, finetune, log_row, refuse_large
+from local.training import Tuning, finetune, refuse_large
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
@@ -194,6 +196,7 @@ def fill_run(
         "chosen_epoch": tuning.epoch,
         "chosen_share": tuning.share,
         "seconds": round(time.monotonic() - started, 1),
+        "memory_gb": peak_memory_gb(),
     }
     write_json(metrics, folder / "metrics.json")
     plot_class_distribution(class_ids, folder / "class-distribution.png")
@@ -219,6 +222,7 @@ def write_manifest(folder: Path, competition: Competition, classes: list[str], p
     """Write what the kernel must know of a run, as the manifest of a bundle of one."""
     manifest = {
         "format": FORMAT,
+        "commit": commit(),
         "competition": {
             "layout": competition.layout.name,
             "resolution": competition.resolution,
@@ -230,6 +234,16 @@ def write_manifest(folder: Path, competition: Competition, classes: list[str], p
         "files": {name: sha256(folder / name) for name in (ENCODER_FILE, BANK_FILE, member["prior"]) if name},
     }
     write_json(manifest, folder / MANIFEST)
+
+
+def commit(part: str = ".") -> str:
+    """The repository's present commit, marked when a part of it has changed since."""
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain", part], capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

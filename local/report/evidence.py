@@ -149,6 +149,8 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     manifest, answers = read_weights(run).manifest, answers_of(run)
     recipe = make_recipe(manifest["members"][0]["recipe"], str(run))
     competition = read_competition(data, manifest["competition"]["resolution"])
+    if recipe.subset:
+        competition = competition.sample(recipe.subset, recipe.seed)
     known = labelled(competition, "train", "val")
     place = {observation.id: number for number, observation in enumerate(known.observations)}
     ids, bank = asked(answers)

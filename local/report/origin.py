@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bundle import commit
 from kernel.mounts import MANIFEST, sha256
 from local.competition import labelled, places_of
-from local.make_run import VERSIONED
+from local.make_run import VERSIONED, commit
 from local.report.evidence import Evidence
 
 
