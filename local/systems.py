@@ -145,7 +145,7 @@ def raw(encoder: Encoder, photos: torch.Tensor) -> torch.Tensor:
     return encoder.module(encoder.normalise(photos, encoder.device))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def photo_means(encoder: Encoder, part: Labelled, classes: np.ndarray) -> torch.Tensor:
     """(classes, features): the mean of each class's photos."""
     encoder.module.eval()
@@ -155,7 +155,7 @@ def photo_means(encoder: Encoder, part: Labelled, classes: np.ndarray) -> torch.
         index = torch.tensor(classes[list(owners)])
         totals.index_add_(0, index, raw(encoder, photos).cpu())
         counts.index_add_(0, index, torch.ones(len(index), 1))
-    return (totals / counts.clamp(min=1)).clone()
+    return totals / counts.clamp(min=1)
 
 
 @torch.inference_mode()
