@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.metrics import f1_score
 
-from kernel.bank import Bank, classify
+from kernel.bank import CHUNK, Bank, classify
 from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder
 from kernel.observations import Observation
@@ -64,14 +64,18 @@ def judge(
         bank = centroids(reference.double().numpy()[seen], places, len(classes), recipe.centre)
     queries = embed_together(encoder, validation.observations, views, recipe.pooling)
     truth = places_of(validation.class_ids, classes)
-    outcome = compare(torch.cat(list(classify([bank], queries))), truth)
-    hits = np.stack([outcome.places < count for count in GUESSES], axis=1).astype(float)
+    # Chunk by chunk, since the scores of all observations over 32,000 classes would fill the memory.
+    parts = torch.tensor(truth).split(CHUNK)
+    outcomes = [compare(part, own.numpy()) for part, own in zip(classify([bank], queries), parts, strict=True)]
+    places, losses = (np.concatenate([getattr(one, name) for one in outcomes]) for name in ("places", "losses"))
+    firsts = np.concatenate([one.top[:, 0] for one in outcomes])
+    hits = np.stack([places < count for count in GUESSES], axis=1).astype(float)
     recalls = hits.mean(axis=0)
     first = {"labels": np.unique(truth), "zero_division": 0}
     scores = {f"recall_at_{count}": float(recall) for count, recall in zip(GUESSES, recalls, strict=True)} | {
-        f"{kind}_f1": float(f1_score(truth, outcome.top[:, 0], average=kind, **first)) for kind in ("macro", "weighted")
+        f"{kind}_f1": float(f1_score(truth, firsts, average=kind, **first)) for kind in ("macro", "weighted")
     }
-    return Judged(bank, hits, scores | {"log_loss": float(np.nanmean(outcome.losses))}, seen)
+    return Judged(bank, hits, scores | {"log_loss": float(np.nanmean(losses))}, seen)
 
 
 def embed_together(

@@ -405,9 +405,9 @@ def finetune(
 
     encoder.module.requires_grad_(False).eval()
     start = judged(encoder)
-    fit = fit.subset(start.seen)
-    classes = sort_ids(fit.class_ids)
-    prototypes = start.bank.prototypes
+    before, fit = sort_ids(fit.class_ids), fit.subset(start.seen)
+    classes = sort_ids(fit.class_ids)  # a class none of whose photos can be read is not learnt
+    prototypes = start.bank.prototypes[places_of(np.array(classes, dtype=object), before)]
     centre = -start.bank.layers[0].bias if recipe.centre else torch.zeros(prototypes.shape[1])
     torch.manual_seed(recipe.seed)
     sizes = np.bincount(places_of(fit.class_ids, classes), minlength=len(classes))

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from kernel.encoders import Encoder, Preprocessing
 from kernel.mounts import InputError
 from local import training
 from local.adaptation import copy_state
-from local.competition import TAXONOMY, read_competition, read_ranks, sort_ids, split_for_validation
+from local.competition import TAXONOMY, Labelled, read_competition, read_ranks, sort_ids, split_for_validation
 from local.recipe import make_recipe
 from local.training import Stopped, Training, finetune
 
@@ -213,3 +214,17 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(fresh, parts, 
     assert (np.diff(rates[:peak]) > 0).all()
     assert (np.diff(rates[peak:]) < 0).all()
     assert rates[-1] < 1e-6
+
+
+def test_a_class_whose_photos_cannot_be_read_is_not_learnt_and_costs_nothing_else(fresh, parts, tmp_path):
+    fit, validation = parts
+    lost, bad = fit.class_ids[0], tmp_path / "bad.jpg"
+    bad.write_bytes(b"no photo")
+    observations = [
+        replace(one, photos=(bad,)) if class_id == lost else one
+        for one, class_id in zip(fit.observations, fit.class_ids, strict=True)
+    ]
+    settings = recipe(epochs=1, unfreeze=-1, prototypes="learned", matcher="head")
+    tuning = finetune(fresh, Labelled(observations, fit.class_ids), validation, settings, tmp_path / "checkpoints")
+    assert lost not in tuning.classes
+    assert len(tuning.classes) == len(set(fit.class_ids)) - 1 == len(tuning.head.bias)
