@@ -36,7 +36,7 @@ CANDIDATES: dict[str, Sequence] = {
     "whitening": (0.0, 0.25, 0.5, 0.75, 1.0),
     "genus": (0.0, 0.25, 0.5, 1.0),
     "family": (0.0, 0.25, 0.5),
-    "matcher": ("means", "several", *LINEAR, "projection", "head"),
+    "matcher": ("means", "several", *LINEAR, "projection"),
     "nearest": (0.0, 0.2, 0.4),
     "shots": (0.0, 0.25, 0.5),
     "transduction": (0.0, 0.125, 0.25, 0.5, 1.0),
@@ -314,6 +314,8 @@ def compare(log_probabilities: torch.Tensor, truth: np.ndarray, scales: tuple[fl
 def walk(search: Search, recipe: Recipe, queries: np.ndarray, table: list[dict] | None = None) -> Recipe:
     """Improve one key after another, twice over; a candidate must gain on the present value to take its place.
 
+    A head that was trained and class means compete when all else has been chosen for each of them.
+
     Args:
         recipe: with the keys to choose in `choose`, and in `views` all that may be used.
         queries: (queries,) bool, those that may choose.
@@ -329,6 +331,11 @@ def walk(search: Search, recipe: Recipe, queries: np.ndarray, table: list[dict] 
                 chosen = candidate
         return chosen
 
+    if recipe.matcher == "head" and "matcher" in recipe.choose:
+        keys = tuple(key for key in recipe.choose if key != "matcher")
+        starts = [replace(recipe, matcher=matcher, choose=keys) for matcher in ("means", "head")]
+        means, head = (walk(search, start, queries, table) for start in starts)
+        return replace(best_of("matcher", means, [head]), choose=recipe.choose)
     every = recipe.views
     if "views" in recipe.choose:
         recipe = replace(recipe, views=every[:1])
@@ -338,8 +345,7 @@ def walk(search: Search, recipe: Recipe, queries: np.ndarray, table: list[dict] 
             if key == "views":
                 recipe = more_views(recipe, every, best_of)
             else:
-                values = [value for value in CANDIDATES[key] if value != "head" or search.embed(recipe.fit).head]
-                recipe = best_of(key, recipe, [replace(recipe, **{key: value}) for value in values])
+                recipe = best_of(key, recipe, [replace(recipe, **{key: value}) for value in CANDIDATES[key]])
         if recipe == before:
             break
     return recipe

@@ -29,7 +29,7 @@ from local.console import progress, say
 from local.make_run import CACHE, train_run
 from local.metrics import hit_matrix, paired_gain, score
 from local.pretrained import load_encoder
-from local.recipe import read_recipe
+from local.recipe import Recipe, read_recipe
 
 COLUMNS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
 
@@ -72,7 +72,7 @@ RULES = {
 }
 
 
-class Photos(Dataset):
+class PlainPhotos(Dataset):
     """Single photos, cropped and flipped at random: (3, size, size) uint8, class by rank."""
 
     def __init__(self, part: Labelled, targets: np.ndarray, encoder: Encoder):
@@ -111,7 +111,9 @@ def follow(
         heads = nn.ModuleList([Distances(photo_means(encoder, part, targets[:, -1]))])
     parameters = [*learning, *(parameter for parameter in heads.parameters() if parameter.requires_grad)]
     optimiser = torch.optim.AdamW(parameters, lr=rules.rate, weight_decay=1e-4)
-    batches = DataLoader(Photos(part, targets, encoder), rules.batch_size, shuffle=True, drop_last=True, num_workers=2)
+    batches = DataLoader(
+        PlainPhotos(part, targets, encoder), rules.batch_size, shuffle=True, drop_last=True, num_workers=2
+    )
     for epoch in range(epochs):
         encoder.module.train()
         heads.train()
@@ -202,44 +204,60 @@ def systems(folders: Sequence[Path], encoder: str, recipes: Sequence[str], setti
 
 def compare_system(task: Task, name: str, spec: str, settings: Sequence[str], folder: Path, report: dict) -> None:
     """Add to a report what a system's rules and its recipe answer, the latter also without ranks where it has them."""
-    variants = {name: []} if "multitask" not in name else {f"{name}, species alone": ["rank_weights=[]"], name: []}
-    own = ["reference=train", *settings]
-    recipe = read_recipe(name, own, spec)
-    first = folder / f"{name}-0"
-    for number, more in enumerate(variants.values()):
-        train_run(read_recipe(name, [*own, *more], spec), task.data, folder / f"{name}-{number}", task.split != "val")
-    manifest = read_weights(first).manifest
-    resolution, classes = manifest["competition"]["resolution"], manifest["class_ids"]
-    part, queries = task.support(resolution), task.queries(resolution)
-    species = places_of(part.class_ids, classes)
-    named = [groups for groups in read_ranks(read_competition(task.data), classes) if groups is not None]
-    ranks = [*(named if RULES[name].has_ranks else ()), np.arange(len(classes))]
-    module, entry = load_encoder(spec, recipe.pretrained, recipe.image_size)
+    rules, own = RULES[name], ["reference=train", *settings]
+    variants = {f"{name}, species alone": ["rank_weights=[]"]} if rules.has_ranks else {}
+    runs = {label: folder / f"{name}-{number}" for number, label in enumerate([*variants, name])}
+    for label, run in runs.items():
+        train_run(read_recipe(name, [*own, *variants.get(label, ())], spec), task.data, run, task.split != "val")
+    manifest = read_weights(runs[name]).manifest
+    classes, queries = manifest["class_ids"], task.queries(manifest["competition"]["resolution"])
+    truth = np.array([task.truth[query.id] for query in queries], dtype=object)
+    ranks = [np.arange(len(classes))]
+    if rules.has_ranks:
+        ranks = [groups for groups in read_ranks(read_competition(task.data), classes) if groups is not None] + ranks
+    plain = by_rules(task, rules, read_recipe(name, own, spec), manifest, ranks, queries)
+    seen = plain[-1].sum(dim=1).numpy() > 0
+    logs = (plain[-1] + 1e-12).log()
+    original = rank_rung(task, queries, manifest, logs, seen, f"{name}: the original's rules", None)
+    report["rows"].append(scored(original, truth))
+    for label, run in runs.items():
+        answers = answers_of(task, [run], [1.0], folder / CACHE)
+        rung = rank_rung(task, queries, manifest, answers.log_probabilities, answers.seen, label, original)
+        report["rows"].append(scored(rung, truth))
+        if rules.has_ranks:
+            ours, places = answers.log_probabilities.exp(), places_of(truth, classes)
+            report["ranks"] += [
+                rank_row(label, groups, heads, ours, places) for groups, heads in zip(ranks, plain, strict=True)
+            ]
+
+
+def by_rules(
+    task: Task, rules: Rules, recipe: Recipe, manifest: dict, ranks: Sequence[np.ndarray], queries: list[Observation]
+) -> list[torch.Tensor]:
+    """Per rank (queries, groups) scores of a system's rules, over the encoder as it comes; see `follow`."""
+    module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
     device = pick_devices()[0]
     module.to(device, memory_format=torch.channels_last)
     encoder = Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], [device])
+    part = task.support(manifest["competition"]["resolution"])
+    species = places_of(part.class_ids, manifest["class_ids"])
     targets = np.stack([groups[species] for groups in ranks], axis=1)
-    scores = follow(RULES[name], recipe.epochs, encoder, part, targets, queries)
-    seen = scores[-1].sum(dim=1).numpy() > 0
-    rung = rank_rung(task, queries, manifest, (scores[-1] + 1e-12).log(), seen, f"{name}: the original's rules", None)
-    truth = np.array([task.truth[query.id] for query in queries], dtype=object)
-    report["rows"].append(scored(rung, truth))
-    for number, label in enumerate(variants):
-        run = folder / f"{name}-{number}"
-        answers = answers_of(task, [run], [1.0], folder / CACHE)
-        ours = rank_rung(task, queries, manifest, answers.log_probabilities, answers.seen, label, rung)
-        report["rows"].append(scored(ours, truth))
-        if RULES[name].has_ranks:
-            probabilities = answers.log_probabilities.exp()
-            places = places_of(truth, classes)
-            for place, groups in enumerate(ranks):
-                members = nn.functional.one_hot(torch.tensor(groups)).float()
-                found = (probabilities @ members).argmax(dim=1).numpy()
-                plain = scores[place].argmax(dim=1).numpy()
-                hits = [bounded((guess == groups[places]).astype(float)) for guess in (plain, found)]
-                report["ranks"].append(
-                    {"rank": place, "groups": len(members[0]), "recipe": label, "heads": hits[0], "ours": hits[1]}
-                )
+    return follow(rules, recipe.epochs, encoder, part, targets, queries)
+
+
+def rank_row(label: str, groups: np.ndarray, heads: torch.Tensor, ours: torch.Tensor, places: np.ndarray) -> dict:
+    """Top-1 accuracies of one rank.
+
+    Args:
+        groups: (classes,) of the rank.
+        heads: (queries, groups) scores of the rank's own head.
+        ours: (queries, classes) probabilities.
+        places: (queries,) of the true classes.
+    """
+    members = nn.functional.one_hot(torch.tensor(groups)).float()
+    guesses = {"heads": heads.argmax(dim=1), "ours": (ours @ members).argmax(dim=1)}
+    hits = {name: bounded((guess.numpy() == groups[places]).astype(float)) for name, guess in guesses.items()}
+    return {"groups": members.shape[1], "recipe": label, **hits}
 
 
 def scored(rung: Rung, truth: np.ndarray) -> dict:
