@@ -1,5 +1,7 @@
 """The choice is by observations that had no part in what judges them, and it is worth making."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -161,3 +163,20 @@ def test_an_observation_without_a_readable_photo_is_no_part_of_the_bank():
     counts = np.bincount(embedded.classes)
     counts[embedded.classes[5]] -= 1
     assert ((bank.bias > -50).numpy() == (counts > 0)).all()
+
+
+@pytest.mark.parametrize(("is_good", "kept"), [(True, "head"), (False, "means")])
+def test_a_trained_head_is_kept_where_it_beats_class_means_at_their_best(is_good, kept):
+    embedded = specimens()
+    everyone = np.ones(len(embedded.classes), dtype=bool)
+    whitened = Recipe(views=VIEWS, fit="crop", whitening=1.0)
+    head = fit_banks(whitened, embedded, everyone)[0]  # it has seen the queries
+    if not is_good:
+        head = replace(head, prototypes=head.prototypes.flip(0))
+    search = search_over(replace(embedded, head=head))
+    chosen = walk(
+        search, replace(open_recipe("matcher", "whitening"), matcher="head"), np.ones(len(search.truth), bool)
+    )
+    assert chosen.matcher == kept
+    assert chosen.choose == ("matcher", "whitening")
+    assert kept == "head" or chosen.whitening > 0
