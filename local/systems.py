@@ -196,7 +196,10 @@ def systems(folders: Sequence[Path], encoder: str, recipes: Sequence[str], setti
         task, report = read_task(data.resolve(), "train"), {"data": data.resolve().name, "rows": [], "ranks": []}
         with tempfile.TemporaryDirectory() as temporary:
             for name in recipes or RULES:
+                first = len(report["rows"])
                 compare_system(task, name, encoder, settings, Path(temporary), report)
+                for row in report["rows"][first:]:  # at once, since all of them take long
+                    say(f"{row['name']}: {describe(row)}")
         reports.append(report)
         say("\n" + "\n".join([*tell_rows(report), "", *tell_ranks(report)]))
     return {"datasets": reports}
