@@ -27,7 +27,7 @@ from local.adaptation import unfreeze
 from local.competition import Labelled, places_of, read_competition, read_ranks
 from local.console import progress, say
 from local.make_run import CACHE, train_run
-from local.metrics import hit_matrix, paired_gain, score
+from local.metrics import describe, hit_matrix, paired_gain, score
 from local.pretrained import load_encoder
 from local.recipe import Recipe, read_recipe
 
