@@ -23,7 +23,7 @@ from kernel.mounts import InputError, read_weights
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
 from local.accuracy import Rung, Task, answers_of, bounded, cell, heading, rank_rung, read_task
-from local.adaptation import unfreeze
+from local.adaptation import set_training, unfreeze
 from local.competition import Labelled, places_of, read_competition, read_ranks
 from local.console import progress, say
 from local.make_run import CACHE, train_run
@@ -115,7 +115,8 @@ def follow(
         PlainPhotos(part, targets, encoder), rules.batch_size, shuffle=True, drop_last=True, num_workers=2
     )
     for epoch in range(epochs):
-        encoder.module.train()
+        # The encoders of the systems that match distances have no batch statistics to drift away from the prototypes.
+        set_training(encoder.module, pretrained=rules.make_head is None)
         heads.train()
         for photos, wanted in progress(batches, f"epoch {epoch + 1}"):
             embedded = raw(encoder, photos)
