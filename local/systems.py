@@ -115,8 +115,8 @@ def follow(
         PlainPhotos(part, targets, encoder), rules.batch_size, shuffle=True, drop_last=True, num_workers=2
     )
     for epoch in range(epochs):
-        # The encoders of the systems that match distances have no batch statistics to drift away from the prototypes.
-        set_training(encoder.module, pretrained=rules.make_head is None)
+        # Transformers, of which most systems are made, have no batch statistics; a few shots would spoil those there are.
+        set_training(encoder.module, pretrained=True)
         heads.train()
         for photos, wanted in progress(batches, f"epoch {epoch + 1}"):
             embedded = raw(encoder, photos)
