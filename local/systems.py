@@ -115,7 +115,7 @@ def follow(
         PlainPhotos(part, targets, encoder), rules.batch_size, shuffle=True, drop_last=True, num_workers=2
     )
     for epoch in range(epochs):
-        # Transformers, of which most systems are made, have no batch statistics; a few shots would spoil those there are.
+        # Transformers, which most systems are, have no batch statistics; a few shots would spoil those there are.
         set_training(encoder.module, pretrained=True)
         heads.train()
         for photos, wanted in progress(batches, f"epoch {epoch + 1}"):
