@@ -64,7 +64,7 @@ def resnext_head(features: int, classes: int) -> nn.Module:
 RULES = {
     "fungiclef-protonet": Rules(32, 1e-5, 3, None),
     "fungitastic-multitask": Rules(16, 1e-4, -1, has_ranks=True),
-    "flora-fauna-efficientnet": Rules(32, 1e-4, -1),
+    "flora-fauna-efficientnet": Rules(32, 1e-3, -1),
     "flora-fauna-convnext": Rules(32, 1e-3, 0),
     "flora-fauna-vit": Rules(32, 1e-4, 4),
     "resnext-head": Rules(64, 1e-3, -1, resnext_head, smoothing=0.1),
