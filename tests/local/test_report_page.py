@@ -11,6 +11,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from local.evaluate import report
 
@@ -42,6 +43,7 @@ def browser():
 @pytest.fixture
 def shown(browser, html):
     browser.get(html.as_uri())
+    WebDriverWait(browser, 60).until(rows)  # which the page's script makes, on a busy machine a moment later
     return browser
 
 
