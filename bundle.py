@@ -11,9 +11,10 @@ from pathlib import Path
 
 from kernel.mounts import InputError, sha256
 from local.console import run, say
+from local.files import write_json
 from local.flatten import flatten
 from local.kaggle_metadata import PLACEHOLDER, dataset_metadata, read_kernel_metadata
-from local.make_run import commit, write_json
+from local.make_run import commit
 from local.weights import gather_weights
 
 ROOT = Path(__file__).resolve().parent

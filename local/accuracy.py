@@ -25,9 +25,10 @@ from local.choice import compare
 from local.competition import Labelled, find_layout, labelled, places_of, read_competition
 from local.console import say
 from local.ensemble import weigh
+from local.files import write_json
 from local.generate import generate
-from local.make_run import CACHE, train_run, write_json
-from local.metrics import GUESSES, bounded, hit_matrix, paired_gain, score
+from local.make_run import CACHE, train_run
+from local.metrics import GUESSES, bounded, gained, hit_matrix, interval_of, score
 from local.recipe import read_recipe
 from local.rehearsal import read_solution
 
@@ -263,7 +264,7 @@ class BundleAnswers:
     seen: np.ndarray
 
 
-def answers_of(task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path) -> BundleAnswers:
+def bundle_answers(task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path) -> BundleAnswers:
     """What the bundle of some runs answers, its members weighed by `shares`."""
     opened = [(run, read_weights(run).manifest, share) for run, share in zip(runs, shares, strict=True) if share]
     # All members of a bundle see the photos of the largest resolution among them.
@@ -285,8 +286,8 @@ def answers_of(task: Task, runs: Sequence[Path], shares: Sequence[float], cache:
 def run_rung(
     task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path, name: str, below: Rung | None
 ) -> Rung:
-    """The rung of some runs; see `answers_of`."""
-    found = answers_of(task, runs, shares, cache)
+    """The rung of some runs; see `bundle_answers`."""
+    found = bundle_answers(task, runs, shares, cache)
     return rank_rung(task, found.queries, found.manifest, found.log_probabilities, found.seen, name, below)
 
 
@@ -350,8 +351,7 @@ def row_of(rung: Rung, truth: Sequence[str], hits: dict[str, np.ndarray]) -> dic
     if rung.losses is not None:
         row["log_loss"] = bounded(rung.losses[~np.isnan(rung.losses)])
     if rung.below:
-        gain, error = paired_gain(hits[rung.name], hits[rung.below.name])
-        row["gain"] = {"over": rung.below.name, "value": gain, "low": gain - 1.96 * error, "high": gain + 1.96 * error}
+        row["gain"] = {"over": rung.below.name, **gained(hits[rung.name], hits[rung.below.name])}
     return row
 
 
@@ -364,8 +364,7 @@ def tell_ladder(report: dict) -> list[str]:
         *heading("rung", *COLUMNS.values(), "log-loss", "gain in Recall@5"),
     ]
     for row in report["rungs"]:
-        scores = [{"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]} for name in COLUMNS]
-        cells = [*map(cell, scores), cell(row["log_loss"]), cell(row["gain"], "+")]
+        cells = [*(cell(interval_of(row, name)) for name in COLUMNS), cell(row["log_loss"]), cell(row["gain"], "+")]
         lines.append(f"| {row['rung']} | {' | '.join(cells)} |")
     return lines
 

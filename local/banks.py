@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.linear_model import LogisticRegression
 
 from kernel.bank import Bank, Layer
+from local.files import write_tensors
 
 SCALE = 16.0  # of cosines, where nothing is held out to fit it
 NEVER = -100.0  # the bias of a class that the reference lacks
@@ -332,12 +332,10 @@ def save_banks(banks: Sequence[Bank], path: Path) -> None:
     for number, bank in enumerate(banks):
         for name, value in vars(bank).items():
             if name != "layers":
-                tensors[f"{number}.{name}"] = value.clone().contiguous()
+                tensors[f"{number}.{name}"] = value.clone()
         for place, part in enumerate(bank.layers):
-            tensors |= {
-                f"{number}.layers.{place}.{name}": value.clone().contiguous() for name, value in vars(part).items()
-            }
-    save_file(tensors, path)
+            tensors |= {f"{number}.layers.{place}.{name}": value.clone() for name, value in vars(part).items()}
+    write_tensors(tensors, path)
 
 
 def commonest_classes(class_ids: np.ndarray, classes: Sequence[str], count: int = 10) -> list[str]:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from kernel.mounts import InputError, sha256
 from local.console import say
+from local.files import write_tensors
 
 KEPT = 2
 DIGITS = 16  # of the digest
@@ -53,13 +53,12 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     older = _newest_first(folder)
     number = int(older[0].name.split(".")[0]) + 1 if older else 0
-    partial = folder / ".partial"
-    tensors = {name: value.detach().cpu().contiguous() for name, value in checkpoint.tensors.items()}
+    unnamed = folder / ".unnamed"
     with full_disk_named(folder):
-        save_file(tensors, partial, metadata={"notes": json.dumps(checkpoint.notes)})
-        with partial.open("rb+") as file:
+        write_tensors(checkpoint.tensors, unnamed, {"notes": json.dumps(checkpoint.notes)})
+        with unnamed.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, folder / f"{number:06}.{sha256(partial)[:DIGITS]}.safetensors")
+        os.replace(unnamed, folder / f"{number:06}.{sha256(unnamed)[:DIGITS]}.safetensors")
     for path in older[KEPT - 1 :]:
         path.unlink()
 
@@ -91,6 +90,11 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
             return Checkpoint(tensors, json.loads(file.metadata()["notes"]))
     return None
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a training has left anything to go on from."""
+    return any(folder.glob("*.safetensors"))
 
 
 def tidy(folder: Path) -> None:

@@ -22,7 +22,7 @@ from local.banks import (
     pool,
 )
 from local.folds import FOLDS, shot_weights
-from local.metrics import GUESSES, paired_gain
+from local.metrics import GUESSES, gained
 from local.projection import ProjectionEnsemble
 from local.recipe import Recipe
 
@@ -365,15 +365,15 @@ def row(search: Search, key: str, candidate: Recipe, present: Recipe) -> dict:
     """A row of the table of candidates: its scores, and the paired gain in worth over what it would replace."""
     outcome, value = search.judge(candidate), getattr(candidate, key)
     recalls = {f"recall_at_{count}": float((outcome.places < count).mean()) for count in GUESSES}
-    gain, error = paired_gain(search.worth(candidate), search.worth(present))
+    gain = gained(search.worth(candidate), search.worth(present))
     return {
         "key": key,
         "value": " ".join(value) if isinstance(value, tuple) else value,
         **recalls,
         "log_loss": float(np.nanmean(outcome.losses)),
-        "gain": gain,
-        "gain_low": gain - 1.96 * error,
-        "gain_high": gain + 1.96 * error,
+        "gain": gain["value"],
+        "gain_low": gain["low"],
+        "gain_high": gain["high"],
     }
 
 

@@ -1,7 +1,7 @@
 """What every command does at its border: errors of the user become one line, and long work shows progress."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -23,6 +23,13 @@ def run(main: Callable[[], None]) -> None:
 def say(line: str) -> None:
     """A line of the log, at once also when the output is a file."""
     print(line, flush=True)
+
+
+def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Rows of equal keys as the lines of a table, under a header."""
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:

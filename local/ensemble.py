@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from kernel.mounts import InputError
 from local.choice import compare, worth
 from local.console import say
-from local.metrics import paired_gain
+from local.metrics import gained
 
 VALIDATION_FILE = "validation.safetensors"
 STEPS = 20  # weights are multiples of one twentieth
@@ -82,10 +82,11 @@ def weigh(runs: Sequence[Path], guesses: int) -> list[float]:
             key=lambda candidate: worth_of(candidate).mean(),
         )
         best = max(best, counts, key=lambda candidate: worth_of(candidate).mean())
-    gain, error = paired_gain(worth_of(best), worth_of(best_alone))
-    if gain <= 1.96 * error:
+    gain = gained(worth_of(best), worth_of(best_alone))
+    if gain["low"] <= 0:
         best = best_alone
     for run, count in zip(runs, best, strict=True):
         say(f"{run}: weight {count / sum(best):.2f}" + ("" if count else ", it is left out"))
-    say(f"the ensemble gains {gain:+.3f} [{gain - 1.96 * error:+.3f}, {gain + 1.96 * error:+.3f}] on its best run")
+    interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    say(f"the ensemble gains {gain['value']:+.3f} {interval} on its best run")
     return [count / sum(best) for count in best]

@@ -3,12 +3,13 @@
 Written by `local/publication.py`, read by `local/submissions.py`.
 """
 
-import csv
 from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
 
 from kernel.observations import read_table
+from local.console import aligned
+from local.files import write_table
 from local.preflight import Bundle
 from local.record import now
 
@@ -60,13 +61,7 @@ def note(row: dict[str, str], path: Path) -> None:
         known.update({column: value for column, value in row.items() if value and column != "when"})
     else:
         rows.append(row)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    write_table(rows, path, COLUMNS)
 
 
 def read_ledger(path: Path) -> list[dict[str, str]]:
@@ -115,11 +110,9 @@ def number(cell: str) -> float | None:
 
 def table(rows: Sequence[dict[str, str]]) -> list[str]:
     """The ledger as lines of a table that fits a terminal."""
-    header = ("when", "competition", "runs", "commit", "version", "metric", "local", "public", "private", "status")
-    cells = [header]
+    shown = ("when", "competition", "runs", "commit", "version", "metric", "local", "public", "private", "status")
+    told = []
     for row in rows:
         interval = f"{row['local']} [{row['low']}, {row['high']}]" if row["low"] else row["local"]
-        shown = {**row, "local": interval, "commit": row["commit"][:8]}
-        cells.append(tuple(shown[column] or "–" for column in header))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+        told.append({**row, "local": interval, "commit": row["commit"][:8]})
+    return aligned([{column: row[column] or "–" for column in shown} for row in told])

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessing
 from kernel.mounts import FORMAT, MANIFEST, InputError, sha256
@@ -22,7 +21,7 @@ from kernel.observations import RESOLUTIONS
 from kernel.photos import shorter_side
 from local import team
 from local.banks import commonest_classes, save_banks
-from local.checkpoints import tidy
+from local.checkpoints import has_checkpoint, tidy
 from local.choice import fit_banks
 from local.competition import (
     TIME_LIMITS,
@@ -35,13 +34,14 @@ from local.competition import (
     split_for_validation,
 )
 from local.console import say
+from local.files import write_json, write_table, write_tensors
+from local.finetuning import Tuning, finetune, refuse_large
 from local.judging import log_row, peak_memory_gb
 from local.plots import plot_class_distribution, plot_training_curve
 from local.pretrained import load_encoder, take_larger
 from local.prior import write_prior
 from local.recipe import Recipe, write_recipe
-from local.study import Study, write_table
-from local.training import Tuning, finetune, refuse_large
+from local.study import Study
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
@@ -67,7 +67,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     if is_done(out, recipe, resumes):
         say(f"{out} is done already: to train on, give more epochs, or another learning_rate")
         return
-    if any((partial / CHECKPOINTS).glob("*.safetensors")) and not resumes:
+    if has_checkpoint(partial / CHECKPOINTS) and not resumes:
         raise InputError(f"{out} was interrupted: go on with --resume, or remove {partial}")
     find_layout(data)
     torch.manual_seed(recipe.seed)
@@ -98,7 +98,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
         if team.is_first():
             put_in_place(partial, out)
     finally:
-        if team.is_first() and not any((partial / CHECKPOINTS).glob("*.safetensors")):
+        if team.is_first() and not has_checkpoint(partial / CHECKPOINTS):
             shutil.rmtree(partial, ignore_errors=True)
     say(f"{out}: done")
 
@@ -119,7 +119,7 @@ def is_done(out: Path, recipe: Recipe, resumes: bool) -> bool:
         raise InputError(f"{out} is no run, or a damaged one: remove it, or give another --out") from error
     if all(trained.get(key) == getattr(recipe, key) for key in ("epochs", "patience", *RATES)):
         return True
-    if not any((out / CHECKPOINTS).glob("*.safetensors")):
+    if not has_checkpoint(out / CHECKPOINTS):
         raise InputError(f"{out} has no checkpoint to go on from: give another --out, or remove it")
     return False
 
@@ -127,7 +127,7 @@ def is_done(out: Path, recipe: Recipe, resumes: bool) -> bool:
 def prepare(partial: Path, out: Path) -> None:
     """The folder that is to become `out`: with the checkpoints to go on from, and nothing else."""
     for source in (partial, out):
-        if any((source / CHECKPOINTS).glob("*.safetensors")):
+        if has_checkpoint(source / CHECKPOINTS):
             kept = out.with_name(f".{out.name}.kept")
             shutil.rmtree(kept, ignore_errors=True)
             for name in (CHECKPOINTS, EVENTS):
@@ -179,7 +179,7 @@ def fill_run(
     study.embed_together()
     if not team.is_first():
         return
-    save_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
+    write_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
     chosen, scales, scores = study.choose(folder)
     save_banks(fit_banks(chosen, study.embed(chosen.fit), study.reference, scales), folder / BANK_FILE)
     if chosen.metadata:
@@ -244,13 +244,3 @@ def commit(part: str = ".") -> str:
     if head.returncode:
         return "unknown"
     return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
-
-
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write tensors as safetensors, on the CPU and contiguous."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
-def write_json(value: dict, path: Path) -> None:
-    """Write JSON for people and machines: indented, in a stable order, with a newline at the end."""
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -55,6 +55,17 @@ def paired_gain(new: np.ndarray, old: np.ndarray) -> tuple[float, float]:
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
 
 
+def gained(new: np.ndarray, old: np.ndarray) -> dict[str, float]:
+    """The mean difference of `paired_gain` with its 95% interval (normal approximation): `value`, `low`, `high`."""
+    gain, error = paired_gain(new, old)
+    return {"value": gain, "low": gain - 1.96 * error, "high": gain + 1.96 * error}
+
+
+def interval_of(scores: dict[str, float], name: str) -> dict[str, float]:
+    """One of the scores of `score`: `value`, `low`, `high`."""
+    return {"value": scores[name], "low": scores[f"{name}_low"], "high": scores[f"{name}_high"]}
+
+
 def describe(scores: dict[str, float], guesses: int = max(GUESSES)) -> str:
     """One line: `Recall@1 .432 [.401, .463]  Recall@5 ...`.
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from scipy.optimize import minimize
 
 from kernel.observations import Observation
 from kernel.prior import CELL, FEATURES, Prior, feature_value, finite
 from local.competition import Labelled
+from local.files import write_tensors
 
 SHOTS, RECENCY = "shots", "recency"  # the terms that no metadata of the query's enter
 # How many observations' worth the wider taxon speaks for: all fungi in an order, it in a family, that in a genus, that
@@ -264,7 +264,4 @@ def year_of(observation: Observation) -> float:
 
 def write_prior(prior: Prior, path: Path) -> None:
     """Write what `kernel.prior.read_prior` reads."""
-    tensors = {"classes": prior.classes, **prior.tables}
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"values": json.dumps(prior.values)}
-    )
+    write_tensors({"classes": prior.classes, **prior.tables}, path, {"values": json.dumps(prior.values)})

@@ -11,10 +11,10 @@ from kernel.mounts import InputError
 from kernel.observations import TestTable, read_table
 from kernel.submission import check_submission
 from local.console import say
+from local.files import write_json
 from local.kaggle_client import Kaggle, accept_rules
 from local.ledger import note, row_of
 from local.preflight import Bundle
-from local.record import replace_json
 
 OUTPUT = "submission.csv"  # that the kernel leaves
 STATE = Path("kaggle", "state.json")
@@ -176,7 +176,7 @@ class Publication:
 
     def _note(self, key: str, value: dict | None) -> None:
         self.state = {**self.state, key: value} if value else {k: v for k, v in self.state.items() if k != key}
-        replace_json(self.state, self.path)
+        write_json(self.state, self.path)
 
 
 def agreement(rehearsed: Path, returned: Path, table: TestTable) -> float:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kernel.mounts import MANIFEST, InputError, sha256
+from local.files import write_json
 
 RECORD = Path("rehearsal", "record.json")
 PLAIN = Path("rehearsal", "plain", "submission.csv")  # of the scenario that sees the whole test set
@@ -27,7 +28,7 @@ def write_record(build: Path, report: dict) -> None:
     if (build / PLAIN).is_file() and any(result["name"] == "plain" for result in report["scenarios"]):
         record["submission"] = sha256(build / PLAIN)
         record["measured"] = {key: value for key, value in report.items() if key != "scenarios"}
-    replace_json(record, build / RECORD)
+    write_json(record, build / RECORD)
 
 
 def read_record(build: Path) -> dict:
@@ -57,14 +58,6 @@ def read_record(build: Path) -> dict:
 def digests(build: Path) -> dict[str, str]:
     """SHA-256 of the two files that make a bundle this one; the manifest holds those of all others."""
     return {"kernel": sha256(build / "kernel.py"), "manifest": sha256(build / "weights" / MANIFEST)}
-
-
-def replace_json(value: dict, path: Path) -> None:
-    """Write JSON in one step: a reader finds the old file or the new one, never a part."""
-    partial = path.with_suffix(".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def now() -> str:

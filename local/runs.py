@@ -14,7 +14,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from kernel.mounts import MANIFEST, InputError
-from local.console import run, say
+from local.console import aligned, run, say
 
 SCORES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
 
@@ -59,9 +59,8 @@ def main() -> None:
         "folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s"
     )
     rows = list_runs(parser.parse_args().folder)
-    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
-    for row in [dict(zip(widths, widths, strict=True)), *rows]:
-        say("  ".join(f"{row[key]:{width}}" for key, width in widths.items()).rstrip())
+    for line in aligned(rows):
+        say(line)
 
 
 if __name__ == "__main__":

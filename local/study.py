@@ -1,6 +1,5 @@
 """The labelled observations of a competition as one encoder sees them: which are learnt from, and which judge."""
 
-import csv
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from kernel.bank import Bank
 from kernel.encoders import Encoder
@@ -19,6 +17,7 @@ from local.choice import CANDIDATES, Embedded, Search, cross_validated, walk
 from local.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
 from local.console import say
 from local.ensemble import VALIDATION_FILE
+from local.files import write_table, write_tensors
 from local.folds import make_folds
 from local.metrics import describe, score
 from local.prior import PriorEstimator
@@ -122,19 +121,10 @@ class Study:
 
     def keep_answers(self, search: Search, chosen: Recipe, path: Path) -> None:
         """Write the log-probabilities of every held-out observation, by which an ensemble is weighted later."""
-        log_probabilities = search.log_probabilities(chosen)[0].half().numpy()
         observations = [self.labelled.observations[query].id for query in search.queries]
         said = {"observations": json.dumps(observations), "classes": json.dumps(self.classes)}
-        tensors = {"log_probabilities": log_probabilities, "truth": search.truth, "weights": search.weights}
-        save_file(tensors, path, metadata=said)
-
-
-def write_table(rows: Sequence[dict], path: Path) -> None:
-    """Write rows of equal keys as CSV, under a header."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        known = {"truth": torch.tensor(search.truth), "weights": torch.tensor(search.weights)}
+        write_tensors({"log_probabilities": search.log_probabilities(chosen)[0].half(), **known}, path, said)
 
 
 def tell(rows: Sequence[dict], chosen: Recipe) -> None:

@@ -22,12 +22,12 @@ from kernel.encoders import Encoder, pick_devices, read_preprocessing
 from kernel.mounts import InputError, read_weights
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
-from local.accuracy import Rung, Task, answers_of, bounded, cell, heading, rank_rung, read_task
+from local.accuracy import Rung, Task, bundle_answers, cell, heading, rank_rung, read_task
 from local.adaptation import set_training, unfreeze
 from local.competition import Labelled, places_of, read_competition, read_ranks
 from local.console import progress, say
 from local.make_run import CACHE, train_run
-from local.metrics import describe, hit_matrix, paired_gain, score
+from local.metrics import bounded, describe, gained, hit_matrix, interval_of, score
 from local.pretrained import load_encoder
 from local.recipe import Recipe, read_recipe
 
@@ -225,7 +225,7 @@ def compare_system(task: Task, name: str, spec: str, settings: Sequence[str], fo
     original = rank_rung(task, queries, manifest, logs, seen, f"{name}: the original's rules", None)
     report["rows"].append(scored(original, truth))
     for label, run in runs.items():
-        answers = answers_of(task, [run], [1.0], folder / CACHE)
+        answers = bundle_answers(task, [run], [1.0], folder / CACHE)
         rung = rank_rung(task, queries, manifest, answers.log_probabilities, answers.seen, label, original)
         report["rows"].append(scored(rung, truth))
         if rules.has_ranks:
@@ -270,9 +270,7 @@ def scored(rung: Rung, truth: np.ndarray) -> dict:
     firsts = [guesses[0] for guesses in rung.guesses]
     row["weighted_f1"] = float(f1_score(truth.astype(str), firsts, average="weighted", zero_division=0))
     if rung.below:
-        hits = [hit_matrix(truth, one.guesses)[:, 0] for one in (rung, rung.below)]
-        gain, error = paired_gain(*hits)
-        row["gain"] = {"value": gain, "low": gain - 1.96 * error, "high": gain + 1.96 * error}
+        row["gain"] = gained(*(hit_matrix(truth, one.guesses)[:, 0] for one in (rung, rung.below)))
     return row
 
 
@@ -280,7 +278,7 @@ def tell_rows(report: dict) -> list[str]:
     """The table of a dataset."""
     lines = [report["data"], "", *heading("rules", *COLUMNS.values(), "weighted F1", "gain in Recall@1")]
     for row in report["rows"]:
-        cells = [cell({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}) for name in COLUMNS]
+        cells = [cell(interval_of(row, name)) for name in COLUMNS]
         lines.append(f"| {row['name']} | {' | '.join(cells)} | {row['weighted_f1']:.3f} | {cell(row['gain'], '+')} |")
     return lines
 

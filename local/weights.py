@@ -10,7 +10,7 @@ from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, read_weights, s
 from kernel.observations import LAYOUTS, RESOLUTIONS
 from local.console import say
 from local.ensemble import weigh
-from local.make_run import write_json
+from local.files import write_json
 from local.metrics import GUESSES
 
 

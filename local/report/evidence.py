@@ -177,7 +177,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         classes,
         names,
         poisonous,
-        read_ranks(competition, classes, names),
+        name_ranks(competition, classes, names),
         [known.observations[number] for number in asked_places],
         truth,
         np.concatenate([answers.log_probabilities.numpy(), lacking], axis=1),
@@ -214,7 +214,7 @@ def names_of(competition: Competition, classes: Sequence[str]) -> tuple[list[str
     return names, pd.to_numeric(said["poisonous"], errors="coerce").to_numpy(dtype=float)
 
 
-def read_ranks(competition: Competition, classes: Sequence[str], names: Sequence[str]) -> list[Rank]:
+def name_ranks(competition: Competition, classes: Sequence[str], names: Sequence[str]) -> list[Rank]:
     """The ranks that the competition names, and the species."""
     known, unknown = lineages(competition), ("",) * len(TAXONOMY)
     lines = [known.get(one, unknown) for one in classes]

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from scipy.stats import norm
+from sklearn.metrics import f1_score
 
 from kernel.mounts import InputError
 from kernel.observations import Observation
 from local.choice import Outcome, compare
 from local.competition import find_layout, places_of, sort_ids
-from local.metrics import GUESSES, RESAMPLES, bounded, score
+from local.metrics import GUESSES, RESAMPLES, bounded, interval_of, score
 from local.report.advice import advise
 from local.report.closeup import Closeup
 from local.report.evidence import Evidence, Rank, answers_of, asked, judge
@@ -104,10 +105,7 @@ def headline(truth: np.ndarray, log_probabilities: np.ndarray) -> dict:
     """Recalls, macro and weighted F1, and log-loss, each with its interval."""
     outcome = judge(log_probabilities, truth)
     scores = score(truth, outcome.top)
-    values = {
-        name: {"value": scores[name], "low": scores[f"{name}_low"], "high": scores[f"{name}_high"]}
-        for name in (*RECALLS, "macro_f1")
-    }
+    values = {name: interval_of(scores, name) for name in (*RECALLS, "macro_f1")}
     value, drawn = weighted_f1(truth, outcome.top[:, 0])
     return values | {"weighted_f1": spread(value, drawn), "log_loss": mean_loss(outcome.losses)}
 
@@ -172,9 +170,9 @@ def against(evidence: Evidence, other: Path) -> dict:
     truth = evidence.truth[ours]
     new, old = judge(own, truth), judge(found, truth)
     gains = {name: recall_gain(new, old, count) for name, count in RECALLS.items()}
-    per_class = [f1_per_class(truth, outcome.top[:, 0], len(classes)) for outcome in (new, old)]
     met = np.unique(np.concatenate([truth, new.top[:, 0], old.top[:, 0]]))
-    gains["macro_f1"] = bounded(per_class[0][met] - per_class[1][met])
+    per_class = [f1_score(truth, one.top[:, 0], labels=met, average=None, zero_division=0) for one in (new, old)]
+    gains["macro_f1"] = bounded(per_class[0] - per_class[1])
     (first, drawn), (second, drawn_too) = (weighted_f1(truth, outcome.top[:, 0]) for outcome in (new, old))
     gains["weighted_f1"] = spread(first - second, drawn - drawn_too)
     gains["log_loss"] = mean_loss(new.losses - old.losses)
@@ -193,13 +191,6 @@ def against(evidence: Evidence, other: Path) -> dict:
 def recall_gain(new: Outcome, old: Outcome, count: int) -> dict:
     """How much oftener the true class is among so many guesses, paired by observation."""
     return bounded((new.places < count).astype(float) - (old.places < count))
-
-
-def f1_per_class(truth: np.ndarray, guesses: np.ndarray, classes: int) -> np.ndarray:
-    """(classes,) F1; 0 where a class was neither asked nor guessed."""
-    hits = np.bincount(truth[truth == guesses], minlength=classes)
-    met = np.bincount(truth, minlength=classes) + np.bincount(guesses, minlength=classes)
-    return 2 * hits / np.maximum(met, 1)
 
 
 def leaderboard(evidence: Evidence, others: Sequence[dict]) -> dict:
@@ -249,10 +240,7 @@ def by_rank(evidence: Evidence, rank: Rank) -> dict:
         "rank": rank.name,
         "groups": int(rank.is_named.sum()),
         "asked": len(np.unique(truth)),
-        **{
-            name: {"value": scores[name], "low": scores[f"{name}_low"], "high": scores[f"{name}_high"]}
-            for name in ("recall_at_1", "recall_at_5", "macro_f1")
-        },
+        **{name: interval_of(scores, name) for name in ("recall_at_1", "recall_at_5", "macro_f1")},
         "by_species": bounded((rank.groups[evidence.guesses] == truth).astype(float)),
         "confidence": float(confidence.mean()),
         "histogram": {
@@ -341,7 +329,7 @@ def species(evidence: Evidence, closeup: Closeup) -> list[dict]:
     )
     own = evidence.probabilities[np.arange(len(evidence.truth)), evidence.truth]
     mean = np.bincount(evidence.truth, own, minlength=count) / np.maximum(asked_of, 1)
-    f1 = f1_per_class(evidence.truth, evidence.guesses, count)
+    f1 = f1_score(evidence.truth, evidence.guesses, labels=range(count), average=None, zero_division=0)
     return [
         {
             "class": int(place),

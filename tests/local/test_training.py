@@ -14,11 +14,12 @@ from timm.utils import ModelEmaV3
 
 from kernel.encoders import Encoder, Preprocessing
 from kernel.mounts import InputError
-from local import training
+from local import finetuning
 from local.adaptation import copy_state
 from local.competition import TAXONOMY, Labelled, read_competition, read_ranks, sort_ids, split_for_validation
+from local.finetuning import finetune
 from local.recipe import make_recipe
-from local.training import Stopped, Training, finetune
+from local.training import Stopped, Training
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_the_moving_average_is_what_is_judged_and_kept(fresh, parts, tmp_path, m
         averages.append(copy_state(average.module))
 
     monkeypatch.setattr(ModelEmaV3, "update", watched)
-    monkeypatch.setattr(training, "choose_share", lambda judged: 1.0)
+    monkeypatch.setattr(finetuning, "choose_share", lambda judged: 1.0)
     finetune(fresh, *parts, recipe(epochs=1, unfreeze=-1, learning_rate=1e-2, ema=0.9), tmp_path)
     assert same(fresh.module.state_dict(), averages[-1])
 
@@ -131,7 +132,7 @@ class Interrupted(Training):
 
 @pytest.mark.parametrize("settings", WAYS)
 def test_it_goes_on_bit_for_bit_from_wherever_it_was_stopped(fresh, parts, ranks, tmp_path, monkeypatch, settings):
-    monkeypatch.setattr(training, "Training", Interrupted)
+    monkeypatch.setattr(finetuning, "Training", Interrupted)
     settings = recipe(unfreeze=-1, batch_size=8, learning_rate=1e-3, **settings)
     start, ends = copy_state(fresh.module), []
     for stops in ((), (1, 2, 1)):
@@ -172,7 +173,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_what_was_learnt(fresh, 
                 self.head.prototypes.data[:] = math.nan
             return super().follow(batch, number, *given)
 
-    monkeypatch.setattr(training, "Training", Poisoned)
+    monkeypatch.setattr(finetuning, "Training", Poisoned)
     tuning = finetune(fresh, *parts, recipe(unfreeze=-1, epochs=3), tmp_path)
     assert [row["epoch"] for row in tuning.log] == [0, 1]
     assert "epoch 2, batch 0: the loss is nan" in capsys.readouterr().out
@@ -186,7 +187,7 @@ def test_memory_that_does_not_suffice_is_one_line_and_loses_nothing(fresh, parts
                 raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
             return super().follow(batch, number, *given)
 
-    monkeypatch.setattr(training, "Training", Cramped)
+    monkeypatch.setattr(finetuning, "Training", Cramped)
     with pytest.raises(InputError, match=re.escape("--resume --set batch_size=4 --set accumulate=2")):
         finetune(fresh, *parts, recipe(unfreeze=-1, batch_size=8), tmp_path)
     tuning = finetune(fresh, *parts, recipe(unfreeze=-1, batch_size=4, accumulate=2), tmp_path)
@@ -206,7 +207,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(fresh, parts, 
             super().step(done)
             rates.append(self.learning_rate)
 
-    monkeypatch.setattr(training, "Training", Watched)
+    monkeypatch.setattr(finetuning, "Training", Watched)
     finetune(fresh, *parts, recipe(unfreeze=-1, epochs=5, patience=9, batch_size=2, warmup=0.2), tmp_path)
     peak = int(np.argmax(rates))
     assert 0 < peak <= math.ceil(0.2 * len(rates))

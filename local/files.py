@@ -1,0 +1,39 @@
+"""Write files in one step: a reader finds the old file or the new one, never a part."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def write_json(value: dict, path: Path) -> None:
+    """Write JSON for people and machines: indented, in a stable order, with a newline at the end."""
+    partial = begin(path)
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def write_table(rows: Sequence[dict], path: Path, columns: Sequence[str] = ()) -> None:
+    """Write rows as CSV under a header; without `columns`, of which the first row has."""
+    partial = begin(path)
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns or rows[0], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, notes: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, wherever they are and however they lie in memory."""
+    partial = begin(path)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, notes)
+    partial.replace(path)
+
+
+def begin(path: Path) -> Path:
+    """The file beside `path` to write to first, hidden; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.partial")
