@@ -27,6 +27,14 @@ class Layer:
     rectified: torch.Tensor
 
 
+def through(layers: Sequence[Layer], values: torch.Tensor) -> torch.Tensor:
+    """(observations, features) -> (observations, features of the last layer), in the precision of `values`."""
+    for layer in layers:
+        values = torch.addmm(layer.bias.to(values.dtype), values, layer.weight.to(values.dtype))
+        values = values.relu() if layer.rectified else values
+    return values
+
+
 @dataclass(frozen=True)
 class Bank:
     """Prototypes in a space of their own; an observation resembles a class as much as the nearest of its prototypes.
@@ -58,10 +66,7 @@ class Bank:
 
     def transform(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(observations, features) -> (observations, features of the prototypes), rows of length 1."""
-        for layer in self.layers:
-            embeddings = torch.addmm(layer.bias, embeddings, layer.weight)
-            embeddings = embeddings.relu() if layer.rectified else embeddings
-        return nn.functional.normalize(embeddings, dim=1)
+        return nn.functional.normalize(through(self.layers, embeddings), dim=1)
 
     def similarities(self, transformed: torch.Tensor) -> torch.Tensor:
         """(observations, features of the prototypes) -> (observations, classes): to the nearest of each."""

@@ -17,7 +17,7 @@ from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.linear_model import LogisticRegression
 
-from kernel.bank import Bank, Layer
+from kernel.bank import Bank, Layer, through
 from local.files import write_tensors
 
 SCALE = 16.0  # of cosines, where nothing is held out to fit it
@@ -321,9 +321,7 @@ def centroids(embeddings: np.ndarray, classes: np.ndarray, count: int, centre: b
 
 def apply(layers: Sequence[Layer], values: np.ndarray) -> np.ndarray:
     """The kernel's transform in double precision: (observations, features) -> the same in the prototypes' space."""
-    for part in layers:
-        values = values @ part.weight.double().numpy() + part.bias.double().numpy()
-    return unit(values)
+    return unit(through(layers, torch.tensor(values, dtype=torch.float64)).numpy())
 
 
 def save_banks(banks: Sequence[Bank], path: Path) -> None:

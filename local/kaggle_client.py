@@ -16,7 +16,8 @@ from typing import Any
 
 from kaggle.api.kaggle_api_extended import KaggleApi, ResumableUploadResult
 from kagglesdk.competitions.types.competition_api_service import ApiGetCompetitionRequest
-from requests import HTTPError, RequestException
+from requests import HTTPError, RequestException, Response
+from requests.adapters import HTTPAdapter
 
 from kernel.mounts import InputError
 from local.console import say
@@ -24,6 +25,7 @@ from local.preflight import DATASET_METADATA, TOKENS
 
 ATTEMPTS = 6
 FIRST_DELAY, LONGEST_DELAY = 2.0, 120.0  # seconds between attempts; each is twice the one before
+SILENCE = 300.0  # seconds without a sign of life after which a connection is given up
 TELL_EVERY = 600  # seconds between two lines of a wait in which nothing changes, where the output is no terminal
 
 
@@ -41,6 +43,18 @@ class NotFound(InputError):
 
 class Interrupted(RequestException):
     """An upload that is not complete; what has arrived need not be sent again."""
+
+
+def impatient(send: Callable[..., Response]) -> Callable[..., Response]:
+    """Give every request a timeout: the client has none, and would wait for ever for a connection that has died."""
+
+    def limited(adapter: HTTPAdapter, *arguments: Any, timeout: Any = None, **named: Any) -> Response:
+        return send(adapter, *arguments, timeout=timeout or SILENCE, **named)
+
+    return limited
+
+
+HTTPAdapter.send = impatient(HTTPAdapter.send)  # the client makes sessions where nobody else can reach them
 
 
 class StrictApi(KaggleApi):

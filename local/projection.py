@@ -4,7 +4,6 @@
 """
 
 import math
-from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from kernel.bank import Bank, Layer
+from kernel.bank import Bank, Layer, through
 from local.banks import NEVER, ClassMeans, Taxonomy, Whitening, make_bank, pool
 from local.folds import make_folds
 from local.metrics import GUESSES, paired_gain
@@ -338,14 +337,6 @@ def fit_start(start, reference: Reference, kept: np.ndarray) -> list[Layer]:
     mean = space.mean(dim=0)
     length = (space - mean).norm(dim=1).mean().clamp_min(1e-9)
     return [*before, replace(last, weight=last.weight / length, bias=(last.bias - mean) / length)]
-
-
-def through(layers: Sequence[Layer], values: torch.Tensor) -> torch.Tensor:
-    """`kernel.bank.Bank.transform` without bringing rows to length 1."""
-    for part in layers:
-        values = torch.addmm(part.bias, values, part.weight)
-        values = values.relu() if part.rectified else values
-    return values
 
 
 def contrastive_loss(projected: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:

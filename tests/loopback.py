@@ -225,6 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
                     content += fault({"name": name, "sent": sent})["kept"]
                 except Refusal as refusal:
                     self._reply(refusal.code, b"{}")
+                except ConnectionAbortedError:
+                    self.close_connection = True
                 else:
                     self._reply(503, b"{}")
                 return

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -347,6 +348,25 @@ def test_a_network_that_fails_for_a_while_is_waited_for(world, method, capsys):
     assert world.slept[:4] == [2, 4, 8, 16] or method != "GetCompetition"
     assert capsys.readouterr().out.count("trying again in") == 4
     assert world.kaggle.count("CreateDataset") == 1
+
+
+@pytest.mark.parametrize("method", ["GetCompetition", "StartBlobUpload", "PUT"])
+def test_a_connection_that_dies_in_silence_is_given_up(world, method, monkeypatch):
+    """The client alone would wait for ever."""
+    monkeypatch.setattr("local.kaggle_client.SILENCE", 0.5)
+    awake = threading.Event()
+
+    def be_silent(body: dict) -> dict:
+        awake.wait()
+        raise ConnectionAbortedError
+
+    world.kaggle.fail(method, be_silent)
+    try:
+        world.publish()
+    finally:
+        awake.set()
+    stored = world.kaggle.stored(DATASET)
+    assert all(stored[name] == (world.build / "weights" / name).read_bytes() for name in stored)
 
 
 def test_a_network_that_stays_away_has_a_clear_last_word_and_the_command_goes_on_from_there(world):
