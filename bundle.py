@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 
 from kernel.mounts import InputError, sha256
+from local.bundling.flatten import flatten
+from local.bundling.weights import gather_weights
 from local.console import run, say
 from local.files import write_json
-from local.flatten import flatten
-from local.kaggle_metadata import PLACEHOLDER, dataset_metadata, read_kernel_metadata
 from local.make_run import commit
-from local.weights import gather_weights
+from local.publishing.metadata import PLACEHOLDER, dataset_metadata, read_kernel_metadata
 
 ROOT = Path(__file__).resolve().parent
 DIGEST_LINE = 'MANIFEST_SHA256 = ""'  # of kernel/mounts.py

@@ -1,7 +1,8 @@
 """The metadata prior: what place, season and substrate say of an observation's class, whatever its photos show.
 
-Fitted by `local/prior.py`, which applies it through this module too. It reads only what the test table says, and cannot
-fail a run: a value that is blank, malformed or unknown says nothing, and a table without these columns switches it off.
+Fitted by `local/matching/prior.py`, which applies it through this module too. It reads only what the test table says,
+and cannot fail a run: a value that is blank, malformed or unknown says nothing, and a table without these columns
+switches it off.
 """
 
 import json

@@ -17,11 +17,11 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.accuracy import accuracy
+from local.benchmarks.accuracy import accuracy
+from local.benchmarks.omniglot import omniglot
+from local.benchmarks.speed import speed
+from local.benchmarks.systems import systems
 from local.console import run
-from local.omniglot import omniglot
-from local.speed import speed
-from local.systems import systems
 
 
 def parse_options() -> argparse.Namespace:

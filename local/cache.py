@@ -23,8 +23,8 @@ from kernel.embeddings import load_batches
 from kernel.encoders import Encoder
 from kernel.observations import Observation
 from kernel.views import VIEWS
-from local import team
 from local.console import progress
+from local.learning import team
 
 PART = 256  # photos between two writes
 

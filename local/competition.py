@@ -27,8 +27,8 @@ from kernel.observations import (
     recognise,
     resolution_folder,
 )
-from local.banks import Taxonomy
 from local.console import say
+from local.matching.banks import Taxonomy
 
 COLUMNS = ("split", "observation", "class_id", "photo")
 TAXONOMY = ("phylum", "class", "order", "family", "genus")  # the columns above the species, the widest first

@@ -19,10 +19,6 @@ from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessin
 from kernel.mounts import FORMAT, MANIFEST, InputError, sha256
 from kernel.observations import RESOLUTIONS
 from kernel.photos import shorter_side
-from local import team
-from local.banks import commonest_classes, save_banks
-from local.checkpoints import has_checkpoint, tidy
-from local.choice import fit_banks
 from local.competition import (
     TIME_LIMITS,
     Competition,
@@ -35,13 +31,17 @@ from local.competition import (
 )
 from local.console import say
 from local.files import write_json, write_table, write_tensors
-from local.finetuning import Tuning, finetune, refuse_large
-from local.judging import log_row, peak_memory_gb
+from local.learning import team
+from local.learning.checkpoints import has_checkpoint, tidy
+from local.learning.finetuning import Tuning, finetune, refuse_large
+from local.learning.judging import log_row, peak_memory_gb
+from local.matching.banks import commonest_classes, save_banks
+from local.matching.choice import fit_banks
+from local.matching.prior import write_prior
+from local.matching.study import Study
 from local.plots import plot_class_distribution, plot_training_curve
 from local.pretrained import load_encoder, take_larger
-from local.prior import write_prior
 from local.recipe import Recipe, write_recipe
-from local.study import Study
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"

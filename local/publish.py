@@ -15,8 +15,8 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from local.console import run, say
-from local.ledger import LEDGER
-from local.preflight import Bundle, check_owner, find_credentials, find_secret, inspect
+from local.publishing.ledger import LEDGER
+from local.publishing.preflight import Bundle, check_owner, find_credentials, find_secret, inspect
 
 METADATA = Path(__file__).resolve().parents[1] / "kernel-metadata.json"
 
@@ -35,7 +35,7 @@ def publish(
     Args:
         is_dry: say what would be sent, and send nothing.
         metadata: kernel-metadata.json.
-        kaggle: of `local.kaggle_client.Kaggle`.
+        kaggle: of `local.publishing.client.Kaggle`.
 
     Raises:
         InputError: a check or a step failed; nothing that is done already will be done again.
@@ -48,8 +48,8 @@ def publish(
         say("dry run: nothing was sent")
         return
     # Kaggle's client signs in when it is imported, so only what has passed the checks comes as far.
-    from local.kaggle_client import Kaggle
-    from local.publication import Publication
+    from local.publishing.client import Kaggle
+    from local.publishing.publication import Publication
 
     user = Kaggle(credentials.source, **kaggle)
     check_owner(bundle, user.name, credentials.source)

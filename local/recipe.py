@@ -41,7 +41,7 @@ class Recipe:
     shots: float = 0.0  # a class is likelier by its number of observations to this power
     transduction: float = 0.0  # how much the test's own observations move the prototypes
     metadata: float = 0.0  # weight of what place, season and substrate say, against what the photos say
-    choose: tuple[str, ...] = ()  # keys of this part, and views, that cross-validation chooses; see local/choice.py
+    choose: tuple[str, ...] = ()  # keys of this part, and views, that cross-validation chooses: matching/choice.py
 
     # Training; none with epochs = 0.
     epochs: int = 0

@@ -17,11 +17,11 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from local.console import run, say
-from local.kaggle_metadata import PLACEHOLDER
 from local.metrics import describe, score
-from local.record import write_record
-from local.rehearsal import Ran, Rehearsal
-from local.scenarios import BY_NAME, SCENARIOS, class_of, conduct
+from local.publishing.metadata import PLACEHOLDER
+from local.rehearsal.record import write_record
+from local.rehearsal.scenarios import BY_NAME, SCENARIOS, class_of, conduct
+from local.rehearsal.trial import Ran, Rehearsal
 
 
 def rehearse(data: Path, build: Path, solution: Path | None = None, time_limit: float | None = None) -> dict:

@@ -14,7 +14,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from local.console import run, say
-from local.ledger import LEDGER, compare, noise, number, read_ledger, table
+from local.publishing.ledger import LEDGER, compare, noise, number, read_ledger, table
 
 
 def plot_submissions(rows: Sequence[dict[str, str]], path: Path) -> int:

@@ -12,8 +12,8 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local import team
 from local.console import run
+from local.learning import team
 from local.make_run import train_run
 from local.recipe import read_recipe
 

@@ -12,9 +12,7 @@ import torch
 
 from kernel.mounts import InputError, read_weights
 from kernel.observations import Observation
-from local.accuracy import embed
-from local.banks import pool, unit
-from local.choice import Outcome, compare
+from local.benchmarks.accuracy import embed
 from local.competition import (
     NAMES,
     TAXONOMY,
@@ -25,8 +23,10 @@ from local.competition import (
     read_competition,
     sort_ids,
 )
-from local.ensemble import VALIDATION_FILE, Answers, read_answers
 from local.make_run import CACHE
+from local.matching.banks import pool, unit
+from local.matching.choice import Outcome, compare
+from local.matching.ensemble import VALIDATION_FILE, Answers, read_answers
 from local.recipe import Recipe, make_recipe
 
 SPECIES = "species"  # the finest rank: the class itself

@@ -17,8 +17,8 @@ from sklearn.metrics import f1_score
 
 from kernel.mounts import InputError
 from kernel.observations import Observation
-from local.choice import Outcome, compare
 from local.competition import find_layout, places_of, sort_ids
+from local.matching.choice import Outcome, compare
 from local.metrics import GUESSES, RESAMPLES, bounded, interval_of, score
 from local.report.advice import advise
 from local.report.closeup import Closeup

@@ -14,8 +14,8 @@ import pytest
 from kernel.embeddings import embed_observations
 from kernel.observations import Observation
 from local import cache as module
-from local.banks import pool
 from local.cache import EmbeddingCache
+from local.matching.banks import pool
 from tests.conftest import ROOT, photo
 
 VIEWS = ("plain", "hflip")

@@ -15,7 +15,7 @@ import pytest
 from kernel.observations import LAYOUTS, Layout, find_test_table, recognise
 from kernel.submission import check_submission, fallback_guesses, write_submission
 from local.competition import TIME_LIMITS, labelled, read_competition
-from local.staging import stage_competition
+from local.rehearsal.staging import stage_competition
 from tests import layouts
 from tests.conftest import photo
 

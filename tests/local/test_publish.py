@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from bundle import bundle
 from kernel.mounts import MANIFEST, InputError, sha256
-from local.kaggle_metadata import PLACEHOLDER, dataset_metadata
 from local.publish import METADATA, publish
-from local.record import PLAIN, RECORD, write_record
+from local.publishing.metadata import PLACEHOLDER, dataset_metadata
+from local.rehearsal.record import PLAIN, RECORD, write_record
 from local.rehearse import rehearse
 from tests.conftest import command
 from tests.loopback import KEY, OWNER, TOKEN, Loopback, http, saying
@@ -63,7 +63,7 @@ class World:
 
     def publish(self, **options) -> None:
         """What the command does."""
-        from local.kaggle_client import Clock
+        from local.publishing.client import Clock
 
         clock = Clock(lambda: sum(self.slept), self.slept.append)
         files = {"metadata": self.folder / "kernel-metadata.json", "ledger": self.folder / "runs" / "submissions.csv"}
@@ -353,7 +353,7 @@ def test_a_network_that_fails_for_a_while_is_waited_for(world, method, capsys):
 @pytest.mark.parametrize("method", ["GetCompetition", "StartBlobUpload", "PUT"])
 def test_a_connection_that_dies_in_silence_is_given_up(world, method, monkeypatch):
     """The client alone would wait for ever."""
-    monkeypatch.setattr("local.kaggle_client.SILENCE", 0.5)
+    monkeypatch.setattr("local.publishing.client.SILENCE", 0.5)
     awake = threading.Event()
 
     def be_silent(body: dict) -> dict:

@@ -220,7 +220,7 @@ def test_settings_made_by_a_program_name_where_they_come_from() -> None:
 
 
 def test_only_what_has_candidates_can_be_left_to_the_choice():
-    from local.choice import CANDIDATES
+    from local.matching.choice import CANDIDATES
     from local.recipe import CHOOSABLE
 
     assert set(CHOOSABLE) == {"views", *CANDIDATES}

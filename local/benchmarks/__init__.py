@@ -1,0 +1,1 @@
+"""What the README measures: accuracy, speed, five published systems, Omniglot."""

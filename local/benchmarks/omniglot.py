@@ -1,0 +1,95 @@
+"""Measure few-shot learning as the literature does: characters of an alphabet that training has never seen.
+
+Called by local/benchmark.py. Four alphabets are learnt from scratch in episodes, the last is asked.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from kernel.encoders import open_encoder, pick_devices
+from kernel.mounts import InputError, read_weights
+from kernel.observations import Observation
+from local.cache import EmbeddingCache
+from local.console import progress, say
+from local.make_run import CACHE, train_run
+from local.matching.banks import unit
+from local.recipe import read_recipe
+
+TURNS = (0, 90, 180, 270)  # a turned character is another class to learn from (Snell et al. 2017)
+TASKS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways, shots
+QUERIES = 5  # of each class of an episode
+EPISODES = 1000
+PAPER = {(5, 1): 0.988, (5, 5): 0.997, (20, 1): 0.960, (20, 5): 0.989}  # Snell et al. 2017, table 1
+
+
+def omniglot(folder: Path, settings: list[str]) -> dict:
+    """Train on all alphabets but the last, and print its accuracies with 95% intervals beside the paper's.
+
+    Args:
+        folder: `alphabet/character/drawing.png`.
+        settings: changes to the recipe `omniglot`, as `key=value`.
+
+    Returns:
+        All that was printed, for `--json`.
+
+    Raises:
+        InputError: the folder holds fewer than two alphabets.
+    """
+    alphabets = sorted({drawing.parents[1] for drawing in folder.rglob("*/*/*.png")})
+    if len(alphabets) < 2:
+        raise InputError(f"{folder} holds {len(alphabets)} alphabets: give a folder of alphabet/character/drawing.png")
+    *learnt, asked = alphabets
+    with tempfile.TemporaryDirectory() as temporary:
+        data, run = Path(temporary) / "data", Path(temporary) / "run"
+        for source, target, turn in turned(learnt, data / "train"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(source).convert("L").rotate(turn).save(target)
+        (data / "test").mkdir()
+        train_run(read_recipe("omniglot", settings), data, run)
+        embeddings, classes = embed_alphabet(asked, run)
+    say(f"{asked.name}, {classes.max() + 1} characters that were never learnt from, {EPISODES} episodes:\n")
+    say("| ways | shots | accuracy | Snell et al. 2017 |\n|---|---|---|---|")
+    rows = []
+    for ways, shots in (task for task in TASKS if task[0] <= classes.max() + 1):
+        accuracies = play(embeddings, classes, ways, shots)
+        mean, half = accuracies.mean(), 1.96 * accuracies.std(ddof=1) / np.sqrt(len(accuracies))
+        rows.append({"ways": ways, "shots": shots, "accuracy": float(mean), "half_width": float(half)})
+        say(f"| {ways} | {shots} | {mean:.1%} ± {half:.1%} | {PAPER[ways, shots]:.1%} |")
+    return {"learnt": [path.name for path in learnt], "asked": asked.name, "episodes": EPISODES, "tasks": rows}
+
+
+def turned(alphabets: list[Path], folder: Path) -> Iterator[tuple[Path, Path, int]]:
+    """Every drawing in every turn: (file, its place in class folders, degrees)."""
+    for alphabet in alphabets:
+        for drawing in sorted(alphabet.glob("*/*.png")):
+            for turn in TURNS:
+                yield drawing, folder / f"{alphabet.name}-{drawing.parent.name}-{turn}" / drawing.name, turn
+
+
+def embed_alphabet(alphabet: Path, run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(drawings, features) of length 1 by a run's encoder, and (drawings,) the character of each."""
+    weights = read_weights(run)
+    entry = weights.manifest["members"][0]["encoder"]
+    encoder = open_encoder(weights, entry, pick_devices(), run / "packages")
+    drawings = sorted(alphabet.glob("*/*.png"))
+    single = [Observation(str(path), (path,)) for path in drawings]
+    photos = EmbeddingCache(run.parent / CACHE, encoder).embed(single, ["plain"])
+    characters = np.array([path.parent.name for path in drawings])[photos.observations]
+    return photos.values[:, 0].astype(float), np.unique(characters, return_inverse=True)[1]
+
+
+def play(embeddings: np.ndarray, classes: np.ndarray, ways: int, shots: int) -> np.ndarray:
+    """(EPISODES,) accuracies: QUERIES drawings of each of `ways` characters against the means of `shots` others."""
+    rng, accuracies = np.random.default_rng(0), []
+    members = [np.flatnonzero(classes == index) for index in range(classes.max() + 1)]
+    for _ in progress(range(EPISODES), f"{ways} ways, {shots} shots"):
+        drawn = [rng.permutation(members[index])[: shots + QUERIES] for index in rng.permutation(len(members))[:ways]]
+        support, queries = (np.stack([own[part] for own in drawn]) for part in (slice(shots), slice(shots, None)))
+        prototypes = unit(unit(embeddings[support]).mean(axis=1))
+        nearest = (unit(embeddings[queries]) @ prototypes.T).argmax(axis=2)
+        accuracies.append((nearest == np.arange(ways)[:, None]).mean())
+    return np.array(accuracies)

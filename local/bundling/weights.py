@@ -1,0 +1,100 @@
+"""Gather the weights of one or several runs into the folder that becomes a Kaggle dataset."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, read_weights, sha256
+from kernel.observations import LAYOUTS, RESOLUTIONS
+from local.console import say
+from local.files import write_json
+from local.matching.ensemble import weigh
+from local.metrics import GUESSES
+
+
+def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
+    """Copy the files of every run, the wheels that they need, and one manifest over all of them.
+
+    Args:
+        runs: run folders; several make an ensemble, weighted by cross-validation.
+        folder: an empty folder to fill.
+
+    Returns:
+        The manifest's path.
+
+    Raises:
+        InputError: a folder is no run, is damaged, or predicts other classes than the first.
+    """
+    opened = [read_weights(run) for run in runs]
+    first = opened[0].manifest
+    for weights in opened[1:]:
+        for key, of in (("class_ids", "classes"), ("competition", "competition")):
+            if _comparable(weights.manifest[key]) != _comparable(first[key]):
+                raise InputError(f"{weights.folder} has another {of} than {runs[0]}: train both with the same --data")
+    shares = weigh(runs, guesses_of(first["competition"]["layout"]))
+    # The best alone comes first, since a kernel short of time drops the last.
+    order = sorted(range(len(runs)), key=lambda place: -worth_alone(opened[place]))
+    opened, shares = ([values[place] for place in order if shares[place]] for values in (opened, shares))
+    resolution = max((weights.manifest["competition"]["resolution"] for weights in opened), key=RESOLUTIONS.index)
+    members = [
+        {**member, "weight": share * member["weight"]}
+        for place, (weights, share) in enumerate(zip(opened, shares, strict=True), 1)
+        for member in _copy(weights, folder, place)
+    ]
+    _download_wheels(members, folder / "wheels")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    manifest = {
+        "format": FORMAT,
+        "competition": {**first["competition"], "resolution": resolution},
+        "class_ids": first["class_ids"],
+        "prior": first["prior"],
+        "members": members,
+        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
+    }
+    write_json(manifest, folder / MANIFEST)
+    return folder / MANIFEST
+
+
+def worth_alone(weights: Weights) -> float:
+    """A run's recalls on its validation together; 0 where it has none."""
+    validation = weights.manifest["members"][0]["validation"]
+    return sum(validation.get(f"recall_at_{count}", 0.0) for count in GUESSES)
+
+
+def guesses_of(name: str) -> int:
+    """Class ids in one row of a layout's submission."""
+    return next(layout.guesses for layout in LAYOUTS if layout.name == name)
+
+
+def _comparable(value: object) -> object:
+    return {**value, "resolution": ""} if isinstance(value, dict) else value
+
+
+def _copy(weights: Weights, folder: Path, place: int) -> list[dict]:
+    """Copy a run's files under names of their own; its members under the new names."""
+    members = []
+    for member in weights.manifest["members"]:
+        names = {"file": member["encoder"]["file"], "bank": member["bank"], "prior": member["prior"]}
+        for name in filter(None, names.values()):
+            shutil.copyfile(weights.file(name), folder / f"{place}-{name}")
+        renamed = {key: name and f"{place}-{name}" for key, name in names.items()}
+        encoder = {**member["encoder"], "file": renamed.pop("file")}
+        members.append({**member, **renamed, "encoder": encoder, "run": weights.folder.resolve().name})
+    return members
+
+
+def _download_wheels(members: Sequence[dict], folder: Path) -> None:
+    """The pure-Python wheels that Kaggle's image lacks, in the versions that the runs were trained with."""
+    encoders = [member["encoder"] for member in members if member["encoder"]["library"] == "open_clip"]
+    wanted = sorted({f"{name}=={version}" for encoder in encoders for name, version in encoder["packages"].items()})
+    if not wanted:
+        return
+    say(f"fetching the wheels of {', '.join(wanted)}, which Kaggle's image lacks")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    target = ["--only-binary=:all:", "--python-version", "3.12", "--dest", str(folder)]
+    result = subprocess.run([*pip, *target, *wanted], capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise InputError(f"the wheels of {', '.join(wanted)} cannot be fetched: {reason}; check the network")

@@ -1,0 +1,1 @@
+"""How embeddings become ranked classes: banks, the metadata prior, and their choice by cross-validation."""

@@ -1,0 +1,138 @@
+"""The labelled observations of a competition as one encoder sees them: which are learnt from, and which judge."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kernel.bank import Bank
+from kernel.encoders import Encoder
+from kernel.prior import Prior
+from local.cache import EmbeddingCache
+from local.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
+from local.console import say
+from local.files import write_table, write_tensors
+from local.matching.banks import spread_over
+from local.matching.choice import CANDIDATES, Embedded, Search, cross_validated, walk
+from local.matching.ensemble import VALIDATION_FILE
+from local.matching.folds import make_folds
+from local.matching.prior import PriorEstimator
+from local.metrics import describe, score
+from local.recipe import Recipe
+
+CANDIDATES_FILE = "candidates.csv"
+
+
+class Study:
+    """What a bank is fitted to and chosen by.
+
+    Attributes:
+        labelled: all labelled observations, those of val after those of train.
+        reference: (observations,) bool, of which the bank is made.
+        classes: the bank's class ids, in order.
+        folds: (reference, queries), each (observations,) bool. Where the competition's val is kept out of the bank,
+            val is the one fold's queries. Else observations of all are held out in turn; for an encoder that was tuned
+            on some, only the others.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        competition: Competition,
+        fit: Labelled,
+        validation: Labelled,
+        encoder: Encoder,
+        cache: Path,
+        is_tuned: bool,
+        head: Bank | None = None,
+        head_classes: Sequence[str] = (),
+    ):
+        self.recipe, self.encoder, self.cache, self.embedded = recipe, encoder, cache, {}
+        self.guesses, self.lineages = competition.layout.guesses, lineages(competition)
+        class_ids = np.concatenate([fit.class_ids, validation.class_ids])
+        self.labelled = Labelled([*fit.observations, *validation.observations], class_ids)
+        is_fit = np.arange(len(class_ids)) < len(fit)
+        keeps_val_out = recipe.reference == "train" and competition.has_val
+        self.reference = is_fit if keeps_val_out else np.ones_like(is_fit)
+        self.classes = sort_ids(class_ids[self.reference])
+        self.head = spread_over(head, head_classes, self.classes) if head else None
+        self.places = places_of(class_ids, self.classes)
+        self.taxonomy = read_taxonomy(competition, self.classes)
+        asked = ~is_fit if is_tuned else np.ones_like(is_fit)
+        self.folds = [(is_fit, ~is_fit)] if keeps_val_out else make_folds(self.places, recipe.seed, asked)
+
+    def embed(self, fit: str) -> Embedded:
+        """All labelled observations in all of the recipe's views, photos cropped or squashed."""
+        if fit not in self.embedded:
+            preprocessing = dataclasses.replace(self.encoder.preprocessing, fit=fit)
+            encoder = Encoder(self.encoder.module, preprocessing, self.encoder.features, self.encoder.devices)
+            photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.recipe.views)
+            for cause, count in photos.failures.items():
+                say(f"{count} photos could not be read ({cause}) and were left out")
+            self.embedded[fit] = Embedded(
+                photos.values, self.recipe.views, photos.observations, self.places, self.taxonomy, self.head
+            )
+        return self.embedded[fit]
+
+    def embed_together(self) -> None:
+        """Embed all that the choice may ask for, every process of the team its share."""
+        for fit in CANDIDATES["fit"] if "fit" in self.recipe.choose else (self.recipe.fit,):
+            self.embed(fit)
+
+    def fit_prior(self, reference: np.ndarray) -> Prior:
+        """What place, season and substrate say of the classes, learnt from some of the observations."""
+        return PriorEstimator().fit(self.labelled.subset(reference), self.classes, self.lineages).prior_
+
+    def ask_prior(self, reference: np.ndarray, queries: np.ndarray) -> torch.Tensor | None:
+        """(queries, classes) log-probabilities by the metadata alone; None where the tables have none."""
+        if not any(observation.metadata for observation in self.labelled.observations):
+            return None
+        return self.fit_prior(reference).log_probabilities(self.labelled.subset(queries).observations)
+
+    def choose(self, folder: Path) -> tuple[Recipe, tuple[float, ...], dict[str, float]]:
+        """Choose what the recipe leaves open, and judge it by observations that had no part in the choice.
+
+        Args:
+            folder: to leave the table of candidates and the answers to the held-out observations in.
+
+        Returns:
+            The recipe with nothing left open, the inverse temperatures of its banks, and its scores.
+        """
+        if not self.folds:
+            say("every class has one observation: there is nothing to judge by, and so no score of this run")
+            return self.recipe, (), {}
+        search = Search(self.embed, self.recipe.fit, self.folds, self.guesses, self.reference, self.ask_prior)
+        chosen, top = self.recipe, None
+        if self.recipe.choose:
+            table: list[dict] = []
+            chosen = walk(search, self.recipe, np.ones(len(search.truth), dtype=bool), table)
+            top = cross_validated(search, self.recipe)
+            write_table(table, folder / CANDIDATES_FILE)
+            tell(table, chosen)
+        outcome = search.judge(chosen)
+        guesses = [[self.classes[place] for place in row] for row in (outcome.top if top is None else top)]
+        scores = score(self.labelled.class_ids[search.queries], guesses, self.recipe.seed)
+        say(f"{len(guesses)} held-out observations: {describe(scores, self.guesses)}")
+        self.keep_answers(search, chosen, folder / VALIDATION_FILE)
+        return chosen, outcome.scales, scores
+
+    def keep_answers(self, search: Search, chosen: Recipe, path: Path) -> None:
+        """Write the log-probabilities of every held-out observation, by which an ensemble is weighted later."""
+        observations = [self.labelled.observations[query].id for query in search.queries]
+        said = {"observations": json.dumps(observations), "classes": json.dumps(self.classes)}
+        known = {"truth": torch.tensor(search.truth), "weights": torch.tensor(search.weights)}
+        write_tensors({"log_probabilities": search.log_probabilities(chosen)[0].half(), **known}, path, said)
+
+
+def tell(rows: Sequence[dict], chosen: Recipe) -> None:
+    """The table of candidates as lines: each with its paired gain over what it would have replaced."""
+    for row in rows:
+        gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
+        say(
+            f"{row['key']:12} {row['value']!s:44.44}  Recall@1 {row['recall_at_1']:.3f}  "
+            f"Recall@5 {row['recall_at_5']:.3f}  gain {gain}"
+        )
+    say("chosen: " + "  ".join(f"{key} = {getattr(chosen, key)}" for key in chosen.choose))

@@ -1,0 +1,232 @@
+"""Everything that can be checked before the first byte leaves for Kaggle. Called by publication.py; offline.
+
+Nothing here imports Kaggle's client, which signs in as soon as it is imported.
+"""
+
+import json
+import mmap
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kernel.mounts import MANIFEST, InputError, read_weights, sha256
+from kernel.observations import LAYOUTS, Observation, TestTable, read_table
+from kernel.submission import check_submission
+from local.publishing.metadata import PLACEHOLDER, dataset_metadata, read_kernel_metadata
+from local.rehearsal.record import PLAIN, read_record
+
+MOST_BYTES = 1_000_000  # of a script; the server refuses larger ones
+DATASET_METADATA = "dataset-metadata.json"
+TOKENS = "https://www.kaggle.com/settings/api"
+SECRETS = re.compile(
+    rb"KGAT_[0-9A-Za-z]{16,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}"
+    rb"|sk-[A-Za-z0-9_-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\"key\"\s*:\s*\"[0-9a-f]{32}\"|://[^/\s:@]+:[^/\s:@]+@"
+)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Who the user is to Kaggle.
+
+    Attributes:
+        source: where they were found: a file or the environment.
+        owner: the user's Kaggle name, or None where only Kaggle can tell.
+        secrets: what must never be sent in a file, or printed.
+    """
+
+    source: str
+    owner: str | None
+    secrets: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that is fit to be sent.
+
+    Attributes:
+        metadata: of the kernel, as `kernel-metadata.json` has it.
+        manifest: of the weights.
+        digests: SHA-256 of "kernel" and "manifest".
+        table: the observations that the rehearsal predicted, without their photos.
+        rehearsed: the submission that the rehearsal left.
+        record: of the rehearsal.
+    """
+
+    build: Path
+    metadata: dict
+    manifest: dict
+    digests: dict[str, str]
+    table: TestTable
+    rehearsed: Path
+    record: dict
+
+    @property
+    def dataset(self) -> str:
+        """owner/slug of the weights."""
+        return self.metadata["dataset_sources"][0]
+
+    @property
+    def competition(self) -> str:
+        return self.metadata["competition_sources"][0]
+
+    @property
+    def script(self) -> Path:
+        return self.build / "kernel.py"
+
+    @property
+    def weights(self) -> Path:
+        return self.build / "weights"
+
+    @property
+    def files(self) -> list[Path]:
+        """All that travels, but for the kernel's metadata."""
+        return [self.script, *sorted(path for path in self.weights.rglob("*") if path.is_file())]
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of the runs that it is made of."""
+        return list(dict.fromkeys(member.get("run", member["name"]) for member in self.manifest["members"]))
+
+    @property
+    def commit(self) -> str:
+        """What the script's banner says of its origin."""
+        found = re.search(r"^commit +(.+)$", self.script.read_text(encoding="utf-8"), re.MULTILINE)
+        return found.group(1) if found else "unknown"
+
+
+def inspect(build: Path, metadata_path: Path) -> Bundle:
+    """Check a bundle and its metadata against all that Kaggle, or a competitor, would regret.
+
+    Args:
+        metadata_path: kernel-metadata.json.
+
+    Raises:
+        InputError: something is wrong, missing, or of another bundle.
+    """
+    metadata = read_kernel_metadata(metadata_path)
+    if PLACEHOLDER in json.dumps(metadata):
+        raise InputError(f"{metadata_path}: put your Kaggle name for {PLACEHOLDER}, then bundle again")
+    manifest, digest = inspect_weights(build / "weights", metadata)
+    inspect_script(build / "kernel.py", digest)
+    record = read_record(build)
+    layout = next(layout for layout in LAYOUTS if layout.name == manifest["competition"]["layout"])
+    rows = read_table(build / PLAIN, layout.header)
+    table = TestTable(build, layout, [Observation(row[layout.header[0]], ()) for row in rows])
+    check_submission(build / PLAIN, table, manifest["class_ids"])
+    return Bundle(build, metadata, manifest, record["bundle"], table, build / PLAIN, record)
+
+
+def inspect_weights(folder: Path, metadata: dict) -> tuple[dict, str]:
+    """The manifest of complete and undamaged weights that name the dataset which the kernel attaches, and its digest.
+
+    Raises:
+        InputError: a file is missing, damaged, or none of theirs.
+    """
+    weights = read_weights(folder)
+    for name in weights.manifest["files"]:
+        weights.file(name)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    strangers = present - {*weights.manifest["files"], MANIFEST, DATASET_METADATA}
+    if strangers:
+        raise InputError(f"{folder / min(strangers)} is none of the bundle's files: remove it, or bundle again")
+    try:
+        named = json.loads((folder / DATASET_METADATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / DATASET_METADATA} cannot be read ({error}): bundle again") from error
+    if named != dataset_metadata(metadata):
+        raise InputError(
+            f"{folder / DATASET_METADATA} is not that of {metadata['dataset_sources'][0]}, which the kernel attaches: "
+            "bundle again"
+        )
+    return weights.manifest, sha256(folder / MANIFEST)
+
+
+def inspect_script(path: Path, digest: str) -> None:
+    """A script of a size that Kaggle takes, which accepts these weights.
+
+    Raises:
+        InputError: it is missing, too large, or was bundled with others.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): run python bundle.py runs/NAME") from error
+    size = len(text.encode())
+    if size >= MOST_BYTES:
+        raise InputError(f"{path} has {size:,} bytes, Kaggle takes less than {MOST_BYTES:,}: bundle again")
+    if f'MANIFEST_SHA256 = "{digest}"' not in text:
+        raise InputError(f"{path} does not belong to the weights beside it, of manifest {digest}: bundle again")
+
+
+def find_credentials() -> Credentials:
+    """The credentials that Kaggle's client will use, in its order of preference.
+
+    Raises:
+        InputError: there are none.
+    """
+    home = Path.home() / ".kaggle"
+    token = os.environ.get("KAGGLE_API_TOKEN", "")
+    if token:
+        is_file = len(token) < 4096 and Path(token).is_file()
+        return Credentials("KAGGLE_API_TOKEN", None, (read_secret(Path(token)) if is_file else token,))
+    for path in (home / "access_token", home / "access_token.txt"):
+        if read_secret(path):
+            return Credentials(str(path), None, (read_secret(path),))
+    owner, key = os.environ.get("KAGGLE_USERNAME"), os.environ.get("KAGGLE_KEY")
+    if owner and key:
+        return Credentials("KAGGLE_USERNAME and KAGGLE_KEY", owner, (key,))
+    for folder in (Path(os.environ.get("KAGGLE_CONFIG_DIR") or home), Path.home() / ".config" / "kaggle"):
+        try:
+            content = json.loads(read_secret(folder / "kaggle.json"))
+            return Credentials(str(folder / "kaggle.json"), content["username"], (content["key"],))
+        except (ValueError, KeyError, TypeError):
+            continue
+    if read_secret(home / "credentials.json"):
+        return Credentials(str(home / "credentials.json"), None, ())
+    raise InputError(f"no Kaggle credentials: make a token at {TOKENS} and put it into {home / 'access_token'}")
+
+
+def read_secret(path: Path) -> str:
+    """The content of a file of credentials, or nothing."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def check_owner(bundle: Bundle, owner: str | None, source: str) -> None:
+    """The kernel is pushed in the user's own name.
+
+    Args:
+        owner: the user's Kaggle name, None where only Kaggle can tell.
+        source: where the credentials are.
+
+    Raises:
+        InputError: it is another's.
+    """
+    named = bundle.metadata["id"].partition("/")[0]
+    if owner and owner.lower() != named.lower():
+        raise InputError(
+            f"kernel-metadata.json is of {named}, the credentials in {source} are of {owner}: "
+            "make both the same, then bundle again"
+        )
+
+
+def find_secret(bundle: Bundle, credentials: Credentials) -> None:
+    """Search all that would be sent for the user's own credentials, and for what looks like anybody's.
+
+    Raises:
+        InputError: one was found; the message says where, and never what.
+    """
+    own = [secret.encode() for secret in credentials.secrets if len(secret) >= 8]
+    for path in bundle.files:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            places = [content.find(secret) for secret in own]
+            # Of weights only the JSON header, whose length comes first, can be read; then there are numbers.
+            end = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else len(content)
+            places += [found.start() for found in SECRETS.finditer(content[:end])]
+            first = min((place for place in places if place >= 0), default=None)
+            if first is not None:
+                line = content[:first].count(b"\n") + 1
+                raise InputError(f"{path} holds what looks like a secret in line {line}: remove it, then bundle again")

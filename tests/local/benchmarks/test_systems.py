@@ -1,0 +1,44 @@
+"""Recipes are measured beside their originals, on the same photos by the same encoder."""
+
+import shutil
+
+import pytest
+
+from kernel.mounts import InputError
+from local.benchmarks.accuracy import keep_encoder
+from local.benchmarks.systems import RULES, systems
+from local.recipe import read_recipe
+
+
+@pytest.fixture(scope="module")
+def asked(drawn, tmp_path_factory):
+    """A competition with its test answers."""
+    data = tmp_path_factory.mktemp("asked") / "fungi"
+    shutil.copytree(drawn.competition, data)
+    shutil.copyfile(drawn.solution, data / "solution.csv")
+    return data
+
+
+def test_a_system_and_its_recipe_are_scored_on_the_same_observations(asked, trained, tmp_path, capsys):
+    spec = keep_encoder(trained, tmp_path / "encoder")
+    report = systems([asked], spec, ["fungitastic-multitask", "fungiclef-protonet"], ["epochs=1"])["datasets"][0]
+    names = [row["name"] for row in report["rows"]]
+    assert names == [
+        "fungitastic-multitask: the original's rules",
+        "fungitastic-multitask, species alone",
+        "fungitastic-multitask",
+        "fungiclef-protonet: the original's rules",
+        "fungiclef-protonet",
+    ]
+    assert all(0 <= row[name] <= 1 for row in report["rows"] for name in ("recall_at_1", "weighted_f1"))
+    assert [row["gain"] is None for row in report["rows"]] == [True, False, False, True, False]
+    groups = [row["groups"] for row in report["ranks"] if "alone" not in row["recipe"]]
+    assert groups == sorted(groups)  # from the widest rank to the species
+    assert len(groups) > 1
+    assert "| fungitastic-multitask |" in capsys.readouterr().out
+
+
+def test_every_system_has_a_recipe_and_another_name_is_refused(asked):
+    assert all(read_recipe(name).epochs for name in RULES)
+    with pytest.raises(InputError, match="choose from fungiclef-protonet"):
+        systems([asked], "timm:test_resnet", ["demo"], [])

@@ -1,0 +1,465 @@
+"""A package flattened into one script reads, runs and fails like the package, or is refused with place and mend.
+
+python -m pytest tests/local/bundling/test_flatten.py
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kernel.mounts import FORMAT, MANIFEST, InputError
+from local.bundling.flatten import SIZE_LIMIT, flatten
+
+ROOT = Path(__file__).resolve().parents[3]
+FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n +(.*)')
+
+
+def package(folder: Path, **modules: str) -> Path:
+    """Write a package `pkg` of the given modules; its `__init__` is empty unless given."""
+    for name, source in {"__init__": "", **modules}.items():
+        path = folder / "pkg" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8", newline="")
+    return folder / "pkg"
+
+
+def python(*arguments: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, encoding="utf-8", timeout=60, **options
+    )
+
+
+def run_both(folder: Path) -> tuple[subprocess.CompletedProcess, subprocess.CompletedProcess]:
+    """The package run with `python -m`, and its flat script, on their own."""
+    script = folder.parent / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text(flatten(folder), encoding="utf-8")
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    as_package = python("-m", folder.name, cwd=folder.parent, env=environment)
+    return as_package, python("-I", script, cwd=script.parent, env=environment)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(InputError) as refused:
+        flatten(folder)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+CHAIN = {
+    "__main__": '''"""The entry's docstring."""
+
+import json
+from pkg.a import double, note
+
+note("entry, first half")
+
+# What follows is imported late, after the first half has run.
+import json
+import os.path
+from pkg.c import LATE
+
+
+def main() -> None:
+    """The story."""
+    print(json.dumps([double(4), LATE, os.path.sep != ""]))
+
+
+if __name__ == "__main__":
+    main()
+''',
+    "a": '''"""What a is for.
+
+And more of it.
+"""
+
+import json
+from math import floor
+
+from pkg.b import (
+    FACTOR,
+    note,
+)
+
+note("a")
+
+
+def double(value: int) -> int:
+    """Twice the value."""
+    return floor(value * FACTOR)  # never rounded
+''',
+    "b": """import json
+from math import floor, pi
+
+FACTOR = floor(pi) - 1
+
+
+# A comment above a function.
+def note(text: str) -> None:
+    print(json.dumps(text))
+
+
+note("b")
+""",
+    "c": """from pkg.b import note
+
+note("c")
+LATE = '''from pkg.a import nothing
+import json
+# in a string'''
+""",
+}
+
+
+def test_the_script_does_in_order_what_the_package_does(tmp_path: Path) -> None:
+    as_package, as_script = run_both(package(tmp_path, **CHAIN))
+    assert as_package.returncode == 0, as_package.stderr
+    lines = as_package.stdout.splitlines()
+    assert lines[:4] == ['"b"', '"a"', '"entry, first half"', '"c"']
+    assert lines[4].startswith("[8, ")
+    assert (as_script.stdout, as_script.stderr, as_script.returncode) == (as_package.stdout, "", 0)
+
+
+def test_imports_of_siblings_go_and_all_others_appear_once(tmp_path: Path) -> None:
+    tree = ast.parse(flatten(package(tmp_path, **CHAIN)))
+    imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert sorted(imports) == ["from math import floor, pi", "import json", "import os.path"]
+
+
+def test_comments_and_docstrings_survive(tmp_path: Path) -> None:
+    text = flatten(package(tmp_path, **CHAIN))
+    tree = ast.parse(text)
+    docstrings = {ast.get_docstring(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert docstrings == {"The story.", "Twice the value.", None}
+    for line in (
+        "# The entry's docstring.",
+        "# What a is for.",
+        "# And more of it.",
+        "# What follows is imported late, after the first half has run.",
+        "    return floor(value * FACTOR)  # never rounded",
+        "# A comment above a function.",
+        "# in a string'''",
+    ):
+        assert text.splitlines().count(line) == 1, line
+
+
+def test_a_comment_before_the_first_statement_or_after_the_last_survives(tmp_path: Path) -> None:
+    text = flatten(package(tmp_path, __main__='"""Doc."""\n\n# the first\nVALUE = 1\nprint(VALUE)\n# the last\n'))
+    assert "# the first" in text
+    assert "# the last" in text
+
+
+def test_every_section_names_its_module_and_a_story_taken_up_again_says_so(tmp_path: Path) -> None:
+    text = flatten(package(tmp_path, **CHAIN))
+    titles = [line for line in text.splitlines() if re.match(r"# pkg/\w+\.py", line)]
+    assert [title.split(",")[0] for title in titles] == [
+        "# pkg/b.py",
+        "# pkg/a.py",
+        "# pkg/__main__.py",
+        "# pkg/c.py",
+        "# pkg/__main__.py",
+    ]
+    assert titles[-1] == "# pkg/__main__.py, continued"
+
+
+def test_a_traceback_points_at_the_same_source_at_its_real_line_in_the_script(tmp_path: Path) -> None:
+    folder = package(
+        tmp_path,
+        __main__='"""Doc."""\n\nfrom pkg.a import outer\n\n\ndef main():\n    outer(0)\n\n\nmain()\n',
+        a='"""Two\n\nparagraphs."""\nimport math\n\nfrom pkg.b import inner\n\n\ndef outer(x):\n    return inner(x)\n',
+        b='import math\n\nTEXT = """\n\n"""\n\n\ndef inner(x):\n    # why\n    return math.pi / x\n',
+    )
+    as_package, as_script = run_both(folder)
+    expected = [(name, line) for path, _, name, line in FRAME.findall(as_package.stderr) if Path(path).parent == folder]
+    script = tmp_path / "elsewhere" / "script.py"
+    frames = [frame for frame in FRAME.findall(as_script.stderr) if frame[0] == str(script)]
+    assert [name for name, _ in expected] == ["<module>", "main", "outer", "inner"]
+    assert [(name, line) for _, _, name, line in frames] == expected
+    lines = script.read_text(encoding="utf-8").split("\n")
+    assert [lines[int(number) - 1].strip() for _, number, _, _ in frames] == [line for _, line in expected]
+    assert as_script.stderr.splitlines()[-1] == as_package.stderr.splitlines()[-1]
+
+
+def test_the_same_modules_give_the_same_bytes_in_any_folder_and_process(tmp_path: Path) -> None:
+    one, other = package(tmp_path / "one", **CHAIN), package(tmp_path / "other", **CHAIN)
+    code = "import sys, pathlib, local.bundling.flatten as f; sys.stdout.write(f.flatten(pathlib.Path(sys.argv[1])))"
+    texts = [
+        python("-c", code, folder, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}).stdout
+        for folder, seed in ((one, "1"), (other, "2"))
+    ]
+    assert texts == [flatten(one)] * 2
+
+
+FAITHFUL = {
+    "two statements on a line with an import": {"__main__": "import os; VALUE = 1\nprint(VALUE, os.sep)\n"},
+    "a sibling's import after another statement": {
+        "__main__": "VALUE = 1; from pkg.a import OTHER\nprint(VALUE, OTHER)\n",
+        "a": "OTHER = 2\n",
+    },
+    "a decorator on the first statement": {"__main__": "@lambda f: f.__name__\ndef name(): ...\nprint(name)\n"},
+    "a line separator in a string": {
+        "__main__": 'TEXT = "one\u2028two"\nfrom pkg.a import OTHER\nprint(ascii(TEXT), OTHER)\n',
+        "a": "OTHER = 2\n",
+    },
+    "a form feed between functions": {
+        "__main__": "VALUE = 1\n\x0c\nfrom pkg.a import OTHER\nprint(VALUE, OTHER)\n",
+        "a": "OTHER = 2\n",
+    },
+    "carriage returns at the ends of lines": {
+        "__main__": "import os\r\n\r\nfrom pkg.a import OTHER\r\nprint(OTHER, os.sep)\r\n",
+        "a": "OTHER = 2\r\n",
+    },
+    "code in __init__": {"__init__": 'print("init")\n', "__main__": "print(1)\n"},
+    "the docstring as a value": {"__main__": '"""Usage."""\n\nprint(__doc__)\n'},
+    "a name that an imported module rebinds": {
+        "__main__": "from pkg.a import STATE, step\n\nstep()\nprint(STATE)\n",
+        "a": "STATE = 0\n\n\ndef step():\n    global STATE\n    STATE += 1\n",
+    },
+    "one name for a module in one place and for a value in another": {
+        "__main__": "from pkg.a import encode\nfrom pkg.b import codec\n\nprint(encode(1), codec)\n",
+        "a": "try:\n    import json as codec\nexcept ImportError:\n    raise\n\n\n"
+        "def encode(value):\n    return codec.dumps(value)\n",
+        "b": "codec = 1\n",
+    },
+    "one name for a value and for a caught error": {
+        "__main__": "from pkg.a import read\nfrom pkg.b import OTHER\n\nprint(read(), OTHER)\n",
+        "a": "error = 2\n\n\ndef read():\n    return error\n",
+        "b": "try:\n    OTHER = int('x')\nexcept ValueError as error:\n    OTHER = 0\n",
+    },
+    "a name imported from a module that lacks it": {
+        "__main__": "from pkg.a import ONE\nfrom pkg.b import TWO\nfrom pkg.a import TWO\n\nprint(ONE, TWO)\n",
+        "a": "ONE = 1\n",
+        "b": "TWO = 2\n",
+    },
+}
+
+
+@pytest.mark.parametrize("modules", FAITHFUL.values(), ids=FAITHFUL.keys())
+def test_a_script_never_says_other_than_its_package_unless_it_is_refused(tmp_path: Path, modules: dict) -> None:
+    folder = package(tmp_path, **modules)
+    try:
+        flatten(folder)
+    except InputError as error:
+        assert re.fullmatch(rf"{re.escape(str(folder))}/\w+\.py:\d+: [^\n]+", str(error))
+        return
+    as_package, as_script = run_both(folder)
+    assert (as_script.stdout, as_script.returncode) == (as_package.stdout, as_package.returncode), as_script.stderr
+
+
+REFUSED = {
+    "a star import": ({"__main__": "import os\nfrom math import *\n"}, "__main__.py:2", "name them"),
+    "a star import of a sibling": ({"__main__": "from pkg.a import *\n", "a": ""}, "__main__.py:1", "name them"),
+    "a relative import": ({"__main__": "from .a import X\n", "a": "X = 1\n"}, "__main__.py:1", "write from pkg."),
+    "a relative import of a module": ({"__main__": "from . import a\n", "a": ""}, "__main__.py:1", "write from pkg."),
+    "a sibling imported in a function": (
+        {"__main__": "def f():\n    from pkg.a import X\n    return X\n", "a": "X = 1\n"},
+        "__main__.py:2",
+        "import it at the top",
+    ),
+    "a sibling imported in a try": (
+        {"__main__": "try:\n    from pkg.a import X\nexcept ImportError:\n    X = 0\n", "a": "X = 1\n"},
+        "__main__.py:2",
+        "import it at the top",
+    ),
+    "import_module of a sibling": (
+        {"__main__": 'import importlib\n\n\ndef f():\n    return importlib.import_module("pkg.a")\n', "a": ""},
+        "__main__.py:5",
+        "import it at the top",
+    ),
+    "import_module of a sibling by keyword": (
+        {"__main__": 'import importlib\n\nA = importlib.import_module(name="pkg.a")\n', "a": ""},
+        "__main__.py:3",
+        "import it at the top",
+    ),
+    "import_module of a sibling by its relative name": (
+        {"__main__": 'import importlib\n\nA = importlib.import_module(".a", "pkg")\n', "a": ""},
+        "__main__.py:3",
+        "import it at the top",
+    ),
+    "__import__ of a sibling": ({"__main__": 'A = __import__("pkg.a")\n', "a": ""}, "__main__.py:1", "at the top"),
+    "a module as an object": ({"__main__": "import pkg.a\n", "a": ""}, "__main__.py:1", "write from pkg.MODULE"),
+    "a module under a name": ({"__main__": "import pkg.a as b\n", "a": ""}, "__main__.py:1", "write from pkg.MODULE"),
+    "a module from the package": ({"__main__": "from pkg import a\n", "a": ""}, "__main__.py:1", "from pkg.MODULE"),
+    "the package itself": ({"__main__": "import pkg\n"}, "__main__.py:1", "from pkg.MODULE"),
+    "a sibling's name under another": (
+        {"__main__": "from pkg.a import X as Y\n", "a": "X = 1\n"},
+        "__main__.py:1",
+        "import it as it is",
+    ),
+    "a name that the module lacks": (
+        {"__main__": "from pkg.a import X, Y\n", "a": "X = 1\n"},
+        "__main__.py:1",
+        "import what it defines",
+    ),
+    "a module that is not there": ({"__main__": "from pkg.a import X\n"}, "__main__.py:1", "import one that exists"),
+    "a cycle": (
+        {
+            "__main__": "from pkg.a import X\n",
+            "a": "from pkg.b import Y\n\nX = 1\n",
+            "b": "from pkg.a import X\nY = 2\n",
+        },
+        "b.py:1",
+        "move what both need into a third",
+    ),
+    "two equal names": (
+        {"__main__": "from pkg.a import X\n\nLIMIT = 2\n", "a": "LIMIT = X = 1\n"},
+        "__main__.py:3",
+        "rename one of the two",
+    ),
+    "a function and a class of one name": (
+        {"__main__": "from pkg.a import X\n\n\nclass made: ...\n", "a": "X = 1\n\n\ndef made(): ...\n"},
+        "__main__.py:4",
+        "rename one of the two",
+    ),
+    "a name bound deep in a loop": (
+        {"__main__": "from pkg.a import X\n\nif X:\n    for i in [1]:\n        pass\n", "a": "X, (i, j) = 1, (2, 3)\n"},
+        "__main__.py:3",
+        "rename one of the two",
+    ),
+    "an import that binds a sibling's name": (
+        {"__main__": "from pkg.a import json\nimport json\n", "a": "json = 1\n"},
+        "__main__.py:2",
+        "rename one of the two",
+    ),
+    "two imports of one name": (
+        {"__main__": "import time\nfrom pkg.a import X\n", "a": "from time import time\n\nX = time()\n"},
+        "__main__.py:1",
+        "rename one of the two",
+    ),
+    "one name for two modules": (
+        {"__main__": "from pkg.a import X\nimport math as m\n", "a": "import json as m\n\nX = m\n"},
+        "__main__.py:2",
+        "rename one of the two",
+    ),
+    "a builtin hidden": (
+        {"__main__": "from pkg.a import X\n", "a": "X = 1\n\n\ndef open(): ...\n"},
+        "a.py:4",
+        "rename it",
+    ),
+    "a builtin hidden by an import": ({"__main__": "from io import open\n"}, "__main__.py:1", "rename it"),
+    "the file's own place": (
+        {"__main__": "from pkg.a import X\n", "a": "import os\n\nX = os.path.dirname(__file__)\n"},
+        "a.py:3",
+        "ship it in the weights",
+    ),
+    "the entry's own place": ({"__main__": "print(__file__)\n"}, "__main__.py:1", "ship it in the weights"),
+    "a module's name": (
+        {"__main__": "from pkg.a import X\n", "a": "X = 1\nif __name__ == '__main__':\n    print(X)\n"},
+        "a.py:2",
+        "move what runs into __main__.py",
+    ),
+    "a future import": (
+        {"__main__": "from __future__ import annotations\n"},
+        "__main__.py:1",
+        "do without it",
+    ),
+    "a syntax error": (
+        {"__main__": "from pkg.a import X\n", "a": "X = 1\n\nif X\n    print(X)\n"},
+        "a.py:3",
+        "mend the syntax",
+    ),
+}
+
+
+@pytest.mark.parametrize(("modules", "place", "mend"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_flattened_is_refused_with_its_place_and_mend(
+    tmp_path: Path, modules: dict, place: str, mend: str
+) -> None:
+    folder = package(tmp_path, **modules)
+    message = refusal(folder)
+    assert message.startswith(f"{folder}/{place}: ")
+    assert mend in message
+
+
+def test_an_equal_name_is_refused_with_both_places(tmp_path: Path) -> None:
+    folder = package(tmp_path, __main__="from pkg.a import X\n\nLIMIT = 2\n", a="X = 1\nLIMIT = 1\n")
+    assert f"{folder}/a.py:2" in refusal(folder)
+
+
+def test_a_name_of_a_function_a_comprehension_or_a_class_body_may_come_twice(tmp_path: Path) -> None:
+    body = "\n\nclass {}:\n    limit = 1\n\n    def read(self): ...\n\n\ndef {}(total):\n    i = total\n    return i\n"
+    folder = package(
+        tmp_path,
+        __main__="from pkg.a import first\n" + body.format("Two", "second") + "\n\nprint([i for i in [second(3)]])\n",
+        a=body.format("One", "first") + "\n\nLIST = [i for i in [1]]\n",
+    )
+    as_package, as_script = run_both(folder)
+    assert as_script.stdout == as_package.stdout == "[3]\n"
+
+
+def test_an_import_in_a_function_stays_there(tmp_path: Path) -> None:
+    text = flatten(package(tmp_path, __main__="def f():\n    import json\n    return json\n\n\nf()\n"))
+    assert "\n    import json\n" in text
+
+
+def test_a_script_of_a_million_bytes_passes_and_of_one_more_is_refused(tmp_path: Path) -> None:
+    start = len(flatten(package(tmp_path / "empty", __main__='X = ""\n')).encode())
+    room = SIZE_LIMIT - start
+    text = "é" * (room // 2) + "e" * (room % 2)  # bytes count, not characters
+    assert len(flatten(package(tmp_path / "full", __main__=f'X = "{text}"\n')).encode()) == 1_000_000
+    message = refusal(package(tmp_path / "over", __main__=f'X = "{text}e"\n'))
+    assert str(tmp_path / "over" / "pkg") in message
+    assert "1000001 bytes" in message
+    assert "shorten it" in message
+
+
+@pytest.fixture(scope="module")
+def kernel_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("build") / "kernel.py"
+    path.write_text(flatten(ROOT / "kernel"), encoding="utf-8")
+    return path
+
+
+def test_the_kernel_flattens_into_a_script_that_compiles_and_has_no_undefined_or_unused_name(
+    kernel_script: Path,
+) -> None:
+    compile(kernel_script.read_text(encoding="utf-8"), str(kernel_script), "exec")
+    done = python("-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F", kernel_script)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_in_the_kernels_script_everything_but_the_standard_library_comes_after_the_fallback(
+    kernel_script: Path,
+) -> None:
+    body = ast.parse(kernel_script.read_text(encoding="utf-8")).body
+    written = [
+        node.lineno
+        for statement in body
+        if not isinstance(statement, ast.FunctionDef)
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "open_inputs"
+    ]
+    third_party = {}
+    for node in body:
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for module in modules:
+            if module.partition(".")[0] not in sys.stdlib_module_names:
+                third_party.setdefault(module.partition(".")[0], node.lineno)
+    assert len(written) == 1
+    assert {"torch", "timm", "numpy", "PIL", "safetensors"} <= set(third_party)
+    assert min(third_party.values()) > written[0]
+
+
+@pytest.mark.parametrize(("rerun", "code"), [({}, 1), ({"KAGGLE_IS_COMPETITION_RERUN": "1"}, 0)])
+def test_where_torch_cannot_be_imported_the_fallback_is_on_disk(
+    kernel_script: Path, tmp_path: Path, rerun: dict, code: int
+) -> None:
+    photos, weights = tmp_path / "input" / "competition" / "test", tmp_path / "input" / "weights"
+    for folder in (photos, weights):
+        folder.mkdir(parents=True)
+    (photos / "one.jpg").touch()
+    manifest = {"format": FORMAT, "competition": {"layout": "class-folders"}, "prior": ["oak", "elm"], "files": {}}
+    (weights / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    working = tmp_path / "working"
+    # -S leaves site-packages out, and with it everything but the standard library.
+    done = python("-I", "-S", kernel_script, "--input", tmp_path / "input", "--working", working, env=rerun)
+    assert "ModuleNotFoundError" in done.stderr
+    assert done.returncode == code
+    assert (working / "submission.csv").read_text(encoding="utf-8") == "image_name,pred_label\none,oak\n"

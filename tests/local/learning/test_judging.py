@@ -1,0 +1,36 @@
+"""What is kept of a training is decided by validation, and by more than chance."""
+
+import numpy as np
+import pytest
+
+from local.learning.judging import Judged, best_of, choose_share
+from local.recipe import make_recipe
+
+
+def judged_with(right, of=200):
+    """Judgements in which the first `right` observations are hits."""
+    return Judged(None, np.repeat((np.arange(of) < right)[:, None].astype(float), 3, axis=1), {})
+
+
+@pytest.mark.parametrize(
+    ("right", "share"),
+    [
+        ([100, 110, 130, 120, 90], 0.5),
+        ([100, 130, 130, 120, 90], 0.25),  # of equals the nearest to the encoder as it came
+        ([100, 90, 80, 70, 120], 1.0),
+        ([100, 100, 90, 80, 70], 0.0),
+        ([100, 101, 101, 100, 100], 0.0),  # one hit is within its standard error
+    ],
+)
+def test_the_best_share_is_chosen_where_it_gains_more_than_chance(right, share):
+    assert choose_share([judged_with(count) for count in right]) == share
+
+
+@pytest.mark.parametrize(("monitor", "best"), [("recalls", 0), ("macro_f1", 1), ("recall_at_10", 2), ("log_loss", 2)])
+def test_the_best_epoch_is_the_best_by_the_monitored_score(monitor, best):
+    rows = [
+        {"recall_at_1": 0.6, "recall_at_5": 0.8, "recall_at_10": 0.8, "macro_f1": 0.3, "log_loss": 2.0},
+        {"recall_at_1": 0.5, "recall_at_5": 0.8, "recall_at_10": 0.8, "macro_f1": 0.4, "log_loss": 1.0},
+        {"recall_at_1": 0.1, "recall_at_5": 0.7, "recall_at_10": 0.9, "macro_f1": 0.4, "log_loss": 0.5},
+    ]
+    assert best_of(rows, make_recipe({"monitor": monitor}, "the test")) == best

@@ -1,0 +1,155 @@
+"""Banks are fitted by their definitions, and the kernel applies what was fitted."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernel.bank import classify, read_banks
+from local.matching.banks import (
+    Centring,
+    ClassMeans,
+    Logistic,
+    Ridge,
+    SeveralPrototypes,
+    Taxonomy,
+    Whitening,
+    apply,
+    centroids,
+    commonest_classes,
+    make_bank,
+    pool,
+    save_banks,
+    unit,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def nuisance(shots=(1, 2, 3, 4), repeats=6, features=12, seed=0):
+    """Photos whose classes differ in a few directions, and which vary most where no class does.
+
+    Returns:
+        embeddings (photos, 2 views, features), observations, classes per photo.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = np.tile(shots, repeats)
+    classes = np.repeat(np.arange(len(sizes)), sizes)
+    centres = rng.normal(size=(len(sizes), features)) * np.r_[np.zeros(4), np.ones(features - 4)]
+    noise = np.r_[np.full(4, 3.0), np.full(features - 4, 0.2)]
+    photos = centres[classes][:, None] + rng.normal(size=(len(classes), 2, features)) * noise
+    return unit(photos + 1.0), np.arange(len(classes)), classes
+
+
+def hits(transform, matcher, queries, truth):
+    bank = make_bank(transform, matcher, 16.0)
+    scores = torch.cat(list(classify([bank], torch.tensor(queries, dtype=torch.float32))))
+    return (scores.argmax(dim=1).numpy() == truth).mean()
+
+
+def test_a_prototype_is_the_direction_of_its_classs_mean():
+    values, classes = unit(RNG.normal(size=(6, 4))), np.array([1, 0, 1, 0, 1, 2])
+    bank = centroids(values, classes, 3, centre=False)
+    assert np.allclose(bank.prototypes[1], unit(values[[0, 2, 4]].mean(axis=0)), atol=1e-6)
+    centred = centroids(values, classes, 3, centre=True)
+    assert np.allclose(centred.layers[0].bias, -values.mean(axis=0), atol=1e-6)
+
+
+def test_a_class_that_the_reference_lacks_is_never_guessed_first():
+    bank = centroids(np.array([[1.0, 0.0]]), np.array([0]), 2, centre=False)
+    assert torch.cat(list(classify([bank], torch.tensor([[-1.0, 0.0]])))).argmax() == 0
+
+
+def test_an_observation_pools_its_photos_after_their_views():
+    values = unit(RNG.normal(size=(5, 3, 4)))
+    owners = np.array([0, 0, 1, 1, 1])
+    photos = values.mean(axis=1)
+    assert np.allclose(pool(values, owners, 3)[0], unit(photos[:2].sum(axis=0)))
+    assert (pool(values, owners, 3)[2] == 0).all()
+    assert np.allclose(pool(values, owners, 3, "max")[1], unit(photos[2:].max(axis=0)))
+
+
+def test_whitening_makes_the_variation_within_classes_alike_in_all_directions():
+    rng = np.random.default_rng(1)
+    classes = np.repeat(np.arange(40), 50)
+    spread = np.array([2.0, 1.0, 0.5, 0.25])
+    photos = rng.normal(size=(40, 4))[classes] * 5 + rng.normal(size=(2000, 4)) * spread
+    fitted = Whitening().fit(photos[:, None], np.arange(2000), classes, Taxonomy.unknown(40))
+    white = photos @ fitted.layers_[0].weight.double().numpy()
+    means = np.stack([white[classes == index].mean(axis=0) for index in range(40)])
+    residual = np.cov((white - means[classes]).T)
+    assert np.allclose(residual / residual[0, 0], np.eye(4), atol=0.1)
+
+
+def test_whitening_finds_classes_that_centring_cannot():
+    embeddings, observations, classes = nuisance()
+    rng = np.random.default_rng(9)
+    taxonomy = Taxonomy.unknown(classes.max() + 1)
+    fresh = unit(
+        embeddings.mean(axis=1) + rng.normal(size=embeddings[:, 0].shape) * np.r_[np.full(4, 0.5), np.zeros(8)]
+    )
+    reference, rates = pool(embeddings, observations, len(classes)), []
+    for transform in (Centring(), Whitening()):
+        layers = transform.fit(embeddings, observations, classes, taxonomy).layers_
+        matcher = ClassMeans().fit(apply(layers, reference), observations, classes, taxonomy)
+        rates.append(hits(layers, matcher, fresh, classes))
+    assert rates[1] > rates[0] + 0.2
+
+
+def test_a_class_of_one_observation_learns_from_its_genus_and_a_class_of_many_hardly():
+    means = unit(RNG.normal(size=(3, 6)))
+    values, classes = (
+        np.concatenate([means[:1], np.repeat(means[1:2], 50, axis=0), means[2:]]),
+        np.repeat([0, 1, 2], [1, 50, 1]),
+    )
+    taxonomy = Taxonomy(np.array([0, 0, 1]), np.array([0, 0, 0]))
+    given = (np.arange(52), classes, taxonomy)
+    alone, drawn = ClassMeans().fit(values, *given), ClassMeans(genus=0.5).fit(values, *given)
+    expected = unit((means[0] + 0.5 * means[1]) / 1.5)
+    assert np.allclose(drawn.prototypes_[0], expected)
+    assert drawn.prototypes_[1] @ alone.prototypes_[1] > 0.999
+    assert np.allclose(drawn.prototypes_[2], alone.prototypes_[2])  # alone in its genus
+    family = ClassMeans(family=0.5).fit(values, *given)
+    others = np.stack([means[0], means[1]]).mean(axis=0)
+    assert np.allclose(family.prototypes_[2], unit((means[2] + 0.5 * others) / 1.5))
+
+
+def test_several_prototypes_find_a_class_that_looks_like_two():
+    rng = np.random.default_rng(2)
+    corners = np.array([[1.0, 0.05, 0], [0, 0.05, 1.0], [0.5, 0.1, 0.5], [0, 1, 0]])
+    values = unit(np.repeat(corners, 8, axis=0) + rng.normal(size=(32, 3)) * 0.02)
+    classes = np.repeat([0, 0, 1, 2], 8)
+    given, queries = (np.arange(32), classes, Taxonomy.unknown(3)), unit(corners)
+    several = SeveralPrototypes(most=2).fit(values, *given)
+    assert np.bincount(several.owners_).tolist() == [2, 2, 2]
+    truth = np.array([0, 0, 1, 2])
+    assert hits([], several, queries, truth) == 1
+    every = SeveralPrototypes(most=32).fit(values, *given)
+    assert len(every.prototypes_) == 32
+
+
+@pytest.mark.parametrize("matcher", [Ridge(), Ridge(width=256), Logistic(), ClassMeans(), SeveralPrototypes()])
+def test_every_matcher_learns_and_the_kernel_reads_what_was_saved(matcher, tmp_path):
+    embeddings, observations, classes = nuisance(shots=(4, 5))
+    taxonomy = Taxonomy.unknown(classes.max() + 2)  # one class has no observation
+    layers = Whitening().fit(embeddings, observations, classes, taxonomy).layers_
+    reference = pool(embeddings, observations, len(classes))
+    matcher.fit(apply(layers, reference), observations, classes, taxonomy)
+    assert hits(layers, matcher, reference, classes) > 0.8
+    bank = make_bank(layers, matcher, 16.0, share=0.5, transduction=0.25)
+    save_banks([bank, bank], tmp_path / "bank.safetensors")
+    queries = torch.tensor(reference, dtype=torch.float32)
+    read = read_banks(tmp_path / "bank.safetensors")
+    assert len(read) == 2
+    for before, after in zip(classify([bank, bank], queries), classify(read, queries), strict=True):
+        assert torch.allclose(before, after, atol=1e-4)
+        assert (before.argmax(dim=1) <= classes.max()).all()
+
+
+def test_two_classes_are_enough_for_a_linear_classifier():
+    values, classes = unit(RNG.normal(size=(8, 5)) + np.repeat([[3.0], [-3.0]], 4, axis=0)), np.repeat([0, 1], 4)
+    matcher = Logistic().fit(values, np.arange(8), classes, Taxonomy.unknown(2))
+    assert hits([], matcher, values, classes) == 1
+
+
+def test_the_prior_is_the_commonest_classes_first():
+    assert commonest_classes(np.array(["5", "2", "5", "9", "2", "5"]), ["2", "5", "9"], 2) == ["5", "2"]

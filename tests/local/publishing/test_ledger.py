@@ -1,0 +1,98 @@
+"""The ledger keeps what was submitted, and does not take noise for a gain.
+
+python -m pytest tests/local/publishing/test_ledger.py
+"""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kernel.mounts import InputError
+from local.publishing.ledger import COLUMNS, compare, noise, note, read_ledger
+from local.submissions import plot_submissions
+from tests.conftest import command
+
+
+def row(version: int, public: str = "", **more: str) -> dict[str, str]:
+    known = {
+        "when": f"2026-11-0{version} 10:00:00",
+        "competition": "fungi-clef-2025",
+        "runs": f"run{version}",
+        "commit": "0123456789abcdef",
+        "kernel": "k",
+        "manifest": "m",
+        "version": str(version),
+        "metric": "recall_at_5",
+        "local": "0.5200",
+        "low": "0.4900",
+        "high": "0.5500",
+        "observations": "226",
+        "status": "complete" if public else "pending",
+        "public": public,
+        **more,
+    }
+    return {column: known.get(column, "") for column in COLUMNS}
+
+
+def test_the_noise_of_fungiclefs_public_leaderboard_is_six_and_a_half_points_at_a_half() -> None:
+    assert noise(0.5, 226) == pytest.approx(0.065, abs=0.0005)
+
+
+def test_a_submission_is_one_row_that_learns_its_scores(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "submissions.csv"
+    assert read_ledger(path) == []
+    note(row(1), path)
+    note(row(2), path)
+    note({**row(1, "0.5310"), "when": "2026-12-01 00:00:00"}, path)
+    note(row(1), path)  # a resumed command knows less, and takes nothing away but the state
+    first, second = read_ledger(path)
+    assert (first["when"], first["public"], second["public"]) == ("2026-11-01 10:00:00", "0.5310", "")
+    assert [path.name for path in path.parent.iterdir()] == ["submissions.csv"]
+
+
+def test_another_table_is_not_taken_for_a_ledger_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "submissions.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="lacks the column"):
+        note(row(1), path)
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_a_gain_inside_the_noise_is_called_so_and_one_beyond_it_is_not() -> None:
+    rows = [row(1, "0.5000"), row(2), row(3, "0.5600"), row(4, "0.4300"), row(5, "0.6400")]
+    inside, worse, beyond = compare(rows)
+    assert inside.startswith("run3 (v3) is +0.060 on run1 (v1); warning: no reason to prefer either, it is inside")
+    assert worse.startswith("run4 (v4) is -0.130 on run3 (v3); beyond the noise of ±0.065 that 226 observations have")
+    assert beyond.startswith("run5 (v5) is +0.080 on run3 (v3); beyond")
+
+
+def test_competitions_are_compared_with_themselves_alone() -> None:
+    assert compare([row(1, "0.5"), row(2, "0.9", competition="herbarium-2020-fgvc7")]) == []
+
+
+def test_the_command_prints_the_ledger_warns_and_draws(tmp_path: Path) -> None:
+    path = tmp_path / "submissions.csv"
+    for one in (row(1, "0.5000", private="0.4880"), row(2, "0.5100", local="", low="", high=""), row(3)):
+        note(one, path)
+    result = command("local/submissions.py", path)
+    assert result.returncode == 0, result.stderr
+    header, first, *_ = result.stdout.splitlines()
+    assert header.split()[-4:] == ["local", "public", "private", "status"]
+    assert "0.5200 [0.4900, 0.5500]  0.5000  0.4880" in first
+    assert "run2 (v2) is +0.010 on run1 (v1); warning" in result.stdout
+    assert "1 submissions with both scores" in result.stdout
+    assert Image.open(tmp_path / "submissions.png").size[0] > 300
+
+
+def test_an_empty_ledger_says_how_to_fill_it(tmp_path: Path) -> None:
+    result = command("local/submissions.py", tmp_path / "none.csv")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "local/publish.py --submit" in result.stdout
+
+
+def test_a_picture_is_drawn_of_what_has_both_scores_in_several_competitions(tmp_path: Path) -> None:
+    rows = [row(1, "0.5"), row(2, "0.6", competition="other", low="", high=""), row(3)]
+    assert plot_submissions(rows, tmp_path / "plot.png") == 2
+    assert plot_submissions(rows[2:], tmp_path / "none.png") == 0
+    assert not (tmp_path / "none.png").exists()

@@ -1,0 +1,139 @@
+"""kernel-metadata.json is checked against Kaggle's rules before Kaggle sees it.
+
+python -m pytest tests/local/publishing/test_metadata.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from slugify import slugify
+
+from kernel.mounts import InputError
+from local.publishing.metadata import PLACEHOLDER, dataset_metadata, read_kernel_metadata
+
+OWN = Path(__file__).resolve().parents[3] / "kernel-metadata.json"
+ABSENT = object()
+
+
+def metadata_file(folder: Path, **changes: object) -> Path:
+    """The repository's own file with some keys changed, or removed where ABSENT."""
+    metadata = {**json.loads(OWN.read_text(encoding="utf-8")), **changes}
+    path = folder / "kernel-metadata.json"
+    kept = {key: value for key, value in metadata.items() if value is not ABSENT}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(InputError) as refused:
+        read_kernel_metadata(path)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_the_repositorys_own_file_passes_and_comes_back_whole() -> None:
+    assert read_kernel_metadata(OWN) == json.loads(OWN.read_text(encoding="utf-8"))
+    assert PLACEHOLDER in read_kernel_metadata(OWN)["id"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"id": "Ann-Lee2/few-shot-species"},
+        {"id": "ann/fungi", "title": "Fungi"},
+        {"id": f"ann/{'a' * 50}", "title": "A" * 50},
+        {"dataset_sources": ["ann/weight", "bob/data5"]},
+        {"dataset_sources": [f"ann/{'w' * 50}"]},
+        {"competition_sources": ["herbarium-2020-fgvc7"]},
+        {"enable_tpu": ABSENT, "machine_shape": ABSENT, "kernel_sources": ABSENT, "model_sources": ABSENT},
+    ],
+)
+def test_what_kaggle_takes_passes(tmp_path: Path, changes: dict) -> None:
+    path = metadata_file(tmp_path, **changes)
+    assert read_kernel_metadata(path) == json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("id", ABSENT),
+        ("id", "few-shot-species"),
+        ("id", "ann/Few-Shot-Species"),
+        ("id", "ann/few_shot_species"),
+        ("id", "ann/few"),
+        ("id", "ann/few-shot-species/1"),
+        ("id", "-ann/few-shot-species"),
+        ("id", "ann/few-shot-species\n"),
+        ("id", 5),
+        ("title", ABSENT),
+        ("title", "Few"),
+        ("title", "Few-shot species " + "x" * 40),
+        ("title", "Another title"),
+        ("title", "Few-shot\nspeciess"),
+        ("code_file", ABSENT),
+        ("code_file", "kernel.py"),
+        ("language", ABSENT),
+        ("language", "r"),
+        ("kernel_type", ABSENT),
+        ("kernel_type", "notebook"),
+        ("is_private", ABSENT),
+        ("is_private", False),
+        ("is_private", "true"),
+        ("enable_gpu", ABSENT),
+        ("enable_gpu", False),
+        ("enable_gpu", 1),
+        ("enable_internet", ABSENT),
+        ("enable_internet", True),
+        ("enable_internet", "false"),
+        ("dataset_sources", ABSENT),
+        ("dataset_sources", []),
+        ("dataset_sources", "ann/weights"),
+        ("dataset_sources", ["weights"]),
+        ("dataset_sources", [5]),
+        ("dataset_sources", ["ann/weights", "data"]),
+        ("dataset_sources", ["ann/five5"]),
+        ("dataset_sources", [f"ann/{'w' * 51}"]),
+        ("competition_sources", ABSENT),
+        ("competition_sources", []),
+        ("competition_sources", "fungi-clef-2025"),
+        ("competition_sources", None),
+    ],
+)
+def test_a_broken_rule_is_one_line_that_names_the_file_the_key_and_what_it_must_be(
+    tmp_path: Path, key: str, value: object
+) -> None:
+    path = metadata_file(tmp_path, **{key: value})
+    message = refusal(path)
+    assert message.startswith(f"{path}: {key} is {None if value is ABSENT else value!r}: it must be ")
+
+
+def test_the_title_must_have_the_slug_of_the_id_since_kaggle_renames_the_kernel_by_it(tmp_path: Path) -> None:
+    message = refusal(metadata_file(tmp_path, title="Few shots of species"))
+    assert "'few-shot-species'" in message
+    assert "'few-shots-of-species'" in message
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b'{"id": "\xff"}', b"[]", b'"text"', b"null"])
+def test_a_file_that_holds_no_json_object_is_refused_with_its_path(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "kernel-metadata.json"
+    path.write_bytes(content)
+    assert str(path) in refusal(path)
+
+
+def test_a_missing_file_is_refused_with_its_path(tmp_path: Path) -> None:
+    assert str(tmp_path / "none.json") in refusal(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("slug", ["weight", "few-shot-species-weights", "w" * 50, "5-shots-2025"])
+def test_the_datasets_metadata_obeys_kaggles_rules(tmp_path: Path, slug: str) -> None:
+    metadata = read_kernel_metadata(metadata_file(tmp_path, dataset_sources=[f"Ann/{slug}", "bob/another"]))
+    dataset = dataset_metadata(metadata)
+    assert set(dataset) == {"title", "id", "licenses"}
+    assert dataset["id"] == f"Ann/{slug}"
+    assert 6 <= len(dataset["title"]) <= 50
+    assert re.fullmatch(r"[a-z0-9-]{6,50}", dataset["id"].partition("/")[2])
+    assert slugify(dataset["title"]) == slug
+    assert len(dataset["licenses"]) == 1
+    assert dataset["licenses"][0]["name"]

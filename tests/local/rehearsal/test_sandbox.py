@@ -1,0 +1,284 @@
+"""A rehearsed script has no network, writes nowhere but where it may, knows no secrets, and ends in time.
+
+python -m pytest tests/local/rehearsal/test_sandbox.py
+"""
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from local.rehearsal.sandbox import Outcome, find_isolation, run_isolated
+
+POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="sessions and file locks are POSIX's")
+HOLD = """
+import fcntl, os, sys, time
+file = open("held", "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+child = os.fork()  # it shares the lock, which is free again once both are gone
+if child:
+    print("holding", flush=True)
+time.sleep(10)
+open("outlived", "w")
+"""
+
+
+@dataclass
+class Sandbox:
+    """Folders of a rehearsal, and how to run a script in them."""
+
+    folder: Path
+    isolation: list[str] | None
+    heard: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for folder in (self.read_only, self.read_only / "sub", self.working):
+            folder.mkdir()
+        for path in (self.read_only / "photo.jpg", self.read_only / "sub" / "photo.jpg"):
+            path.write_text("original", encoding="utf-8")
+
+    @property
+    def read_only(self) -> Path:
+        return self.folder / "read only"
+
+    @property
+    def working(self) -> Path:
+        return self.folder / "working"
+
+    def script(self, source: str) -> Path:
+        path = self.folder / "script.py"
+        path.write_text(source, encoding="utf-8")
+        return path
+
+    def run(self, source: str, *arguments: object, limit: float = 30, hear=None) -> Outcome:
+        return run_isolated(
+            self.script(source),
+            [str(argument) for argument in arguments],
+            [self.read_only],
+            self.working,
+            self.isolation,
+            limit,
+            hear or self.heard.append,
+        )
+
+    def content(self) -> dict[str, str]:
+        """What the read-only folder holds: name -> text, None for a folder."""
+        return {
+            path.relative_to(self.read_only).as_posix(): path.read_text(encoding="utf-8") if path.is_file() else None
+            for path in sorted(self.read_only.rglob("*"))
+        }
+
+
+@pytest.fixture(params=["namespaces", "guard"])
+def sandbox(request: pytest.FixtureRequest, tmp_path: Path) -> Sandbox:
+    isolation = find_isolation(tmp_path) if request.param == "namespaces" else None
+    if request.param == "namespaces" and isolation is None:
+        pytest.skip("this system lets us make no namespaces")
+    return Sandbox(tmp_path, isolation)
+
+
+@pytest.fixture
+def server() -> Iterator[socket.socket]:
+    """A server on the loopback that nobody has called yet."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.2)
+        yield listening
+
+
+def was_called(server: socket.socket) -> bool:
+    try:
+        server.accept()[0].close()
+    except TimeoutError:
+        return False
+    return True
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process of HOLD still lives; waits a little for the kernel to clean up."""
+    with path.open("w") as file:
+        for _ in range(50):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+            else:
+                return False
+    return True
+
+
+CALLS = {
+    "create_connection": "socket.create_connection(('127.0.0.1', port), timeout=5)",
+    "connect": "socket.socket().connect(('127.0.0.1', port))",
+    "connect_ex": "sys.exit(socket.socket().connect_ex(('127.0.0.1', port)))",
+    "by name": "socket.create_connection(('localhost', port), timeout=5)",
+    "http": "urllib.request.urlopen(f'http://127.0.0.1:{port}', timeout=0.3)",
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_a_script_reaches_no_server_not_even_on_the_loopback(
+    sandbox: Sandbox, server: socket.socket, call: str
+) -> None:
+    source = f"import socket, sys, urllib.request\nport = int(sys.argv[1])\n{call}\n"
+    port = server.getsockname()[1]
+    outside = subprocess.run([sys.executable, "-I", str(sandbox.script(source)), str(port)], capture_output=True)
+    assert was_called(server), outside.stderr  # so the script would call, if it could
+    assert sandbox.run(source, port).code != 0
+    assert not was_called(server)
+
+
+def test_in_namespaces_what_the_script_starts_has_no_network_either(sandbox: Sandbox, server: socket.socket) -> None:
+    if sandbox.isolation is None:
+        pytest.skip("the guard watches the interpreter alone")
+    call = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])), timeout=5)"
+    source = (
+        f"import subprocess, sys\nsys.exit(subprocess.run([sys.executable, '-c', {call!r}, *sys.argv[1:]]).returncode)"
+    )
+    assert sandbox.run(source, server.getsockname()[1]).code != 0
+    assert not was_called(server)
+
+
+WRITES = {
+    "overwrite": "(folder / 'photo.jpg').write_text('x')",
+    "overwrite by a path in bytes": "open(os.fsencode(folder / 'photo.jpg'), 'wb').close()",
+    "append": "open(folder / 'photo.jpg', 'a').write('x')",
+    "update": "open(folder / 'photo.jpg', 'r+').write('x')",
+    "create": "(folder / 'new.txt').write_text('x')",
+    "create exclusively": "open(folder / 'new.txt', 'x').write('x')",
+    "touch": "(folder / 'new.txt').touch()",
+    "os.open": "os.write(os.open(folder / 'photo.jpg', os.O_WRONLY | os.O_TRUNC), b'x')",
+    "by a path with dots": "(folder / 'sub' / '..' / 'photo.jpg').write_text('x')",
+    "by a relative path": "open(os.path.relpath(folder / 'photo.jpg'), 'w')",
+    "through a link": "os.symlink(folder.parent, 'up'); open('up/read only/photo.jpg', 'w')",
+    "truncate": "os.truncate(folder / 'photo.jpg', 0)",
+    "remove": "(folder / 'photo.jpg').unlink()",
+    "make a folder": "(folder / 'new').mkdir()",
+    "remove a tree": "shutil.rmtree(folder / 'sub')",
+    "move out": "os.rename(folder / 'photo.jpg', 'mine.jpg')",
+    "move in": "Path('mine.jpg').write_text('x'); os.replace('mine.jpg', folder / 'photo.jpg')",
+    "move a tree out": "shutil.move(folder / 'sub', 'mine')",
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+def test_writing_into_a_read_only_folder_fails_and_leaves_it_as_it_was(sandbox: Sandbox, write: str) -> None:
+    before = sandbox.content()
+    source = f"import os, shutil, sys\nfrom pathlib import Path\n\nfolder = Path(sys.argv[1])\n{write}\n"
+    outcome = sandbox.run(source, sandbox.read_only)
+    assert sandbox.content() == before
+    assert outcome.code == 1
+    assert any(name in sandbox.heard[-1] for name in ("OSError", "PermissionError")), sandbox.heard
+
+
+def test_what_is_read_only_can_be_read_and_listed(sandbox: Sandbox) -> None:
+    source = "import os, sys\nprint(open(sys.argv[1] + '/photo.jpg').read(), sorted(os.listdir(sys.argv[1])))"
+    assert sandbox.run(source, sandbox.read_only).code == 0
+    assert sandbox.heard == ["original ['photo.jpg', 'sub']"]
+
+
+def test_the_working_folder_is_where_the_script_starts_and_may_write(sandbox: Sandbox) -> None:
+    source = """
+import os, shutil, sys
+from pathlib import Path
+Path("partial.csv").write_text("done")
+os.replace("partial.csv", "submission.csv")
+Path("packages/one").mkdir(parents=True)
+Path("packages/one/file").touch()
+shutil.rmtree("packages")
+shutil.copy(sys.argv[1] + "/photo.jpg", "copy.jpg")
+"""
+    assert sandbox.run(source, sandbox.read_only).code == 0, sandbox.heard
+    written = {path.name: path.read_text(encoding="utf-8") for path in sandbox.working.iterdir()}
+    assert written == {"submission.csv": "done", "copy.jpg": "original"}
+
+
+def test_secrets_of_the_environment_stay_outside(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KAGGLE_KEY", "HF_TOKEN", "SOMEBODYS_PASSWORD"):
+        monkeypatch.setenv(name, "s3cret-value")
+    monkeypatch.setenv("PYTHONPATH", "/s3cret-value")
+    assert sandbox.run("import os, sys\nprint(dict(os.environ), sys.path)").code == 0
+    assert "HOME" in sandbox.heard[0]
+    assert "s3cret-value" not in sandbox.heard[0]
+
+
+def test_the_script_has_a_home_of_its_own_and_is_told_that_it_runs_in_a_batch(sandbox: Sandbox) -> None:
+    source = "import os, pathlib\nprint(pathlib.Path.home())\nprint(os.environ['KAGGLE_KERNEL_RUN_TYPE'])"
+    assert sandbox.run(source).code == 0
+    assert sandbox.heard == [str(sandbox.working), "Batch"]
+
+
+def test_the_script_is_main_and_gets_its_arguments_as_they_are(sandbox: Sandbox) -> None:
+    assert sandbox.run("import sys\nprint(__name__, sys.argv[1:])", "--input", "a b", "$HOME", "*").code == 0
+    assert sandbox.heard == ["__main__ ['--input', 'a b', '$HOME', '*']"]
+
+
+def test_every_line_is_heard_in_order_errors_included(sandbox: Sandbox) -> None:
+    source = "import sys\nprint('one')\nprint('two', file=sys.stderr)\nsys.stdout.buffer.write(b'\\xff three')\n"
+    assert sandbox.run(source).code == 0
+    assert sandbox.heard == ["one", "two", "\ufffd three"]
+
+
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        ("pass", 0),
+        ("import sys; sys.exit(3)", 3),
+        ("raise ValueError('no')", 1),
+        ("import os; os._exit(7)", 7),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+    ],
+)
+def test_exit_codes_pass_through(sandbox: Sandbox, source: str, code: int) -> None:
+    outcome = sandbox.run(source)
+    assert outcome.code == code
+    assert not outcome.timed_out
+
+
+def test_the_memory_of_a_script_is_measured(sandbox: Sandbox) -> None:
+    source = "import sys, time\nblock = bytearray(int(sys.argv[1]))\ntime.sleep(0.3)"
+    lean, heavy = (sandbox.run(source, size).peak_memory_mb for size in (0, 100_000_000))
+    assert 1 < lean < 100  # of the script, and not of who runs it
+    assert 90 < heavy - lean < 130
+
+
+@POSIX_ONLY
+def test_a_script_that_sleeps_is_killed_at_the_limit_with_its_children(sandbox: Sandbox) -> None:
+    outcome = sandbox.run(HOLD, limit=2)
+    assert sandbox.heard == ["holding"]
+    assert outcome.timed_out
+    assert outcome.code == -signal.SIGKILL
+    assert not is_held(sandbox.working / "held")
+    assert not (sandbox.working / "outlived").exists()
+
+
+@POSIX_ONLY
+def test_in_a_namespace_what_left_the_scripts_session_is_killed_too(sandbox: Sandbox) -> None:
+    if "--pid" not in (sandbox.isolation or []):
+        pytest.skip("only a namespace knows what left its session")
+    source = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {HOLD!r}], start_new_session=True)"
+    outcome = sandbox.run(source, limit=2)
+    assert sandbox.heard == ["holding"]
+    assert outcome.timed_out
+    assert outcome.seconds < 5  # nobody holds its output open
+    assert not is_held(sandbox.working / "held")
+    assert not (sandbox.working / "outlived").exists()
+
+
+@POSIX_ONLY
+def test_a_script_does_not_outlive_an_interrupted_rehearsal(sandbox: Sandbox) -> None:
+    def interrupt(line: str) -> None:
+        sandbox.heard.append(line)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sandbox.run(HOLD, hear=interrupt)
+    assert sandbox.heard == ["holding"]
+    assert not is_held(sandbox.working / "held")

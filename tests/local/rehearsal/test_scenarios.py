@@ -1,0 +1,341 @@
+"""Every scenario passes a sound kernel, and fails one that is broken in the place it looks at.
+
+python -m pytest tests/local/rehearsal/test_scenarios.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bundle import bundle
+from kernel.mounts import MANIFEST, InputError, sha256
+from kernel.observations import find_test_table
+from local.rehearsal.scenarios import BY_NAME, SCENARIOS, conduct
+from local.rehearsal.staging import fingerprint, stage_competition
+from local.rehearsal.trial import Rehearsal
+from local.rehearsal.variations import keep_observations, keep_one_row, remove_photos, repeat_observations, spoil_photos
+from local.rehearse import conclude, report_on
+from tests.conftest import command, photo
+from tests.layouts import fungitastic, herbarium
+
+
+@pytest.fixture(scope="module")
+def built(trained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("built")
+    bundle([trained], out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(built, drawn) -> dict:
+    """All scenarios, played with the real bundle."""
+    before = fingerprint(drawn.competition), fingerprint(built / "weights")
+    with Rehearsal(drawn.competition, built, drawn.solution, kills=1) as rehearsal:
+        report = report_on(rehearsal, list(BY_NAME))
+    assert (fingerprint(drawn.competition), fingerprint(built / "weights")) == before  # they were linked, not copied
+    assert not list(built.glob(".*"))
+    return report
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_the_bundle_survives(report, built, name):
+    result = next(result for result in report["scenarios"] if result["name"] == name)
+    assert result["ok"], result
+    assert result["seconds"] > 0
+    assert name == "memory" or (built / "rehearsal" / name / "kernel.log").stat().st_size > 0
+
+
+def test_the_report_tells_what_happened(report):
+    reasons = {result["name"]: result["reason"] for result in report["scenarios"]}
+    assert list(reasons) == [scenario.name for scenario in SCENARIOS]
+    assert "24 observations" in reasons["new-mounts"]
+    assert "72 observations" in reasons["larger"]
+    assert "1 photos of 1 observations" in reasons["one-row"]
+    assert "8 hostile" in reasons["hostile"]
+    assert "2 of 24 observations" in reasons["gone"]
+    assert reasons["throttled"].startswith(("shed", "skipped: nothing had to be shed"))
+    assert "48 photos opened late" in reasons["slow-disk"]
+    assert "/kaggle/input" in reasons["weights-missing"]
+    assert "complete submission" in reasons["killed"]
+    assert report["recall_at_5"] > 0
+    assert report["photos_per_second"] > 0
+
+
+# A kernel of the standard library alone, right in all that a scenario looks at but the worth of its guesses. Each test
+# below breaks it in one place.
+MINIATURE = """
+import csv, hashlib, json, os, socket, sys, time, zlib
+from pathlib import Path
+
+STARTED = time.monotonic()
+INPUTS, WORKING, LIMIT = Path(sys.argv[2]), Path(sys.argv[4]), float(sys.argv[6])
+IS_RERUN = "KAGGLE_IS_COMPETITION_RERUN" in os.environ
+TABLE = next(INPUTS.rglob("*-Test.csv"))
+FOLDER = TABLE.parents[2]
+PHOTOS, KEPT = {}, []
+for row in csv.DictReader(TABLE.open(encoding="utf-8")):
+    PHOTOS.setdefault(row["observationID"], []).append(next(FOLDER.glob("images/*/test/*")) / row["filename"])
+
+def write(guesses):
+    partial = WORKING / "submission.partial"
+    with partial.open("w") as file:
+        file.write("observationId,predictions\\n")
+        for observation, row in guesses.items():
+            file.write(f"{observation},{' '.join(row)}\\n")
+    os.replace(partial, WORKING / "submission.csv")
+
+def refuse(why):
+    print("error: " + why, flush=True)
+    sys.exit(0 if IS_RERUN else 2)
+
+manifest = next(INPUTS.rglob("manifest.json"), None)
+sample = next(csv.DictReader(next(FOLDER.glob("*SAMPLE*")).open()))["predictions"].split()
+prior = json.loads(manifest.read_text())["prior"] if manifest else sample
+guesses = dict.fromkeys(PHOTOS, prior)
+write(guesses)
+print("the fallback submission is written", flush=True)
+if not manifest:
+    refuse("no weights: attach them")
+for name, digest in (json.loads(manifest.read_text())["files"] | {"manifest.json": DIGEST}).items():
+    if hashlib.sha256((manifest.parent / name).read_bytes()).hexdigest() != digest:
+        refuse(name + " differs: attach the right weights")
+total, unreadable, late = sum(map(len, PHOTOS.values())), 0, 0
+print(f"miniature: 1 of 1 views of {total} photos", flush=True)
+for observation, files in PHOTOS.items():
+    if time.monotonic() - STARTED > 0.7 * LIMIT:
+        late += 1
+        continue
+    for file in files:
+        try:
+            start, content = time.monotonic(), file.read_bytes()
+            if content[-2:] != b"\\xff\\xd9":
+                raise ValueError("no end of a JPEG")
+        except (OSError, ValueError):
+            unreadable += 1
+            continue
+        busy = time.process_time() + 0.01
+        while time.process_time() < busy:
+            pass
+        turn = zlib.crc32(content) % 10
+        guesses[observation] = prior[turn:] + prior[:turn]
+write(guesses)
+print(f"done: {total} photos ({unreadable} unreadable), {len(guesses)} observations (0 on the fallback"
+      f", {late} too late), 1 views, 1.0 s, {total:.1f} photos/s", flush=True)
+"""
+IN_TIME = "if time.monotonic() - STARTED > 0.7 * LIMIT:"
+CODE = "sys.exit(0 if IS_RERUN else 2)"
+BREAK = {
+    "writes a short CSV": ("in guesses.items()", "in list(guesses.items())[:-1]"),
+    "writes other ids": ('f"{observation},', 'f"0{observation},'),
+    "forgets the header": ('file.write("observationId,predictions\\n")', "pass"),
+    "leaves no CSV": ('os.replace(partial, WORKING / "submission.csv")', "pass"),
+    "knows one mount": ('INPUTS.rglob("*-Test.csv")', 'INPUTS.glob("competitions/*/metadata/*/*-Test.csv")'),
+    "knows the size": ("write(guesses)\nprint(f", "assert len(guesses) == 24\nwrite(guesses)\nprint(f"),
+    "stops at a bad photo": ("except (OSError, ValueError)", "except KeyError"),
+    "counts no bad photo": ("unreadable += 1", "pass"),
+    "takes its neighbour's place": (
+        "write(guesses)\nprint(f",
+        "if unreadable: guesses = dict(zip(guesses, [*list(guesses.values())[1:], prior]))\n"
+        "for key in guesses:\n    if not any(file.exists() for file in PHOTOS[key]): guesses[key] = prior\n"
+        "write(guesses)\nprint(f",
+    ),
+    "guesses where it saw nothing": ("            continue\n        busy", "        busy"),
+    "has no patience": ("busy = time", "late += time.monotonic() - start > 0.02\n        busy = time"),
+    "ignores the limit": (IN_TIME, "if False:"),
+    "never predicts": ("guesses[observation] = prior[turn:] + prior[:turn]", "pass"),
+    "keeps its photos": ("turn = ", "KEPT.append(bytearray(2_000_000))\n        turn = "),
+    "ends well in the visible run": (CODE, "sys.exit(0)"),
+    "fails in the scored rerun": (CODE, "sys.exit(2)"),
+    "ends with a traceback": (CODE, "raise RuntimeError(why)"),
+    "says two errors": ('print("error: " + why', 'print("error: once\\nerror: " + why'),
+    "leaves a part": (CODE, '(WORKING / "submission.partial").touch(); ' + CODE),
+    "takes any weights": ("!= digest:", "!= digest and False:"),
+    "writes in place": (
+        "os.replace(partial, WORKING / \"submission.csv\")",
+        'with open(WORKING / "submission.csv", "w") as file:\n'
+        "        for line in partial.open():\n"
+        '            file.write(line); file.flush(); time.sleep(0.05 * ("total" in globals()))\n'
+        "    partial.unlink()",
+    ),
+    "announces nothing": ('print("the fallback submission is written", flush=True)', ""),
+    "connects": ("write(guesses)\nprint(f", "try: socket.socket().connect(('127.0.0.1', 9))\n"
+        "except OSError: pass\nwrite(guesses)\nprint(f"),
+    "asks for an address": ("write(guesses)\nprint(f", "try: socket.getaddrinfo('huggingface.co', 443)\n"
+        "except OSError: pass\nwrite(guesses)\nprint(f"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def miniature(built, tmp_path):
+    """Puts the miniature, broken or not, in the place of the kernel; returns the build."""
+
+    def make(breakage: str = "") -> Path:
+        old, new = BREAK[breakage] if breakage else ("", "")
+        assert old in MINIATURE
+        build = tmp_path / "build"
+        shutil.copytree(built / "weights", build / "weights")
+        digest = f"DIGEST = {sha256(build / 'weights' / MANIFEST)!r}\n"
+        (build / "kernel.py").write_text(digest + (MINIATURE.replace(old, new) if old else MINIATURE))
+        return build
+
+    return make
+
+
+def play(build: Path, drawn, name: str, **options) -> dict:
+    with Rehearsal(drawn.competition, build, **options) as rehearsal:
+        return conduct(rehearsal, BY_NAME[name])
+
+
+SOUND = [name for name in BY_NAME if name != "throttled"]
+
+
+def test_the_unbroken_miniature_passes(miniature, drawn):
+    with Rehearsal(drawn.competition, miniature(), kills=3) as rehearsal:
+        report = report_on(rehearsal, SOUND)
+    assert all(result["ok"] for result in report["scenarios"]), report
+    assert not [result for result in report["scenarios"] if result["reason"].startswith("skipped")]
+
+
+@pytest.mark.parametrize(
+    ("breakage", "scenario", "reason"),
+    [
+        ("writes a short CSV", "plain", "23 rows that are not the 24 observations"),
+        ("writes other ids", "plain", "not the 24 observations in order"),
+        ("forgets the header", "plain", "header"),
+        ("leaves no CSV", "plain", "no submission.csv"),
+        ("writes a short CSV", "new-mounts", "23 rows"),
+        ("knows one mount", "old-mounts", "exit code 1: StopIteration"),
+        ("knows the size", "larger", "exit code 1: AssertionError"),
+        ("knows the size", "one-row", "exit code 1: AssertionError"),
+        ("stops at a bad photo", "hostile", "exit code 1"),
+        ("counts no bad photo", "hostile", "0 photos are counted as unreadable: 4 are"),
+        ("takes its neighbour's place", "gone", "has all its photos, and yet its row changed"),
+        ("guesses where it saw nothing", "gone", "has no photo, and its row is not the fallback"),
+        ("has no patience", "slow-disk", "too late, with time enough"),
+        ("ignores the limit", "throttled", "the limit was"),
+        ("never predicts", "throttled", "no better than the fallback"),
+        ("keeps its photos", "memory", "memory grows with the number of photos"),
+        ("ends well in the visible run", "weights-missing", "exit code 0, and must end with 2"),
+        ("ends with a traceback", "weights-missing", "exit code 1, and must end with 2"),
+        ("says two errors", "weights-truncated", "2 lines of error"),
+        ("leaves a part", "weights-truncated", "left submission.csv, submission.partial behind"),
+        ("fails in the scored rerun", "weights-other", "in the scored rerun, exit code 2"),
+        ("takes any weights", "weights-other", "exit code 0, and must end with 2"),
+        ("writes in place", "killed", "killed after"),
+        ("announces nothing", "killed", "never said"),
+        ("connects", "network", "1 attempts to connect, the first: socket.connect ('127.0.0.1', 9)"),
+        ("asks for an address", "network", "socket.getaddrinfo huggingface.co"),
+        ("writes a short CSV", "slow-disk", "nothing to compare with"),
+    ],
+)
+def test_a_kernel_fails_that(miniature, drawn, breakage, scenario, reason):
+    result = play(miniature(breakage), drawn, scenario, solution=drawn.solution, kills=5)
+    assert not result["ok"], result
+    assert reason in result["reason"]
+    assert "\n" not in result["reason"]
+
+
+def test_the_last_line_can_be_trusted(miniature, drawn):
+    with Rehearsal(drawn.competition, miniature()) as rehearsal:
+        results = [{"name": scenario.name, "ok": True, "reason": ""} for scenario in SCENARIOS]
+        assert conclude(rehearsal, results).startswith("not ready to push: put your Kaggle name")
+        rehearsal.metadata = {"id": "somebody/few-shot-species"}
+        assert conclude(rehearsal, results) == "ready to push"
+        assert "ready to push" in conclude(rehearsal, results[:1])
+        assert not conclude(rehearsal, results[:1]).startswith("ready")
+        skipped = [{**results[0], "reason": "skipped: no such signal"}, *results[1:]]
+        assert conclude(rehearsal, skipped) == "ready to push (skipped: plain)"
+        failed = [*results[:-1], {**results[-1], "ok": False}]
+        assert conclude(rehearsal, failed) == "not ready to push: network failed"
+
+
+def test_the_command_writes_the_report_and_ends_with_1_when_a_scenario_failed(miniature, drawn, tmp_path):
+    options = ["--data", drawn.competition, "--build", miniature("connects"), "--json", tmp_path / "report.json"]
+    result = command("local/rehearse.py", *options, "--scenario", "network")
+    assert (result.returncode, result.stderr) == (1, "")
+    assert result.stdout.splitlines()[-1] == "not ready to push: network failed"
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [set(result) for result in report["scenarios"]] == [{"name", "ok", "seconds", "reason"}]
+    result = command("local/rehearse.py", *options, "--scenario", "one-row")
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_solution_of_other_observations_is_an_error_of_the_user(miniature, drawn, tmp_path):
+    (tmp_path / "other.csv").write_text("observationID,category_id\n1,2\n")
+    with (
+        Rehearsal(drawn.competition, miniature(), tmp_path / "other.csv") as rehearsal,
+        pytest.raises(InputError, match="lacks observation"),
+    ):
+        report_on(rehearsal, ["plain"])
+
+
+@pytest.fixture(params=["fungiclef", "fungitastic", "herbarium-2020", "herbarium-2021", "herbarium-2022", "folders"])
+def staged(request, drawn, tmp_path) -> Path:
+    """A staged competition of each layout, with 8 test observations or more."""
+    data, folder = tmp_path / "data", tmp_path / "staged"
+    name, _, year = request.param.partition("-")
+    if name == "fungiclef":
+        data = drawn.competition
+    elif name == "fungitastic":
+        fungitastic(data, resolutions=("300p", "500p"))
+    elif name == "herbarium":
+        herbarium(data, int(year))
+    else:
+        for number in range(10):
+            photo(data / "test" / f"photo {number}.jpg", number)
+    stage_competition(data, folder)
+    return folder
+
+
+def test_what_is_staged_has_no_label_of_the_test_in_any_table(tmp_path):
+    fungitastic(tmp_path / "data", "FungiTastic")
+    stage_competition(tmp_path / "data", tmp_path / "staged")
+    tests = list((tmp_path / "staged").rglob("*-Test.csv"))
+    assert len(tests) == 3
+    for table in tests:
+        assert table.read_text().splitlines()[0] == "observationID,filename,habitat"
+    assert not (tmp_path / "staged" / "FungiTastic" / "train").exists()
+
+
+def test_variations_change_the_table_of_every_layout_and_no_file_of_the_user(staged):
+    def content(path: Path) -> bytes:
+        return path.read_bytes() if path.is_file() else b""
+
+    whole = find_test_table(staged, None).observations
+    wanted = {observation.id for observation in whole[1:7]}
+    linked = {path: (staged.parent / "before" / str(number)) for number, path in enumerate(staged.rglob("*"))}
+    (staged.parent / "before").mkdir()
+    kept = {}
+    for path, link in linked.items():
+        if path.is_file():
+            link.hardlink_to(path)
+            kept[link] = content(path)
+
+    keep_observations(staged, wanted)
+    assert [observation.id for observation in find_test_table(staged, None).observations] == [o.id for o in whole[1:7]]
+    originals = repeat_observations(staged, 3)
+    larger = find_test_table(staged, None).observations
+    assert {originals[observation.id] for observation in larger} == wanted
+    assert (
+        len({observation.id for observation in larger})
+        == len({p for o in larger for p in o.photos}) / len({p for o in whole[1:7] for p in o.photos}) * 6
+        == 18
+    )
+    by_id = {observation.id: observation for observation in larger}
+    for observation in larger:
+        for photo_, original in zip(observation.photos, by_id[originals[observation.id]].photos, strict=True):
+            assert content(photo_) == content(original) != b""
+    counts = spoil_photos(find_test_table(staged, None), seed=0)
+    assert sum(counts.values()) >= 3
+    if find_test_table(staged, None).layout.name == "class-folders":
+        assert "missing" not in counts
+    else:
+        gone = remove_photos(find_test_table(staged, None), seed=1)
+        missing = {o.id for o in find_test_table(staged, None).observations if not any(p.exists() for p in o.photos)}
+        assert gone <= missing
+    keep_one_row(staged)
+    (row,) = find_test_table(staged, None).observations
+    assert len(row.photos) == 1
+    assert all(content(link) == before for link, before in kept.items())
