@@ -27,7 +27,7 @@ from kernel.observations import (
     recognise,
     resolution_folder,
 )
-from local.console import say
+from local.console import say_once
 from local.matching.banks import Taxonomy
 
 COLUMNS = ("split", "observation", "class_id", "photo")
@@ -213,26 +213,21 @@ def _read_fungi(folder: Path, layout: Layout, marker: Path, resolution: str) -> 
         "train": marker.with_name(marker.name.replace("-ClosedSet", "").replace("-Test", "-Train")),
         "val": marker.with_name(marker.name.replace("-Test", "-Val")),
     }
-    rows, lines = [], []
+    rows = []
     for split, table in tables.items():
         if not table.is_file() and split == "val":
             continue
-        photos = _find_photos(layout.photo_folder(folder, marker, split), resolution, lines)
+        photos = _find_photos(layout.photo_folder(folder, marker, split), resolution)
         for row in read_table(table, ("observationID", "filename", "category_id")):
             more = {column: row.get(column) or "" for column in (*METADATA, *TAXONOMY, *NAMES)}
             more["species"] = more["species"] or row.get("scientificName") or ""
             photo = (split, row["observationID"], row["category_id"], photos / row["filename"])
             rows.append(dict(zip(COLUMNS, photo, strict=True)) | more)
-    for line in dict.fromkeys(lines):
-        say(line)
     return rows
 
 
-def _find_photos(split: Path, wanted: str, lines: list[str]) -> Path:
+def _find_photos(split: Path, wanted: str) -> Path:
     """The split's folder in the wanted resolution, or in the one that the kernel would take instead.
-
-    Args:
-        lines: gets one that says so in the latter case.
 
     Raises:
         InputError: the split is there, and in none of RESOLUTIONS.
@@ -240,7 +235,7 @@ def _find_photos(split: Path, wanted: str, lines: list[str]) -> Path:
     found = resolution_folder(split, wanted)
     if found.name != wanted:
         present = ", ".join(name for name in RESOLUTIONS if (split / name).is_dir())
-        lines.append(f"{split.parent} has {present}, not {wanted}: reading {found.name}")
+        say_once(f"{split.parent} has {present}, not {wanted}: reading {found.name}")
     elif split.is_dir() and not found.is_dir():
         there = ", ".join(sorted(path.name for path in split.iterdir())[:4]) or "nothing"
         raise InputError(f"{split} has none of {', '.join(RESOLUTIONS)}, but {there}: download the photos again")

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
 from tqdm import tqdm
 
@@ -23,6 +24,12 @@ def run(main: Callable[[], None]) -> None:
 def say(line: str) -> None:
     """A line of the log, at once also when the output is a file."""
     print(line, flush=True)
+
+
+@cache
+def say_once(line: str) -> None:
+    """A line of the log that is said the first time only, however often it is true."""
+    say(line)
 
 
 def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
