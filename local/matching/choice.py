@@ -73,6 +73,7 @@ class Embedded:
     taxonomy: Taxonomy
     head: Bank | None = None
     memory: dict = field(default_factory=dict, compare=False)
+    spaces: dict = field(default_factory=dict, compare=False)
 
     def of(self, wanted: np.ndarray) -> "Embedded":
         """The observations where `wanted`, (observations,) bool, is true."""
@@ -83,6 +84,7 @@ class Embedded:
             observations=(np.cumsum(wanted) - 1)[self.observations[photos]],
             classes=self.classes[wanted],
             memory={},
+            spaces={},
         )
 
     def pooled(self, recipe: Recipe) -> np.ndarray:
@@ -92,6 +94,30 @@ class Embedded:
             columns = [self.views.index(view) for view in recipe.views]
             self.memory[key] = pool(self.values[:, columns], self.observations, len(self.classes), recipe.pooling)
         return self.memory[key]
+
+    def space(
+        self, recipe: Recipe, seen: np.ndarray, spread: Whitening | None = None
+    ) -> tuple[list[Layer], np.ndarray]:
+        """The layers of a recipe before its matcher, fitted to a reference, and where they put its observations.
+
+        Candidates in a row share them, and nothing takes longer: they are kept until other views or another whitening
+        are asked for.
+
+        Args:
+            seen: (observations,) bool, the reference.
+            spread: of the reference, to spare fitting it again.
+
+        Returns:
+            The layers, and (reference observations, features), of length 1.
+        """
+        asked, reference = (recipe.views, recipe.pooling, recipe.whitening, recipe.centre), seen.tobytes()
+        if asked not in self.spaces:
+            self.spaces.clear()
+            self.spaces[asked] = {}
+        if reference not in self.spaces[asked]:
+            layers = fit_transform(recipe, self, seen, spread)
+            self.spaces[asked][reference] = layers, apply(layers, self.pooled(recipe)[seen])
+        return self.spaces[asked][reference]
 
 
 def fit_spread(reference: Embedded) -> Whitening:
@@ -121,18 +147,17 @@ def fit_banks(
     given = (np.arange(len(classes)), classes, embedded.taxonomy)
     own = float(embedded.head.scale) if recipe.matcher == "head" else SCALE
     matched, nearest = scales or (own, SCALE) if recipe.nearest else (*(scales or (own,)), SCALE)
-    transform = []
     if recipe.matcher == "head":
         banks = [embedded.head]
     elif recipe.matcher == "projection":
         banks = fit_projection(recipe, embedded.of(seen), pooled)
     else:
-        transform = fit_transform(recipe, embedded, seen, spread)
-        banks = [make_bank(transform, make_matcher(recipe).fit(apply(transform, pooled), *given), SCALE)]
+        transform, space = embedded.space(recipe, seen, spread)
+        banks = [make_bank(transform, make_matcher(recipe).fit(space, *given), SCALE)]
     banks = [replace(bank, scale=torch.tensor(matched), share=bank.share * (1 - recipe.nearest)) for bank in banks]
     if recipe.nearest:
-        transform = transform or fit_transform(recipe, embedded, seen, spread)
-        matcher = SeveralPrototypes(most=len(classes)).fit(apply(transform, pooled), *given)
+        transform, space = embedded.space(recipe, seen, spread)
+        matcher = SeveralPrototypes(most=len(classes)).fit(space, *given)
         banks.append(make_bank(transform, matcher, nearest, recipe.nearest))
     sizes = torch.bincount(torch.tensor(classes), minlength=len(embedded.taxonomy.genus))
     prior = recipe.shots * sizes.clamp(min=1).log()
@@ -284,14 +309,15 @@ def fit_scale(folds: Sequence[Sequence[Bank]], queries: Sequence[torch.Tensor], 
         queries: (queries of the fold, features), one per fold.
         truth: (queries,) fold after fold; -1 for a class that no bank has.
     """
+    # A thousand queries suffice for one number.
+    asked = torch.zeros(len(truth), dtype=torch.bool)
+    asked[torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))[:SCALE_QUERIES]] = True
+    queries = [own[part] for own, part in zip(queries, asked.split([len(own) for own in queries]), strict=True)]
     members = []  # (similarities, bias), each (queries, classes), fold after fold
     for banks in zip(*folds, strict=True):
         pairs = list(zip(banks, queries, strict=True))
-        similarities = torch.cat([bank.similarities(bank.transform(asked)) for bank, asked in pairs])
-        members.append((similarities, torch.cat([bank.bias.expand(len(asked), -1) for bank, asked in pairs])))
-    # A thousand queries suffice for one number.
-    asked = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))[:SCALE_QUERIES]
-    members = [(similarities[asked], bias[asked]) for similarities, bias in members]
+        similarities = torch.cat([bank.similarities(bank.transform(own)) for bank, own in pairs])
+        members.append((similarities, torch.cat([bank.bias.expand(len(own), -1) for bank, own in pairs])))
     target, losses = torch.tensor(truth)[asked], []
     for scale in SCALES.tolist():
         each = torch.stack([(similarities * scale + bias).log_softmax(dim=1) for similarities, bias in members])
@@ -311,7 +337,7 @@ def compare(log_probabilities: torch.Tensor, truth: np.ndarray, scales: tuple[fl
     return Outcome(top.numpy(), places.numpy(), losses.numpy(), scales)
 
 
-def walk(search: Search, recipe: Recipe, queries: np.ndarray, table: list[dict] | None = None) -> Recipe:
+def walk(search: Search, recipe: Recipe, queries: np.ndarray, note: Callable[[dict], None] | None = None) -> Recipe:
     """Improve one key after another, twice over; a candidate must gain on the present value to take its place.
 
     A head that was trained and class means compete when all else has been chosen for each of them.
@@ -319,14 +345,14 @@ def walk(search: Search, recipe: Recipe, queries: np.ndarray, table: list[dict] 
     Args:
         recipe: with the keys to choose in `choose`, and in `views` all that may be used.
         queries: (queries,) bool, those that may choose.
-        table: to note every candidate in.
+        note: is given a row of the table for every candidate, as soon as it is judged.
     """
 
     def best_of(key: str, present: Recipe, candidates: Sequence[Recipe]) -> Recipe:
         chosen = present
         for candidate in candidates:
-            if table is not None:
-                table.append(row(search, key, candidate, present))
+            if note:
+                note(row(search, key, candidate, present))
             if search.worth(candidate)[queries].mean() > search.worth(chosen)[queries].mean() + 1e-12:
                 chosen = candidate
         return chosen
@@ -334,7 +360,7 @@ def walk(search: Search, recipe: Recipe, queries: np.ndarray, table: list[dict] 
     if recipe.matcher == "head" and "matcher" in recipe.choose:
         keys = tuple(key for key in recipe.choose if key != "matcher")
         starts = [replace(recipe, matcher=matcher, choose=keys) for matcher in ("means", "head")]
-        means, head = (walk(search, start, queries, table) for start in starts)
+        means, head = (walk(search, start, queries, note) for start in starts)
         return replace(best_of("matcher", means, [head]), choose=recipe.choose)
     every = recipe.views
     if "views" in recipe.choose:

@@ -108,10 +108,15 @@ class Study:
         chosen, top = self.recipe, None
         if self.recipe.choose:
             table: list[dict] = []
-            chosen = walk(search, self.recipe, np.ones(len(search.truth), dtype=bool), table)
+
+            def note(row: dict) -> None:
+                table.append(row)
+                say(told(row))  # at once, since with thousands of classes the choice takes minutes
+
+            chosen = walk(search, self.recipe, np.ones(len(search.truth), dtype=bool), note)
+            say("chosen: " + "  ".join(f"{key} = {getattr(chosen, key)}" for key in chosen.choose))
             top = cross_validated(search, self.recipe)
             write_table(table, folder / CANDIDATES_FILE)
-            tell(table, chosen)
         outcome = search.judge(chosen)
         guesses = [[self.classes[place] for place in row] for row in (outcome.top if top is None else top)]
         scores = score(self.labelled.class_ids[search.queries], guesses, self.recipe.seed)
@@ -127,12 +132,10 @@ class Study:
         write_tensors({"log_probabilities": search.log_probabilities(chosen)[0].half(), **known}, path, said)
 
 
-def tell(rows: Sequence[dict], chosen: Recipe) -> None:
-    """The table of candidates as lines: each with its paired gain over what it would have replaced."""
-    for row in rows:
-        gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
-        say(
-            f"{row['key']:12} {row['value']!s:44.44}  Recall@1 {row['recall_at_1']:.3f}  "
-            f"Recall@5 {row['recall_at_5']:.3f}  gain {gain}"
-        )
-    say("chosen: " + "  ".join(f"{key} = {getattr(chosen, key)}" for key in chosen.choose))
+def told(row: dict) -> str:
+    """A row of the table of candidates as a line: with its paired gain over what it would replace."""
+    gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
+    return (
+        f"{row['key']:12} {row['value']!s:44.44}  Recall@1 {row['recall_at_1']:.3f}  "
+        f"Recall@5 {row['recall_at_5']:.3f}  gain {gain}"
+    )

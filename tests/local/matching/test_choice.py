@@ -112,7 +112,7 @@ def test_what_an_answer_is_worth_depends_on_the_room_in_the_submission():
 
 def test_it_whitens_where_photos_vary_most_in_what_classes_do_not(search):
     table = []
-    chosen = walk(search, open_recipe(), np.ones(len(search.truth), dtype=bool), table)
+    chosen = walk(search, open_recipe(), np.ones(len(search.truth), dtype=bool), table.append)
     assert chosen.whitening > 0
     assert chosen.views[0] == "plain"
     assert not {"rotate90", "rotate270"} & set(chosen.views)
