@@ -6,7 +6,6 @@ python local/evaluate.py runs/best --data data/fungi-clef-2025 --against runs/ba
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from local.console import run, say
+from local.files import write_json, write_text
 from local.report.evidence import read_evidence
 from local.report.figures import evaluate
 from local.report.page import render
@@ -33,11 +33,8 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
     figures = json.loads(json.dumps(evaluate(evidence, others, focus), default=float, allow_nan=False))
     page = render(figures, data)
     by_training = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    metrics = json.dumps(by_training | {"evaluation": figures}, indent=1, ensure_ascii=False) + "\n"
-    for name, text in (("metrics.json", metrics), ("report.html", page)):
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+    write_json(by_training | {"evaluation": figures}, folder / "metrics.json")
+    write_text(page, folder / "report.html")
     return folder / "report.html"
 
 

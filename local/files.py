@@ -4,16 +4,22 @@ import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
+if TYPE_CHECKING:
+    import torch
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write UTF-8."""
+    partial = begin(path)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def write_json(value: dict, path: Path) -> None:
     """Write JSON for people and machines: indented, in a stable order, with a newline at the end."""
-    partial = begin(path)
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", path)
 
 
 def write_table(rows: Sequence[dict], path: Path, columns: Sequence[str] = ()) -> None:
@@ -26,8 +32,10 @@ def write_table(rows: Sequence[dict], path: Path, columns: Sequence[str] = ()) -
     partial.replace(path)
 
 
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path, notes: dict[str, str] | None = None) -> None:
+def write_tensors(tensors: "dict[str, torch.Tensor]", path: Path, notes: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, wherever they are and however they lie in memory."""
+    from safetensors.torch import save_file  # imports torch, which takes seconds that publishing need not pay
+
     partial = begin(path)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, notes)
     partial.replace(path)

@@ -143,14 +143,14 @@ def fit_banks(
     """
     # An observation none of whose photos could be read has no place.
     seen = reference & np.isin(np.arange(len(reference)), embedded.observations)
-    pooled, classes = embedded.pooled(recipe)[seen], embedded.classes[seen]
+    classes = embedded.classes[seen]
     given = (np.arange(len(classes)), classes, embedded.taxonomy)
     own = float(embedded.head.scale) if recipe.matcher == "head" else SCALE
     matched, nearest = scales or (own, SCALE) if recipe.nearest else (*(scales or (own,)), SCALE)
     if recipe.matcher == "head":
         banks = [embedded.head]
     elif recipe.matcher == "projection":
-        banks = fit_projection(recipe, embedded.of(seen), pooled)
+        banks = fit_projection(recipe, embedded.of(seen), embedded.pooled(recipe)[seen])
     else:
         transform, space = embedded.space(recipe, seen, spread)
         banks = [make_bank(transform, make_matcher(recipe).fit(space, *given), SCALE)]
