@@ -31,7 +31,7 @@ class Preprocessing:
     Attributes:
         size: side of the square, pixels.
         mean, std: per channel, of values in 0..1.
-        interpolation: a name of `PIL.Image.Resampling`, lower case.
+        interpolation: of the resize, "bilinear" or "bicubic".
         scale: the shorter side is resized to `size / scale` before the centre is cut out (timm's crop_pct).
         fit: "crop" keeps the aspect ratio and loses the margins, "squash" keeps all and loses the aspect ratio.
         larger: side of the square of the view `larger`, pixels; 0 where the views do not include it.

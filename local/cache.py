@@ -5,6 +5,7 @@ processes may share a cache, and one that is killed loses only the part it was a
 """
 
 import hashlib
+import inspect
 import json
 import os
 import uuid
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+import kernel
 from kernel.embeddings import load_batches
 from kernel.encoders import Encoder
 from kernel.observations import Observation
@@ -136,11 +138,12 @@ def content_digest(path: Path) -> str:
 
 
 def encoder_digest(encoder: Encoder) -> str:
-    """Of all that an embedding depends on beside the photo: weights, preprocessing, and the device's arithmetic."""
+    """Of all that an embedding depends on beside the photo: weights, preprocessing, device and code."""
     digest = hashlib.sha256()
     for name, value in encoder.module.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     how = {**asdict(encoder.preprocessing), "device": encoder.device.type, "module": str(encoder.module)}
+    how["code"] = [inspect.getsource(module) for module in (kernel.photos, kernel.views, kernel.encoders)]
     digest.update(json.dumps(how, sort_keys=True).encode())
     return digest.hexdigest()[:32]

@@ -204,7 +204,7 @@ def _open_clip_entry(architecture: str, tower: dict, config: dict) -> dict:
         size=size if isinstance(size, int) else size[0],
         mean=tuple(config.get("mean", (0.48145466, 0.4578275, 0.40821073))),  # OpenAI's, which open_clip falls back to
         std=tuple(config.get("std", (0.26862954, 0.26130258, 0.27577711))),
-        interpolation=config.get("interpolation", "bicubic"),
+        interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",  # also when "random"
         scale=1.0,
         fit="squash" if mode == "squash" else "crop",
     )
@@ -249,6 +249,10 @@ def _describe_timm(module: nn.Module, architecture: str, arguments: dict, config
     resolved = timm.data.resolve_data_config(overrides, pretrained_cfg=config, use_test_size=False)
     if resolved["crop_mode"] not in ("center", "squash"):
         raise InputError(f"{architecture} was evaluated with crop_mode {resolved['crop_mode']}: only center and squash")
+    if resolved["interpolation"] not in ("bilinear", "bicubic"):
+        raise InputError(
+            f"{architecture} was evaluated with interpolation {resolved['interpolation']}: only bilinear and bicubic"
+        )
     preprocessing = Preprocessing(
         size=resolved["input_size"][1],
         mean=tuple(resolved["mean"]),
