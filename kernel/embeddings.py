@@ -3,12 +3,13 @@
 import math
 import os
 import threading
+import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import TypeVar
 
 import numpy as np
@@ -85,6 +86,7 @@ def embed_observations(
     budget: Budget | None = None,
     share: float = 1.0,
     is_optional: bool = False,
+    keeps_going: bool = False,
     name: str = "",
 ) -> Embeddings:
     """Embed every observation: photos averaged over views, then pooled over the observation, then normalised.
@@ -95,16 +97,17 @@ def embed_observations(
         budget: when it is spent, observations that are not complete are left out. None is no limit.
         share: of the time left that the views may be planned for; the rest is for other encoders.
         is_optional: give up at once when not even one view of every photo is affordable.
+        keeps_going: an error after the first batch costs the observations to come, and not those that are done.
         name: of the encoder, to tell the plan and every tenth of the way; empty is silent.
     """
     budget, failures = budget or Budget(math.inf, 0.0), Counter()
     # Beside a GPU decoding runs ahead; on a CPU it would take cores from the forward pass, whose threads then wait.
     overlaps, batches = encoder.device.type != "cpu", load_batches(encoder, observations, failures)
     pool, pace = Pool(len(observations), encoder.features, pooling), Pace(overlaps)
-    used, late = Counter(), 0
-    total, done = sum(len(observation.photos) for observation in observations), 0
+    used, done, incomplete = Counter(), 0, 0  # `incomplete` is the first observation of which photos may be missing
+    total = sum(len(observation.photos) for observation in observations)
     end, asked = budget.elapsed() + budget.left() * share, budget.elapsed()
-    for owners, photos in ahead(batches) if overlaps else batches:
+    for owners, photos in ahead(batches, budget.left) if overlaps else batches:
         arrived = budget.elapsed()
         if not done and 0 < budget.left() < math.inf:
             # Once untimed, since the first pass also sets the libraries up; then one view, to plan all of them by.
@@ -116,16 +119,23 @@ def embed_observations(
                 planned = pace.affordable(total, len(views), end - budget.elapsed())
                 tell_plan(name, total, planned, len(views), pace, budget)
             if is_optional and pace.seconds(total, 1) > budget.left():
-                late = pool.leave_out(0)
                 break
         # As if there were one batch more: a batch that takes longer than the last ones then costs views, not photos.
         rest = total - done - failures.total() + len(owners)
         count = pace.affordable(rest, len(views), end - budget.elapsed())
+        incomplete = owners[0]
         if budget.left() <= max(0, pace.seconds(len(owners), count)):
-            late = pool.leave_out(owners[0])
             break
         start = budget.elapsed()
-        pool.add(owners, encoder.embed(photos, [VIEWS[view] for view in views[:count]]).mean(dim=1))
+        try:
+            embedded = encoder.embed(photos, [VIEWS[view] for view in views[:count]])
+        except Exception:
+            if not (keeps_going and done):
+                raise
+            traceback.print_exc()
+            break
+        pool.add(owners, embedded.mean(dim=1))
+        incomplete = owners[-1]
         if done:
             pace.record(len(owners), count, arrived - asked, budget.elapsed() - start)
         asked = budget.elapsed()
@@ -133,6 +143,7 @@ def embed_observations(
         if name and (done + len(owners)) * 10 // total > done * 10 // total:
             print(f"{name}: {done + len(owners)} of {total} photos, {count} views", flush=True)
         done += len(owners)
+    late = pool.leave_out(incomplete) if done + failures.total() < total else 0
     return Embeddings(pool.values(), pool.counts, failures, late, used)
 
 
@@ -175,8 +186,12 @@ def stack(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:
     return batch.pin_memory() if encoder.device.type == "cuda" else batch
 
 
-def ahead(batches: Iterator[T], depth: int = 2) -> Iterator[T]:
-    """The same batches, made in a thread of their own while the ones before are being embedded."""
+def ahead(batches: Iterator[T], left: Callable[[], float], depth: int = 2) -> Iterator[T]:
+    """The same batches, made in a thread of their own while the ones before are being embedded.
+
+    Args:
+        left: seconds that may be waited for the next one; then there are no more, as when a disk hangs.
+    """
     waiting: Queue = Queue(depth)
     stopped = threading.Event()
 
@@ -201,7 +216,10 @@ def ahead(batches: Iterator[T], depth: int = 2) -> Iterator[T]:
     threading.Thread(target=work, name="ahead", daemon=True).start()
     try:
         while True:
-            batch, error = waiting.get()
+            try:
+                batch, error = waiting.get(timeout=min(max(0, left()), threading.TIMEOUT_MAX))
+            except Empty:
+                return
             if isinstance(error, StopIteration):
                 return
             if error:

@@ -23,6 +23,9 @@ from torch import nn
 from kernel.mounts import InputError, Weights
 from kernel.views import larger, shrink
 
+# As CUDA, its libraries, and a CPU on Linux and on Windows say it.
+OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|not enough memory")
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -100,21 +103,26 @@ class Encoder:
             tasks = [pool.submit(self._embed_part, part, views, module, device) for part, module, device in each]
             return torch.cat([task.result() for task in tasks])
 
+    def _embed_views(
+        self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
+    ) -> torch.Tensor:
+        decoded = self.normalise(photos, device)
+        pixels = shrink(decoded, self.preprocessing.size)
+        made = (decoded if view is larger else view(pixels) for view in views)
+        return torch.stack([self.forward(each, module) for each in made], dim=1).cpu()
+
     @torch.inference_mode()
     def _embed_part(
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
     ) -> torch.Tensor:
         try:
-            decoded = self.normalise(photos, device)
-            pixels = shrink(decoded, self.preprocessing.size)
-            made = (decoded if view is larger else view(pixels) for view in views)
-            embedded = torch.stack([self.forward(each, module) for each in made], dim=1)
+            embedded = self._embed_views(photos, views, module, device)
         except RuntimeError as error:
-            if len(photos) == 1 or not re.search("out of memory|not enough memory", str(error)):
+            if len(photos) == 1 or not OUT_OF_MEMORY.search(str(error)):
                 raise
         else:
             if embedded.isfinite().all() or next(module.parameters()).dtype == torch.float32:
-                return embedded.cpu()
+                return embedded
             print("half precision overflows in this encoder: going on in full", flush=True)
             module.float()
             return self._embed_part(photos, views, module, device)

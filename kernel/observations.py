@@ -124,8 +124,9 @@ def whole(number: str) -> str:
 
 def _read_fungi(photos: Path, table: Path, resolution: str) -> list[Observation]:
     photos = resolution_folder(photos, resolution)
-    rows = read_table(table, ("observationID", "filename"))
-    return group_photos((whole(row["observationID"]), photos / row["filename"], row) for row in rows)
+    rows = [row for row in read_table(table, ("observationID", "filename")) if (row["observationID"] or "").strip()]
+    # A row that breaks off before the file's name asks for an answer all the same.
+    return group_photos((whole(row["observationID"]), photos / (row["filename"] or ""), row) for row in rows)
 
 
 def read_coco(path: Path) -> tuple[dict[str, str], dict]:

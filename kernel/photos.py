@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from concurrent.futures import Executor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,10 @@ def read_photo(path: Path, side: int) -> Image.Image:
         width, height = image.size
         factor = DRAFT * side / min(width, height)
         image.draft("RGB", (int(width * factor), int(height * factor)))
-        return to_rgb(ImageOps.exif_transpose(image))
+        image.load()
+        with suppress(Exception):  # it turns the photo before it fails at other tags, which phones often get wrong
+            ImageOps.exif_transpose(image, in_place=True)
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -37,7 +41,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     """Resize and crop an RGB photo as the encoder's own evaluation transform does: (decoded, decoded, 3) uint8.
 
-    PyTorch resizes bytes as they are and nearly twice as fast as Pillow, within two grey levels of it.
+    PyTorch resizes bytes nearly twice as fast as Pillow; on photos, what comes out is within two grey levels of it.
     """
     size, short = preprocessing.decoded, shorter_side(preprocessing)
     if preprocessing.fit == "squash":

@@ -28,11 +28,17 @@ def fallback_guesses(table: TestTable, manifest: dict | None) -> list[str]:
     raise InputError(f"{table.folder} has no sample submission and no weights are attached: attach the weights")
 
 
-def write_submission(path: Path, table: TestTable, guesses: Sequence[Sequence[str]]) -> None:
+def write_submission(
+    path: Path, table: TestTable, guesses: Sequence[Sequence[str]], class_ids: Sequence[str] = ()
+) -> None:
     """Write a submission in one step: a reader finds the old file or the new one, never a part.
 
     Args:
         guesses: class ids, best first, for each observation of the table, in its order.
+        class_ids: where given, the new file is checked by them before it takes the place of the old one.
+
+    Raises:
+        InputError: the new file does not pass; the old one stays.
     """
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
@@ -42,6 +48,8 @@ def write_submission(path: Path, table: TestTable, guesses: Sequence[Sequence[st
             writer.writerow((observation.id, " ".join(row)))
         file.flush()
         os.fsync(file.fileno())
+    if class_ids:
+        check_submission(partial, table, class_ids)
     os.replace(partial, path)
 
 

@@ -1,5 +1,6 @@
 """An observation's embedding is the mean over its photos and views, whatever the batches and the order."""
 
+import math
 import threading
 from dataclasses import replace
 
@@ -191,6 +192,24 @@ def test_when_not_even_one_view_fits_the_rest_is_left_out_whole(encoder, observa
     assert machine.now <= 0.7 * PHOTOS
 
 
+def test_an_encoder_that_breaks_down_costs_what_it_has_not_embedded(encoder, observations, capsys):
+    class Breaking(Machine):
+        def embed(self, photos, views):
+            if self.calls == 9:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return super().embed(photos, views)
+
+    found = embed_observations(Breaking(encoder, 1.0), observations, FOUR, keeps_going=True)
+    complete = found.seen.tolist().index(False)
+    assert complete > 10
+    assert found.late == len(observations) - complete
+    assert not any(found.seen[complete:])
+    assert torch.allclose(found.values[:complete], embed_observations(encoder, observations[:complete], FOUR).values)
+    assert "unspecified launch failure" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="unspecified launch failure"):
+        embed_observations(Breaking(encoder, 1.0), observations, FOUR)
+
+
 def test_without_any_time_nothing_is_embedded(encoder, observations):
     machine = Machine(encoder, 1.0)
     found = embed_observations(machine, observations, FOUR, budget=machine.budget(0))
@@ -213,15 +232,30 @@ def test_views_are_planned_within_the_share_of_this_encoder(encoder, observation
     assert machine.now <= 0.5 * 0.9 * 5 * PHOTOS
 
 
+def forever() -> float:
+    return math.inf
+
+
+def test_batches_that_do_not_come_are_waited_for_no_longer_than_there_is_time():
+    hangs, time_left = threading.Event(), iter([60.0, 60.0, 0.1])
+
+    def numbers():
+        yield from range(2)
+        hangs.wait()
+
+    assert list(ahead(numbers(), lambda: next(time_left))) == [0, 1]
+    hangs.set()
+
+
 def test_batches_made_ahead_are_the_same_batches_and_errors_come_through():
     def numbers(fails: bool):
         yield from range(5)
         if fails:
             raise OSError("the disk is gone")
 
-    assert list(ahead(numbers(False))) == [0, 1, 2, 3, 4]
+    assert list(ahead(numbers(False), forever)) == [0, 1, 2, 3, 4]
     with pytest.raises(OSError, match="the disk is gone"):
-        list(ahead(numbers(True)))
+        list(ahead(numbers(True), forever))
 
 
 def test_a_reader_that_stops_early_ends_the_work_ahead_of_it():
@@ -233,7 +267,7 @@ def test_a_reader_that_stops_early_ends_the_work_ahead_of_it():
         finally:
             closed.append(True)
 
-    batches = ahead(numbers())
+    batches = ahead(numbers(), forever)
     assert next(batches) == 0
     batches.close()
     for thread in threading.enumerate():

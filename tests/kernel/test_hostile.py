@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from kernel.encoders import Preprocessing
 from kernel.mounts import InputError
@@ -110,6 +110,24 @@ def test_a_photo_under_another_formats_name_is_read(tmp_path):
     assert decode(tmp_path / "a.JPG", CROP).shape == (64, 64, 3)
 
 
+def test_a_tag_that_breaks_its_rules_does_not_cost_the_photo_nor_its_turn(tmp_path):
+    picture().save(tmp_path / "plain.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    exif[0x0128] = 2  # ResolutionUnit, a short
+    content = exif.tobytes()
+    assert content.count(b"\x28\x01\x03\x00") + content.count(b"\x01\x28\x00\x03") == 1
+    broken = content.replace(b"\x28\x01\x03\x00", b"\x28\x01\x0b\x00")
+    broken = broken.replace(b"\x01\x28\x00\x03", b"\x01\x28\x00\x0b")  # a float, which no reader can write again
+    for name, written in (("good", content), ("broken", broken)):
+        picture().save(tmp_path / f"{name}.jpg", exif=written)
+    with Image.open(tmp_path / "broken.jpg") as image, pytest.raises((TypeError, struct.error)):
+        ImageOps.exif_transpose(image)
+    plain, good, broken = (decode(tmp_path / f"{name}.jpg", CROP) for name in ("plain", "good", "broken"))
+    assert (broken == good).all()
+    assert not (broken == plain).all()
+
+
 def table_of(folder: Path, text: str) -> Path:
     table = folder / "metadata" / "FungiTastic-FewShot" / "FungiTastic-FewShot-Test.csv"
     table.parent.mkdir(parents=True, exist_ok=True)
@@ -125,13 +143,13 @@ def table_of(folder: Path, text: str) -> Path:
         (["1,a.JPG", "1,a.JPG", "1,b.JPG"], ["1"]),
         (["5,a.JPG"], ["5"]),
         ([], []),
+        (["1,a.JPG", "2", " ", ",b.JPG", "3,c.JPG"], ["1", "2", "3"]),
     ],
-    ids=["float ids", "64 bits", "repeated rows", "one row", "none"],
+    ids=["float ids", "64 bits", "repeated rows", "one row", "none", "broken rows"],
 )
 def test_a_table_of_any_length_and_spelling_of_ids_is_read(tmp_path, rows, ids):
-    table_of(
-        tmp_path, "\ufeff" + "\n".join(["observationID,filename,somethingNew", *(f"{row},x" for row in rows)]) + "\n"
-    )
+    rows = [f"{row},x" if "," in row else row for row in rows]
+    table_of(tmp_path, "\ufeff" + "\n".join(["observationID,filename,somethingNew", *rows]) + "\n")
     table = find_test_table(tmp_path, {"competition": {"layout": "fungiclef"}})
     assert [observation.id for observation in table.observations] == ids
 

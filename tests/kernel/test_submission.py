@@ -55,6 +55,14 @@ def test_a_write_that_fails_leaves_the_earlier_submission(tmp_path, table):
     assert (tmp_path / "submission.csv").read_bytes() == before
 
 
+def test_what_the_grader_would_refuse_does_not_replace_the_earlier_submission(tmp_path, table):
+    write_submission(tmp_path / "submission.csv", table, [TEN, TEN], CLASSES)
+    before = (tmp_path / "submission.csv").read_bytes()
+    with pytest.raises(InputError, match="observation 4"):
+        write_submission(tmp_path / "submission.csv", table, [TEN, [*TEN[:9], "77"]], CLASSES)
+    assert (tmp_path / "submission.csv").read_bytes() == before
+
+
 def test_with_fewer_than_ten_classes_all_of_them_are_guessed(tmp_path, table):
     write_submission(tmp_path / "submission.csv", table, [["a", "b"], ["b", "a"]])
     check_submission(tmp_path / "submission.csv", table, ["a", "b"])
