@@ -225,8 +225,10 @@ def _check(key: str, value: object, default: object, where: str) -> object:
     for name in value if key == "choose" else ():
         if name not in CHOOSABLE:
             raise InputError(f"choose = {list(value)} in {where}: {name!r} cannot be; {', '.join(CHOOSABLE)} can")
-    if key == "rank_weights" and not all(isinstance(weight, float) and weight >= 0 for weight in value):
-        raise InputError(f"rank_weights = {list(value)} in {where}: a list of numbers, none negative, is wanted")
+    if key == "rank_weights" and not (
+        len(value) in (0, 5) and all(isinstance(weight, float) and weight >= 0 for weight in value)
+    ):
+        raise InputError(f"rank_weights = {list(value)} in {where}: five numbers, none negative, or none, are wanted")
     if not isinstance(value, (int, float)):
         return value
     if key in POSITIVE and not value > 0:

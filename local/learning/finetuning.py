@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -80,7 +81,8 @@ def finetune(
     start = judged(encoder)
     before, fit = sort_ids(fit.class_ids), fit.subset(start.seen)
     classes = sort_ids(fit.class_ids)  # a class none of whose photos can be read is not learnt
-    prototypes = start.bank.prototypes[places_of(np.array(classes, dtype=object), before)]
+    kept = places_of(np.array(classes, dtype=object), before)
+    prototypes, ranks = start.bank.prototypes[kept], [groups if groups is None else groups[kept] for groups in ranks]
     centre = -start.bank.layers[0].bias if recipe.centre else torch.zeros(prototypes.shape[1])
     torch.manual_seed(recipe.seed)
     sizes = np.bincount(places_of(fit.class_ids, classes), minlength=len(classes))
@@ -94,7 +96,7 @@ def finetune(
     say(f"epoch 0: {log_line(training.log[0])}")
 
     with Signals() as signals, events(folder.parent / "tensorboard") as note:
-        while training.epoch <= recipe.epochs and not is_over(training.log, recipe):
+        while training.epoch <= recipe.epochs and not is_over(training.log, recipe, training.since):
             began = time.monotonic()
             with signals.held():
                 mean_loss = training.train_epoch(signals)
@@ -139,10 +141,14 @@ def refuse_large(recipe: Recipe, *modules: nn.Module) -> None:
         )
 
 
-def is_over(log: Sequence[dict], recipe: Recipe) -> bool:
-    """Whether validation has stood still for as long as patience says. A head is not compared with the start."""
+def is_over(log: Sequence[dict], recipe: Recipe, since: int) -> bool:
+    """Whether validation has stood still for as long as patience says. A head is not compared with the start.
+
+    Args:
+        since: rows of the log that were there when the present course began.
+    """
     first = 1 if recipe.matcher == "head" and len(log) > 1 else 0
-    over = len(log) - 1 - first - best_of(log[first:], recipe) >= recipe.patience
+    over = min(len(log) - since, len(log) - 1 - first - best_of(log[first:], recipe)) >= recipe.patience
     if over:
         say(f"no better {recipe.monitor} for {recipe.patience} epochs: stopping")
     return over
@@ -155,8 +161,9 @@ def keep_best(folder: Path, training: Training, judged: Judged) -> None:
     tensors = {f"encoder.{name}": value for name, value in copy_state(training.kept.module).items()}
     tensors |= {f"head.{name}": value for name, value in training.head.state_dict().items()}
     older = sorted(folder.glob("best-*.safetensors"))
+    path = folder / f"best-{training.epoch:06}.safetensors"
     with full_disk_named(folder):
-        write_tensors(tensors | {"hits": torch.tensor(judged.hits)}, folder / f"best-{training.epoch:06}.safetensors")
+        write_tensors(tensors | {"hits": torch.tensor(judged.hits)}, path)
     for path in older[:-1]:
         path.unlink(missing_ok=True)
 
@@ -171,7 +178,11 @@ def settle(encoder: Encoder, training: Training, start: Judged, judged: Callable
         return Tuning(log, 0, 0.0)
     epoch = best_of(log[1:], recipe) + 1
     team.wait()  # until it is written
-    best = Checkpoint(load_file(training.folder / f"best-{epoch:06}.safetensors"), {})
+    path = training.folder / f"best-{epoch:06}.safetensors"
+    try:
+        best = Checkpoint(load_file(path), {})
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged: {error}; remove {training.folder.parent} and train again") from error
     after = {name: value.to(encoder.device) for name, value in best.part("encoder").items()}
     if keeps_head:
         encoder.module.load_state_dict(after)

@@ -18,6 +18,15 @@ from local.recipe import Recipe
 SPREAD = 0.1  # of a class's sub-centres around its mean at the start, in lengths of a prototype
 
 
+class RowNorm(nn.BatchNorm1d):
+    """Batch normalisation that takes a single row, the rest of an epoch, by the statistics that it has."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) > 1:
+            return super().forward(rows)
+        return nn.functional.batch_norm(rows, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 class Head(nn.Module):
     """Photo embeddings -> log-probabilities of observations, and the loss of them.
 
@@ -46,7 +55,7 @@ class Head(nn.Module):
         classes, features = prototypes.shape
         layers = [nn.Dropout(recipe.dropout)]
         if recipe.hidden:
-            layers += [nn.Linear(features, recipe.hidden), nn.ReLU(), nn.BatchNorm1d(recipe.hidden)]
+            layers += [nn.Linear(features, recipe.hidden), nn.ReLU(), RowNorm(recipe.hidden)]
             layers += [nn.Dropout(recipe.hidden_dropout)]
             prototypes = torch.randn(classes, recipe.hidden)
         self.layers = nn.Sequential(*layers)

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -14,14 +13,15 @@ from pathlib import Path
 
 import torch
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from kernel.encoders import Encoder, pick_dtype
+from kernel.encoders import OUT_OF_MEMORY, Encoder, pick_dtype
 from kernel.mounts import InputError
 from local.competition import Labelled, places_of, sort_ids
 from local.console import progress, say
@@ -43,7 +43,10 @@ PROBE_RATE = 10.0  # times the learning rate: a head alone may go faster than an
 SAVE_SECONDS = 600  # between two checkpoints within an epoch
 MOMENTUM = 0.9  # of SGD
 # What may change when a training goes on; with anything else changed it would be another training.
-FREE = ("epochs", "patience", "learning_rate", "batch_size", "accumulate", "views", "reference", "choose", *BANK)
+FREE = (
+    *("epochs", "patience", "learning_rate", "batch_size", "accumulate", "gradient_checkpointing"),
+    *("views", "reference", "choose", *BANK),
+)
 
 
 class Stopped(KeyboardInterrupt):
@@ -78,8 +81,23 @@ class Signals:
     def held(self) -> Iterator[None]:
         """While steps are taken."""
         self.is_training = True
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            # What is sent to every process, as SLURM does, also ends those that load photos.
+            if not (self.pending and "DataLoader worker" in str(error)):
+                raise
+            raise Stopped("stopped: go on with --resume") from error
         self.is_training = False
+
+
+def stand_apart(worker: int) -> None:
+    """Take a worker out of the group of processes that Ctrl-C and torchrun send their signals to.
+
+    Otherwise it dies of them before the training has saved where it stands.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 
 class Learner(nn.Module):
@@ -109,6 +127,8 @@ class Training:
         kept: the encoder that is judged: the moving average, where the recipe wants one.
         epoch, batch: the next to be trained.
         log: the rows of log.csv so far.
+        since: rows of the log that were there when the present course began: with other epochs or another learning rate
+            than before, patience and plateau are counted anew.
     """
 
     def __init__(self, encoder: Encoder, head: Head, fit: Labelled, recipe: Recipe, data_sha256: str, folder: Path):
@@ -121,13 +141,14 @@ class Training:
             Photos(fit.observations, encoder.preprocessing, recipe),
             batch_sampler=self.draws,
             collate_fn=collate,
-            num_workers=os.cpu_count() or 1,
+            num_workers=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+            worker_init_fn=stand_apart,
             persistent_workers=True,
             pin_memory=encoder.device.type == "cuda",
             generator=torch.Generator(),  # of its own, since every draw is seeded
         )
         self.mixing = Mixing(len(head.sizes), recipe, encoder.device)
-        self.epoch, self.batch, self.losses, self.log = 1 - recipe.probe, 0, [0.0, 0.0], []
+        self.epoch, self.batch, self.losses, self.log, self.since = 1 - recipe.probe, 0, [0.0, 0.0], [], 1
         self.average: ModelEmaV3 | None = None
         checkpoint = read_checkpoint(folder)
         if checkpoint:
@@ -169,17 +190,21 @@ class Training:
             self.learner = DistributedDataParallel(self.learner)
         self.schedule = self.make_schedule(recipe.probe if is_probe else recipe.epochs)
 
-    def make_schedule(self, epochs: int) -> CosineLRScheduler | ReduceLROnPlateau:
-        """How the learning rate goes, over so many epochs; a plateau's is told again what the log knows."""
+    def make_schedule(self, epochs: int) -> Scheduler | ReduceLROnPlateau:
+        """How the learning rate goes, over so many epochs; a plateau is told again what the log knows of its course."""
         recipe = self.recipe
         if recipe.schedule == "plateau":
             mode = "min" if recipe.monitor == "log_loss" else "max"
             plateau = ReduceLROnPlateau(self.optimiser, mode, recipe.decay, recipe.decay_patience)
-            for row in self.log[1:]:
+            for row in self.log[self.since :]:
                 plateau.step(monitored(row, recipe))
             return plateau
         steps = epochs * self.steps
         ramp = round(steps * recipe.warmup)
+        if recipe.schedule == "constant":
+            return StepLRScheduler(
+                self.optimiser, steps, decay_rate=1.0, warmup_t=ramp, warmup_prefix=True, t_in_epochs=False
+            )
         cycle = max(1, math.ceil((steps - ramp) / (recipe.restarts + 1)))
         return CosineLRScheduler(
             self.optimiser, cycle, warmup_t=ramp, warmup_prefix=True, cycle_limit=recipe.restarts + 1, t_in_epochs=False
@@ -246,7 +271,7 @@ class Training:
     def step(self, done: int) -> None:
         """Follow the gradient; `done` steps of the epoch are then done."""
         first = 1 - self.recipe.probe if self.epoch < 1 else 1
-        if isinstance(self.schedule, CosineLRScheduler):
+        if isinstance(self.schedule, Scheduler):
             self.schedule.step_update((self.epoch - first) * self.steps + done)
         self.scaler.unscale_(self.optimiser)
         if self.recipe.clip:
@@ -269,14 +294,16 @@ class Training:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not re.search("out of memory|not enough memory", str(error)):
+            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
                 raise
             self.save()
-            size, times = self.recipe.batch_size, self.recipe.accumulate
-            raise InputError(
-                f"out of memory in epoch {self.epoch}, batch {number}: go on with --resume --set "
-                f"batch_size={max(1, size // 2)} --set accumulate={times * 2}"
-            ) from error
+            size, change = self.recipe.batch_size, "--set gradient_checkpointing=true"
+            if size > 1 and not self.draws.is_episodic:
+                change = f"--set batch_size={size // 2} --set accumulate={self.recipe.accumulate * 2}"
+            elif self.recipe.gradient_checkpointing:
+                change = "on a larger device, or begin again with another encoder or smaller photos"
+            where = f"epoch {self.epoch}, batch {number}"
+            raise InputError(f"out of memory in {where}: go on with --resume {change}") from error
 
     def save(self) -> None:
         """Write a checkpoint of where the training stands."""
@@ -297,6 +324,8 @@ class Training:
             "batch_size": self.draws.size,
             "losses": self.losses,
             "log": self.log,
+            "since": self.since,
+            "course": course_of(self.recipe),
             "scaler": self.scaler.state_dict(),
             "settings": settings_of(self.recipe),
             "data_sha256": self.data_sha256,
@@ -324,6 +353,8 @@ class Training:
         self.epoch, self.log, self.losses = notes["epoch"], notes["log"], notes["losses"]
         group, seen = self.recipe.accumulate, notes["batch"] * notes["batch_size"]
         is_done = seen >= len(self.targets)
+        is_same = notes["course"] == course_of(self.recipe)
+        self.since = notes["since"] if is_same else max(1, len(self.log) + is_done)  # a done epoch is yet to be judged
         self.batch = len(self.draws) if is_done else seen // (self.draws.size * group) * group
         say(f"going on in epoch {self.epoch} after batch {self.batch} of {len(self.draws)}")
         self.begin_phase()
@@ -340,6 +371,11 @@ def settings_of(recipe: Recipe) -> dict:
     """The settings that make a training what it is, as JSON gives them back."""
     settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in FREE}
     return json.loads(json.dumps(settings))
+
+
+def course_of(recipe: Recipe) -> list[float]:
+    """What says how a training goes on from where it stands."""
+    return [recipe.epochs, recipe.learning_rate]
 
 
 def with_module(encoder: Encoder, module: nn.Module) -> Encoder:

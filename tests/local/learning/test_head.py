@@ -66,12 +66,21 @@ def test_classes_of_many_observations_weigh_less():
 
 def test_the_probability_of_a_rank_is_the_sum_over_its_species():
     genera = np.array([7, 7, 9, 9])
-    head, plain = make_head(ranks=(genera, None), rank_weights=[0.5, 1.0]), make_head()
+    head, plain = make_head(ranks=(genera, None, None, None, None), rank_weights=[0.5, 1.0, 0.0, 0.0, 0.0]), make_head()
     probabilities = (plain.scale * embedded(plain) @ normalize(plain.prototypes).T).softmax(dim=1)
     of_genera = torch.stack([probabilities[:, :2].sum(dim=1), probabilities[:, 2:].sum(dim=1)], dim=1)
     species = -probabilities[torch.arange(3), TRUTH].log().mean()
     genus = -of_genera[torch.arange(3), TRUTH // 2].log().mean()
     assert torch.allclose(head(PHOTOS, OWNERS, TARGETS, ALL), (species + 0.5 * genus) / 1.5, atol=1e-5)
+
+
+def test_a_hidden_layer_takes_a_batch_of_one_observation():
+    head = make_head(prototypes="learned", hidden=8).train()
+    before = head.layers[3].running_mean.clone()
+    loss = head(PHOTOS[:1], OWNERS[:1], TARGETS[:1], ALL[:1])
+    loss.backward()
+    assert loss.isfinite()
+    assert torch.equal(head.layers[3].running_mean, before)
 
 
 def test_an_episode_asks_its_queries_against_the_means_of_its_support():

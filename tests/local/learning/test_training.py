@@ -217,7 +217,43 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(fresh, parts, 
     assert rates[-1] < 1e-6
 
 
-def test_a_class_whose_photos_cannot_be_read_is_not_learnt_and_costs_nothing_else(fresh, parts, tmp_path):
+def test_a_constant_learning_rate_rises_and_stays(fresh, parts, tmp_path, monkeypatch):
+    rates = []
+
+    class Watched(Training):
+        def step(self, done):
+            super().step(done)
+            rates.append(self.learning_rate)
+
+    monkeypatch.setattr(finetuning, "Training", Watched)
+    settings = recipe(unfreeze=-1, epochs=3, patience=9, batch_size=4, warmup=0.2, schedule="constant")
+    finetune(fresh, *parts, settings, tmp_path)
+    top = int(np.argmax(rates))
+    assert 0 < top <= math.ceil(0.2 * len(rates))
+    assert rates[top:] == [pytest.approx(1e-4)] * (len(rates) - top)
+
+
+def test_another_learning_rate_begins_another_course(fresh, parts, tmp_path, monkeypatch):
+    rates = []
+
+    class Watched(Training):
+        def train_epoch(self, signals):
+            rates.append(self.learning_rate)
+            return super().train_epoch(signals)
+
+    monkeypatch.setattr(finetuning, "Training", Watched)
+    still = {"weight_decay": 0.0, "schedule": "plateau", "decay_patience": 0, "warmup": 0.0}
+    start = copy_state(fresh.module)
+    first = finetune(fresh, *parts, recipe(epochs=20, patience=3, learning_rate=1e-12, **still), tmp_path)
+    assert len(first.log) == 4
+    fresh.module.load_state_dict(start)
+    rates.clear()
+    second = finetune(fresh, *parts, recipe(epochs=20, patience=3, learning_rate=1e-9, **still), tmp_path)
+    assert len(second.log) == 7
+    assert rates[0] == pytest.approx(1e-9)
+
+
+def test_a_class_whose_photos_cannot_be_read_is_not_learnt_and_costs_nothing_else(fresh, parts, ranks, tmp_path):
     fit, validation = parts
     lost, bad = fit.class_ids[0], tmp_path / "bad.jpg"
     bad.write_bytes(b"no photo")
@@ -225,7 +261,8 @@ def test_a_class_whose_photos_cannot_be_read_is_not_learnt_and_costs_nothing_els
         replace(one, photos=(bad,)) if class_id == lost else one
         for one, class_id in zip(fit.observations, fit.class_ids, strict=True)
     ]
-    settings = recipe(epochs=1, unfreeze=-1, prototypes="learned", matcher="head")
-    tuning = finetune(fresh, Labelled(observations, fit.class_ids), validation, settings, tmp_path / "checkpoints")
+    settings = recipe(epochs=1, unfreeze=-1, prototypes="learned", matcher="head", rank_weights=RANKS)
+    learnt = Labelled(observations, fit.class_ids)
+    tuning = finetune(fresh, learnt, validation, settings, tmp_path / "checkpoints", ranks)
     assert lost not in tuning.classes
     assert len(tuning.classes) == len(set(fit.class_ids)) - 1 == len(tuning.head.bias)
