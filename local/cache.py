@@ -67,8 +67,11 @@ class EmbeddingCache:
             for digest, (_, path) in zip(digests, photos, strict=True)
             if any(digest not in known[view] for view in views)
         }
-        team.wait()  # so that all of them miss the same
+        missing = team.from_first(missing)  # another run may have filled some in between
         failures = self._fill(missing, views, known) if missing else {}
+        if team.place()[1] > 1:
+            team.wait()
+            known = {view: self._read(view) for view in views}
         kept = [place for place, digest in enumerate(digests) if all(digest in known[view] for view in views)]
         shape = (len(kept), len(views), self.encoder.features)
         values = np.empty(shape, dtype=np.float16)
@@ -101,9 +104,6 @@ class EmbeddingCache:
                 rows = {digest: row[column] for digest, row in found.items()}
                 known[view] |= rows
                 self._write(view, rows)
-        team.wait()
-        if world > 1:
-            known.update({view: self._read(view) for view in views})
         return causes
 
     def _write(self, view: str, rows: dict[str, np.ndarray]) -> None:

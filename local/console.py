@@ -1,6 +1,7 @@
 """What every command does at its border: errors of the user become one line, and long work shows progress."""
 
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
@@ -13,12 +14,20 @@ def run(main: Callable[[], None]) -> None:
     """Run a command. An InputError is one line on stderr and exit code 2; anything else is a defect and a traceback."""
     try:
         main()
-    except InputError as error:
+    except (InputError, KeyboardInterrupt) as error:
+        sys.exit(tell(error))
+
+
+def tell(error: BaseException) -> int:
+    """Print what ended a command; returns its exit code."""
+    if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as error:
+        return 2
+    if isinstance(error, KeyboardInterrupt):
         print(str(error) or "interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    traceback.print_exception(error)
+    return 1
 
 
 def say(line: str) -> None:

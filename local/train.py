@@ -33,11 +33,8 @@ def main() -> None:
     options = parse_options()
     recipe = read_recipe(options.recipe, options.set, options.encoder)
     out = options.out or Path("runs") / Path(options.recipe).stem
-    team.join()
-    try:
+    with team.joined():
         train_run(recipe, options.data, out, resumes=options.resume or team.is_restarted())
-    finally:
-        team.leave()
 
 
 if __name__ == "__main__":

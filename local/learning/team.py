@@ -4,23 +4,36 @@ torchrun finds the others, restarts those that fail, and says who is who in the 
 https://docs.pytorch.org/docs/stable/elastic/run.html
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import distributed
 
+from kernel.mounts import InputError
+from local.console import tell
+
+T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # that the others wait while the first chooses a bank
 
 
 def join() -> None:
-    """Meet the other processes where torchrun started this one; only the first of them prints."""
+    """Meet the other processes where torchrun started this one; only the first of them prints.
+
+    Raises:
+        InputError: there are more of them than GPUs.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or distributed.is_initialized():
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        devices, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+        if processes > devices:
+            raise InputError(f"{processes} processes for {devices} GPUs: give torchrun --nproc-per-node {devices}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(distributed.rendezvous("env://"))
     # Without a prefix, those who were restarted on one machine look for the addresses of those who are dead.
     store = distributed.PrefixStore(f"restart{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -30,8 +43,22 @@ def join() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
 
 
-def leave() -> None:
-    """Part from the others."""
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Among the others, as long as all goes well.
+
+    One that fails ends at once: parting from the others would wait for them, who may be waiting for it, on a GPU for
+    as long as PATIENCE; so torchrun sees it fail, and starts all of them again.
+    """
+    join()
+    try:
+        yield
+    except BaseException as error:
+        if place()[1] == 1:
+            raise
+        code = tell(error)
+        sys.stdout.flush()
+        os._exit(code)
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -60,6 +87,15 @@ def wait() -> None:
     """Until all are here."""
     if place()[1] > 1:
         distributed.barrier()
+
+
+def from_first(value: T) -> T:
+    """What the first of them has."""
+    if place()[1] == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box)
+    return box[0]
 
 
 def any_of(value: bool, device: torch.device) -> bool:

@@ -46,7 +46,7 @@ def test_two_processes_give_the_metrics_of_one(drawn, alone, tmp_path):
 
 
 def test_a_team_whose_member_dies_is_restarted_and_ends(drawn, alone, tmp_path):
-    """The second process ends itself once, after the first checkpoint; torchrun then starts both again."""
+    """The second process fails once, after the first checkpoint; torchrun then starts both again."""
     script = tmp_path / "fragile.py"
     script.write_text(
         "import os, sys\n"
@@ -55,7 +55,7 @@ def test_a_team_whose_member_dies_is_restarted_and_ends(drawn, alone, tmp_path):
         "follow = Training.follow\n"
         "def fragile(self, *given):\n"
         "    if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and self.epoch == 2:\n"
-        "        os._exit(1)\n"
+        "        raise RuntimeError('this device is lost')\n"
         "    return follow(self, *given)\n"
         "Training.follow = fragile\n"
         "from local.train import main\n"
@@ -64,5 +64,6 @@ def test_a_team_whose_member_dies_is_restarted_and_ends(drawn, alone, tmp_path):
     _, *arguments = train(tmp_path / "run", drawn, "--encoder", ENCODER, **SETTINGS)
     done = torchrun(2, "--max-restarts", "1", str(script), *arguments)
     assert done.returncode == 0, done.stderr
+    assert "RuntimeError: this device is lost" in done.stderr
     assert "going on in epoch 1 after batch" in done.stdout
     assert (tmp_path / "run" / "manifest.json").is_file()
