@@ -68,6 +68,11 @@ class Competition:
             kept += rng.permutation(own)[:count].tolist()
         return replace(self, photos=self.photos[self.photos["observation"].isin(kept)])
 
+    def observations_digest(self) -> str:
+        """SHA-256 of the labelled observations, in whatever resolution their photos are."""
+        rows = self.photos[["split", "observation", "class_id"]].drop_duplicates().itertuples(index=False, name=None)
+        return hashlib.sha256("\n".join(sorted(" ".join(row) for row in rows)).encode()).hexdigest()
+
     def digest(self) -> str:
         """SHA-256 of the labelled table and of every photo's name and size, the same wherever the folder lies."""
         said = self.photos.drop(columns=[*COLUMNS, *NAMES], errors="ignore").itertuples(index=False, name=None)
@@ -261,12 +266,16 @@ def _read_herbarium(folder: Path, layout: Layout, marker: Path, resolution: str)
 
 
 def _read_class_folders(folder: Path, layout: Layout, marker: Path, resolution: str) -> list[dict]:
-    return [
+    rows = [
         dict(zip(COLUMNS, (split, path.relative_to(folder).as_posix(), path.parent.name, path), strict=True))
         for split in ("train", "val")
         for path in sorted(layout.photo_folder(folder, marker, split).glob("*/*"))
         if path.suffix.lower() in PHOTO_SUFFIXES
     ]
+    for row in rows:
+        if any("\ud800" <= letter <= "\udfff" for letter in row["observation"]):  # bytes of another encoding
+            raise InputError(f"{row['observation']!a} in {folder} is no UTF-8: unzip it as such, or rename it")
+    return rows
 
 
 # By the form of the test table. Each returns a row per photo: COLUMNS, and METADATA,

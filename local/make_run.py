@@ -81,6 +81,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     preprocessing = read_preprocessing(entry["preprocessing"])
     resolution = smallest_sufficient(shorter_side(preprocessing)) if recipe.resolution == "auto" else recipe.resolution
     competition = read_competition(data, resolution)
+    source = competition.observations_digest()
     if not uses_val:
         competition = competition.without_val()
     if recipe.subset:
@@ -94,7 +95,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
         prepare(partial, out)
     team.wait()
     try:
-        fill_run(partial, out.parent / CACHE, recipe, competition, encoder, entry)
+        fill_run(partial, out.parent / CACHE, recipe, competition, encoder, entry, source)
         if team.is_first():
             put_in_place(partial, out)
     finally:
@@ -126,18 +127,21 @@ def is_done(out: Path, recipe: Recipe, resumes: bool) -> bool:
 
 def prepare(partial: Path, out: Path) -> None:
     """The folder that is to become `out`: with the checkpoints to go on from, and nothing else."""
-    for source in (partial, out):
-        if has_checkpoint(source / CHECKPOINTS):
-            kept = out.with_name(f".{out.name}.kept")
-            shutil.rmtree(kept, ignore_errors=True)
-            for name in (CHECKPOINTS, EVENTS):
-                if (source / name).is_dir():
-                    shutil.copytree(source / name, kept / name)
-            shutil.rmtree(partial, ignore_errors=True)
-            os.replace(kept, partial)
-            return
+    if has_checkpoint(partial / CHECKPOINTS):  # in its place, since a disk that was full has no room for another
+        for path in partial.iterdir():
+            if path.name not in (CHECKPOINTS, EVENTS):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if not has_checkpoint(out / CHECKPOINTS):
+        partial.mkdir(parents=True)
+        return
+    kept = out.with_name(f".{out.name}.kept")
+    shutil.rmtree(kept, ignore_errors=True)
+    for name in (CHECKPOINTS, EVENTS):
+        if (out / name).is_dir():
+            shutil.copytree(out / name, kept / name)
+    os.replace(kept, partial)
 
 
 def put_in_place(partial: Path, out: Path) -> None:
@@ -156,9 +160,18 @@ def smallest_sufficient(side: int) -> str:
 
 
 def fill_run(
-    folder: Path, cache: Path, recipe: Recipe, competition: Competition, encoder: Encoder, entry: dict
+    folder: Path, cache: Path, recipe: Recipe, competition: Competition, encoder: Encoder, entry: dict, source: str
 ) -> None:
-    """Tune the encoder, choose the bank, build it of the reference, and write all that a run folder holds."""
+    """Tune the encoder, choose the bank, build it of the reference, and write all that a run folder holds.
+
+    Args:
+        source: digest of the whole competition's observations. The manifest's `learnt_from` says by it whether an
+            encoder has seen them in an earlier run, so that they cannot judge it: the digest of the data that it learnt
+            from, and the seed by which a part of it was kept to judge.
+
+    Raises:
+        InputError: nothing is left to judge by, or what is left the encoder has learnt from.
+    """
     started = time.monotonic()
     fit, validation = split_for_validation(competition, recipe.seed)
     say(
@@ -168,6 +181,11 @@ def fill_run(
     if recipe.epochs and not len(validation):
         raise InputError(f"{competition.folder} leaves nothing to judge epochs by: use a recipe with epochs = 0")
     digest = competition.digest()
+    learnt_from = dict(entry.get("learnt_from", {}))
+    if learnt_from.get(source, [digest, recipe.seed]) != [digest, recipe.seed] and not competition.has_val:
+        raise InputError(
+            f"{recipe.encoder} was trained on what would judge it here: take the seed and the subset of its training"
+        )
     tuning = Tuning([], 0, 0.0)
     if recipe.epochs:
         learnt, judges = (largest_classes(part, fit, recipe.classes) for part in (fit, validation))
@@ -175,7 +193,10 @@ def fill_run(
         tuning = finetune(encoder, learnt, judges, recipe, folder / CHECKPOINTS, ranks, digest)
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
     encoder.module.to(pick_dtype(encoder.device, recipe.precision))
-    study = Study(recipe, competition, fit, validation, encoder, cache, tuning.share > 0, tuning.head, tuning.classes)
+    if tuning.share:
+        learnt_from[source] = [digest, recipe.seed]
+    is_tuned = source in learnt_from
+    study = Study(recipe, competition, fit, validation, encoder, cache, is_tuned, tuning.head, tuning.classes)
     study.embed_together()
     if not team.is_first():
         return
@@ -203,7 +224,13 @@ def fill_run(
     preprocessing = {**entry["preprocessing"], "fit": chosen.fit}
     member = {
         "name": entry["architecture"],
-        "encoder": {**entry, "preprocessing": preprocessing, "precision": recipe.precision, "file": ENCODER_FILE},
+        "encoder": {
+            **entry,
+            "preprocessing": preprocessing,
+            "precision": recipe.precision,
+            "learnt_from": learnt_from,
+            "file": ENCODER_FILE,
+        },
         "views": list(chosen.views),
         "pooling": chosen.pooling,
         "bank": BANK_FILE,

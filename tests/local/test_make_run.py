@@ -1,16 +1,23 @@
 """A run is complete or not there, and a training that is killed goes on as if nothing had been."""
 
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+from safetensors import safe_open
 
+from kernel.mounts import InputError
+from local.competition import read_competition
 from local.make_run import train_run
+from local.matching.ensemble import VALIDATION_FILE
 from local.recipe import make_recipe
 from tests.conftest import LEARNING, ROOT, TINY, command
 
@@ -63,14 +70,14 @@ def test_a_training_that_is_killed_over_and_over_ends_with_the_same_weights_bit_
 
 
 def test_a_training_that_is_asked_to_stop_keeps_what_it_learnt_and_says_how_to_go_on(drawn, whole, tmp_path):
-    out = tmp_path / "run"
+    out, pipe = tmp_path / "run", subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, *train(out, drawn)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *train(out, drawn)], cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
     for line in process.stdout:
         if line.startswith("epoch 1"):
             break
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as torchrun and a terminal do: to all of its processes
     _, errors = process.communicate()
     assert process.returncode == 130
     assert re.search("stopped.* --resume", errors)
@@ -104,6 +111,36 @@ def test_what_would_be_another_training_is_no_resumption(drawn, tmp_path):
     assert other.returncode == 2
     assert "was trained with temperature = 0.1" in other.stderr
     assert (out / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("has_learnt", [True, False])
+def test_an_encoder_is_judged_by_what_it_has_not_seen_in_an_earlier_run(drawn, tmp_path, has_learnt):
+    first = make_recipe({**SETTINGS, "epochs": int(has_learnt), "matcher": "head" if has_learnt else "means"}, "it")
+    train_run(first, drawn.competition, tmp_path / "first")
+    recipe = make_recipe({"encoder": str(tmp_path / "first"), "epochs": 0, "reference": "train+val"}, "the test")
+    train_run(recipe, drawn.competition, tmp_path / "run")
+    with safe_open(tmp_path / "run" / VALIDATION_FILE, "pt") as file:
+        asked = set(json.loads(file.metadata()["observations"]))
+    photos = read_competition(drawn.competition).photos
+    seen = set(photos.loc[photos["split"] == "train", "observation"])
+    assert asked
+    assert asked.isdisjoint(seen) == has_learnt
+
+
+def test_without_val_an_encoder_that_learnt_here_keeps_its_seed(drawn, tmp_path):
+    photos = tmp_path / "folders"
+    for row in read_competition(drawn.competition).photos.itertuples():
+        target = photos / "train" / row.class_id / row.photo.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(row.photo, target)
+    (photos / "test").mkdir()
+    shutil.copy(row.photo, photos / "test" / "a.jpg")
+    settings = {**SETTINGS, "epochs": 1, "seed": 1, "matcher": "head"}
+    train_run(make_recipe(settings, "the test"), photos, tmp_path / "first")
+    again = make_recipe({"encoder": str(tmp_path / "first"), "epochs": 0, "seed": 1}, "the test")
+    train_run(again, photos, tmp_path / "second")
+    with pytest.raises(InputError, match="take the seed and the subset of its training"):
+        train_run(replace(again, seed=2), photos, tmp_path / "third")
 
 
 def test_a_full_disk_costs_one_line_and_not_what_was_learnt(drawn, tmp_path):
