@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.linear_model import LogisticRegression
@@ -51,9 +52,8 @@ def unit(values: np.ndarray) -> np.ndarray:
 def group_means(values: np.ndarray, groups: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(rows, features), (rows,) -> the mean of each group (count, features), zeros for an empty one, and its size."""
     sizes = np.bincount(groups, minlength=count)
-    totals = np.zeros((count, values.shape[1]))
-    np.add.at(totals, groups, values)
-    return totals / np.maximum(sizes, 1)[:, None], sizes
+    members = csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))), shape=(count, len(groups)))
+    return members @ values / np.maximum(sizes, 1)[:, None], sizes
 
 
 def pool(

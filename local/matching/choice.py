@@ -88,9 +88,11 @@ class Embedded:
         )
 
     def pooled(self, recipe: Recipe) -> np.ndarray:
-        """(observations, features), of length 1 or 0, from the recipe's views; computed once."""
+        """(observations, features), of length 1 or 0, from the recipe's views; the last two asked for are kept."""
         key = (recipe.views, recipe.pooling)
         if key not in self.memory:
+            if len(self.memory) > 1:
+                del self.memory[next(iter(self.memory))]
             columns = [self.views.index(view) for view in recipe.views]
             self.memory[key] = pool(self.values[:, columns], self.observations, len(self.classes), recipe.pooling)
         return self.memory[key]
