@@ -95,7 +95,7 @@ class Recipe:
     decay: float = 0.2
     decay_patience: int = 3  # epochs
     ema: float = 0.0  # decay per step of the moving average of the weights that is judged and kept; 0: none
-    monitor: str = "recalls"  # of the validation, their mean; or one of log.csv's columns
+    monitor: str = "recalls"  # of the validation: their mean, or a column of log.csv; by macro_f1 banks are chosen too
     patience: int = 4  # epochs without a better one
     seed: int = 0
 

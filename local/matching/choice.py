@@ -231,6 +231,7 @@ class Search:
         reference: (observations,) bool, of which the bank will be made in the end.
         ask_prior: maps a fold's (reference, queries) to the log-probabilities of the queries' metadata, (queries,
             classes), or None.
+        is_macro: whether every class counts alike, as for a macro-F1, and not every observation.
     """
 
     def __init__(
@@ -241,6 +242,7 @@ class Search:
         guesses: int,
         reference: np.ndarray,
         ask_prior: Callable[[np.ndarray, np.ndarray], torch.Tensor | None] = lambda *fold: None,
+        is_macro: bool = False,
     ):
         self.embed, self.folds, self.ask_prior, self.priors = embed, folds, ask_prior, {}
         classes, count = embed(fit).classes, len(embed(fit).taxonomy.genus)
@@ -248,6 +250,10 @@ class Search:
         self.truth = classes[self.queries]
         shots = [np.bincount(classes[known], minlength=count + 1)[classes[queries]] for known, queries in folds]
         self.weights = shot_weights(np.concatenate(shots), classes[reference])
+        if is_macro:
+            each = 1 / np.unique(self.truth, return_counts=True)[1]
+            self.weights = each[np.unique(self.truth, return_inverse=True)[1]]
+            self.weights /= self.weights.mean()
         self.guesses = guesses
         self.spreads: dict[tuple[str, int], Whitening] = {}
         self.outcomes: dict[Recipe, Outcome] = {}

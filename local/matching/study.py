@@ -104,7 +104,8 @@ class Study:
         if not self.folds:
             say("every class has one observation: there is nothing to judge by, and so no score of this run")
             return self.recipe, (), {}
-        search = Search(self.embed, self.recipe.fit, self.folds, self.guesses, self.reference, self.ask_prior)
+        is_macro = self.recipe.monitor == "macro_f1"
+        search = Search(self.embed, self.recipe.fit, self.folds, self.guesses, self.reference, self.ask_prior, is_macro)
         chosen, top = self.recipe, None
         if self.recipe.choose:
             table: list[dict] = []

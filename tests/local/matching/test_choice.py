@@ -71,6 +71,17 @@ def test_no_observation_is_asked_of_a_reference_that_holds_it_and_none_of_a_clas
     assert all(reference[sizes == 1].all() for reference, _ in folds)
 
 
+def test_for_a_macro_score_every_class_that_is_asked_counts_alike():
+    embedded = specimens()
+    everyone = np.ones(len(embedded.classes), dtype=bool)
+    folds = make_folds(embedded.classes, 0)
+    search = Search(lambda fit: embedded, "crop", folds, 10, everyone, is_macro=True)
+    shares = np.bincount(search.truth, search.weights)
+    assert search.weights.mean() == pytest.approx(1)
+    assert np.unique(shares[shares > 0].round(9)).size == 1
+    assert np.unique(np.bincount(search.truth)[shares > 0]).size > 1
+
+
 def test_only_what_may_be_asked_is():
     classes = specimens().classes
     may = np.arange(len(classes)) % 3 == 0
