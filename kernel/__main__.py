@@ -116,8 +116,12 @@ def embed_members(weights: Weights, table: TestTable, packages: Path, budget: Bu
     return embedded
 
 
-def predict(options: argparse.Namespace, weights: Weights, table: TestTable) -> None:
-    """Embed the test set, rank the classes, write the submission, say what happened."""
+def predict(options: argparse.Namespace, weights: Weights, table: TestTable) -> int:
+    """Embed the test set, rank the classes, write the submission, say what happened.
+
+    Returns:
+        How many observations were too late.
+    """
     manifest, path, packages = weights.manifest, options.working / "submission.csv", options.working / "packages"
     budget = Budget(options.time_limit or manifest["competition"]["time_limit"], STARTED)
     opened = budget.elapsed()
@@ -157,9 +161,10 @@ def predict(options: argparse.Namespace, weights: Weights, table: TestTable) -> 
     )
     if failures.total() > UNREADABLE_LIMIT * photos:
         raise InputError(f"{failures.total()} of {photos} photos cannot be read{causes}: look at the mounted images")
+    return late
 
 
 if __name__ == "__main__":
-    predict(OPTIONS, WEIGHTS, TABLE)
-    sys.stdout.flush()
-    os._exit(0)  # a thread that still waits for a disk would keep the finished run from ending
+    if predict(OPTIONS, WEIGHTS, TABLE):
+        sys.stdout.flush()
+        os._exit(0)  # a thread that still waits for a disk would keep the finished run from ending
