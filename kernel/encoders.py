@@ -106,6 +106,7 @@ class Encoder:
     def _embed_views(
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
     ) -> torch.Tensor:
+        """All views of one batch on one device; in a frame of its own, which takes along what fills the memory."""
         decoded = self.normalise(photos, device)
         pixels = shrink(decoded, self.preprocessing.size)
         made = (decoded if view is larger else view(pixels) for view in views)

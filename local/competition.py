@@ -273,8 +273,11 @@ def _read_class_folders(folder: Path, layout: Layout, marker: Path, resolution: 
         if path.suffix.lower() in PHOTO_SUFFIXES
     ]
     for row in rows:
-        if any("\ud800" <= letter <= "\udfff" for letter in row["observation"]):  # bytes of another encoding
-            raise InputError(f"{row['observation']!a} in {folder} is no UTF-8: unzip it as such, or rename it")
+        try:
+            row["observation"].encode()
+        except UnicodeEncodeError as error:
+            reason = "is no UTF-8: unzip it as such, or rename it"
+            raise InputError(f"{row['observation']!a} in {folder} {reason}") from error
     return rows
 
 

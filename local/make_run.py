@@ -181,8 +181,8 @@ def fill_run(
     if recipe.epochs and not len(validation):
         raise InputError(f"{competition.folder} leaves nothing to judge epochs by: use a recipe with epochs = 0")
     digest = competition.digest()
-    learnt_from = dict(entry.get("learnt_from", {}))
-    if learnt_from.get(source, [digest, recipe.seed]) != [digest, recipe.seed] and not competition.has_val:
+    learnt_from, part = dict(entry.get("learnt_from", {})), [digest, recipe.seed]
+    if learnt_from.get(source, part) != part and not competition.has_val:
         raise InputError(
             f"{recipe.encoder} was trained on what would judge it here: take the seed and the subset of its training"
         )
@@ -194,7 +194,7 @@ def fill_run(
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
     encoder.module.to(pick_dtype(encoder.device, recipe.precision))
     if tuning.share:
-        learnt_from[source] = [digest, recipe.seed]
+        learnt_from[source] = part
     is_tuned = source in learnt_from
     study = Study(recipe, competition, fit, validation, encoder, cache, is_tuned, tuning.head, tuning.classes)
     study.embed_together()

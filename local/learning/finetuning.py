@@ -161,9 +161,8 @@ def keep_best(folder: Path, training: Training, judged: Judged) -> None:
     tensors = {f"encoder.{name}": value for name, value in copy_state(training.kept.module).items()}
     tensors |= {f"head.{name}": value for name, value in training.head.state_dict().items()}
     older = sorted(folder.glob("best-*.safetensors"))
-    path = folder / f"best-{training.epoch:06}.safetensors"
     with full_disk_named(folder):
-        write_tensors(tensors | {"hits": torch.tensor(judged.hits)}, path)
+        write_tensors(tensors | {"hits": torch.tensor(judged.hits)}, folder / f"best-{training.epoch:06}.safetensors")
     for path in older[:-1]:
         path.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from local.matching.banks import (
     make_bank,
     pool,
 )
-from local.matching.folds import FOLDS, shot_weights
+from local.matching.folds import FOLDS, macro_weights, shot_weights
 from local.matching.projection import ProjectionEnsemble
 from local.metrics import GUESSES, gained
 from local.recipe import Recipe
@@ -249,11 +249,9 @@ class Search:
         self.queries = np.concatenate([np.flatnonzero(queries) for _, queries in folds])
         self.truth = classes[self.queries]
         shots = [np.bincount(classes[known], minlength=count + 1)[classes[queries]] for known, queries in folds]
-        self.weights = shot_weights(np.concatenate(shots), classes[reference])
-        if is_macro:
-            each = 1 / np.unique(self.truth, return_counts=True)[1]
-            self.weights = each[np.unique(self.truth, return_inverse=True)[1]]
-            self.weights /= self.weights.mean()
+        self.weights = (
+            macro_weights(self.truth) if is_macro else shot_weights(np.concatenate(shots), classes[reference])
+        )
         self.guesses = guesses
         self.spreads: dict[tuple[str, int], Whitening] = {}
         self.outcomes: dict[Recipe, Outcome] = {}

@@ -26,7 +26,7 @@ class Answers:
         asked: what they were asked: observations, classes and folds, as JSON.
         log_probabilities: (queries, classes).
         truth: (queries,) index of the true class, -1 where the bank lacks it.
-        weights: (queries,), see `local.matching.folds.shot_weights`.
+        weights: (queries,), see `shot_weights` and `macro_weights` of `local.matching.folds`.
     """
 
     asked: str

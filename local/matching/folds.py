@@ -46,3 +46,10 @@ def shot_weights(shots: np.ndarray, classes: np.ndarray, most: int = 4) -> np.nd
     wanted, found = np.bincount(sizes, minlength=most + 1), np.bincount(shots, minlength=most + 1)
     weights = (wanted / np.maximum(found, 1))[shots]
     return weights / weights.mean() if weights.any() else np.ones(len(shots))
+
+
+def macro_weights(truth: np.ndarray) -> np.ndarray:
+    """Weights of queries, of mean 1, that give every class the same part; `truth` is (queries,), the class of each."""
+    _, places, sizes = np.unique(truth, return_inverse=True, return_counts=True)
+    weights = 1 / sizes[places]
+    return weights / weights.mean()

@@ -5,6 +5,7 @@ python -m pytest tests/local/test_competition.py
 
 import csv
 import json
+import os
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -26,6 +27,7 @@ from local.competition import (
     split_for_validation,
 )
 from tests import layouts
+from tests.conftest import photo
 
 DATASET = "FungiTastic-FewShot"
 COLUMNS = ("year", "observationID", "species", "filename", "category_id")
@@ -432,3 +434,16 @@ def test_ranks_group_the_classes_and_one_that_is_never_named_is_left_out(drawn) 
     assert len(set(zip(genera, ranks["genus"].tolist(), strict=True))) == len(set(genera)) == ranks["genus"].max() + 1
     blank = replace(competition, photos=competition.photos.assign(family=""))
     assert read_ranks(blank, classes)[TAXONOMY.index("family")] is None
+
+
+def test_a_folder_whose_name_is_no_utf8_is_named_in_one_line(tmp_path):
+    photo(tmp_path / "test" / "a.jpg")
+    folder = tmp_path / "train" / os.fsdecode(b"caf\xe9")
+    try:
+        folder.mkdir(parents=True)
+    except (OSError, UnicodeEncodeError):
+        pytest.skip("this file system takes no such name")
+    photo(folder / "a.jpg")
+    with pytest.raises(InputError, match="is no UTF-8: unzip it as such, or rename it") as error:
+        read_competition(tmp_path)
+    str(error.value).encode()

@@ -199,15 +199,21 @@ def test_nothing_to_learn_is_refused(fresh, parts, tmp_path):
         finetune(fresh, *parts, recipe(unfreeze=0), tmp_path)
 
 
-def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(fresh, parts, tmp_path, monkeypatch):
-    rates = []
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate after every step."""
+    found = []
 
     class Watched(Training):
         def step(self, done):
             super().step(done)
-            rates.append(self.learning_rate)
+            found.append(self.learning_rate)
 
     monkeypatch.setattr(finetuning, "Training", Watched)
+    return found
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(fresh, parts, tmp_path, rates):
     finetune(fresh, *parts, recipe(unfreeze=-1, epochs=5, patience=9, batch_size=2, warmup=0.2), tmp_path)
     peak = int(np.argmax(rates))
     assert 0 < peak <= math.ceil(0.2 * len(rates))
@@ -217,15 +223,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing(fresh, parts, 
     assert rates[-1] < 1e-6
 
 
-def test_a_constant_learning_rate_rises_and_stays(fresh, parts, tmp_path, monkeypatch):
-    rates = []
-
-    class Watched(Training):
-        def step(self, done):
-            super().step(done)
-            rates.append(self.learning_rate)
-
-    monkeypatch.setattr(finetuning, "Training", Watched)
+def test_a_constant_learning_rate_rises_and_stays(fresh, parts, tmp_path, rates):
     settings = recipe(unfreeze=-1, epochs=3, patience=9, batch_size=4, warmup=0.2, schedule="constant")
     finetune(fresh, *parts, settings, tmp_path)
     top = int(np.argmax(rates))
