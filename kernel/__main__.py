@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 from kernel.mounts import MANIFEST_SHA256, InputError, Weights, find_weights, tree
-from kernel.observations import TestTable, find_test_table
+from kernel.observations import TestTable, find_test_table, tell_left_out
 from kernel.submission import fallback_guesses, write_submission
 
 STARTED = time.monotonic()
@@ -59,7 +59,8 @@ def open_inputs(options: argparse.Namespace) -> tuple[Weights, TestTable]:
     if problem:
         print(tree(options.input), flush=True)
         raise problem
-    print(f"{table.folder}: {len(table.observations)} observations; the fallback submission is written", flush=True)
+    found = f"{len(table.observations)} observations{tell_left_out(table.left_out)}"
+    print(f"{table.folder}: {found}; the fallback submission is written", flush=True)
     return weights, table
 
 

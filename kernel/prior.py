@@ -15,11 +15,10 @@ import torch
 from safetensors import safe_open
 
 from kernel.mounts import Weights
-from kernel.observations import Observation, whole
+from kernel.observations import Observation, clean_id, is_blank
 
 CELL = (0.05, 0.0875)  # degrees of latitude and longitude: 5.6 km either way in Denmark
 DAYS_IN_DEKAD = 10  # a third of a month, the climatologists' unit; the last one has the rest of the month
-BLANKS = frozenset(("", "nan", "none", "null", "na", "n/a"))
 
 
 def finite(text: str) -> float:
@@ -38,8 +37,8 @@ def category(column: str) -> Callable[[Mapping[str, str]], str | None]:
     """A feature that is a column's text, spelt one way."""
 
     def read(metadata: Mapping[str, str]) -> str | None:
-        value = whole(metadata[column].strip().casefold())
-        return None if value in BLANKS else value
+        value = clean_id(metadata[column].casefold())
+        return None if is_blank(value) else value
 
     return read
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.mounts import InputError
-from kernel.observations import TestTable, read_table
+from kernel.observations import TestTable, read_table, visible
 
 
 def fallback_guesses(table: TestTable, manifest: dict | None) -> list[str]:
@@ -21,10 +21,11 @@ def fallback_guesses(table: TestTable, manifest: dict | None) -> list[str]:
     """
     if manifest:
         return manifest["prior"][: table.layout.guesses]
-    for sample in sorted(table.folder.glob(table.layout.sample)):
-        rows = read_table(sample, table.layout.header)
+    for sample in visible(table.folder.glob(table.layout.sample)):
+        rows = read_table(sample, table.layout.header, filled=table.layout.header)
         if rows:
-            return rows[0][table.layout.header[1]].split()
+            answer = rows[0][table.layout.header[1]]
+            return answer.split() if table.layout.guesses > 1 else [answer]  # a folder's name may have spaces
     raise InputError(f"{table.folder} has no sample submission and no weights are attached: attach the weights")
 
 

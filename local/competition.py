@@ -5,27 +5,36 @@ layout there and, where its tables have a form of their own, the reading of the 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from kernel.mounts import InputError
+from kernel.mounts import InputError, find_folders
 from kernel.observations import (
     LAYOUTS,
     METADATA,
-    PHOTO_SUFFIXES,
     RESOLUTIONS,
     Layout,
     Observation,
+    class_folders,
+    clean_id,
     coco_id,
+    find_photos,
     group_photos,
+    is_blank,
+    photo_path,
     read_coco,
+    read_sample,
     read_table,
     recognise,
     resolution_folder,
+    respell,
+    tell_left_out,
+    visible,
 )
 from local.console import say_once
 from local.matching.banks import Taxonomy
@@ -33,6 +42,7 @@ from local.matching.banks import Taxonomy
 COLUMNS = ("split", "observation", "class_id", "photo")
 TAXONOMY = ("phylum", "class", "order", "family", "genus")  # the columns above the species, the widest first
 NAMES = ("species", "poisonous")  # what people want to know of a class; nothing is learnt from it
+UNREADABLE_LIMIT = 0.25  # fraction of unreadable photos above which something is wrong with all, as in the kernel
 TIME_LIMITS = {layout.name: 9 * 3600 for layout in LAYOUTS} | {"fungiclef": 12 * 3600}  # seconds, of a GPU kernel
 
 
@@ -113,10 +123,21 @@ def read_competition(folder: Path, resolution: str = "300p") -> Competition:
         InputError: the folder is of no known layout, a table lacks a column, or an observation is in two splits.
     """
     layout, table = find_layout(folder)
-    rows = READERS[table.suffix](folder, layout, table, resolution)
+    left_out: Counter = Counter()
+    rows = READERS[table.suffix](folder, layout, table, resolution, left_out)
     photos = pd.DataFrame(rows, columns=list(rows[0]) if rows else COLUMNS).drop_duplicates(ignore_index=True)
+    if left_out:
+        say_once(f"{folder}{tell_left_out(left_out)}")
     if not (photos["split"] == "train").any():
         raise InputError(f"{folder} ({layout.name}) has no labelled photo: check that the training table is complete")
+    if photos["class_id"].nunique() < 2:
+        raise InputError(
+            f"{folder} ({layout.name}) has one class alone, {photos['class_id'].iloc[0]!r}: "
+            "check that this is the folder as downloaded"
+        )
+    if layout.name != "class-folders":  # there an id is the name of a file or folder
+        spelt = respell(photos["class_id"].unique(), read_sample(folder, layout)[1])
+        photos["class_id"] = photos["class_id"].map(spelt)
     for column, what in (("class_id", "classes"), ("split", "splits")):
         counts = photos.groupby("observation")[column].nunique()
         if (counts > 1).any():
@@ -128,13 +149,43 @@ def find_layout(folder: Path) -> tuple[Layout, Path]:
     """The layout of a competition's folder, and its test table.
 
     Raises:
-        InputError: the folder is of no known layout.
+        InputError: the folder does not exist, or is of no known layout.
     """
+    if not folder.is_dir():
+        what = "is a file: unpack it, and" if folder.exists() else "does not exist:"
+        raise InputError(f"{folder} {what} give the competition's folder as downloaded")
     found = recognise(folder)
-    if not found:
-        looked_for = ", ".join(f"{layout.marker} ({layout.name})" for layout in LAYOUTS)
-        raise InputError(f"{folder} is no competition's folder: looked for {looked_for}; give the folder as downloaded")
-    return found
+    if found:
+        return found
+    near = next((place for place in _nearby(folder) if recognise(place)), None)
+    if near:
+        raise InputError(f"no supported competition found in {folder}: did you mean {near}?")
+    looked_for = ", ".join(f"{layout.marker} ({layout.name})" for layout in LAYOUTS)
+    raise InputError(
+        f"no supported competition found in {folder}: looked for {looked_for}; class folders are arranged as "
+        "train/CLASS/photo, or as CLASS/photo alone; give the folder as downloaded"
+    )
+
+
+def _nearby(folder: Path) -> Iterable[Path]:
+    """The folders above and below one that the user may have meant."""
+    yield from folder.resolve().parents[:4]
+    yield from find_folders(folder, lambda below: below != folder and recognise(below) is not None, depth=2)
+
+
+def refuse_missing(competition: Competition) -> None:
+    """What is learnt from is there, but for a few photos.
+
+    Raises:
+        InputError: of a split, more than UNREADABLE_LIMIT of the photos are missing.
+    """
+    for split, photos in competition.photos.groupby("split")["photo"]:
+        missing = [path for path in photos if not path.is_file()]
+        if len(missing) > UNREADABLE_LIMIT * len(photos):
+            raise InputError(
+                f"{len(missing)} of {len(photos)} photos of {split} are missing, such as {missing[0]}: look where the "
+                "photos lie, or download them again"
+            )
 
 
 def labelled(competition: Competition, *splits: str) -> Labelled:
@@ -213,7 +264,7 @@ def sort_ids(class_ids: np.ndarray) -> list[str]:
     return sorted(distinct)
 
 
-def _read_fungi(folder: Path, layout: Layout, marker: Path, resolution: str) -> list[dict]:
+def _read_fungi(folder: Path, layout: Layout, marker: Path, resolution: str, left_out: Counter) -> list[dict]:
     tables = {
         "train": marker.with_name(marker.name.replace("-ClosedSet", "").replace("-Test", "-Train")),
         "val": marker.with_name(marker.name.replace("-Test", "-Val")),
@@ -222,16 +273,18 @@ def _read_fungi(folder: Path, layout: Layout, marker: Path, resolution: str) -> 
     for split, table in tables.items():
         if not table.is_file() and split == "val":
             continue
-        photos = _find_photos(layout.photo_folder(folder, marker, split), resolution)
-        for row in read_table(table, ("observationID", "filename", "category_id")):
+        photos = _resolution_folder(layout.photo_folder(folder, marker, split), resolution)
+        needed = ("observationID", "filename", "category_id")
+        for row in read_table(table, needed, filled=needed, left_out=left_out):
             more = {column: row.get(column) or "" for column in (*METADATA, *TAXONOMY, *NAMES)}
             more["species"] = more["species"] or row.get("scientificName") or ""
-            photo = (split, row["observationID"], row["category_id"], photos / row["filename"])
-            rows.append(dict(zip(COLUMNS, photo, strict=True)) | more)
+            ids = clean_id(row["observationID"]), clean_id(row["category_id"])
+            said = (split, *ids, photo_path(photos, row["filename"]))
+            rows.append(dict(zip(COLUMNS, said, strict=True)) | more)
     return rows
 
 
-def _find_photos(split: Path, wanted: str) -> Path:
+def _resolution_folder(split: Path, wanted: str) -> Path:
     """The split's folder in the wanted resolution, or in the one that the kernel would take instead.
 
     Raises:
@@ -247,13 +300,17 @@ def _find_photos(split: Path, wanted: str) -> Path:
     return found
 
 
-def _read_herbarium(folder: Path, layout: Layout, marker: Path, resolution: str) -> list[dict]:
+def _read_herbarium(folder: Path, layout: Layout, marker: Path, resolution: str, left_out: Counter) -> list[dict]:
     table = folder / str(marker.relative_to(folder)).replace("test", "train")
     photos = layout.photo_folder(folder, marker, "train")
     names, said = read_coco(table)
     try:
-        labels = [(str(note["image_id"]), str(note["category_id"])) for note in said["annotations"]]
-        rows = [("train", image, label, photos / names[image]) for image, label in labels]
+        labels = [(clean_id(str(note["image_id"])), clean_id(str(note["category_id"]))) for note in said["annotations"]]
+        rows = [
+            ("train", image, label, photo_path(photos, names[image])) for image, label in labels if not is_blank(label)
+        ]
+        if len(rows) < len(labels):
+            left_out[f"annotations of {table.name} without category_id"] += len(labels) - len(rows)
         ranks = {
             coco_id(category, "category"): {rank: str(category.get(rank, "")) for rank in TAXONOMY}
             | {"species": str(category.get("name", category.get("scientificName", ""))), "poisonous": ""}
@@ -265,12 +322,23 @@ def _read_herbarium(folder: Path, layout: Layout, marker: Path, resolution: str)
     return [dict(zip(COLUMNS, row, strict=True)) | ranks.get(row[2], unknown) for row in rows]
 
 
-def _read_class_folders(folder: Path, layout: Layout, marker: Path, resolution: str) -> list[dict]:
+def _read_class_folders(folder: Path, layout: Layout, marker: Path, resolution: str, left_out: Counter) -> list[dict]:
+    classes = class_folders(folder)
+    if not classes:
+        raise InputError(
+            f"{folder} (class-folders) has no folders of classes: arrange the photos as train/CLASS/photo, "
+            "val/CLASS/photo and test/photo, or as CLASS/photo alone"
+        )
+    val = next((folder / name for name in ("val", "valid", "validation") if (folder / name).is_dir()), None)
+    outside = [path for root in {classes[0].parent, val} - {None} for path in visible(root.iterdir()) if path.is_file()]
+    if outside:
+        left_out["files in no class's folder"] += len(outside)
+    folders = [("train", path) for path in classes]
+    folders += [("val", path) for path in visible(val.iterdir() if val else ()) if path.is_dir()]
     rows = [
-        dict(zip(COLUMNS, (split, path.relative_to(folder).as_posix(), path.parent.name, path), strict=True))
-        for split in ("train", "val")
-        for path in sorted(layout.photo_folder(folder, marker, split).glob("*/*"))
-        if path.suffix.lower() in PHOTO_SUFFIXES
+        dict(zip(COLUMNS, (split, path.relative_to(folder).as_posix(), own.name, path), strict=True))
+        for split, own in folders
+        for path in find_photos(own, left_out)
     ]
     for row in rows:
         try:
@@ -281,9 +349,9 @@ def _read_class_folders(folder: Path, layout: Layout, marker: Path, resolution: 
     return rows
 
 
-# By the form of the test table. Each returns a row per photo: COLUMNS, and METADATA,
-# TAXONOMY and NAMES if it knows them.
-READERS: dict[str, Callable[[Path, Layout, Path, str], list[dict]]] = {
+# By the form of the test table. Each returns a row per photo, COLUMNS, and METADATA, TAXONOMY and NAMES if it knows
+# them; and counts what it leaves out.
+READERS: dict[str, Callable[[Path, Layout, Path, str, Counter], list[dict]]] = {
     ".csv": _read_fungi,
     ".json": _read_herbarium,
     "": _read_class_folders,

@@ -26,6 +26,7 @@ from local.competition import (
     largest_classes,
     read_competition,
     read_ranks,
+    refuse_missing,
     sort_ids,
     split_for_validation,
 )
@@ -81,6 +82,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     preprocessing = read_preprocessing(entry["preprocessing"])
     resolution = smallest_sufficient(shorter_side(preprocessing)) if recipe.resolution == "auto" else recipe.resolution
     competition = read_competition(data, resolution)
+    refuse_missing(competition)
     source = competition.observations_digest()
     if not uses_val:
         competition = competition.without_val()
@@ -242,10 +244,12 @@ def fill_run(
         "data_sha256": digest,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
     }
-    write_manifest(folder, competition, study.classes, commonest_classes(class_ids, study.classes), member)
+    write_manifest(folder, competition, source, study.classes, commonest_classes(class_ids, study.classes), member)
 
 
-def write_manifest(folder: Path, competition: Competition, classes: list[str], prior: list[str], member: dict) -> None:
+def write_manifest(
+    folder: Path, competition: Competition, source: str, classes: list[str], prior: list[str], member: dict
+) -> None:
     """Write what the kernel must know of a run, as the manifest of a bundle of one."""
     manifest = {
         "format": FORMAT,
@@ -253,6 +257,7 @@ def write_manifest(folder: Path, competition: Competition, classes: list[str], p
         "competition": {
             "layout": competition.layout.name,
             "resolution": competition.resolution,
+            "observations_sha256": source,
             "time_limit": TIME_LIMITS[competition.layout.name],
         },
         "class_ids": classes,

@@ -17,7 +17,7 @@ import torch
 from kernel.bank import classify, read_banks
 from kernel.encoders import open_encoder, pick_devices
 from kernel.mounts import InputError, read_weights
-from kernel.observations import RESOLUTIONS, Observation
+from kernel.observations import RESOLUTIONS, Observation, read_test
 from kernel.prior import weighted_prior
 from local.cache import EmbeddingCache, PhotoEmbeddings
 from local.competition import Labelled, find_layout, labelled, places_of, read_competition
@@ -59,7 +59,7 @@ class Task:
         if self.split == "val":
             return labelled(read_competition(self.data, resolution), "val").observations
         layout, table = find_layout(self.data)
-        return layout.read(layout.photo_folder(self.data, table, "test"), table, resolution)
+        return read_test(self.data, layout, table, resolution).observations
 
     def support(self, resolution: str) -> Labelled:
         """The reference, with photos of one of FungiCLEF's resolutions."""

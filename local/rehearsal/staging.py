@@ -8,7 +8,7 @@ import csv
 import io
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,13 +45,22 @@ def stage_competition(data: Path, folder: Path) -> None:
     """
     layout, marker = find_layout(data)
     tables = marker.parent.glob("*.csv") if marker.suffix == ".csv" else (marker,)
-    photos = layout.photo_folder(data, marker, "test").rglob("*")
+    photos = all_files(layout.photo_folder(data, marker, "test"))
     for source in {*tables, *photos, *data.glob(layout.sample)}:
         if source.is_file():
             place(source, folder / source.relative_to(data))
     if marker.suffix == ".csv":
         for table in (folder / marker.relative_to(data)).parent.glob("*-Test.csv"):
             drop_columns(table, LABELS)
+
+
+def all_files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in all below it, also behind links to folders."""
+    seen: set[str] = set()  # a link may lead back to a folder above
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in seen]
+        seen.update(os.path.realpath(os.path.join(root, name)) for name in folders)
+        yield from (Path(root, name) for name in names)
 
 
 def stage_bundle(build: Path, weights: Path, source: Path) -> None:
@@ -65,6 +74,7 @@ def stage_bundle(build: Path, weights: Path, source: Path) -> None:
 def place(source: Path, target: Path) -> None:
     """Make a file appear elsewhere, without copying it where the file system can do without."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # a relative link would lead nowhere from another folder
     try:
         os.link(source, target)
     except OSError:

@@ -9,15 +9,15 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.mounts import InputError, read_weights
-from kernel.observations import TestTable, find_test_table, read_table, whole
+from kernel.observations import LAYOUTS, TestTable, clean_id, find_test_table, read_table, recognise
 from kernel.submission import check_submission, fallback_guesses
-from local.competition import find_layout
+from local.competition import find_layout, read_competition
 from local.console import say
 from local.publishing.metadata import read_kernel_metadata
 from local.rehearsal.sandbox import Outcome, find_isolation, run_isolated
@@ -106,10 +106,12 @@ class Rehearsal(AbstractContextManager):
         self.data, self.build, self.kills, self.seed = data, build, kills, seed
         self.metadata = read_kernel_metadata(ROOT / "kernel-metadata.json")
         self.manifest = read_weights(build / "weights").manifest
+        refuse_other_competition(data, self.manifest)
         if not (build / "kernel.py").is_file():
             raise InputError(f"{build} holds no kernel.py: run python bundle.py runs/NAME first")
         self.limit = time_limit or self.manifest["competition"]["time_limit"]
-        self.truth = read_solution(solution) if solution else {}
+        observations = [observation.id for observation in find_test_table(data, self.manifest).observations]
+        self.truth = read_solution(solution, observations, self.manifest["class_ids"]) if solution else {}
         self.solution = solution
         self.performed: dict[str, tuple] = {}  # scenarios that others compare with
 
@@ -226,21 +228,44 @@ class Rehearsal(AbstractContextManager):
         return ""
 
 
-def read_solution(solution: Path) -> dict[str, str]:
+def refuse_other_competition(data: Path, manifest: dict) -> None:
+    """The bundle is rehearsed on the competition that its runs were trained on.
+
+    Raises:
+        InputError: the folder is of another layout, or has other labelled observations.
+    """
+    trained, found = manifest["competition"], find_layout(data)[0].name
+    if recognise(data, [layout for layout in LAYOUTS if layout.name == trained["layout"]]) is None:
+        raise InputError(f"{data} is of layout {found}, the bundle was trained on {trained['layout']}: give its --data")
+    digest = trained.get("observations_sha256")
+    if digest and read_competition(data).observations_digest() != digest:
+        raise InputError(
+            f"the labelled observations of {data} are not those that the bundle was trained on: give the --data of "
+            "the training, or train again"
+        )
+
+
+def read_solution(solution: Path, observations: Iterable[str] = (), classes: Iterable[str] = ()) -> dict[str, str]:
     """The class id of each observation, of a CSV with the two in its first columns; or of FungiTastic's own test table.
+
+    Args:
+        observations, classes: ids that are known, as the submission spells them.
 
     Raises:
         InputError: there is no such file, or it is no such CSV.
     """
+    known = [set(observations), set(classes)]
     try:
         with solution.open(encoding="utf-8-sig", newline="") as file:
             header, *rows = csv.reader(file)
+        columns = 0, 1
         if {"observationID", "category_id"}.issubset(header):
-            identity, answer = header.index("observationID"), header.index("category_id")
-            return {whole(row[identity]): row[answer] for row in rows}
-        return {row[0]: row[1] for row in rows if row}
+            columns = header.index("observationID"), header.index("category_id")
+        pairs = [[row[column] for column in columns] for row in rows if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error, IndexError) as error:
         raise InputError(f"no solution in {solution} ({error}): give a CSV of observation and class id") from error
+    spelt = ([text if text in ids else clean_id(text) for text, ids in zip(pair, known, strict=True)] for pair in pairs)
+    return dict(spelt)
 
 
 def read_guesses(submission: Path, table: TestTable) -> dict[str, list[str]]:

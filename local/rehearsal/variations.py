@@ -7,6 +7,7 @@ import io
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,20 @@ from pathlib import Path
 from PIL import Image
 
 from kernel.mounts import MANIFEST
-from kernel.observations import PHOTO_SUFFIXES, RESOLUTIONS, Layout, TestTable, coco_id, read_coco, read_table
+from kernel.observations import (
+    PHOTO_SUFFIXES,
+    RESOLUTIONS,
+    Layout,
+    TestTable,
+    clean_id,
+    coco_id,
+    find_photos,
+    name_photos,
+    photo_path,
+    read_coco,
+    read_sample,
+    read_table,
+)
 from local.competition import find_layout
 from local.rehearsal.staging import place, replace_file, write_csv
 
@@ -36,11 +50,13 @@ class Row:
 def read_rows(marker: Path) -> list[Row]:
     """The test table's rows, in its order."""
     if marker.suffix == ".csv":
-        return [Row(row["observationID"], row["filename"], row) for row in read_table(marker, ())]
+        rows = read_table(marker, (), filled=("observationID",))
+        return [Row(clean_id(row["observationID"]), row["filename"] or "", row) for row in rows]
     if marker.suffix == ".json":
         return [Row(coco_id(image, "image"), image["file_name"], image) for image in read_coco(marker)[1]["images"]]
-    photos = sorted(path for path in marker.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
-    return [Row(photo.stem, photo.name, {}) for photo in photos]
+    photos = find_photos(marker, Counter())
+    names = name_photos(photos, marker, read_sample(marker.parent, find_layout(marker.parent)[0])[0])
+    return [Row(name, path.relative_to(marker).as_posix(), {}) for name, path in zip(names, photos, strict=True)]
 
 
 def write_rows(competition: Path, layout: Layout, marker: Path, rows: Sequence[Row]) -> None:
@@ -57,7 +73,7 @@ def write_rows(competition: Path, layout: Layout, marker: Path, rows: Sequence[R
         said = entries if is_bare else read_coco(marker)[1] | {"images": entries}
         replace_file(marker, json.dumps(said).encode("ascii"))
     for folder in photo_folders(competition, layout, marker):
-        named = {folder / row.name for row in rows} | {marker}
+        named = {photo_path(folder, row.name) for row in rows} | {marker}
         for path in [path for path in folder.rglob("*") if path not in named]:
             if path.is_file():
                 path.unlink()
@@ -96,11 +112,17 @@ def repeat_observations(competition: Path, times: int) -> dict[str, str]:
         # Digits, so that an id which was a number stays one; the table's length, so that it can be repeated again.
         prefix = f"9{len(rows)}0{copy}0"
         for row in rows:
-            name = Path(row.name)
-            new = replace(row, observation=prefix + row.observation, name=str(name.with_name(prefix + name.name)))
+            name = photo_path(Path(), row.name)
+            identity = Path(row.observation)  # of a photo that no table names, the path may be the id
+            new = replace(
+                row,
+                observation=(identity.with_name(prefix + identity.name)).as_posix(),
+                name=str(name.with_name(prefix + name.name)) if row.name else "",
+            )
             for folder in folders:
-                if (folder / row.name).is_file():
-                    place(folder / row.name, folder / new.name)
+                source = photo_path(folder, row.name)
+                if source.is_file():
+                    place(source, source.with_name(prefix + source.name))
             repeated.append(new)
             originals[new.observation] = row.observation
     write_rows(competition, layout, marker, repeated)

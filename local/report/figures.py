@@ -16,7 +16,7 @@ from scipy.stats import norm
 from sklearn.metrics import f1_score
 
 from kernel.mounts import InputError
-from kernel.observations import Observation
+from kernel.observations import Observation, read_test
 from local.competition import find_layout, places_of, sort_ids
 from local.matching.choice import Outcome, compare
 from local.metrics import GUESSES, RESAMPLES, bounded, interval_of, score
@@ -200,7 +200,10 @@ def leaderboard(evidence: Evidence, others: Sequence[dict]) -> dict:
     observations included; and how probable it is that a run which is better by what was found looks worse there.
     """
     layout, marker = find_layout(evidence.competition.folder)
-    size = len(layout.read(evidence.competition.folder, marker, evidence.competition.resolution))
+    try:
+        size = len(read_test(evidence.competition.folder, layout, marker, evidence.competition.resolution).observations)
+    except InputError:  # of a folder without a test set there is nothing to say
+        size = 0
     name, count = ("recall_at_5", 5) if layout.guesses >= 5 else ("recall_at_1", 1)
     recall, boards = float((evidence.outcome.places < count).mean()), []
     for part, observations in BOARDS.get(size, {"whole test": size}).items():

@@ -1,12 +1,26 @@
 """The test table of each layout: observations in order, with their photos."""
 
+import json
+from pathlib import Path
+
 import pytest
+from PIL import Image, ImageFile
 
 from kernel.mounts import InputError
-from kernel.observations import find_test_table, read_table, recognise, resolution_folder
+from kernel.observations import (
+    PHOTO_SUFFIXES,
+    clean_id,
+    find_test_table,
+    read_table,
+    recognise,
+    resolution_folder,
+    respell,
+)
+from tests.conftest import photo
 from tests.layouts import SPECIES, TEST_OBSERVATIONS, fungitastic, herbarium
 
 FUNGI = {"competition": {"layout": "fungiclef", "resolution": "300p"}}
+FOLDERS = {"competition": {"layout": "class-folders"}}
 
 
 @pytest.fixture
@@ -103,3 +117,149 @@ def test_in_class_folders_every_test_photo_is_an_observation(tmp_path):
 def test_an_input_without_a_competition_says_what_was_looked_for(tmp_path):
     with pytest.raises(InputError, match=r"Test\.csv"):
         find_test_table(tmp_path, FUNGI)
+
+
+def test_folder(root: Path, *names: str) -> Path:
+    """A folder of test photos under a competition's; files that are no photos are empty."""
+    for name in names:
+        (root / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "test" / name).touch()
+    return root
+
+
+test_folder.__test__ = False
+
+
+def ids_of(root: Path, manifest: dict | None = None) -> list[str]:
+    return [observation.id for observation in find_test_table(root, manifest).observations]
+
+
+def test_every_format_that_pillow_decodes_by_itself_is_a_photo():
+    Image.init()
+    needs_help = {"EPS", "MPEG"}  # Ghostscript; and nothing decodes the other
+    stubs = {
+        name
+        for name, (reader, _) in Image.OPEN.items()
+        if isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
+    }
+    formats = Image.OPEN.keys() - stubs - needs_help
+    assert {suffix for suffix, name in Image.EXTENSION.items() if name in formats} <= PHOTO_SUFFIXES
+    assert not PHOTO_SUFFIXES & {suffix for suffix, name in Image.EXTENSION.items() if name in stubs | needs_help}
+
+
+def test_what_is_no_photo_is_counted_by_its_suffix_and_what_is_hidden_is_not_there(tmp_path):
+    hidden = ("._a.jpg", ".DS_Store", ".ipynb_checkpoints/a-checkpoint.jpg", "__MACOSX/._b.bmp", "__MACOSX/b.bmp")
+    test_folder(tmp_path, "a.jpg", "b.BMP", "c.tif", "d.HEIC", "e.heic", "notes.txt", "README", *hidden)
+    table = find_test_table(tmp_path, FOLDERS)
+    assert [observation.id for observation in table.observations] == ["a", "b", "c"]
+    assert table.left_out == {".heic files": 2, ".txt files": 1, "files without a suffix": 1}
+
+
+@pytest.mark.parametrize(
+    ("names", "ids"),
+    [
+        (("oak/1.jpg", "elm/2.jpg"), ["2", "1"]),
+        (("oak/1.jpg", "elm/1.jpg"), ["elm/1", "oak/1"]),
+        (("a.jpg", "a.png", "b.jpg"), ["a.jpg", "a.png", "b.jpg"]),
+        (("oak/1.jpg", "oak/1.png", "elm/1.jpg"), ["elm/1.jpg", "oak/1.jpg", "oak/1.png"]),
+    ],
+)
+def test_photos_in_folders_or_of_one_stem_are_observations_of_their_own(tmp_path, names, ids):
+    test_folder(tmp_path, *names)
+    assert ids_of(tmp_path) == ids
+
+
+def test_photos_are_named_as_the_sample_submission_names_them(tmp_path):
+    test_folder(tmp_path, "a.jpg", "b.jpg")
+    (tmp_path / "sample_submission.csv").write_text("image_name,pred_label\nb.jpg,oak\na.jpg,oak\n")
+    assert ids_of(tmp_path) == ["a.jpg", "b.jpg"]
+
+
+def test_a_linked_folder_of_photos_is_read_once_even_where_it_leads_back(tmp_path):
+    test_folder(tmp_path / "elsewhere", "a.jpg")
+    test_folder(tmp_path / "data")
+    (tmp_path / "data" / "test").mkdir(parents=True)
+    (tmp_path / "data" / "test" / "more").symlink_to(Path("..", "..", "elsewhere", "test"))
+    (tmp_path / "elsewhere" / "test" / "back").symlink_to(tmp_path / "data" / "test")
+    assert ids_of(tmp_path / "data") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "id"),
+    [
+        ("7", "7"), ("7.0", "7"), (" 7 ", "7"), ("7.", "7."), ("1e+05", "100000"), ("2.38e+03", "2380"), ("0", "0"),
+        ("0.0", "0"), ("-1.0", "-1"), ("0100", "0100"), ("7.5", "7.5"), ("12e4", "12e4"), ("oak 2.0", "oak 2.0"),
+    ],
+)  # fmt: skip
+def test_an_id_that_a_program_took_for_a_float_is_a_whole_number_again(text, id):
+    assert clean_id(text) == id
+
+
+def test_ids_are_spelt_as_in_the_sample_submission_and_else_as_they_are():
+    assert respell(["7", "12", "oak"], ["007"]) == {"7": "007", "12": "12", "oak": "oak"}
+    assert respell(["7", "007"], ["007"]) == {"7": "007", "007": "007"}
+    assert respell(["7", "007"], ["007", "7"]) == {"7": "7", "007": "007"}
+    with pytest.raises(InputError, match="'7' and '007' differ in leading zeros alone"):
+        respell(["7", "007"], [])
+
+
+def test_observations_are_spelt_as_in_the_sample_submission(tmp_path, fungi):
+    table = next(fungi.rglob("*-Test.csv"))
+    table.write_text("observationID,filename\n7.0,0.JPG\n3.0,1.JPG\n")
+    (fungi / "FungiCLEF25-SAMPLE_SUBMISSION.csv").write_text("observationId,predictions\n007,1 2\n003,1 2\n")
+    assert ids_of(tmp_path, FUNGI) == ["007", "003"]
+
+
+def test_rows_that_say_nothing_are_left_out_and_a_row_without_a_photo_is_still_asked(tmp_path, fungi):
+    table = next(fungi.rglob("*-Test.csv"))
+    table.write_text("filename,habitat,observationID\n0.JPG,wood,7\n,,\n,,\n,bog,8\n1.JPG,wood\n")
+    found = find_test_table(tmp_path, FUNGI)
+    assert [(one.id, len(one.photos)) for one in found.observations] == [("7", 1), ("8", 0)]
+    assert found.left_out == {f"rows of {table.name} without observationID": 3}
+
+
+def test_a_table_written_on_windows_names_photos_in_folders(tmp_path, fungi):
+    table = next(fungi.rglob("*-Test.csv"))
+    table.write_text("observationID,filename\n7,more\\0.JPG\n")
+    (photo_,) = find_test_table(tmp_path, FUNGI).observations[0].photos
+    assert photo_.parts[-3:] == ("500p", "more", "0.JPG")
+
+
+def test_a_hidden_table_beside_the_real_one_is_not_read(tmp_path, fungi):
+    table = next(fungi.rglob("*-Test.csv"))
+    (table.parent / f"._{table.name}").write_bytes(b"\0\5\x16\7")
+    assert ids_of(tmp_path, FUNGI) == ["7", "3", "5"]
+
+
+@pytest.mark.parametrize("layout", ["fungiclef", "herbarium", "class-folders"])
+def test_a_test_set_without_observations_is_refused(tmp_path, layout, fungi):
+    root = tmp_path / layout
+    if layout == "fungiclef":
+        next(fungi.rglob("*-Test.csv")).write_text("observationID,filename\n")
+        root = fungi
+    elif layout == "herbarium":
+        (root / "nybg2020" / "test").mkdir(parents=True)
+        (root / "nybg2020" / "test" / "metadata.json").write_text(json.dumps({"images": []}))
+    else:
+        test_folder(root, "a.heic")
+    with pytest.raises(InputError, match="no test observation") as error:
+        find_test_table(root, {"competition": {"layout": layout}})
+    assert ("(left out: .heic files: 1)" in str(error.value)) == (layout == "class-folders")
+
+
+def test_weights_for_one_kind_of_competition_do_not_answer_another(tmp_path, fungi):
+    photo(fungi / "images" / "FungiTastic-FewShot" / "test" / "500p" / "0-7.JPG")
+    with pytest.raises(InputError, match=r"layout class-folders .* \(fungiclef\) is attached"):
+        find_test_table(tmp_path, FOLDERS)
+    test_folder(tmp_path / "competitions" / "folders", "a.jpg")
+    assert ids_of(tmp_path, FOLDERS) == ["a"]
+    assert ids_of(tmp_path, FUNGI) == ["7", "3", "5"]
+
+
+def test_the_folders_of_resolutions_are_no_class_folders(tmp_path, fungi):
+    photos = fungi / "images" / "FungiTastic-FewShot"
+    for split in ("train", "val", "test"):
+        photo(photos / split / "300p" / "0.JPG")
+    assert recognise(photos) is None
+    assert recognise(photos / "test") is None
+    assert recognise(fungi)[0].name == "fungiclef"

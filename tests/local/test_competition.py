@@ -23,6 +23,7 @@ from local.competition import (
     lineages,
     read_competition,
     read_ranks,
+    refuse_missing,
     sort_ids,
     split_for_validation,
 )
@@ -343,16 +344,141 @@ def test_a_competition_without_a_taxonomy_has_blank_lineages(tmp_path: Path) -> 
 
 def test_an_unknown_layout_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    for folder in (tmp_path, tmp_path / "not there"):
-        message = refusal(folder)
-        assert message.startswith(str(folder))
-        for looked_for in (
-            "metadata/*/*-Test.csv",
-            "nybg2020/test/metadata.json",
-            "test_metadata.json",
-            "class-folders",
-        ):
-            assert looked_for in message
+    message = refusal(tmp_path)
+    assert message.startswith(f"no supported competition found in {tmp_path}")
+    for looked_for in (
+        "metadata/*/*-Test.csv",
+        "nybg2020/test/metadata.json",
+        "test_metadata.json",
+        "train/CLASS/photo",
+    ):
+        assert looked_for in message
+
+
+def test_a_folder_that_is_not_there_and_one_that_is_a_file_are_named_as_such(tmp_path: Path) -> None:
+    assert refusal(tmp_path / "gone").startswith(f"{tmp_path / 'gone'} does not exist")
+    (tmp_path / "data.zip").touch()
+    assert refusal(tmp_path / "data.zip").startswith(f"{tmp_path / 'data.zip'} is a file: unpack it")
+
+
+def test_a_folder_inside_or_around_the_right_one_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    folder = fungiclef(tmp_path / "downloads" / "fungi")
+    for wrong in ("images", f"images/{DATASET}", f"images/{DATASET}/train", f"images/{DATASET}/train/300p", "metadata"):
+        assert f"did you mean {folder}?" in refusal(folder / wrong)
+    assert f"did you mean {folder}?" in refusal(folder.parent)
+    folders = class_folders(tmp_path / "folders", "train/elm/a.jpg", "train/oak/a.jpg", "test/b.jpg")
+    assert f"did you mean {folders}?" in refusal(folders / "train")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("elm/a.jpg", "oak/a.jpg"), ("train/elm/a.jpg", "train/oak/a.jpg"), ("train/elm/young/a.jpg", "train/oak/a.jpg")],
+)
+def test_class_folders_without_a_test_set_are_learnt_from(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        photo(tmp_path / name)
+    competition = read_competition(tmp_path)
+    assert competition.layout.name == "class-folders"
+    assert competition.photos["class_id"].tolist() == ["elm", "oak"]
+    assert [path.relative_to(tmp_path).as_posix() for path in competition.photos["photo"]] == list(names)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_of_any_usual_name_is_val(tmp_path: Path, name: str) -> None:
+    competition = read_competition(class_folders(tmp_path, "train/elm/a.jpg", "train/oak/a.jpg", f"{name}/elm/b.jpg"))
+    assert competition.photos["split"].tolist() == ["train", "train", "val"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train/elm/a.jpg",),
+        ("train/train/elm/a.jpg", "train/val/elm/a.jpg"),
+        ("train/300p/a.jpg", "train/500p/a.jpg"),
+        ("train/trees/elm/a.jpg", "train/trees/oak/a.jpg"),
+        ("train/a.jpg", "train/b.jpg"),
+    ],
+    ids=["one class", "splits", "resolutions", "one level too deep", "no folders"],
+)
+def test_folders_that_are_no_classes_are_refused(tmp_path: Path, names: tuple[str, ...]) -> None:
+    refusal(class_folders(tmp_path, *names))
+
+
+def test_photos_of_every_format_are_learnt_from_and_other_files_are_counted(tmp_path: Path, capsys) -> None:
+    names = ("a.jpg", "b.BMP", "c.tif", "d.gif", "e.avif", "f.jp2", "a.png")
+    others = ("g.HEIC", "h.heic", "notes.txt", ".DS_Store", "._a.jpg", ".ipynb_checkpoints/a-checkpoint.jpg")
+    hidden = ("train/.ipynb_checkpoints/a.jpg", "train/__MACOSX/a.jpg")
+    class_folders(
+        tmp_path, *(f"train/elm/{name}" for name in (*names, *others)), "train/oak/a.jpg", "train/x.jpg", *hidden
+    )
+    photos = read_competition(tmp_path).photos
+    assert Counter(photos["class_id"]) == {"elm": len(names), "oak": 1}
+    line = "(left out: .heic files: 2, files in no class's folder: 1, .txt files: 1)"
+    assert capsys.readouterr().out == f"{tmp_path} {line}\n"
+
+
+def test_numbers_that_two_tables_spell_differently_are_one_class_and_one_observation(tmp_path: Path) -> None:
+    train = [(*row[:4], f"{int(row[4])}.0") for row in TRAIN]
+    train[2] = ("2021", " 900.0", *train[2][2:])
+    competition = read_competition(fungiclef(tmp_path, train=train))
+    assert sort_ids(competition.photos["class_id"].to_numpy()) == ["9", "10", "100"]
+    assert len(labelled(competition, "train")) == 3
+
+
+def test_classes_are_spelt_as_in_the_sample_submission(tmp_path: Path) -> None:
+    folder = fungiclef(tmp_path)
+    write_csv(folder / "FungiCLEF25-SAMPLE_SUBMISSION.csv", ("observationId", "predictions"), [("1", "009 010 0100")])
+    assert sort_ids(read_competition(folder).photos["class_id"].to_numpy()) == ["009", "010", "0100"]
+
+
+def test_classes_that_differ_in_leading_zeros_alone_are_refused(tmp_path: Path) -> None:
+    val = [(*VAL[0][:4], "0009")]
+    assert "'9' and '0009' differ in leading zeros alone" in refusal(fungiclef(tmp_path, val=val))
+
+
+def test_rows_that_lack_an_id_a_label_or_a_photo_are_left_out_and_counted(tmp_path: Path, capsys) -> None:
+    blank = [("",) * 5, ("2021", "72", "", "0-72.JPG", ""), ("2021", "73", "", "0-73.JPG", "NaN"), ("2021", "74", "x")]
+    folder = fungiclef(tmp_path)
+    write_csv(folder / "metadata" / DATASET / f"{DATASET}-Train.csv", COLUMNS, [*TRAIN, *blank])
+    competition = read_competition(folder)
+    assert set(competition.photos["class_id"]) == {"9", "10", "0100"}
+    lines = capsys.readouterr().out
+    for count, column in ((1, "observationID"), (1, "filename"), (2, "category_id")):
+        assert f"rows of {DATASET}-Train.csv without {column}: {count}" in lines
+
+
+def test_an_annotation_without_a_class_is_left_out_and_counted(tmp_path: Path, capsys) -> None:
+    images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(3)]
+    annotations = [{"image_id": number, "category_id": label} for number, label in enumerate((1.0, 2, None))]
+    competition = read_competition(herbarium(tmp_path, images, annotations))
+    assert competition.photos["class_id"].tolist() == ["1", "2"]
+    assert "annotations of metadata.json without category_id: 1" in capsys.readouterr().out
+
+
+def test_photos_that_are_named_with_backslashes_are_found(tmp_path: Path) -> None:
+    folder = fungiclef(tmp_path, train=[(*row[:3], f"more\\{row[3]}", row[4]) for row in TRAIN], val=None)
+    photos = folder / "images" / DATASET / "train" / "300p"
+    for path in photos.iterdir():
+        path.rename(photos / path.name.removeprefix("more\\"))
+    (photos / "more").mkdir()
+    for path in photos.glob("*.JPG"):
+        path.rename(photos / "more" / path.name)
+    competition = read_competition(folder)
+    assert all(path.is_file() for path in competition.photos["photo"])
+    refuse_missing(competition)
+
+
+def test_a_split_with_most_photos_missing_is_refused_and_a_few_missing_are_not(tmp_path: Path) -> None:
+    folder = of_sizes(tmp_path, {"a": 4, "b": 4})  # 16 photos
+    photos = sorted(path for path in folder.rglob("*.JPG"))
+    for number, path in enumerate(photos[:5]):
+        competition = read_competition(folder)
+        refuse_missing(competition)
+        path.unlink()
+        assert number < 5
+    with pytest.raises(InputError, match="5 of 16 photos of train are missing") as error:
+        refuse_missing(read_competition(folder))
+    assert str(photos[0].parent) in str(error.value)
 
 
 @pytest.mark.parametrize("column", ["observationID", "filename", "category_id"])
@@ -378,9 +504,9 @@ def test_tables_without_a_labelled_photo_are_refused(tmp_path: Path) -> None:
     for folder in (
         fungiclef(tmp_path / "fungi", train=[]),
         herbarium(tmp_path / "plants", [], []),
-        class_folders(tmp_path / "folders", "train/notes.txt"),
     ):
         assert "no labelled photo" in refusal(folder)
+    assert "no folders of classes" in refusal(class_folders(tmp_path / "folders", "train/notes.txt"))
 
 
 @pytest.mark.parametrize(
