@@ -443,7 +443,7 @@ def find_test_table(root: Path, manifest: dict | None) -> TestTable:
         found = recognise(folder, wanted)
         if found and found[1].exists():
             return read_test(folder, *found, competition.get("resolution", RESOLUTIONS[0]))
-        others.append(f"{folder} ({recognise(folder)[0].name})")
+        others.append(f"{folder} ({recognise(folder)[0].name}{' without test photos' if found else ''})")
     looked_for = " or ".join(layout.marker for layout in wanted)
     if others:
         raise InputError(

@@ -251,6 +251,9 @@ def test_weights_for_one_kind_of_competition_do_not_answer_another(tmp_path, fun
     photo(fungi / "images" / "FungiTastic-FewShot" / "test" / "500p" / "0-7.JPG")
     with pytest.raises(InputError, match=r"layout class-folders .* \(fungiclef\) is attached"):
         find_test_table(tmp_path, FOLDERS)
+    photo(tmp_path / "competitions" / "folders" / "train" / "elm" / "b.jpg")
+    with pytest.raises(InputError, match=r"folders \(class-folders without test photos\)"):
+        find_test_table(tmp_path / "competitions" / "folders", FOLDERS)
     test_folder(tmp_path / "competitions" / "folders", "a.jpg")
     assert ids_of(tmp_path, FOLDERS) == ["a"]
     assert ids_of(tmp_path, FUNGI) == ["7", "3", "5"]

@@ -7,6 +7,7 @@ python -m pytest tests/local/test_layouts.py
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -128,6 +129,24 @@ def test_the_rehearsal_sees_the_same_test_and_nothing_of_the_training_photos(lay
     assert [(one.id, len(one.photos)) for one in after] == [(one.id, len(one.photos)) for one in before]
     assert all(path.is_file() for observation in after for path in observation.photos)
     assert not {path.relative_to(tmp_path / "staged") for path in (tmp_path / "staged").rglob("*")} & trained_on
+
+
+@pytest.mark.parametrize("of", ["photo", "folder"])
+def test_links_are_learnt_from_and_rehearsed_as_what_they_lead_to(layout, folder, tmp_path, of):
+    """Relative ones, as `ln -sr` makes them: from where the rehearsal stages them they lead nowhere."""
+    asked = [path for one in find_test_table(folder, None).observations for path in one.photos]
+    content = sorted(path.read_bytes() for path in asked)
+    photos = [*asked, *read_competition(folder).photos["photo"]]
+    for number, path in enumerate(photos if of == "photo" else sorted({path.parent for path in photos})):
+        store = tmp_path / "store" / f"{number}{path.suffix}"
+        store.parent.mkdir(exist_ok=True)
+        if path.name != "test" or layout.name == "class-folders":  # a folder that holds the table as well stays
+            path.rename(store)
+            path.symlink_to(os.path.relpath(store, path.parent))
+    stage_competition(folder, tmp_path / "staged")
+    staged = [path for one in find_test_table(tmp_path / "staged", None).observations for path in one.photos]
+    assert sorted(path.read_bytes() for path in staged) == content
+    assert all(path.is_file() for path in read_competition(folder).photos["photo"])
 
 
 def test_no_label_of_the_test_is_shown_to_the_rehearsal(layout, folder, tmp_path):

@@ -12,9 +12,10 @@ import pytest
 from bundle import bundle
 from kernel.mounts import MANIFEST, InputError, sha256
 from kernel.observations import find_test_table
+from local.competition import read_competition
 from local.rehearsal.scenarios import BY_NAME, SCENARIOS, conduct
 from local.rehearsal.staging import fingerprint, stage_competition
-from local.rehearsal.trial import Rehearsal
+from local.rehearsal.trial import Rehearsal, refuse_other_competition
 from local.rehearsal.variations import keep_observations, keep_one_row, remove_photos, repeat_observations, spoil_photos
 from local.rehearse import conclude, report_on
 from tests.conftest import command, photo
@@ -271,7 +272,26 @@ def test_a_solution_of_other_observations_is_an_error_of_the_user(miniature, dra
         report_on(rehearsal, ["plain"])
 
 
-@pytest.fixture(params=["fungiclef", "fungitastic", "herbarium-2020", "herbarium-2021", "herbarium-2022", "folders"])
+def test_a_bundle_is_rehearsed_on_the_competition_that_it_was_trained_on_and_no_other(drawn, tmp_path):
+    competition = read_competition(drawn.competition)
+    trained = {"layout": "fungiclef", "observations_sha256": competition.observations_digest()}
+    refuse_other_competition(drawn.competition, {"competition": trained})
+    for other in ("class-folders", "herbarium"):
+        with pytest.raises(InputError, match=f"is of layout fungiclef, the bundle was trained on {other}"):
+            refuse_other_competition(drawn.competition, {"competition": {"layout": other}})
+    folder = tmp_path / "relabelled"
+    shutil.copytree(drawn.competition / "metadata", folder / "metadata")
+    table = next(folder.rglob("*-Train.csv"))
+    header, first, *rest = table.read_text(encoding="utf-8").splitlines(keepends=True)
+    table.write_text("".join([header, *rest]), encoding="utf-8")
+    with pytest.raises(InputError, match=r"labelled observations of .* are not those"):
+        refuse_other_competition(folder, {"competition": trained})
+    assert first
+
+
+@pytest.fixture(
+    params=["fungiclef", "fungitastic", "herbarium-2020", "herbarium-2021", "herbarium-2022", "folders", "nested"]
+)
 def staged(request, drawn, tmp_path) -> Path:
     """A staged competition of each layout, with 8 test observations or more."""
     data, folder = tmp_path / "data", tmp_path / "staged"
@@ -283,8 +303,9 @@ def staged(request, drawn, tmp_path) -> Path:
     elif name == "herbarium":
         herbarium(data, int(year))
     else:
-        for number in range(10):
-            photo(data / "test" / f"photo {number}.jpg", number)
+        for number in range(10):  # nested, two have the same name
+            own = f"{number // 5}/photo {number % 5}.jpg" if name == "nested" else f"photo {number}.jpg"
+            photo(data / "test" / own, number)
     stage_competition(data, folder)
     return folder
 
