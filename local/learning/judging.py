@@ -18,7 +18,7 @@ from local.console import say
 from local.learning import team
 from local.matching.banks import centroids
 from local.matching.choice import compare
-from local.metrics import GUESSES, paired_gain
+from local.metrics import GUESSES, macro_f1, paired_gain
 from local.recipe import MONITORS, Recipe
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the tuned weights in the encoder; 0 leaves it as it came
@@ -71,11 +71,14 @@ def judge(
     firsts = np.concatenate([one.top[:, 0] for one in outcomes])
     hits = np.stack([places < count for count in GUESSES], axis=1).astype(float)
     recalls = hits.mean(axis=0)
-    first = {"labels": np.unique(truth), "zero_division": 0}
+    # By their ids, since -1 would make one class of all that the bank lacks.
+    answers = validation.class_ids.tolist(), [classes[first] for first in firsts]
     scores = {f"recall_at_{count}": float(recall) for count, recall in zip(GUESSES, recalls, strict=True)} | {
-        f"{kind}_f1": float(f1_score(truth, firsts, average=kind, **first)) for kind in ("macro", "weighted")
+        "macro_f1": macro_f1(*answers),
+        "weighted_f1": float(f1_score(*answers, average="weighted", zero_division=0)),
+        "log_loss": float(np.nanmean(losses)),
     }
-    return Judged(bank, hits, scores | {"log_loss": float(np.nanmean(losses))}, seen)
+    return Judged(bank, hits, scores, seen)
 
 
 def embed_together(

@@ -359,7 +359,8 @@ def walk(search: Search, recipe: Recipe, queries: np.ndarray, note: Callable[[di
         for candidate in candidates:
             if note:
                 note(row(search, key, candidate, present))
-            if search.worth(candidate)[queries].mean() > search.worth(chosen)[queries].mean() + 1e-12:
+            # Sums, since there may be no query, and then nothing takes its place.
+            if search.worth(candidate)[queries].sum() > search.worth(chosen)[queries].sum() + 1e-9:
                 chosen = candidate
         return chosen
 

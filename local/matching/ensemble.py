@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from kernel.mounts import InputError
 from local.console import say
 from local.matching.choice import compare, worth
-from local.metrics import gained
+from local.metrics import FEWEST, gained
 
 VALIDATION_FILE = "validation.safetensors"
 STEPS = 20  # weights are multiples of one twentieth
@@ -57,7 +57,8 @@ def weigh(runs: Sequence[Path], guesses: int) -> list[float]:
 
     The best run comes first; then, step after step, whichever run the answers gain most by is added once more, as often
     as it takes (Caruana et al. 2004, https://doi.org/10.1145/1015330.1015432). All of that is kept only when it gains
-    on the best run alone beyond its 95% interval, so that an ensemble is not bought with luck.
+    on the best run alone beyond its 95% interval, so that an ensemble is not bought with luck. Too few observations for
+    an interval are no evidence, and the best run stays alone.
 
     Args:
         guesses: of a row of the submission.
@@ -83,10 +84,12 @@ def weigh(runs: Sequence[Path], guesses: int) -> list[float]:
         )
         best = max(best, counts, key=lambda candidate: worth_of(candidate).mean())
     gain = gained(worth_of(best), worth_of(best_alone))
-    if gain["low"] <= 0:
+    if not gain["low"] > 0:
         best = best_alone
     for run, count in zip(runs, best, strict=True):
         say(f"{run}: weight {count / sum(best):.2f}" + ("" if count else ", it is left out"))
     interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
+    if len(first.truth) < FEWEST:
+        interval = f"(no evidence: an interval needs {FEWEST} held-out observations, the runs have {len(first.truth)})"
     say(f"the ensemble gains {gain['value']:+.3f} {interval} on its best run")
     return [count / sum(best) for count in best]

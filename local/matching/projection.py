@@ -33,7 +33,7 @@ class ProjectionEnsemble:
 
     On a few observations per class a linear whitening is hard to beat. All members are therefore stopped at the same
     step, where the observations they left out are recognised best, and at none, unless training gains more than one
-    standard error there: they are then an ensemble of their starts.
+    standard error there: they are then an ensemble of their starts. So they are too where nothing can be left out.
 
     Args:
         start: an unfitted transform of banks.py, in whose space training begins; `Whitening(0.75)` unless given.
@@ -114,7 +114,7 @@ class ProjectionEnsemble:
                 member.advance(mark - before)
             worth[mark] = torch.cat([member.held_out_worth() for member in members]).numpy()
             self.worth_[mark] = float(worth[mark].mean()) if worth[mark].size else float("nan")
-            improves = mark > 0 and not self.worth_[mark] <= self.worth_[self.steps_]
+            improves = mark > 0 and self.worth_[mark] > self.worth_[self.steps_]
             if mark == 0 or (improves and surely_better(worth[mark], worth[0])):
                 self.steps_ = mark
                 states = [deepcopy(member.network.state_dict()) for member in members]
@@ -126,9 +126,7 @@ class ProjectionEnsemble:
 
 
 def surely_better(new: np.ndarray, old: np.ndarray) -> bool:
-    """Whether the gain on the same observations is above one standard error; without any to tell, it is believed."""
-    if new.size < 2:
-        return True
+    """Whether the gain on the same observations is above one standard error; fewer than two are no evidence."""
     gain, error = paired_gain(new, old)
     return gain > error
 

@@ -4,7 +4,7 @@ Written by `local/publishing/publication.py`, read by `local/submissions.py`.
 """
 
 from collections.abc import Sequence
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 
 from kernel.observations import read_table
@@ -101,9 +101,9 @@ def compare(rows: Sequence[dict[str, str]]) -> list[str]:
 
 
 def number(cell: str) -> float | None:
-    """A score, or None where there is none."""
+    """A score, or None where there is none, or no finite one."""
     try:
-        return float(cell)
+        return float(cell) if isfinite(float(cell)) else None
     except ValueError:
         return None
 

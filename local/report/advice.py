@@ -121,7 +121,7 @@ def temperature(evidence: Evidence, figures: dict) -> Advice:
 def together(evidence: Evidence, figures: dict) -> Advice:
     """An ensemble that pays beyond its interval."""
     gains = [(other["together"]["recall_at_5"], other) for other in figures["against"]]
-    gains = [(gain, other) for gain, other in gains if gain["low"] > 0]
+    gains = [(gain, other) for gain, other in gains if gain["low"] > 0 and other["is_evidence"]]
     if not gains:
         return None
     gain, other = max(gains, key=lambda pair: pair[0]["value"])

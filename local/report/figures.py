@@ -19,7 +19,7 @@ from kernel.mounts import InputError
 from kernel.observations import Observation, read_test
 from local.competition import find_layout, places_of, sort_ids
 from local.matching.choice import Outcome, compare
-from local.metrics import GUESSES, RESAMPLES, bounded, interval_of, score
+from local.metrics import FEWEST, GUESSES, RESAMPLES, bounded, interval_of, macro_f1_gain, score
 from local.report.advice import advise
 from local.report.closeup import Closeup
 from local.report.evidence import Evidence, Rank, answers_of, asked, judge
@@ -170,9 +170,7 @@ def against(evidence: Evidence, other: Path) -> dict:
     truth = evidence.truth[ours]
     new, old = judge(own, truth), judge(found, truth)
     gains = {name: recall_gain(new, old, count) for name, count in RECALLS.items()}
-    met = np.unique(np.concatenate([truth, new.top[:, 0], old.top[:, 0]]))
-    per_class = [f1_score(truth, one.top[:, 0], labels=met, average=None, zero_division=0) for one in (new, old)]
-    gains["macro_f1"] = bounded(per_class[0] - per_class[1])
+    gains["macro_f1"] = macro_f1_gain(truth, new.top[:, 0], old.top[:, 0])
     (first, drawn), (second, drawn_too) = (weighted_f1(truth, outcome.top[:, 0]) for outcome in (new, old))
     gains["weighted_f1"] = spread(first - second, drawn - drawn_too)
     gains["log_loss"] = mean_loss(new.losses - old.losses)
@@ -182,6 +180,7 @@ def against(evidence: Evidence, other: Path) -> dict:
         "run": other.name,
         "path": str(other),
         "observations": len(ours),
+        "is_evidence": len(ours) >= FEWEST,
         "scores": headline(truth, found),
         "gain": gains,
         "together": {name: recall_gain(together, best, count) for name, count in RECALLS.items()},
@@ -216,7 +215,10 @@ def leaderboard(evidence: Evidence, others: Sequence[dict]) -> dict:
         for other in others:
             gain = other["gain"][name]
             deviation = (gain["high"] - gain["low"]) / (2 * 1.96) * np.sqrt(other["observations"] / observations)
-            wrong[other["run"]] = float(norm.cdf(-abs(gain["value"]) / deviation)) if deviation else 0.0
+            if not other["is_evidence"] or not (deviation or gain["value"]):
+                wrong[other["run"]] = 0.5  # nothing is known of their order
+            else:
+                wrong[other["run"]] = float(norm.cdf(-abs(gain["value"]) / deviation)) if deviation else 0.0
         boards.append(
             {
                 "part": part,

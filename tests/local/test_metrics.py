@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from local.metrics import describe, hit_matrix, interval, paired_gain, score
+from local.metrics import (
+    FEWEST,
+    class_f1,
+    describe,
+    gained,
+    hit_matrix,
+    interval,
+    macro_f1,
+    macro_f1_gain,
+    paired_gain,
+    score,
+)
 
 
 def ranked(first: list[str], classes: list[str]) -> list[list[str]]:
@@ -65,6 +76,27 @@ def test_macro_f1_equals_that_of_scikit_learn(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_there_is_one_macro_f1_and_a_class_that_is_only_guessed_counts_in_it(seed: int) -> None:
+    truth, guesses = long_tail(seed)
+    firsts = [row[0] for row in guesses]
+    assert set(firsts) - set(truth)
+    expected = f1_score(truth, firsts, average="macro", zero_division=0)
+    assert macro_f1(truth, firsts) == pytest.approx(expected, abs=1e-12)
+    assert len(class_f1(truth, firsts)) == len(set(truth) | set(firsts))
+    assert macro_f1(np.array(truth, dtype=object), np.array(firsts)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_gain_in_macro_f1_is_the_difference_of_the_two_scores() -> None:
+    truth, guesses = long_tail(0)
+    new = [row[0] for row in guesses]
+    old = [row[0] for row in long_tail(1)[1]]
+    found = macro_f1_gain(truth, new, old)
+    assert found["value"] == pytest.approx(macro_f1(truth, new) - macro_f1(truth, old), abs=1e-12)
+    assert found["low"] < found["value"] < found["high"]
+    assert macro_f1_gain(truth, new, new) == {"value": 0, "low": 0, "high": 0}
+
+
+@pytest.mark.parametrize("seed", range(3))
 def test_on_a_long_tail_every_interval_contains_its_score(seed: int) -> None:
     scores = score(*long_tail(seed))
     for name in ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1"):
@@ -116,6 +148,20 @@ def test_a_gain_is_the_mean_difference_with_its_paired_standard_error() -> None:
     assert error == pytest.approx(np.sqrt(1 / 3) / 2)
     assert paired_gain(np.array([0, 1, 0, 0]), np.array([1, 1, 0, 1]))[0] == -0.5
     assert paired_gain(np.array([True, False, True]), np.array([True, False, True])) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("count", range(FEWEST))
+def test_too_few_observations_are_no_evidence_of_a_gain_even_where_all_agree(count: int) -> None:
+    found = gained(np.ones(count), np.zeros(count))
+    assert not found["low"] > 0
+    assert not np.isnan(list(found.values())).any()
+    if count < 2:
+        gain, error = paired_gain(np.ones(count), np.zeros(count))
+        assert not gain > error
+
+
+def test_enough_observations_that_all_agree_are_evidence() -> None:
+    assert gained(np.ones(FEWEST), np.zeros(FEWEST)) == {"value": 1, "low": 1, "high": 1}
 
 
 def test_pairing_makes_a_small_steady_gain_certain() -> None:

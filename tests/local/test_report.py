@@ -19,9 +19,10 @@ from local.make_run import train_run
 from local.metrics import GUESSES
 from local.recipe import make_recipe
 from local.report import page
+from local.report.advice import together
 from local.report.closeup import Closeup
 from local.report.evidence import Rank, names_of, read_evidence
-from local.report.figures import against, deadly, find_species, hierarchical, pairs, weighted_f1
+from local.report.figures import against, deadly, find_species, hierarchical, leaderboard, pairs, weighted_f1
 from local.report.trust import best_temperature, calibration, risk_coverage
 from tests.conftest import TINY, command
 
@@ -132,6 +133,19 @@ def test_a_run_gains_nothing_on_itself(evidence, run):
     found = against(evidence, run)
     assert found["observations"] == len(evidence.queries)
     assert all(gain == {"value": 0, "low": 0, "high": 0} for gain in found["gain"].values())
+
+
+def test_one_common_observation_says_nothing_of_two_runs(evidence, run):
+    alone = {name: getattr(evidence, name)[:1] for name in ("queries", "truth", "log_probabilities")}
+    single = dataclasses.replace(evidence, **alone, memory={})
+    found = against(single, run)
+    assert (found["observations"], found["is_evidence"]) == (1, False)
+    lucky = found | {"run": "lucky", "together": {"recall_at_5": {"value": 1.0, "low": 1.0, "high": 1.0}}}
+    lucky["gain"] = {name: {"value": 1.0, "low": 1.0, "high": 1.0} for name in found["gain"]}
+    assert together(single, {"against": [lucky]}) is None
+    assert together(single, {"against": [lucky | {"is_evidence": True}]})
+    boards = leaderboard(single, [lucky])["boards"]
+    assert [board["wrong_order"]["lucky"] for board in boards] == [0.5] * len(boards)
 
 
 def test_runs_are_compared_on_the_observations_that_both_were_judged_by(written, evidence, from_folds):

@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from local.learning.judging import Judged, best_of, choose_share
+from kernel.bank import classify
+from kernel.embeddings import embed_observations
+from local.competition import read_competition, sort_ids, split_for_validation
+from local.learning.judging import Judged, best_of, choose_share, judge
+from local.metrics import score
 from local.recipe import make_recipe
 
 
@@ -24,6 +28,25 @@ def judged_with(right, of=200):
 )
 def test_the_best_share_is_chosen_where_it_gains_more_than_chance(right, share):
     assert choose_share([judged_with(count) for count in right]) == share
+
+
+def test_the_macro_f1_of_an_epoch_is_that_of_a_run_also_where_the_bank_lacks_classes(encoder, drawn):
+    fit, validation = split_for_validation(read_competition(drawn.competition), 0)
+    classes = sort_ids(fit.class_ids)[2:]
+    fit = fit.subset(np.isin(fit.class_ids, classes))
+    assert len(set(validation.class_ids) - set(classes)) == 2
+    judged = judge(encoder, fit, validation, make_recipe({}, "the test"), ("plain",))
+    queries = embed_observations(encoder, validation.observations, ("plain",)).values
+    firsts = [classes[one.argmax()] for chunk in classify([judged.bank], queries) for one in chunk]
+    assert set(firsts) - set(validation.class_ids) or set(validation.class_ids) - set(firsts)
+    expected = score(validation.class_ids, [[first] for first in firsts])["macro_f1"]
+    assert judged.scores["macro_f1"] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("of", [1, 2])
+def test_a_training_that_a_single_observation_speaks_for_is_not_kept(of):
+    judgements = [judged_with(right, of) for right in (0, 1, 1, 1, 1)]
+    assert choose_share(judgements) == 0.0
 
 
 @pytest.mark.parametrize(("monitor", "best"), [("recalls", 0), ("macro_f1", 1), ("recall_at_10", 2), ("log_loss", 2)])

@@ -17,13 +17,13 @@ def answers(folder, noise, seed, truth, asked="the same"):
     """A run that sees the true class through noise of its own."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.nn.functional.one_hot(truth, CLASSES) * 3.0 + noise * torch.randn(
-        QUERIES, CLASSES, generator=generator
+        len(truth), CLASSES, generator=generator
     )
     folder.mkdir(parents=True)
     tensors = {
         "log_probabilities": logits.log_softmax(dim=1).half(),
         "truth": truth,
-        "weights": torch.ones(QUERIES, dtype=torch.float64),
+        "weights": torch.ones(len(truth), dtype=torch.float64),
     }
     save_file(tensors, folder / VALIDATION_FILE, metadata={"observations": json.dumps(asked)})
     return folder
@@ -46,6 +46,25 @@ def test_a_run_that_knows_nothing_is_left_out(truth, tmp_path, capsys):
     runs = [answers(tmp_path / "good", 1.2, 1, truth), answers(tmp_path / "blind", 1000.0, 2, truth)]
     assert weigh(runs, 10) == [1.0, 0.0]
     assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_an_ensemble_that_too_few_observations_speak_for_is_not_kept(count, tmp_path, capsys):
+    # Each run prefers a wrong class of its own, and together they prefer the true one.
+    runs = []
+    for number in range(2):
+        logits = torch.zeros(count, CLASSES)
+        logits[:, 0], logits[:, 1 + number] = 3.0, 4.0
+        runs.append(tmp_path / str(number))
+        runs[-1].mkdir()
+        tensors = {
+            "log_probabilities": logits.log_softmax(dim=1).half(),
+            "truth": torch.zeros(count, dtype=torch.int64),
+            "weights": torch.ones(count, dtype=torch.float64),
+        }
+        save_file(tensors, runs[-1] / VALIDATION_FILE, metadata={"observations": "the same"})
+    assert sorted(weigh(runs, 1)) == [0.0, 1.0]
+    assert "no evidence" in capsys.readouterr().out
 
 
 def test_the_same_answers_twice_are_no_ensemble(truth, tmp_path):

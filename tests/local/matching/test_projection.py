@@ -12,7 +12,7 @@ from kernel.bank import classify, read_banks
 from local.matching.banks import Centring, ClassMeans, Taxonomy, make_bank, pool, save_banks, unit
 from local.matching.choice import Embedded, Search, fit_banks
 from local.matching.folds import make_folds
-from local.matching.projection import Member, ProjectionEnsemble, Reference, contrastive_loss
+from local.matching.projection import Member, ProjectionEnsemble, Reference, contrastive_loss, surely_better
 from local.recipe import Recipe
 
 CLASSES, FEATURES, VIEWS = 12, 24, 3
@@ -126,13 +126,13 @@ def test_a_member_learns_nothing_from_what_it_leaves_out(problem) -> None:
     assert not torch.equal(trained[0].bank().prototypes, trained[1].bank().prototypes)
 
 
-def test_classes_of_one_observation_are_never_left_out_and_suffice() -> None:
+def test_classes_of_one_observation_are_never_left_out_and_their_starts_suffice() -> None:
     embeddings, observations, classes = nuisance_problem(per_class=1, seed=3, nuisance=0.3)
     taxonomy = Taxonomy.unknown(CLASSES + 2)  # two classes are not in the reference
     fitted = ProjectionEnsemble(**{**SMALL, "steps": 10, "epochs": 0}).fit(
         embeddings[::2], observations[::2], classes[::2], taxonomy
     )
-    assert fitted.steps_ == 10
+    assert fitted.steps_ == 0  # nothing can be left out to judge the training by
     assert all(torch.isfinite(bank.prototypes).all() for bank in fitted.banks_)
     queries = nuisance_problem(per_class=10, seed=4, nuisance=0.3)
     assert recall(fitted.banks_, *queries) > 0.8
@@ -146,6 +146,12 @@ def test_training_that_gains_nothing_is_undone() -> None:
     fitted = ProjectionEnsemble(Centring(), **SMALL).fit(embeddings, observations, chance, Taxonomy.unknown(CLASSES))
     assert fitted.steps_ == 0
     assert not any(layer.rectified for bank in fitted.banks_ for layer in bank.layers)
+
+
+def test_a_single_observation_is_no_evidence_for_a_training() -> None:
+    for count in (0, 1):
+        assert not surely_better(np.ones(count), np.zeros(count))
+    assert surely_better(np.ones(2), np.zeros(2))
 
 
 def test_samples_of_an_observation_that_is_left_as_it_is_are_its_own_means(problem) -> None:

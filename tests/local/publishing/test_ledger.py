@@ -67,6 +67,12 @@ def test_a_gain_inside_the_noise_is_called_so_and_one_beyond_it_is_not() -> None
     assert beyond.startswith("run5 (v5) is +0.080 on run3 (v3); beyond")
 
 
+@pytest.mark.parametrize("public", ["nan", "inf", "–"])
+def test_a_public_score_that_is_no_finite_number_is_compared_with_nothing(public: str) -> None:
+    (line,) = compare([row(1, public), row(2, "0.5000"), row(3, public), row(4, "0.6400")])
+    assert line.startswith("run4 (v4) is +0.140 on run2 (v2); beyond")
+
+
 def test_competitions_are_compared_with_themselves_alone() -> None:
     assert compare([row(1, "0.5"), row(2, "0.9", competition="herbarium-2020-fgvc7")]) == []
 
