@@ -36,7 +36,7 @@ class Recipe:
     whitening: float = 0.0  # exponent: 0 only centres, 1 evens out all variation within classes
     matcher: str = "means"  # a class's mean, "several" prototypes, a linear classifier, or trained networks
     genus: float = 0.0  # a class's relatives in its genus weigh as much as so many of its observations
-    family: float = 0.0  # the same of its family
+    family: float = 0.0  # the same of the other genera of its family, each the mean of its classes
     nearest: float = 0.0  # share of the nearest observation in the probabilities
     shots: float = 0.0  # a class is likelier by its number of observations to this power
     transduction: float = 0.0  # how much the test's own observations move the prototypes

@@ -147,9 +147,13 @@ class Whitening:
 class ClassMeans:
     """A prototype per class: the mean of its observations, each one voice, drawn towards its relatives.
 
-    Prototypical networks' means (Snell et al. 2017, https://arxiv.org/abs/1703.05175). With n observations the class
-    weighs n against `genus`, the mean of the other classes of its genus, and `family`, that of the other genera of its
-    family: a class of one observation learns most from its relatives (James-Stein shrinkage).
+    Prototypical networks' means (Snell et al. 2017, https://arxiv.org/abs/1703.05175). A class of one observation
+    learns most from its relatives (James-Stein shrinkage): with n observations, the class's own mean has weight n.
+
+    Args:
+        genus: weight of the mean over the other classes of the class's genus; without any, nothing has it.
+        family: weight of the mean over the other genera of its family, each genus being the mean of its classes;
+            without any, nothing has it.
     """
 
     def __init__(self, genus: float = 0.0, family: float = 0.0):
@@ -160,22 +164,15 @@ class ClassMeans:
         count = len(taxonomy.genus)
         means, sizes = group_means(embeddings, classes, count)
         self.present_ = sizes > 0
-        genera, species = relatives(means, self.present_, taxonomy.genus)
-        families, _ = relatives(genera_means(means, self.present_, taxonomy.genus), self.present_, taxonomy.family)
-        has_family = relatives(means, self.present_, taxonomy.family)[1] > species
-        genus, family = self.genus * (species > 0), self.family * has_family
+        of_genus, other_classes = relatives(means, self.present_, taxonomy.genus)
+        of_family, other_genera = related_genera(means, self.present_, taxonomy)
+        genus, family = self.genus * (other_classes > 0), self.family * (other_genera > 0)
         weight = np.maximum(sizes + genus + family, 1e-9)[:, None]
-        means = (sizes[:, None] * means + genus[:, None] * genera + family[:, None] * families) / weight
+        means = (sizes[:, None] * means + genus[:, None] * of_genus + family[:, None] * of_family) / weight
         self.prototypes_, self.owners_ = unit(means), np.arange(count)
         self.counts_ = sizes * np.linalg.norm(means, axis=1)
         self.bias_ = np.where(self.present_, 0.0, NEVER)
         return self
-
-
-def genera_means(means: np.ndarray, present: np.ndarray, genus: np.ndarray) -> np.ndarray:
-    """The mean of each class's genus, (classes, features): a family is a mean of genera, whatever their species."""
-    totals, sizes = group_means(means[present], genus[present], genus.max() + 1)
-    return np.where(sizes[genus][:, None] > 0, totals[genus], 0.0)
 
 
 def relatives(values: np.ndarray, present: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,6 +181,19 @@ def relatives(values: np.ndarray, present: np.ndarray, groups: np.ndarray) -> tu
     others = sizes[groups] - present
     totals = (means * sizes[:, None])[groups] - values * present[:, None]
     return totals / np.maximum(others, 1)[:, None], others
+
+
+def related_genera(means: np.ndarray, present: np.ndarray, taxonomy: Taxonomy) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over the other genera of a class's family, (classes, features), and how many they are, (classes,).
+
+    A genus is the mean of its classes, so that one of many classes counts no more than another.
+    """
+    pairs = np.stack([taxonomy.family, taxonomy.genus], axis=1)
+    genera, genus = np.unique(pairs, axis=0, return_inverse=True)
+    genus = genus.reshape(-1)  # numpy 2.0.0 gives it a second axis
+    genus_means, sizes = group_means(means[present], genus[present], len(genera))
+    others, count = relatives(genus_means, sizes > 0, genera[:, 0])
+    return others[genus], count[genus]
 
 
 class SeveralPrototypes:

@@ -113,6 +113,58 @@ def test_a_class_of_one_observation_learns_from_its_genus_and_a_class_of_many_ha
     assert np.allclose(family.prototypes_[2], unit((means[2] + 0.5 * others) / 1.5))
 
 
+def family_terms(genus, family, present=None):
+    """Of each class the weights that all classes have in its family term; None where it has no term.
+
+    The classes' means are orthogonal, so that a prototype shows what it is made of. A class that is `present` has one
+    observation, which weighs as much as its family.
+    """
+    classes = np.arange(len(genus)) if present is None else np.flatnonzero(present)
+    taxonomy = Taxonomy(np.array(genus), np.array(family))
+    fitted = ClassMeans(family=1.0).fit(np.eye(len(genus))[classes], np.arange(len(classes)), classes, taxonomy)
+    terms = []
+    for index, prototype in enumerate(fitted.prototypes_):
+        own = prototype[index] if index in classes else prototype.sum()
+        term = np.where(np.arange(len(genus)) == index, 0.0, prototype)
+        terms.append((term / own).tolist() if term.any() else None)
+    return terms
+
+
+def test_the_family_of_a_class_is_the_mean_of_the_other_genera_and_never_of_its_own():
+    # Genus 0 has three classes, genus 1 one.
+    terms = family_terms([0, 0, 0, 1], [0, 0, 0, 0])
+    assert terms[:3] == [pytest.approx([0, 0, 0, 1])] * 3
+    assert terms[3] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_every_other_genus_of_a_family_counts_alike_whatever_its_classes():
+    terms = family_terms([0, 1, 1, 2], [0, 0, 0, 0])
+    assert terms[0] == pytest.approx([0, 1 / 4, 1 / 4, 1 / 2])
+    assert terms[1:3] == [pytest.approx([1 / 2, 0, 0, 1 / 2])] * 2
+    assert terms[3] == pytest.approx([1 / 2, 1 / 4, 1 / 4, 0])
+
+
+def test_a_class_whose_genus_is_not_named_is_a_genus_of_its_own_in_its_family():
+    # Genera 5 and 6 stand for two classes without a named genus.
+    terms = family_terms([0, 0, 5, 6], [0, 0, 0, 0])
+    assert terms[:2] == [pytest.approx([0, 0, 1 / 2, 1 / 2])] * 2
+    assert terms[2] == pytest.approx([1 / 4, 1 / 4, 0, 1 / 2])
+
+
+def test_a_family_of_one_genus_and_a_class_without_a_family_have_no_family_term():
+    # The last class has a genus like the two before it, and no family.
+    assert family_terms([0, 0, 1, 1, 1], [0, 0, 1, 1, 2]) == [None] * 5
+
+
+def test_a_class_that_the_reference_lacks_adds_nothing_to_its_family():
+    terms = family_terms([0, 0, 1, 2], [0, 0, 0, 0], present=[True, True, True, False])
+    assert terms[:2] == [pytest.approx([0, 0, 1, 0])] * 2
+    assert terms[2] == pytest.approx([1 / 2, 1 / 2, 0, 0])
+    assert terms[3] == pytest.approx([1 / 4, 1 / 4, 1 / 2, 0])
+    lacking = family_terms([0, 1], [0, 0], present=[True, False])
+    assert lacking == [None, pytest.approx([1, 0])]
+
+
 def test_several_prototypes_find_a_class_that_looks_like_two():
     rng = np.random.default_rng(2)
     corners = np.array([[1.0, 0.05, 0], [0, 0.05, 1.0], [0.5, 0.1, 0.5], [0, 1, 0]])
