@@ -31,7 +31,7 @@ PHOTO_SUFFIXES = frozenset((
     ".ras", ".xbm", ".xpm",
 ))  # fmt: skip
 HIDDEN = ("__MACOSX", "@eaDir")  # beside all that begins with a dot: what macOS and Synology leave in archives
-BLANKS = frozenset(("", "nan", "<na>", "none", "null", "na", "n/a"))  # what programs write where they have no value
+NULLS = frozenset(("", "nan", "<na>", "none", "null", "na", "n/a"))  # what programs write where they have no value
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def read_table(
 
 def is_blank(cell: str | None) -> bool:
     """Whether a cell says nothing; a row that breaks off has None in its last cells."""
-    return cell is None or cell.strip().casefold() in BLANKS
+    return cell is None or cell.strip().casefold() in NULLS
 
 
 def clean_id(text: str) -> str:

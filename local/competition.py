@@ -36,6 +36,7 @@ from kernel.observations import (
     tell_left_out,
     visible,
 )
+from kernel.prior import BLANKS, names_nothing
 from local.console import say_once
 from local.matching.banks import Taxonomy
 
@@ -198,10 +199,23 @@ def labelled(competition: Competition, *splits: str) -> Labelled:
 
 
 def lineages(competition: Competition) -> dict[str, tuple[str, ...]]:
-    """Of each class the names of its taxa by TAXONOMY, "" where the competition does not say."""
+    """Of each class the names of its taxa by TAXONOMY, "" where no row of the class names one; see `taxon_name`."""
     photos = competition.photos.reindex(columns=["class_id", *TAXONOMY], fill_value="")
+    for rank in TAXONOMY:
+        photos[rank] = photos[rank].map({name: taxon_name(name) for name in photos[rank].unique()})
     named = photos.groupby("class_id").max()  # "" sorts before every name
     return dict(zip(named.index, named.itertuples(index=False, name=None), strict=True))
+
+
+def taxon_name(name: str) -> str:
+    """The name of a taxon without surrounding spaces; "" for a name that stands for none.
+
+    Classes without a taxon are no relatives of each other. "Agaricales incertae sedis" and "unclassified Agaricales"
+    stand for none too: they are what has no taxon at this rank.
+    """
+    words = name.casefold().replace("_", " ").split()
+    is_none = names_nothing(name) or words[0] in BLANKS or "incertae sedis" in " ".join(words)
+    return "" if is_none else name.strip()
 
 
 def read_taxonomy(competition: Competition, classes: Sequence[str]) -> Taxonomy:
@@ -312,8 +326,8 @@ def _read_herbarium(folder: Path, layout: Layout, marker: Path, resolution: str,
         if len(rows) < len(labels):
             left_out[f"annotations of {table.name} without category_id"] += len(labels) - len(rows)
         ranks = {
-            coco_id(category, "category"): {rank: str(category.get(rank, "")) for rank in TAXONOMY}
-            | {"species": str(category.get("name", category.get("scientificName", ""))), "poisonous": ""}
+            coco_id(category, "category"): {rank: str(category.get(rank) or "") for rank in TAXONOMY}
+            | {"species": str(category.get("name") or category.get("scientificName") or ""), "poisonous": ""}
             for category in said.get("categories", ())
         }
     except (KeyError, TypeError) as error:

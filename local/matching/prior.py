@@ -7,12 +7,13 @@ estimator.prior_.log_probabilities(val.observations)      the kernel's own code
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from scipy.sparse import csr_array
 
 from kernel.observations import Observation
 from kernel.prior import CELL, FEATURES, Prior, feature_value, finite
@@ -71,24 +72,34 @@ def taxon_rings(owners: np.ndarray, ancestry: Sequence[tuple[str, ...]], mass: n
 
     Args:
         owners: (observations,) index of the class.
-        ancestry: of each class the names of its taxa, the widest first.
+        ancestry: of each class the names of its taxa, the widest first; "" for one that is not named.
         mass: (observations, values) distributions.
 
     Returns:
         From the widest taxon to the class itself (classes, values): sums over the observations that share this taxon
-        with the class, but no narrower one. Without this, a genus of one species would hear that species twice.
+        with the class, but no narrower one. Without this, a genus of one species would hear that species twice. A class
+        whose taxon is not named has no relatives by it, and may have some by a narrower or wider one that is.
     """
     own = np.zeros((len(ancestry), mass.shape[1]))
     np.add.at(own, owners, mass)
-    sums = []
-    for level in range(1, len(ancestry[0]) + 1):
-        taxa = {taxon: index for index, taxon in enumerate(dict.fromkeys(line[:level] for line in ancestry))}
-        member = np.array([taxa[line[:level]] for line in ancestry])
-        total = np.zeros((len(taxa), mass.shape[1]))
-        np.add.at(total, member, own)
-        sums.append(total[member])
-    sums.append(own)
-    return [np.maximum(wide - narrow, 0) for wide, narrow in pairwise(sums)] + [own]
+    ranks = [*zip(*ancestry, strict=True)]
+
+    def relatives(shared: tuple[int, ...]) -> np.ndarray:
+        """(classes, values): sums over the other classes that have the same taxon at each of some ranks."""
+        lines = list(zip(*(ranks[rank] for rank in shared), strict=True))
+        index = {line: number for number, line in enumerate(dict.fromkeys(lines))}
+        group, each = np.array([index[line] for line in lines]), np.arange(len(lines))
+        sums = csr_array((np.ones(len(lines)), (group, each)), shape=(len(index), len(lines))) @ own
+        return (sums[group] - own) * np.array(["" not in line for line in lines])[:, None]
+
+    rings = []
+    for rank in range(len(ranks)):
+        # Relatives at this rank without those at any narrower one, by inclusion and exclusion.
+        narrower = range(rank + 1, len(ranks))
+        subsets = [more for count in range(len(narrower) + 1) for more in combinations(narrower, count)]
+        ring = sum((-1) ** len(more) * relatives((rank, *more)) for more in subsets)
+        rings.append(np.maximum(ring, 0))
+    return [*rings, own]
 
 
 def log_ratios(

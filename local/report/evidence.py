@@ -12,6 +12,7 @@ import torch
 
 from kernel.mounts import InputError, read_weights
 from kernel.observations import Observation
+from kernel.prior import names_nothing
 from local.benchmarks.accuracy import embed
 from local.competition import (
     NAMES,
@@ -208,7 +209,7 @@ def names_of(competition: Competition, classes: Sequence[str]) -> tuple[list[str
     """Of each class its species' name, with the id where two share it; and whether it is poisonous (1, 0, NaN)."""
     said = competition.photos.reindex(columns=["class_id", *NAMES], fill_value="").groupby("class_id").max()
     said = said.reindex(classes, fill_value="")
-    names = np.where(said["species"] == "", classes, said["species"])
+    names = np.where(said["species"].map(names_nothing), classes, said["species"])
     shared = pd.Series(names).duplicated(keep=False)
     names = [f"{name} #{one}" if twice else name for name, one, twice in zip(names, classes, shared, strict=True)]
     return names, pd.to_numeric(said["poisonous"], errors="coerce").to_numpy(dtype=float)

@@ -43,6 +43,11 @@ def test_spelling_and_floats_do_not_hide_a_value(prior):
     assert feature_value("season", JUNE) == feature_value("season", {"month": " 6", "day": "21"}) == "17"
 
 
+@pytest.mark.parametrize("cell", ["", " ", "None", "NaN", "N/A", "Unknown", " unidentified ", "?", "-", "<NA>"])
+def test_a_cell_that_says_that_its_value_is_not_known_is_no_value(cell):
+    assert feature_value("habitat", {"habitat": cell}) is None
+
+
 def test_a_table_without_the_columns_switches_the_prior_off(prior):
     nothing = asked({}, {}, {"district": "Gribskov"})
     assert prior.log_probabilities(nothing) is None

@@ -23,10 +23,12 @@ from local.competition import (
     lineages,
     read_competition,
     read_ranks,
+    read_taxonomy,
     refuse_missing,
     sort_ids,
     split_for_validation,
 )
+from local.report.evidence import name_ranks, names_of
 from tests import layouts
 from tests.conftest import photo
 
@@ -340,6 +342,44 @@ def test_a_competition_without_a_taxonomy_has_blank_lineages(tmp_path: Path) -> 
     competition = read_competition(tmp_path)
     assert lineages(competition) == {"a": ("",) * 5, "b": ("",) * 5}
     assert not labelled(competition, "train").observations[0].metadata
+
+
+BLANKS = (
+    "", " ", "None", "nan", "NaN", "NULL", "<NA>", "N/A", "n/a", "unknown", "Unknown ", "incertae sedis",
+    "Incertae_sedis", "Agaricales incertae sedis", "unclassified", "unclassified Agaricales", "unidentified", "?", "-",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("blank", BLANKS)
+def test_classes_whose_taxon_is_blank_are_no_relatives_at_any_rank(tmp_path: Path, blank: str) -> None:
+    columns = (*COLUMNS, *TAXONOMY)
+    rows = [(*row, *(blank,) * 5) for row in TRAIN]
+    competition = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
+    classes = sort_ids(labelled(competition, "train").class_ids)
+    assert set(lineages(competition).values()) == {("",) * 5}
+    taxonomy = read_taxonomy(competition, classes)
+    assert len(set(taxonomy.genus)) == len(set(taxonomy.family)) == len(classes)
+    assert read_ranks(competition, classes) == [None] * 5
+    assert [rank.name for rank in name_ranks(competition, classes, classes)] == ["species"]
+
+
+def test_a_taxon_that_one_row_of_a_class_names_counts_for_the_class(tmp_path: Path) -> None:
+    columns, (first, _, second, _) = (*COLUMNS, "family", "genus"), TRAIN  # two photos of class 10
+    rows = [(*first, " Russulaceae ", "unclassified"), (*second, "unknown", " Russula")]
+    competition = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
+    assert lineages(competition) == {"10": ("", "", "", "Russulaceae", "Russula")}
+
+
+def test_a_null_in_a_herbariums_categories_is_no_taxon(tmp_path: Path) -> None:
+    layouts.herbarium(tmp_path, 2020)
+    table = tmp_path / "nybg2020" / "train" / "metadata.json"
+    said = json.loads(table.read_text(encoding="ISO-8859-1"))
+    for category, blank in zip(said["categories"], (None, "Incertae sedis", float("nan")), strict=False):
+        category |= {"family": blank, "genus": blank, "name": None}
+    table.write_text(json.dumps(said), encoding="utf-8")
+    competition, classes = read_competition(tmp_path), [str(one["id"]) for one in said["categories"][:3]]
+    assert [lineages(competition)[one] for one in classes] == [("",) * 5] * 3
+    assert names_of(competition, classes)[0] == classes
 
 
 def test_an_unknown_layout_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:

@@ -121,6 +121,51 @@ def test_every_observation_is_in_exactly_one_ring():
     assert np.stack(rings)[:, :, 0].T.tolist() == [[0, 1, 1, 2], [0, 1, 2, 1], [0, 3, 0, 1], [0, 0, 0, 1]]
 
 
+def relatives_of(ancestry) -> list[list[set[int]]]:
+    """Of each ring, the class itself left out, the relatives of every class."""
+    classes = np.arange(len(ancestry))
+    rings = taxon_rings(classes, ancestry, np.eye(len(ancestry)))
+    return [[set(np.flatnonzero(row > 0.5).tolist()) for row in ring] for ring in rings[:-1]]
+
+
+def test_classes_without_a_named_taxon_are_no_relatives_of_each_other():
+    assert relatives_of([("", "", ""), ("", "", ""), ("o", "", ""), ("o", "", "g")]) == [
+        [set(), set(), {3}, {2}],
+        [set(), set(), set(), set()],
+        [set(), set(), set(), set()],
+    ]
+
+
+def test_a_genus_makes_relatives_of_classes_whose_family_is_blank_and_a_blank_family_makes_none():
+    ancestry = [("o", "f", "g"), ("o", "", "g"), ("o", "f", "h"), ("", "", "k"), ("", "", "k"), ("", "", "l")]
+    assert relatives_of(ancestry) == [
+        [set(), {2}, {1}, set(), set(), set()],
+        [{2}, set(), {0}, set(), set(), set()],
+        [{1}, {0}, set(), {4}, {3}, set()],
+    ]
+
+
+def test_blanks_in_an_order_or_family_hide_no_relative_of_a_genus():
+    assert relatives_of([("o", "f", "g"), ("", "f", "g"), ("o", "f", "")]) == [
+        [set(), set(), set()],
+        [{2}, {2}, {0, 1}],
+        [{1}, {0}, set()],
+    ]
+
+
+def test_rings_are_what_counting_pair_by_pair_gives():
+    rng = np.random.default_rng(0)
+    ancestry = [tuple(rng.choice(["", "a", "b", "c"], 3)) for _ in range(40)]
+
+    def closest(one, other):
+        return max((rank for rank in range(3) if one[rank] == other[rank] != ""), default=None)
+
+    for rank, ring in enumerate(relatives_of(ancestry)):
+        for index, line in enumerate(ancestry):
+            others = [place for place in range(40) if place != index and closest(line, ancestry[place]) == rank]
+            assert ring[index] == set(others)
+
+
 def test_a_ratio_backs_off_to_the_nearest_relatives():
     ancestry = [("o", "f", "g"), ("o", "f", "g"), ("o", "f", "h"), ("p", "q", "r")]
     mass = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
