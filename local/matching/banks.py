@@ -2,7 +2,8 @@
 
 Every estimator has scikit-learn's manners: parameters at the constructor, `fit(embeddings, observations, classes,
 taxonomy)`, what was learnt in attributes with a trailing underscore. A transform has a `layers_`, a matcher has
-`prototypes_`, `owners_`, `counts_` and `bias_`; `fit_bank` puts one of each together.
+`prototypes_`, `owners_`, `counts_`, `bias_` and `scale_`, the inverse temperature at which the bias was fitted;
+`make_bank` puts one of each together.
 """
 
 import warnings
@@ -171,7 +172,7 @@ class ClassMeans:
         means = (sizes[:, None] * means + genus[:, None] * of_genus + family[:, None] * of_family) / weight
         self.prototypes_, self.owners_ = unit(means), np.arange(count)
         self.counts_ = sizes * np.linalg.norm(means, axis=1)
-        self.bias_ = np.where(self.present_, 0.0, NEVER)
+        self.bias_, self.scale_ = np.where(self.present_, 0.0, NEVER), SCALE
         return self
 
 
@@ -221,6 +222,7 @@ class SeveralPrototypes:
         self.prototypes_, self.owners_ = unit(np.concatenate(prototypes)), np.concatenate(owners)
         self.counts_ = np.concatenate(counts)
         self.bias_ = np.where(np.isin(np.arange(len(taxonomy.genus)), classes), 0.0, NEVER)
+        self.scale_ = SCALE
         return self
 
 
@@ -252,12 +254,15 @@ class Ridge:
         weights = embeddings.T @ np.linalg.solve(gram + penalty * np.eye(len(gram)), targets)
         self.prototypes_, self.owners_ = unit(weights.T), np.arange(count)
         self.counts_ = np.bincount(classes, minlength=count).astype(float)
-        self.bias_ = np.where(self.counts_ > 0, 0.0, NEVER)
+        self.bias_, self.scale_ = np.where(self.counts_ > 0, 0.0, NEVER), SCALE
         return self
 
 
 class Logistic:
-    """Multinomial logistic regression, classes balanced, as a bank without cosines.
+    """Multinomial logistic regression, classes balanced.
+
+    Its prototypes are the coefficients, which are no unit vectors, and its own temperature is 1: so the bank's
+    log-probabilities are those of scikit-learn's model.
 
     Args:
         strength: scikit-learn's C, inverse of the penalty.
@@ -278,6 +283,7 @@ class Logistic:
             weights, bias = np.concatenate([-weights, weights]) / 2, np.concatenate([-bias, bias]) / 2
         self.prototypes_, self.bias_ = np.zeros((count, embeddings.shape[1])), np.full(count, NEVER)
         self.prototypes_[model.classes_], self.bias_[model.classes_] = weights, bias
+        self.scale_ = 1.0
         self.owners_, self.counts_ = np.arange(count), np.bincount(classes, minlength=count).astype(float)
         return self
 
@@ -292,18 +298,38 @@ def tensor(values: np.ndarray | float) -> torch.Tensor:
     return torch.tensor(np.asarray(values), dtype=torch.float32)
 
 
-def make_bank(transform: Sequence[Layer], matcher, scale: float, share: float = 1.0, transduction: float = 0.0) -> Bank:
-    """The kernel's bank of a fitted transform and a fitted matcher."""
-    return Bank(
+def make_bank(
+    transform: Sequence[Layer],
+    matcher,
+    scale: float | None = None,
+    share: float = 1.0,
+    transduction: float = 0.0,
+) -> Bank:
+    """The kernel's bank of a fitted transform and a fitted matcher.
+
+    Args:
+        scale: inverse temperature; None leaves the matcher's own.
+    """
+    bank = Bank(
         layers=(*transform, *getattr(matcher, "layers_", ())),
         prototypes=tensor(matcher.prototypes_),
         owners=torch.tensor(matcher.owners_),
         counts=tensor(matcher.counts_),
         bias=tensor(matcher.bias_),
-        scale=tensor(scale),
+        scale=tensor(matcher.scale_),
         share=tensor(share),
         transduction=tensor(transduction),
     )
+    return bank if scale is None else rescale(bank, scale)
+
+
+def rescale(bank: Bank, scale: float) -> Bank:
+    """The bank at another inverse temperature, which multiplies all of its logits, the bias included.
+
+    The ranking of the classes does not change by it, and a class that the reference lacks stays out.
+    """
+    bias = torch.where(bank.bias > NEVER, bank.bias * (scale / bank.scale), bank.bias)
+    return replace(bank, bias=bias, scale=tensor(scale))
 
 
 def spread_over(bank: Bank, own: Sequence[str], classes: Sequence[str]) -> Bank:
@@ -326,7 +352,7 @@ def centroids(embeddings: np.ndarray, classes: np.ndarray, count: int, centre: b
     observations, taxonomy = np.arange(len(classes)), Taxonomy.unknown(count)
     transform = Centring().fit(embeddings[:, None], observations, classes, taxonomy).layers_ if centre else []
     space = apply(transform, embeddings)
-    return make_bank(transform, ClassMeans().fit(space, observations, classes, taxonomy), SCALE)
+    return make_bank(transform, ClassMeans().fit(space, observations, classes, taxonomy))
 
 
 def apply(layers: Sequence[Layer], values: np.ndarray) -> np.ndarray:

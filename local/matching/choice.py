@@ -9,7 +9,6 @@ import torch
 from kernel.bank import Bank, Layer, classify
 from kernel.prior import fused
 from local.matching.banks import (
-    SCALE,
     Centring,
     ClassMeans,
     Logistic,
@@ -20,6 +19,7 @@ from local.matching.banks import (
     apply,
     make_bank,
     pool,
+    rescale,
 )
 from local.matching.folds import FOLDS, macro_weights, shot_weights
 from local.matching.projection import ProjectionEnsemble
@@ -27,7 +27,9 @@ from local.metrics import GUESSES, gained
 from local.recipe import Recipe
 
 SCALE_QUERIES = 1000
-SCALES = 2.0 ** np.arange(1, 8.5, 0.5)
+# Multiples of the inverse temperature that a matcher was fitted at; its own comes first, and stays unless another is
+# better.
+SCALES = 2.0 ** np.array(sorted(np.arange(-3, 4.5, 0.5), key=abs))
 LINEAR = ("ridge", "random-ridge", "logistic")  # their columns are no places among the observations, and never move
 
 # What each key that a recipe lets choose may become, the simplest first: it stays unless another is better.
@@ -140,31 +142,47 @@ def fit_banks(
 
     Args:
         reference: (observations,) bool, of which to make them.
-        scales: inverse temperatures, of the matcher's banks and of the nearest observation's.
+        scales: inverse temperatures, of the matcher's banks and of the nearest observation's; unless given, those that
+            they were fitted at.
         spread: of the reference, to spare fitting it again.
     """
     # An observation none of whose photos could be read has no place.
     seen = reference & np.isin(np.arange(len(reference)), embedded.observations)
+    return finish(recipe, fit_matched(recipe, embedded, seen, spread), class_prior(recipe, embedded, seen), scales)
+
+
+def fit_matched(recipe: Recipe, embedded: Embedded, seen: np.ndarray, spread: Whitening | None) -> list[Bank]:
+    """The banks of a recipe at the temperatures that they were fitted at, and without the class prior."""
     classes = embedded.classes[seen]
     given = (np.arange(len(classes)), classes, embedded.taxonomy)
-    own = float(embedded.head.scale) if recipe.matcher == "head" else SCALE
-    matched, nearest = scales or (own, SCALE) if recipe.nearest else (*(scales or (own,)), SCALE)
     if recipe.matcher == "head":
         banks = [embedded.head]
     elif recipe.matcher == "projection":
         banks = fit_projection(recipe, embedded.of(seen), embedded.pooled(recipe)[seen])
     else:
         transform, space = embedded.space(recipe, seen, spread)
-        banks = [make_bank(transform, make_matcher(recipe).fit(space, *given), SCALE)]
-    banks = [replace(bank, scale=torch.tensor(matched), share=bank.share * (1 - recipe.nearest)) for bank in banks]
+        banks = [make_bank(transform, make_matcher(recipe).fit(space, *given))]
+    banks = [replace(bank, share=bank.share * (1 - recipe.nearest)) for bank in banks]
     if recipe.nearest:
         transform, space = embedded.space(recipe, seen, spread)
         matcher = SeveralPrototypes(most=len(classes)).fit(space, *given)
-        banks.append(make_bank(transform, matcher, nearest, recipe.nearest))
-    sizes = torch.bincount(torch.tensor(classes), minlength=len(embedded.taxonomy.genus))
-    prior = recipe.shots * sizes.clamp(min=1).log()
+        banks.append(make_bank(transform, matcher, share=recipe.nearest))
     strength = torch.tensor(0.0 if recipe.matcher in LINEAR else recipe.transduction)
-    return [replace(bank, bias=bank.bias + prior, transduction=strength) for bank in banks]
+    return [replace(bank, transduction=strength) for bank in banks]
+
+
+def class_prior(recipe: Recipe, embedded: Embedded, seen: np.ndarray) -> torch.Tensor:
+    """(classes,) to add to the logits: how much likelier a class is by its number of observations."""
+    sizes = torch.bincount(torch.tensor(embedded.classes[seen]), minlength=len(embedded.taxonomy.genus))
+    return recipe.shots * sizes.clamp(min=1).log()
+
+
+def finish(recipe: Recipe, banks: Sequence[Bank], prior: torch.Tensor, scales: Sequence[float] = ()) -> list[Bank]:
+    """Banks at some inverse temperatures, one of each group of `in_scales`, with the class prior, which has none."""
+    groups = [banks[group] for group in in_scales(recipe)]
+    scales = scales or [float(group[0].scale) for group in groups]
+    scaled = [rescale(bank, scale) for group, scale in zip(groups, scales, strict=True) for bank in group]
+    return [replace(bank, bias=bank.bias + prior) for bank in scaled]
 
 
 def fit_transform(recipe: Recipe, embedded: Embedded, seen: np.ndarray, spread: Whitening | None) -> list[Layer]:
@@ -269,24 +287,22 @@ class Search:
 
     def log_probabilities(self, recipe: Recipe) -> tuple[torch.Tensor, tuple[float, ...]]:
         """(queries, classes), fold after fold, and the scales that they were made with."""
-        embedded, fitted, asked = self.embed(recipe.fit), [], []
+        embedded, fitted, priors, asked = self.embed(recipe.fit), [], [], []
         for number, (known, queries) in enumerate(self.folds):
             place = (recipe.fit, number)
             if recipe.whitening and place not in self.spreads:
                 self.spreads[place] = fit_spread(embedded.of(known))
-            fitted.append(fit_banks(recipe, embedded, known, spread=self.spreads.get(place)))
+            seen = known & np.isin(np.arange(len(known)), embedded.observations)
+            fitted.append(fit_matched(recipe, embedded, seen, self.spreads.get(place)))
+            priors.append(class_prior(recipe, embedded, seen))
             asked.append(torch.tensor(embedded.pooled(recipe)[queries], dtype=torch.float32))
         # One scale over all folds, without transduction.
-        groups = in_scales(recipe)
-        scales = tuple(fit_scale([banks[group] for banks in fitted], asked, self.truth) for group in groups)
+        scales = tuple(
+            fit_scale([banks[group] for banks in fitted], priors, asked, self.truth) for group in in_scales(recipe)
+        )
         parts = []
-        for number, (banks, queries) in enumerate(zip(fitted, asked, strict=True)):
-            scaled = [
-                replace(bank, scale=torch.tensor(scale))
-                for group, scale in zip(groups, scales, strict=True)
-                for bank in banks[group]
-            ]
-            answers = torch.cat(list(classify(scaled, queries)))
+        for number, (banks, prior, queries) in enumerate(zip(fitted, priors, asked, strict=True)):
+            answers = torch.cat(list(classify(finish(recipe, banks, prior, scales), queries)))
             if recipe.metadata:
                 answers = fused(answers, self.prior(number), recipe.metadata).log_softmax(dim=1)
             parts.append(answers)
@@ -307,11 +323,14 @@ def worth(places: np.ndarray, guesses: int) -> np.ndarray:
     return np.mean([places < count for count in GUESSES if count <= guesses], axis=0)
 
 
-def fit_scale(folds: Sequence[Sequence[Bank]], queries: Sequence[torch.Tensor], truth: np.ndarray) -> float:
+def fit_scale(
+    folds: Sequence[Sequence[Bank]], priors: Sequence[torch.Tensor], queries: Sequence[torch.Tensor], truth: np.ndarray
+) -> float:
     """The inverse temperature of least log-loss (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
     Args:
-        folds: the banks of each, whose probabilities are averaged.
+        folds: the banks of each, whose probabilities are averaged, at the temperature that all were fitted at.
+        priors: (classes,) added to the logits of each fold, whatever the temperature.
         queries: (queries of the fold, features), one per fold.
         truth: (queries,) fold after fold; -1 for a class that no bank has.
     """
@@ -319,16 +338,20 @@ def fit_scale(folds: Sequence[Sequence[Bank]], queries: Sequence[torch.Tensor], 
     asked = torch.zeros(len(truth), dtype=torch.bool)
     asked[torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))[:SCALE_QUERIES]] = True
     queries = [own[part] for own, part in zip(queries, asked.split([len(own) for own in queries]), strict=True)]
-    members = []  # (similarities, bias), each (queries, classes), fold after fold
-    for banks in zip(*folds, strict=True):
-        pairs = list(zip(banks, queries, strict=True))
-        similarities = torch.cat([bank.similarities(bank.transform(own)) for bank, own in pairs])
-        members.append((similarities, torch.cat([bank.bias.expand(len(own), -1) for bank, own in pairs])))
-    target, losses = torch.tensor(truth)[asked], []
-    for scale in SCALES.tolist():
-        each = torch.stack([(similarities * scale + bias).log_softmax(dim=1) for similarities, bias in members])
-        losses.append(torch.nn.functional.nll_loss(each.logsumexp(dim=0), target, ignore_index=-1).item())
-    return float(SCALES[int(np.argmin(losses))])
+    similarities = [
+        [bank.similarities(bank.transform(own)) for bank in banks] for banks, own in zip(folds, queries, strict=True)
+    ]
+
+    def loss(scale: float) -> float:
+        parts = []
+        for banks, prior, known in zip(folds, priors, similarities, strict=True):
+            scaled = [rescale(bank, scale) for bank in banks]
+            scaled = [replace(bank, bias=bank.bias + prior) for bank in scaled]
+            each = [bank.log_probabilities(own) for bank, own in zip(scaled, known, strict=True)]
+            parts.append(torch.stack(each).logsumexp(dim=0))
+        return torch.nn.functional.nll_loss(torch.cat(parts), torch.tensor(truth)[asked], ignore_index=-1).item()
+
+    return min((float(folds[0][0].scale) * SCALES).tolist(), key=loss)
 
 
 def compare(log_probabilities: torch.Tensor, truth: np.ndarray, scales: tuple[float, ...] = ()) -> Outcome:

@@ -3,6 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
+from sklearn.cluster import KMeans
+from sklearn.covariance import ledoit_wolf_shrinkage
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import Ridge as RidgeRegression
+from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 
 from kernel.bank import classify, read_banks
 from local.matching.banks import (
@@ -195,6 +202,119 @@ def test_every_matcher_learns_and_the_kernel_reads_what_was_saved(matcher, tmp_p
     for before, after in zip(classify([bank, bank], queries), classify(read, queries), strict=True):
         assert torch.allclose(before, after, atol=1e-4)
         assert (before.argmax(dim=1) <= classes.max()).all()
+
+
+def overlapping(classes=5, features=8, seed=0):
+    """Unit vectors of classes that overlap and differ in size: a reference, its labels, and queries.
+
+    The labels leave out class 1 of the taxonomy, which the reference lacks.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.delete(np.arange(classes + 1), 1), 3 * np.arange(1, classes + 1) ** 2)
+    centres = rng.normal(size=(classes + 1, features))
+    reference, queries = (
+        unit(centres[labels] + 1.5 * rng.normal(size=(len(labels), features)) + 0.5) for _ in range(2)
+    )
+    return reference, labels, queries, Taxonomy.unknown(classes + 1)
+
+
+def log_probabilities(bank, queries):
+    return torch.cat(list(classify([bank], torch.tensor(queries, dtype=torch.float32)))).double().numpy()
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_logistic_regression_gives_the_log_probabilities_of_scikit_learn(classes):
+    reference, labels, queries, taxonomy = overlapping(classes)
+    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3).fit(reference, labels)
+    assert 0.3 < model.score(queries, labels) < 0.95
+    matcher = Logistic().fit(reference, np.arange(len(labels)), labels, taxonomy)
+    found = log_probabilities(make_bank([], matcher), queries)
+    assert np.allclose(found[:, model.classes_], model.predict_log_proba(queries), atol=1e-4)
+    assert (found[:, 1] < -50).all()
+    # At another temperature all of the logits are multiplied, so that the first guess stays.
+    logits = model.decision_function(queries)
+    logits = np.stack([-logits / 2, logits / 2], axis=1) if classes == 2 else logits
+    for scale in (0.25, 4.0):
+        warmer = log_probabilities(make_bank([], matcher, scale), queries)
+        assert np.allclose(warmer[:, model.classes_], log_softmax(scale * logits, axis=1), atol=1e-4)
+        assert (warmer.argmax(axis=1) == model.predict(queries)).all()
+        assert (warmer[:, 1] < -50).all()
+
+
+@pytest.mark.parametrize("width", [0, 64])
+def test_ridge_gives_the_cosines_to_the_coefficients_of_scikit_learn(width):
+    reference, labels, queries, taxonomy = overlapping()
+    seen, asked = reference, queries
+    if width:
+        random = np.random.default_rng(0).standard_normal((reference.shape[1], width))
+        seen, asked = (unit(np.maximum(values @ random, 0)) for values in (reference, queries))
+    model = RidgeRegression(alpha=0.1 * (seen**2).sum() / len(seen), fit_intercept=False)
+    model.fit(seen, np.eye(6)[labels])
+    kept = np.unique(labels)
+    expected = log_softmax(16 * asked @ unit(model.coef_[kept]).T, axis=1)
+    matcher = Ridge(width=width).fit(reference, np.arange(len(labels)), labels, taxonomy)
+    assert np.allclose(log_probabilities(make_bank([], matcher), queries)[:, kept], expected, atol=1e-4)
+
+
+def test_class_means_give_the_cosines_to_the_centroids_of_scikit_learn():
+    reference, labels, queries, taxonomy = overlapping()
+    model, kept = NearestCentroid().fit(reference, labels), np.unique(labels)
+    expected = log_softmax(16 * queries @ unit(model.centroids_).T, axis=1)
+    matcher = ClassMeans().fit(reference, np.arange(len(labels)), labels, taxonomy)
+    assert np.allclose(log_probabilities(make_bank([], matcher), queries)[:, kept], expected, atol=1e-4)
+
+
+def test_every_observation_a_prototype_is_the_nearest_neighbour_of_scikit_learn():
+    reference, labels, queries, taxonomy = overlapping()
+    kept = np.unique(labels)
+    matcher = SeveralPrototypes(most=len(labels)).fit(reference, np.arange(len(labels)), labels, taxonomy)
+    found = log_probabilities(make_bank([], matcher), queries)[:, kept]
+    nearest = np.stack([(queries @ reference[labels == index].T).max(axis=1) for index in kept], axis=1)
+    assert np.allclose(found, log_softmax(16 * nearest, axis=1), atol=1e-4)
+    neighbour = KNeighborsClassifier(1, metric="cosine").fit(reference, labels)
+    assert (kept[found.argmax(axis=1)] == neighbour.predict(queries)).all()
+
+
+def test_several_prototypes_are_the_centres_of_scikit_learns_k_means():
+    reference, labels, queries, taxonomy = overlapping()
+    centres = {
+        index: KMeans(3, n_init=1, random_state=0).fit(own).cluster_centers_ if len(own) > 3 else own
+        for index in np.unique(labels)
+        if len(own := reference[labels == index])
+    }
+    nearest = np.stack([(queries @ unit(own).T).max(axis=1) for own in centres.values()], axis=1)
+    matcher = SeveralPrototypes().fit(reference, np.arange(len(labels)), labels, taxonomy)
+    found = log_probabilities(make_bank([], matcher), queries)[:, list(centres)]
+    assert np.allclose(found, log_softmax(16 * nearest, axis=1), atol=1e-4)
+
+
+def test_whitening_is_by_the_shrunk_covariance_of_linear_discriminant_analysis():
+    reference, labels, queries, taxonomy = overlapping(features=6)
+    labels = np.unique(labels, return_inverse=True)[1]
+    fitted = Whitening().fit(reference[:, None], np.arange(len(labels)), labels, taxonomy)
+    means = np.stack([reference[labels == index].mean(axis=0) for index in range(5)])
+    shrinkage = ledoit_wolf_shrinkage(reference - means[labels], assume_centered=True)
+    covariance = LinearDiscriminantAnalysis("lsqr", shrinkage=shrinkage).fit(reference, labels).covariance_
+    assert 0.001 < shrinkage < 0.9
+    assert np.allclose(fitted.directions_ * fitted.variances_ @ fitted.directions_.T, covariance, atol=1e-9)
+    # Half an exponent takes a fourth root: cosines after the layers are those of the formula.
+    for exponent in (0.5, 1.0):
+        values, vectors = np.linalg.eigh(covariance)
+        expected = unit((queries - reference.mean(axis=0)) @ vectors * values ** (-exponent / 2))
+        found = apply(fitted.layers(exponent, reference.mean(axis=0)), queries)
+        assert np.allclose(found @ found.T, expected @ expected.T, atol=1e-5)
+
+
+def test_views_count_as_variation_within_classes():
+    embeddings, observations, classes = nuisance(shots=(2, 3))
+    fitted = Whitening().fit(embeddings, observations, classes, Taxonomy.unknown(classes.max() + 1))
+    photos = embeddings.mean(axis=1)
+    means = np.stack([photos[classes == index].mean(axis=0) for index in range(classes.max() + 1)])
+    residuals = (embeddings - means[classes][:, None]).reshape(-1, embeddings.shape[2])
+    scatter = residuals.T @ residuals / len(residuals)
+    shrinkage = ledoit_wolf_shrinkage(photos - means[classes], assume_centered=True)
+    expected = (1 - shrinkage) * scatter + shrinkage * np.trace(scatter) / len(scatter) * np.eye(len(scatter))
+    assert np.allclose(fitted.directions_ * fitted.variances_ @ fitted.directions_.T, expected, atol=1e-9)
 
 
 def test_two_classes_are_enough_for_a_linear_classifier():

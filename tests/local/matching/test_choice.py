@@ -5,11 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
 
 from kernel.bank import classify
 from local.matching.banks import Taxonomy, unit
 from local.matching.choice import (
     CANDIDATES,
+    SCALES,
     Embedded,
     Search,
     compare,
@@ -163,6 +167,63 @@ def test_every_matcher_makes_banks_that_the_kernel_applies(matcher):
     probabilities = torch.cat(list(classify(banks, queries))).exp()
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(len(queries)), atol=1e-4)
     assert (probabilities.argmax(dim=1).numpy() == embedded.classes).mean() > 0.9
+
+
+def crowded(seed=1) -> Embedded:
+    """Classes of 2 to 9 observations that overlap."""
+    rng = np.random.default_rng(seed)
+    classes = np.repeat(np.arange(8), np.arange(2, 10))
+    photos = rng.normal(size=(8, 10))[classes] + 1.2 * rng.normal(size=(len(classes), 10))
+    return Embedded(unit(photos[:, None] + 0.5), ("plain",), np.arange(len(classes)), classes, Taxonomy.unknown(8))
+
+
+def test_logistic_regression_answers_as_scikit_learn_does_whatever_temperature_is_chosen():
+    embedded, recipe = crowded(), Recipe(views=("plain",), matcher="logistic", centre=False)
+    everyone = np.ones(len(embedded.classes), dtype=bool)
+    values, logits, first = embedded.pooled(recipe), [], []
+    search = search_over(embedded)
+    for known, queries in search.folds:
+        model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3)
+        model.fit(values[known], embedded.classes[known])
+        logits.append(model.decision_function(values[queries]))
+        first.append(model.predict(values[queries]))
+    outcome = search.judge(recipe)
+    assert (outcome.top[:, 0] == np.concatenate(first)).all()
+    assert 0.2 < (outcome.places == 0).mean() < 0.95
+    # The temperature is the best of the grid, and the one that the model was fitted at is in it.
+    grid = {scale: log_loss(search.truth, softmax(scale * np.concatenate(logits), axis=1)) for scale in SCALES}
+    assert 1.0 in grid
+    assert outcome.scales == (min(grid, key=grid.get),)
+    assert np.mean(outcome.losses) == pytest.approx(min(grid.values()), abs=1e-4)
+    # Without anything held out it is that of the model.
+    (bank,) = fit_banks(recipe, embedded, everyone)
+    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3).fit(values, embedded.classes)
+    found = torch.cat(list(classify([bank], torch.tensor(values, dtype=torch.float32)))).numpy()
+    assert np.allclose(found, model.predict_log_proba(values), atol=1e-4)
+
+
+def test_the_temperature_of_cosines_is_the_best_of_a_grid_and_leaves_the_class_prior_as_it_is():
+    embedded, recipe = crowded(), Recipe(views=("plain",), shots=0.5, centre=False)
+    search, values = search_over(embedded), embedded.pooled(Recipe(views=("plain",)))
+    cosines, priors = [], []
+    for known, queries in search.folds:
+        own = [known & (embedded.classes == index) for index in range(8)]
+        means = unit(np.stack([values[one].mean(axis=0) for one in own]))
+        cosines.append(values[queries] @ means.T)
+        priors.append(np.tile(0.5 * np.log([one.sum() for one in own]), (queries.sum(), 1)))
+    cosines, priors = np.concatenate(cosines), np.concatenate(priors)
+    grid = {16 * scale: log_loss(search.truth, softmax(16 * scale * cosines + priors, axis=1)) for scale in SCALES}
+    assert search.judge(recipe).scales == (min(grid, key=grid.get),)
+    assert np.mean(search.judge(recipe).losses) == pytest.approx(min(grid.values()), abs=1e-4)
+
+
+def test_where_no_query_is_of_a_known_class_the_temperature_stays_as_it_was_fitted():
+    embedded = crowded()
+    known = embedded.classes > 3
+    lacking = replace(embedded, classes=np.where(known, embedded.classes, -1))
+    search = Search(lambda fit: lacking, "crop", [(known, ~known)], 10, known)
+    assert search.judge(Recipe(views=("plain",), centre=False)).scales == (16.0,)
+    assert search.judge(Recipe(views=("plain",), centre=False, matcher="logistic")).scales == (1.0,)
 
 
 def test_an_observation_without_a_readable_photo_is_no_part_of_the_bank():
