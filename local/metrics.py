@@ -35,6 +35,25 @@ def score(
     return scores
 
 
+def held_out_scores(
+    truth: Sequence[str], guesses: Sequence[Sequence[str]], weights: np.ndarray, is_macro: bool, seed: int = 0
+) -> dict[str, float]:
+    """The scores of a run's answers to held-out observations, as the manifest keeps them.
+
+    Under the names of `score` they are weighted as the choice of the bank weighs them, which is what a test set of the
+    reference's classes should give; under `unweighted_` and these names every observation counts the same.
+
+    Args:
+        weights: (observations,), see `shot_weights` and `macro_weights` of `local.matching.folds`.
+        is_macro: whether the weights give every class the same part. Macro-F1 does so by itself, and then has none.
+    """
+    plain = score(truth, guesses, seed)
+    scores = score(truth, guesses, seed, weights)
+    if is_macro:
+        scores |= {name: value for name, value in plain.items() if name.startswith("macro_f1")}
+    return scores | {f"unweighted_{name}": value for name, value in plain.items()}
+
+
 def macro_f1(truth: Sequence, firsts: Sequence, weights: np.ndarray | None = None) -> float:
     """The grader's macro-F1: the unweighted mean of F1 over the classes that are true or guessed.
 
@@ -100,10 +119,10 @@ def interval(sample: np.ndarray, seed: int = 0, weights: np.ndarray | None = Non
     return float(low), float(high)
 
 
-def bounded(sample: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """A mean with its 95% interval: `value`, `low`, `high`."""
-    low, high = interval(sample, seed)
-    return {"value": float(np.mean(sample)), "low": low, "high": high}
+def bounded(sample: np.ndarray, seed: int = 0, weights: np.ndarray | None = None) -> dict[str, float]:
+    """A mean, weighted or not, with its 95% interval: `value`, `low`, `high`."""
+    low, high = interval(sample, seed, weights)
+    return {"value": float(np.average(sample, weights=weights)), "low": low, "high": high}
 
 
 def paired_gain(new: np.ndarray, old: np.ndarray) -> tuple[float, float]:
@@ -132,15 +151,16 @@ def interval_of(scores: dict[str, float], name: str) -> dict[str, float]:
     return {"value": scores[name], "low": scores[f"{name}_low"], "high": scores[f"{name}_high"]}
 
 
-def describe(scores: dict[str, float], guesses: int = max(GUESSES)) -> str:
+def describe(scores: dict[str, float], guesses: int = max(GUESSES), prefix: str = "") -> str:
     """One line: `Recall@1 .432 [.401, .463]  Recall@5 ...`.
 
     Args:
+        prefix: of the names of the scores: `unweighted_`, or none.
         guesses: in a row of what was scored; recalls at more than these would only repeat themselves.
     """
     counts = [count for count in GUESSES if count <= guesses]
     names = {f"recall_at_{count}": f"Recall@{count}" for count in counts} | {"macro_f1": "macro-F1"}
     return "  ".join(
         f"{label} {scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]"
-        for name, label in names.items()
+        for name, label in ((prefix + name, label) for name, label in names.items())
     )

@@ -1,5 +1,7 @@
 """List the runs of a folder with their validation scores, newest first.
 
+The scores are weighted as the choice of a bank weighs the held-out observations; metrics.json has the unweighted ones.
+
 python local/runs.py            of runs/
 python local/runs.py elsewhere
 """

@@ -418,15 +418,20 @@ def more_views(recipe: Recipe, every: Sequence[str], best_of: Callable) -> Recip
 
 
 def row(search: Search, key: str, candidate: Recipe, present: Recipe) -> dict:
-    """A row of the table of candidates: its scores, and the paired gain in worth over what it would replace."""
+    """A row of the table of candidates: its scores, and the paired gain in worth over what it would replace.
+
+    All are weighted as the choice is.
+    """
     outcome, value = search.judge(candidate), getattr(candidate, key)
-    recalls = {f"recall_at_{count}": float((outcome.places < count).mean()) for count in GUESSES}
+    weights, known = search.weights, ~np.isnan(outcome.losses)
+    recalls = {f"recall_at_{count}": float(np.average(outcome.places < count, weights=weights)) for count in GUESSES}
+    total = weights[known].sum()
     gain = gained(search.worth(candidate), search.worth(present))
     return {
         "key": key,
         "value": " ".join(value) if isinstance(value, tuple) else value,
         **recalls,
-        "log_loss": float(np.nanmean(outcome.losses)),
+        "log_loss": float(weights[known] @ outcome.losses[known] / total) if total else float("nan"),
         "gain": gain["value"],
         "gain_low": gain["low"],
         "gain_high": gain["high"],

@@ -20,7 +20,7 @@ from local.matching.choice import CANDIDATES, Embedded, Search, cross_validated,
 from local.matching.ensemble import VALIDATION_FILE
 from local.matching.folds import make_folds
 from local.matching.prior import PriorEstimator
-from local.metrics import describe, score
+from local.metrics import describe, held_out_scores
 from local.recipe import Recipe
 
 CANDIDATES_FILE = "candidates.csv"
@@ -99,7 +99,7 @@ class Study:
             folder: to leave the table of candidates and the answers to the held-out observations in.
 
         Returns:
-            The recipe with nothing left open, the inverse temperatures of its banks, and its scores.
+            The recipe with nothing left open, the inverse temperatures of its banks, and its `held_out_scores`.
         """
         if not self.folds:
             say("every class has one observation: there is nothing to judge by, and so no score of this run")
@@ -120,8 +120,14 @@ class Study:
             write_table(table, folder / CANDIDATES_FILE)
         outcome = search.judge(chosen)
         guesses = [[self.classes[place] for place in row] for row in (outcome.top if top is None else top)]
-        scores = score(self.labelled.class_ids[search.queries], guesses, self.recipe.seed)
-        say(f"{len(guesses)} held-out observations: {describe(scores, self.guesses)}")
+        truth = self.labelled.class_ids[search.queries]
+        scores = held_out_scores(truth, guesses, search.weights, is_macro, self.recipe.seed)
+        if np.allclose(search.weights, 1):
+            say(f"{len(guesses)} held-out observations: {describe(scores, self.guesses)}")
+        else:
+            how = "every class weighted the same" if is_macro else "weighted to the shots of the whole reference"
+            say(f"{len(guesses)} held-out observations, {how}: {describe(scores, self.guesses)}")
+            say(f"the same, unweighted: {describe(scores, self.guesses, 'unweighted_')}")
         self.keep_answers(search, chosen, folder / VALIDATION_FILE)
         return chosen, outcome.scales, scores
 

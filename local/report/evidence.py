@@ -90,6 +90,7 @@ class Evidence:
         queries: the held-out observations.
         truth: (queries,) place in `classes`.
         log_probabilities: (queries, classes) float32; minus infinity for a class that the bank lacks.
+        weights: (queries,) by which the bank was chosen, of mean 1; see `local.metrics.held_out_scores`.
         shots: (queries,) observations of the true class to learn from, the query itself left out. (So it is in every
             fold for classes of up to five observations; of more, a fold leaves out several, and four or more remain.)
         reference: (classes,) observations of each in the run's bank.
@@ -106,6 +107,7 @@ class Evidence:
     queries: list[Observation]
     truth: np.ndarray
     log_probabilities: np.ndarray
+    weights: np.ndarray
     shots: np.ndarray
     reference: np.ndarray
     memory: dict = field(default_factory=dict, compare=False)
@@ -182,6 +184,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         [known.observations[number] for number in asked_places],
         truth,
         np.concatenate([answers.log_probabilities.numpy(), lacking], axis=1),
+        answers.weights,
         sizes[truth] - own,
         sizes,
     )

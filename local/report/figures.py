@@ -19,7 +19,7 @@ from kernel.mounts import InputError
 from kernel.observations import Observation, read_test
 from local.competition import find_layout, places_of, sort_ids
 from local.matching.choice import Outcome, compare
-from local.metrics import FEWEST, GUESSES, RESAMPLES, bounded, interval_of, macro_f1_gain, score
+from local.metrics import FEWEST, GUESSES, RESAMPLES, bounded, held_out_scores, interval_of, macro_f1_gain, score
 from local.report.advice import advise
 from local.report.closeup import Closeup
 from local.report.evidence import Evidence, Rank, answers_of, asked, judge
@@ -54,6 +54,7 @@ def evaluate(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -
     """
     wanted = [place for name in focus for place in find_species(evidence, name)]
     closeup = Closeup(evidence)
+    is_macro, is_even = evidence.recipe.monitor == "macro_f1", np.allclose(evidence.weights, 1)
     figures = {
         "run": evidence.run.name,
         "data": evidence.competition.folder.name,
@@ -62,7 +63,9 @@ def evaluate(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -
         "classes": len(evidence.classes),
         "classes_asked": len(np.unique(evidence.truth)),
         "reference_observations": int(evidence.reference.sum()),
-        "headline": headline(evidence.truth, evidence.log_probabilities),
+        "headline": headline(evidence.truth, evidence.log_probabilities, evidence.weights, is_macro),
+        "unweighted": None if is_even else headline(evidence.truth, evidence.log_probabilities),
+        "is_macro": is_macro,
         "by_training": evidence.manifest["members"][0]["validation"],
         "chosen": list(evidence.recipe.choose),
         "against": [against(evidence, run) for run in others],
@@ -101,13 +104,19 @@ def find_species(evidence: Evidence, name: str) -> list[int]:
     return found
 
 
-def headline(truth: np.ndarray, log_probabilities: np.ndarray) -> dict:
-    """Recalls, macro and weighted F1, and log-loss, each with its interval."""
+def headline(
+    truth: np.ndarray, log_probabilities: np.ndarray, weights: np.ndarray | None = None, is_macro: bool = False
+) -> dict:
+    """Recalls, macro and weighted F1, and log-loss, each with its interval.
+
+    Args:
+        weights, is_macro: as in `held_out_scores`; None counts every observation the same.
+    """
     outcome = judge(log_probabilities, truth)
-    scores = score(truth, outcome.top)
+    scores = score(truth, outcome.top) if weights is None else held_out_scores(truth, outcome.top, weights, is_macro)
     values = {name: interval_of(scores, name) for name in (*RECALLS, "macro_f1")}
-    value, drawn = weighted_f1(truth, outcome.top[:, 0])
-    return values | {"weighted_f1": spread(value, drawn), "log_loss": mean_loss(outcome.losses)}
+    value, drawn = weighted_f1(truth, outcome.top[:, 0], weights)
+    return values | {"weighted_f1": spread(value, drawn), "log_loss": mean_loss(outcome.losses, weights)}
 
 
 def spread(value: float, drawn: np.ndarray) -> dict:
@@ -116,10 +125,11 @@ def spread(value: float, drawn: np.ndarray) -> dict:
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
-def mean_loss(losses: np.ndarray) -> dict | None:
+def mean_loss(losses: np.ndarray, weights: np.ndarray | None = None) -> dict | None:
     """The mean log-loss, over observations whose class the bank has."""
-    known = losses[~np.isnan(losses)]
-    return bounded(known) if len(known) else None
+    weights = np.ones(len(losses)) if weights is None else weights
+    known = ~np.isnan(losses) & (weights > 0)
+    return bounded(losses[known], weights=weights[known]) if known.any() else None
 
 
 def draws(count: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -131,20 +141,26 @@ def draws(count: int, seed: int = 0) -> Iterator[np.ndarray]:
         left -= part
 
 
-def weighted_f1(truth: np.ndarray, guesses: np.ndarray) -> tuple[float, np.ndarray]:
-    """F1 averaged over classes by their observations; and the same of every resample of the observations."""
+def weighted_f1(truth: np.ndarray, guesses: np.ndarray, given: np.ndarray | None = None) -> tuple[float, np.ndarray]:
+    """F1 averaged over classes by their observations; and the same of every resample of the observations.
+
+    Args:
+        given: (observations,) weight of each; None gives all the same.
+    """
 
     def of(weights: np.ndarray) -> np.ndarray:
         true, guessed, hit = (weights @ matrix for matrix in (asked_of, guessed_of, hits_of))
-        return (2 * hit / np.maximum(true + guessed, 1) * true).sum(axis=1) / weights.sum(axis=1)
+        met = true + guessed
+        return (2 * hit / np.where(met > 0, met, 1) * true).sum(axis=1) / weights.sum(axis=1)
 
+    given = np.ones(len(truth), np.float32) if given is None else given.astype(np.float32)
+    truth, guesses, given = (values[given > 0] for values in (truth, guesses, given))
     classes, places = np.unique(np.concatenate([truth, guesses]), return_inverse=True)
     own, said = places[: len(truth)], places[len(truth) :]
     shape, rows = (len(truth), len(classes)), np.arange(len(truth))
     asked_of, guessed_of = (csr_array((np.ones(len(rows), np.float32), (rows, one)), shape) for one in (own, said))
     hits_of = csr_array(((own == said).astype(np.float32), (rows, own)), shape)
-    value = of(np.ones((1, len(truth)), np.float32))[0]
-    return float(value), np.concatenate([of(part) for part in draws(len(truth))])
+    return float(of(given[None])[0]), np.concatenate([of(part * given) for part in draws(len(truth))])
 
 
 def against(evidence: Evidence, other: Path) -> dict:

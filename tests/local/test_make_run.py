@@ -17,7 +17,8 @@ from safetensors import safe_open
 from kernel.mounts import InputError
 from local.competition import read_competition
 from local.make_run import train_run
-from local.matching.ensemble import VALIDATION_FILE
+from local.matching.choice import compare
+from local.matching.ensemble import VALIDATION_FILE, read_answers
 from local.recipe import make_recipe
 from tests.conftest import LEARNING, ROOT, TINY, command
 
@@ -48,6 +49,26 @@ def test_photos_are_decoded_larger_only_for_a_recipe_with_the_larger_view(drawn,
     member = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]
     assert member["views"] == views
     assert member["encoder"]["preprocessing"]["larger"] == larger
+
+
+@pytest.mark.parametrize(
+    ("monitor", "how"),
+    [("recalls", "weighted to the shots of the whole reference"), ("macro_f1", "every class weighted the same")],
+)
+def test_a_training_ends_with_the_weighted_scores_and_then_the_unweighted_ones(drawn, tmp_path, capsys, monitor, how):
+    train_run(make_recipe({**TINY, "epochs": 0, "monitor": monitor}, "the test"), drawn.competition, tmp_path / "run")
+    *_, weighted, unweighted, _ = capsys.readouterr().out.splitlines()
+    answers = read_answers(tmp_path / "run")
+    hits = compare(answers.log_probabilities, answers.truth).places < 5
+    assert len(set(answers.weights.tolist())) > 1
+    scores = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]["validation"]
+    assert scores["recall_at_5"] == pytest.approx((answers.weights * hits).sum() / answers.weights.sum())
+    assert scores["unweighted_recall_at_5"] == pytest.approx(hits.mean())
+    assert f"held-out observations, {how}: " in weighted
+    assert f"Recall@5 {scores['recall_at_5']:.3f}" in weighted
+    assert unweighted.startswith("the same, unweighted: ")
+    assert f"Recall@5 {scores['unweighted_recall_at_5']:.3f}" in unweighted
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"] == scores
 
 
 def test_a_training_that_is_killed_over_and_over_ends_with_the_same_weights_bit_for_bit(drawn, whole, tmp_path):

@@ -12,6 +12,7 @@ from local.metrics import (
     class_f1,
     describe,
     gained,
+    held_out_scores,
     hit_matrix,
     interval,
     macro_f1,
@@ -73,6 +74,58 @@ def test_macro_f1_equals_that_of_scikit_learn(seed: int) -> None:
     truth, guesses = long_tail(seed)
     expected = f1_score(truth, [row[0] for row in guesses], average="macro", zero_division=0)
     assert score(truth, guesses)["macro_f1"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_weighted_scores_are_weighted_means_and_the_f1_of_weighted_counts() -> None:
+    truth, guesses = long_tail(0)
+    weights = np.random.default_rng(1).choice([0.0, 0.5, 3.0], len(truth))
+    scores = score(truth, guesses, weights=weights)
+    for index, count in enumerate((1, 5, 10)):
+        hits = hit_matrix(truth, guesses)[:, index]
+        assert scores[f"recall_at_{count}"] == pytest.approx((weights * hits).sum() / weights.sum())
+        assert scores[f"recall_at_{count}_low"] <= scores[f"recall_at_{count}"] <= scores[f"recall_at_{count}_high"]
+    met, firsts = weights > 0, np.array([row[0] for row in guesses])
+    expected = f1_score(np.array(truth)[met], firsts[met], average="macro", sample_weight=weights[met], zero_division=0)
+    assert scores["macro_f1"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_weights_change_no_score_and_no_interval() -> None:
+    truth, guesses = long_tail(0)
+    assert score(truth, guesses, weights=np.full(len(truth), 2.0)) == pytest.approx(score(truth, guesses))
+
+
+def test_a_whole_number_as_weight_is_the_observation_so_many_times() -> None:
+    truth, guesses = long_tail(0, 60)
+    times = np.random.default_rng(0).integers(0, 4, 60)
+    again = [place for place, count in enumerate(times) for _ in range(count)]
+    scores = score(truth, guesses, weights=times.astype(float))
+    repeated = score([truth[place] for place in again], [guesses[place] for place in again])
+    for name in ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1"):
+        assert scores[name] == pytest.approx(repeated[name])
+
+
+def test_the_interval_of_a_weighted_mean_has_the_width_that_its_weights_allow() -> None:
+    rng = np.random.default_rng(0)
+    sample, weights = (rng.random(500) < 0.4).astype(float), np.repeat([1.0, 9.0], [450, 50])
+    low, high = interval(sample, weights=weights)
+    mean = np.average(sample, weights=weights)
+    error = np.sqrt((weights**2 * (sample - mean) ** 2).sum()) / weights.sum()  # linearisation of the ratio
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert high - low > 1.3 * np.subtract(*interval(sample)[::-1])
+
+
+@pytest.mark.parametrize("is_macro", [False, True])
+def test_a_run_keeps_the_weighted_scores_first_and_the_unweighted_ones_under_their_own_names(is_macro: bool) -> None:
+    truth, guesses = long_tail(0)
+    weights = np.random.default_rng(1).random(len(truth))
+    scores, plain = held_out_scores(truth, guesses, weights, is_macro), score(truth, guesses)
+    assert {name: scores[f"unweighted_{name}"] for name in plain} == plain
+    weighted = score(truth, guesses, weights=weights)
+    for name, value in weighted.items():
+        # Macro-F1 gives every class the same part by itself.
+        assert scores[name] == (plain[name] if is_macro and name.startswith("macro_f1") else value)
+    assert scores["recall_at_1"] != plain["recall_at_1"]
+    assert "Recall@1 " + format(plain["recall_at_1"], ".3f") in describe(scores, prefix="unweighted_")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -66,6 +66,15 @@ def test_the_headline_is_the_score_that_training_found(written):
     assert found["macro_f1"]["low"] <= found["macro_f1"]["value"] <= found["macro_f1"]["high"]
 
 
+def test_the_unweighted_scores_stand_beside_the_weighted_ones(written):
+    metrics, html = written
+    found, validation = metrics["evaluation"]["unweighted"], metrics["validation"]
+    for count in GUESSES:
+        assert found[f"recall_at_{count}"]["value"] == pytest.approx(validation[f"unweighted_recall_at_{count}"])
+    assert any(validation[f"unweighted_recall_at_{count}"] != validation[f"recall_at_{count}"] for count in GUESSES)
+    assert "Unweighted they are" in html
+
+
 def test_what_training_left_in_the_metrics_stays_there(written, trained):
     by_training = json.loads((trained / "metrics.json").read_text())
     assert by_training.items() <= written[0].items()
@@ -127,6 +136,16 @@ def test_weighted_f1_is_the_usual_one_within_its_interval():
     assert value == pytest.approx(f1_score(truth, guesses, average="weighted"))
     low, high = np.percentile(drawn, [2.5, 97.5])
     assert low < value < high < value + 0.1
+
+
+def test_weighted_f1_of_weighted_observations_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    truth, weights = rng.integers(0, 30, 300), rng.choice([0.0, 0.1, 2.0], 300)
+    guesses = np.where(rng.random(300) < 0.6, truth, rng.integers(0, 30, 300))
+    value, drawn = weighted_f1(truth, guesses, weights)
+    expected = f1_score(truth, guesses, average="weighted", sample_weight=weights, zero_division=0)
+    assert value == pytest.approx(expected, abs=1e-6)
+    assert np.isfinite(drawn).all()
 
 
 def test_a_run_gains_nothing_on_itself(evidence, run):

@@ -139,6 +139,17 @@ def test_it_whitens_where_photos_vary_most_in_what_classes_do_not(search):
     assert {("whitening", value) for value in CANDIDATES["whitening"]} <= values
 
 
+def test_a_candidates_scores_are_weighted_as_its_gain_is():
+    search, table = search_over(specimens()), []
+    walk(search, open_recipe("whitening"), np.ones(len(search.truth), dtype=bool), table.append)
+    assert np.ptp(search.weights) > 0.1
+    for row in table[: len(CANDIDATES["whitening"])]:
+        outcome = search.judge(Recipe(views=VIEWS, fit="crop", choose=("whitening",), whitening=row["value"]))
+        expected = (search.weights * (outcome.places < 5)).sum() / search.weights.sum()
+        assert row["recall_at_5"] == pytest.approx(expected)
+        assert row["log_loss"] == pytest.approx((search.weights * outcome.losses).sum() / search.weights.sum())
+
+
 def test_the_same_seed_chooses_the_same(search):
     everyone = np.ones(len(search.truth), dtype=bool)
     again = search_over(specimens())
