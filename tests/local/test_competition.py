@@ -364,10 +364,10 @@ def test_classes_whose_taxon_is_blank_are_no_relatives_at_any_rank(tmp_path: Pat
 
 
 def test_a_taxon_that_one_row_of_a_class_names_counts_for_the_class(tmp_path: Path) -> None:
-    columns, (first, _, second, _) = (*COLUMNS, "family", "genus"), TRAIN  # two photos of class 10
-    rows = [(*first, " Russulaceae ", "unclassified"), (*second, "unknown", " Russula")]
+    columns, (first, other, second, _) = (*COLUMNS, "family", "genus"), TRAIN  # two photos of class 10
+    rows = [(*first, " Russulaceae ", "unclassified"), (*second, "unknown", " Russula"), (*other, "?", "-")]
     competition = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
-    assert lineages(competition) == {"10": ("", "", "", "Russulaceae", "Russula")}
+    assert lineages(competition) == {"10": ("", "", "", "Russulaceae", "Russula"), "9": ("",) * 5}
 
 
 def test_a_null_in_a_herbariums_categories_is_no_taxon(tmp_path: Path) -> None:
