@@ -8,7 +8,7 @@ import time
 import traceback
 from pathlib import Path
 
-from kernel.mounts import MANIFEST_SHA256, InputError, Weights, find_weights, tree
+from kernel.mounts import InputError, MANIFEST_SHA256, Weights, escape_unprintable, find_weights, tree
 from kernel.observations import TestTable, find_test_table, tell_left_out
 from kernel.submission import fallback_guesses, write_submission
 
@@ -17,7 +17,9 @@ IS_RERUN = "KAGGLE_IS_COMPETITION_RERUN" in os.environ  # Kaggle sets it when it
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Predict every observation of the mounted competition's test set.")
+    parser = argparse.ArgumentParser(
+        description="Predict every observation of the mounted competition's test set.", allow_abbrev=False
+    )
     here = {"type": Path, "metavar": "DIR"}
     parser.add_argument("--input", default=Path("/kaggle/input"), help="what is mounted (default %(default)s)", **here)
     parser.add_argument("--working", default=Path("/kaggle/working"), help="for the CSV (default %(default)s)", **here)
@@ -66,6 +68,7 @@ def open_inputs(options: argparse.Namespace) -> tuple[Weights, TestTable]:
 
 if __name__ == "__main__":
     sys.excepthook = report_failure
+    escape_unprintable(sys.stdout, sys.stderr)
     OPTIONS = parse_options()
     WEIGHTS, TABLE = open_inputs(OPTIONS)
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kernel.mounts import InputError, Weights
+from kernel.mounts import InputError, Weights, shorten
 from kernel.views import larger, shrink
 
 # As CUDA, its libraries, and a CPU on Linux and on Windows say it.
@@ -224,8 +224,8 @@ def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device],
     try:
         module.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} does not fit {entry['architecture']}: {reason}; train or bundle again") from error
+        reason = f"{path} does not fit {entry['architecture']}: {shorten(error)}"
+        raise InputError(f"{reason}; train or bundle again") from error
     module.requires_grad_(False).eval()
     # Cast, not autocast: open_clip under bf16 autocast is 3.6 times slower than fp32 on a CPU.
     module.to(devices[0], pick_dtype(devices[0], entry["precision"]), memory_format=torch.channels_last)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 FORMAT = "few-shot-species/1"  # the manifest's "format"; raised when a kernel could no longer read older weights
 MANIFEST = "manifest.json"
@@ -19,6 +20,24 @@ MANIFEST_SHA256 = ""
 
 class InputError(Exception):
     """What the user can mend. The message is one line: what is wrong, where, what to do. The exit code is 2."""
+
+
+def shorten(reason: object, width: int = 200) -> str:
+    """Somebody else's words, such as an error's, on one line; a line over `width` ends after a whole word with "…"."""
+    line = " ".join(str(reason).split())
+    if not line and isinstance(reason, BaseException):
+        return type(reason).__name__
+    if len(line) <= width:
+        return line
+    kept = line[: width - 1].rpartition(" ")[0] or line.partition(" ")[0]  # a first word that is too long stays whole
+    return f"{kept} …"
+
+
+def escape_unprintable(*streams: TextIO) -> None:
+    """Have a console that lacks a character show its escape: printing must never end the work."""
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):  # what stands in for a console in a notebook lacks none
+            stream.reconfigure(errors="backslashreplace")
 
 
 @dataclass(frozen=True)

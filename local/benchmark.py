@@ -12,6 +12,7 @@ python local/benchmark.py omniglot --data data/omniglot
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -21,12 +22,12 @@ from local.benchmarks.accuracy import accuracy
 from local.benchmarks.omniglot import omniglot
 from local.benchmarks.speed import speed
 from local.benchmarks.systems import systems
-from local.console import run
+from local.console import command_parser, run
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = parser.add_subparsers(dest="name", required=True)
+    parser = command_parser(__doc__)
+    tables = parser.add_subparsers(dest="name", required=True, parser_class=partial(type(parser), allow_abbrev=False))
     one = tables.add_parser("speed", help="photos per second, beside other ways of the same work")
     one.add_argument("--encoder", default="timm:mobilenetv2_100", metavar="SPEC", help="default: %(default)s")
     one = tables.add_parser("accuracy", help="from the public starter's rule to the best recipe, on the same photos")

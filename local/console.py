@@ -1,21 +1,46 @@
 """What every command does at its border: errors of the user become one line, and long work shows progress."""
 
+import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 
 from tqdm import tqdm
 
-from kernel.mounts import InputError
+from kernel.mounts import InputError, escape_unprintable
+
+CLOSED = 141  # the exit code where the reader of the output went away: 128 + SIGPIPE, as in a shell
+
+
+def command_parser(description: str) -> argparse.ArgumentParser:
+    """The parser of a command's flags, which cannot be abbreviated: `--sub` must not cost a submission.
+
+    Args:
+        description: the command's docstring.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. An InputError is one line on stderr and exit code 2; anything else is a defect and a traceback."""
+    """Run a command. An InputError is one line on stderr and exit code 2; anything else is a defect and a traceback.
+
+    A console that lacks a character shows its escape. A reader that closes the output, such as `head`, ends the command
+    without a word.
+    """
+    escape_unprintable(sys.stdout, sys.stderr)
     try:
         main()
     except (InputError, KeyboardInterrupt) as error:
         sys.exit(tell(error))
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            discard_output()
 
 
 def tell(error: BaseException) -> int:
@@ -32,7 +57,17 @@ def tell(error: BaseException) -> int:
 
 def say(line: str) -> None:
     """A line of the log, at once also when the output is a file."""
-    print(line, flush=True)
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        discard_output()
+        sys.exit(CLOSED)
+
+
+def discard_output() -> None:
+    """Print to nowhere from now on: what is left in the buffer would fail again when Python ends."""
+    with suppress(OSError, ValueError):  # a stream without a file descriptor has nothing to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @cache

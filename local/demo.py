@@ -3,7 +3,6 @@
 python local/demo.py
 """
 
-import argparse
 import shutil
 import sys
 import time
@@ -15,7 +14,7 @@ if not __package__:  # run as a script
 from bundle import bundle
 from kernel.mounts import InputError
 from local.competition import labelled, read_competition, sort_ids
-from local.console import run, say
+from local.console import command_parser, run, say
 from local.evaluate import report
 from local.generate import generate
 from local.make_run import train_run
@@ -69,7 +68,7 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--species", type=int, default=60, help="how many classes (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing and the training (default %(default)s)")

@@ -13,7 +13,7 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import run, say
+from local.console import command_parser, run, say
 from local.files import write_json, write_text
 from local.report.evidence import read_evidence
 from local.report.figures import evaluate
@@ -39,7 +39,7 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the competition, as downloaded")
     parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare with")

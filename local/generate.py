@@ -9,7 +9,6 @@ answers, outside of it) and `contact-sheet.png`. Called by local/demo.py through
 --out.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -30,7 +29,7 @@ if not __package__:  # run as a script
 
 from kernel.mounts import InputError
 from kernel.observations import RESOLUTIONS
-from local.console import run
+from local.console import command_parser, run, say
 from local.fungi import HUES, Traits, contact_sheet, draw, traits
 
 SUBSET = "FungiTastic-FewShot"
@@ -494,7 +493,7 @@ def _thumbnail(path: Path) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--species", type=int, default=60, help="classes to make up, without --metadata (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: 0)")
@@ -515,7 +514,7 @@ def main() -> None:
     else:
         generated = generate(species=options.species, **shared)
     for name in ("competition", "solution", "contact_sheet"):
-        print(f"{name.replace('_', ' '):14}{getattr(generated, name)}")
+        say(f"{name.replace('_', ' '):14}{getattr(generated, name)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kernel.encoders import Preprocessing, build_module
-from kernel.mounts import MANIFEST, InputError
+from kernel.mounts import MANIFEST, InputError, shorten
 from local.console import say
 
 OPEN_CLIP_WEIGHTS = (
@@ -131,7 +131,7 @@ def _download(name: str) -> Path:
                 except EntryNotFoundError:
                     continue
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = shorten(error, 160)
         raise InputError(f"hf-hub:{name} cannot be fetched: {reason}; check the name and the network") from error
     raise InputError(f"hf-hub:{name} holds neither an open_clip nor a timm model: choose another")
 
@@ -184,7 +184,7 @@ def _from_open_clip(name: str) -> tuple[nn.Module, dict]:
     try:
         visual = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True).visual
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = shorten(error, 160)
         raise InputError(f"open_clip:{name} cannot be loaded: {reason}; check the network") from error
     config = open_clip.get_model_config(architecture)
     # Some weights switch the activation on by their tag; the module knows what it became.
@@ -225,7 +225,7 @@ def _from_timm(name: str, pretrained: bool, image_size: int) -> tuple[nn.Module,
     try:
         module = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = shorten(error, 160)
         raise InputError(f"timm:{name} cannot be loaded: {reason}; check the name and the network") from error
     return module, _describe_timm(module, name.partition(".")[0], {}, module.pretrained_cfg, image_size)
 
@@ -306,7 +306,7 @@ def _read_weights(folder: Path, names: tuple[str, ...]) -> dict[str, torch.Tenso
         say(f"{path.name} is no safetensors: reading tensors alone")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200] or "it is empty"
+        reason = shorten(error) if str(error).strip() else "it is empty"
         raise InputError(f"{path} cannot be read as weights: {reason}; download it again") from error
     if not isinstance(state, dict):
         raise InputError(f"{path} holds no named tensors: give another file")
@@ -317,7 +317,7 @@ def _load(module: nn.Module, state: dict[str, torch.Tensor], where: Path) -> Non
     try:
         module.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten(error)
         raise InputError(
             f"{where} does not match its architecture: {reason}; give the file that belongs to it"
         ) from error

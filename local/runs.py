@@ -6,7 +6,6 @@ python local/runs.py            of runs/
 python local/runs.py elsewhere
 """
 
-import argparse
 import json
 import sys
 from datetime import datetime
@@ -16,7 +15,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from kernel.mounts import MANIFEST, InputError
-from local.console import aligned, run, say
+from local.console import aligned, command_parser, run, say
 
 SCORES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
 
@@ -56,7 +55,7 @@ def describe_run(manifest: Path) -> dict[str, str] | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="default: %(default)s"
     )

@@ -12,14 +12,14 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import run
+from local.console import command_parser, run
 from local.learning import team
 from local.make_run import train_run
 from local.recipe import read_recipe
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="of local/recipes, or a .toml file")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the competition, as downloaded")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/RECIPE)")

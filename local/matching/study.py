@@ -10,6 +10,7 @@ import torch
 
 from kernel.bank import Bank
 from kernel.encoders import Encoder
+from kernel.mounts import shorten
 from kernel.prior import Prior
 from local.cache import EmbeddingCache
 from local.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
@@ -143,6 +144,6 @@ def told(row: dict) -> str:
     """A row of the table of candidates as a line: with its paired gain over what it would replace."""
     gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
     return (
-        f"{row['key']:12} {row['value']!s:44.44}  Recall@1 {row['recall_at_1']:.3f}  "
+        f"{row['key']:12} {shorten(row['value'], 44):44}  Recall@1 {row['recall_at_1']:.3f}  "
         f"Recall@5 {row['recall_at_5']:.3f}  gain {gain}"
     )

@@ -7,7 +7,7 @@ goes on where the last one stopped, and sends nothing twice.
 import json
 from pathlib import Path
 
-from kernel.mounts import InputError
+from kernel.mounts import InputError, shorten
 from kernel.observations import TestTable, read_table
 from kernel.submission import check_submission
 from local.console import say
@@ -132,7 +132,7 @@ class Publication:
         """
         name, version = self.bundle.competition, self.state["kernel"]["version"]
         row = row_of(self.bundle, version)
-        kernel, made_of = self.bundle.metadata["id"], row["runs"][:100]
+        kernel, made_of = self.bundle.metadata["id"], shorten(row["runs"], 100)
         description = f"{made_of}, {kernel} version {version}, manifest {row['manifest'][:16]}"  # found again by it
         if not self._find(description):
             left = self.kaggle.submissions_left(name)

@@ -15,7 +15,7 @@ from math import ceil
 from typing import Any
 
 from kernel.budget import MARGIN
-from kernel.mounts import InputError
+from kernel.mounts import InputError, shorten
 from local.metrics import GUESSES, hit_matrix
 from local.rehearsal.sandbox import duty_cycle, kill_after
 from local.rehearsal.staging import Stage
@@ -390,7 +390,7 @@ def must_refuse(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) -> s
         raise Failed(f"in the scored rerun, {rerun.fault}")
     if len({tuple(row) for row in rerun.guesses.values()}) > 1:
         raise Failed("in the scored rerun it predicted, with weights that are not its own")
-    return shorten(re.sub(rf"{re.escape(str(rehearsal.folder))}/[^/]+/input", "/kaggle/input", errors[0]))
+    return shorten(re.sub(rf"{re.escape(str(rehearsal.folder))}/[^/]+/input", "/kaggle/input", errors[0]), 160)
 
 
 def must_survive(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) -> str:
@@ -413,7 +413,7 @@ def must_not_call(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) ->
     """It attempted no connection, whether or not it took the refusal well."""
     calls = [line.removeprefix(CALL) for line in runs[0].lines if line.startswith(CALL)]
     if calls:
-        raise Failed(f"{len(calls)} attempts to connect, the first: {shorten(calls[0])}")
+        raise Failed(f"{len(calls)} attempts to connect, the first: {shorten(calls[0], 160)}")
     must_be_scored(rehearsal, runs, changed)
     return "no attempt to connect"
 
@@ -447,11 +447,6 @@ def class_of(rehearsal: Rehearsal, observation: str) -> str:
     if observation not in rehearsal.truth:
         raise InputError(f"{rehearsal.solution} lacks observation {observation}: give the matching solution")
     return rehearsal.truth[observation]
-
-
-def shorten(line: str, width: int = 160) -> str:
-    """A line that is no longer than a table can bear."""
-    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def of_weights(change: Callable[[Any], None]) -> Callable[[Rehearsal, Stage], None]:
