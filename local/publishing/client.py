@@ -19,7 +19,7 @@ from kagglesdk.competitions.types.competition_api_service import ApiGetCompetiti
 from requests import HTTPError, RequestException, Response
 from requests.adapters import HTTPAdapter
 
-from kernel.mounts import InputError
+from kernel.mounts import InputError, shorten
 from local.console import say
 from local.publishing.preflight import DATASET_METADATA, TOKENS
 
@@ -58,26 +58,36 @@ HTTPAdapter.send = impatient(HTTPAdapter.send)  # the client makes sessions wher
 
 
 class StrictApi(KaggleApi):
-    """The client itself leaves a file that could not be uploaded out of the dataset, and says so only if not quiet."""
+    """Makes an incomplete upload an error that can be tried again.
+
+    kaggle 2.2.4 leaves a file that did not arrive out of the dataset and says so only if not quiet; 2.2.5 stops at it
+    with a ValueError, as for a mistake of the user.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.refused: list[str] = []
+        self.incomplete: dict[str, Any] = {}  # the last result of each upload that has not ended
 
     def upload_complete(self, path, url, quiet, resume=False):
         result = super().upload_complete(path, url, quiet, resume)
-        if result == ResumableUploadResult.FAILED:
-            self.refused.append(path)
+        self.incomplete[path] = result
+        if result == ResumableUploadResult.COMPLETE:
+            del self.incomplete[path]
         return result
 
     def upload_files(self, request, resources, folder, blob_type, upload_context, *arguments, **named):
-        super().upload_files(request, resources, folder, blob_type, upload_context, *arguments, **named)
-        for path in self.refused:  # it cannot be resumed, so the next attempt starts it anew
-            Path(upload_context.get_upload_info_file_path(path)).unlink(missing_ok=True)
-        self.refused.clear()
-        wanted = sum(path.name != DATASET_METADATA for path in Path(folder).iterdir())
-        if len(request.files) < wanted:
-            raise Interrupted(f"{wanted - len(request.files)} of {wanted} files did not arrive")
+        self.incomplete.clear()
+        try:
+            super().upload_files(request, resources, folder, blob_type, upload_context, *arguments, **named)
+        except ValueError:
+            if not self.incomplete:
+                raise
+        for path, result in self.incomplete.items():
+            if result == ResumableUploadResult.FAILED:  # it cannot be resumed: the next attempt starts it again
+                Path(upload_context.get_upload_info_file_path(path)).unlink(missing_ok=True)
+        expected = sum(path.name != DATASET_METADATA for path in Path(folder).iterdir())
+        if len(request.files) < expected:
+            raise Interrupted(f"{expected - len(request.files)} of {expected} files did not arrive")
 
 
 class Kaggle:
@@ -136,8 +146,8 @@ class Kaggle:
                     delay *= 2
             except KeyError as error:  # a state of which the client knows nothing
                 raise InputError(f"{what}: kaggle does not know {error}: pip install --upgrade kaggle") from error
-            except ValueError as error:  # the client's own words for what it refuses, or for a 403
-                raise InputError(f"{what}: {one_line(error)}{forbidden and '; ' + forbidden}") from error
+            except ValueError as error:  # the client's own words for what it refuses
+                raise InputError(f"{what}: {shorten(error)}") from error
         raise InputError(f"{what} failed {ATTEMPTS} times, at last by {reason}: run the same command again later")
 
     def wait(self, what: str, ask: Callable[[], tuple[Any, str]], every: float, limit: float) -> Any:
@@ -294,17 +304,11 @@ def explain(error: Exception) -> tuple[int | None, str]:
     """The HTTP status of an answer, or None where there was none, and the reason in one line."""
     response = getattr(error, "response", None)
     if not isinstance(error, HTTPError) or response is None:
-        return None, "an answer that is no JSON" if isinstance(error, ValueError) else one_line(error)
+        return None, "an answer that is no JSON" if isinstance(error, ValueError) else shorten(error)
     code = response.status_code
     with suppress(ValueError, KeyError, TypeError):
         code = int(response.json()["code"])
-    return code, f"{code}: {one_line(error)}"
-
-
-def one_line(error: Exception, width: int = 200) -> str:
-    """An error's words, on one line that is not too long."""
-    words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= width else words[: width - 1] + "…"
+    return code, f"{code}: {shorten(error)}"
 
 
 def retry_after(error: Exception) -> float:
@@ -323,7 +327,7 @@ def refuse_errors(what: str, answer: Any) -> None:
         InputError: it does.
     """
     if answer.error or str(getattr(answer, "status", "ok") or "ok").lower() == "error":
-        raise InputError(f"{what}: Kaggle says {one_line(answer.error or 'error')!r}: nothing runs; mend that first")
+        raise InputError(f"{what}: Kaggle says {shorten(answer.error or 'error')!r}: nothing runs; mend that first")
     left_out = [
         f"{name.replace('_', ' ')} {', '.join(map(str, value))}"
         for name in dir(answer)
