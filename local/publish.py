@@ -7,16 +7,17 @@ python local/publish.py --submit     and submit that version, and wait for the s
 Every step can be resumed: run the same command again. All is private unless --public.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import run, say
+from kernel.mounts import InputError
+from local.console import command_parser, run, say
 from local.publishing.ledger import LEDGER
-from local.publishing.preflight import Bundle, check_owner, find_credentials, find_secret, inspect
+from local.publishing.metadata import PLACEHOLDER, has_owner, write_metadata
+from local.publishing.preflight import Bundle, check_owner, find_credentials, find_owner, find_secret, inspect
 
 METADATA = Path(__file__).resolve().parents[1] / "kernel-metadata.json"
 
@@ -40,7 +41,8 @@ def publish(
     Raises:
         InputError: a check or a step failed; nothing that is done already will be done again.
     """
-    bundle, credentials = inspect(build, metadata), find_credentials()
+    inspected, credentials = inspect(build, metadata), find_credentials()
+    bundle = inspected.owned_by(find_owner())
     check_owner(bundle, credentials.owner, credentials.source)
     find_secret(bundle, credentials)
     describe(bundle, is_public)
@@ -52,7 +54,11 @@ def publish(
     from local.publishing.publication import Publication
 
     user = Kaggle(credentials.source, **kaggle)
+    bundle = inspected.owned_by(user.name)
     check_owner(bundle, user.name, credentials.source)
+    if not has_owner(bundle.metadata):
+        raise InputError(f"Kaggle does not say whose the credentials in {credentials.source} are: set KAGGLE_USERNAME")
+    write_metadata(build, bundle.metadata)
     publication = Publication(bundle, user, is_public)
     publication.deliver_weights()
     publication.push_kernel()
@@ -67,6 +73,8 @@ def describe(bundle: Bundle, is_public: bool) -> None:
     """Say what goes where, and what is known of it."""
     seen = "public" if is_public else "private"
     size = sum(path.stat().st_size for path in bundle.files[1:])
+    if not has_owner(bundle.metadata):
+        say(f"owner        {PLACEHOLDER} stands for your Kaggle name, which is known once you are signed in")
     say(f"kernel       {bundle.metadata['id']}, {seen}: {bundle.script}, {bundle.script.stat().st_size:,} bytes")
     say(f"dataset      {bundle.dataset}, {seen}: {len(bundle.files) - 1} files, {size / 1e6:.1f} MB")
     for path in bundle.files[1:]:
@@ -77,7 +85,7 @@ def describe(bundle: Bundle, is_public: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--build", type=Path, default=Path("build"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--submit", action="store_true", help="submit to the competition, wait for the score")
     parser.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")

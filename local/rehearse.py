@@ -7,7 +7,6 @@ python local/rehearse.py --data DIR --scenario all      what can go wrong on Kag
 The last line is `ready to push`, or says what is not.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import run, say
+from local.console import command_parser, run, say
 from local.metrics import describe, score
-from local.publishing.metadata import PLACEHOLDER
 from local.rehearsal.record import write_record
 from local.rehearsal.scenarios import BY_NAME, SCENARIOS, class_of, conduct
 from local.rehearsal.trial import Ran, Rehearsal
@@ -74,21 +72,19 @@ def measure(rehearsal: Rehearsal, ran: Ran) -> dict[str, float | None]:
     }
 
 
-def conclude(rehearsal: Rehearsal, results: Sequence[dict]) -> str:
+def conclude(results: Sequence[dict]) -> str:
     """The one line that a person can trust: `ready to push`, or what is not."""
     failed = [result["name"] for result in results if not result["ok"]]
     skipped = [result["name"] for result in results if result["reason"].startswith("skipped")]
     if failed:
         return f"not ready to push: {', '.join(failed)} failed"
-    if PLACEHOLDER in json.dumps(rehearsal.metadata):
-        return f"not ready to push: put your Kaggle name for {PLACEHOLDER} in kernel-metadata.json and bundle again"
     if len(results) < len(SCENARIOS):
         return f"{results[0]['name']} is ok; --scenario all says whether the bundle is ready to push"
     return "ready to push" + (f" (skipped: {', '.join(skipped)})" if skipped else "")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the competition, as downloaded")
     parser.add_argument("--build", type=Path, default=Path("build"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--solution", type=Path, metavar="CSV", help="the test answers, to score against")
@@ -108,7 +104,7 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(f"submissions and logs: {options.build / 'rehearsal'}")
-    say(conclude(rehearsal, report["scenarios"]))
+    say(conclude(report["scenarios"]))
     if not all(result["ok"] for result in report["scenarios"]):
         sys.exit(1)
 

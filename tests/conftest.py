@@ -1,5 +1,6 @@
 """What several tests share: generated photos, a tiny encoder, a small competition, and a run trained on it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,36 @@ from local.make_run import train_run
 from local.recipe import make_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def kernel_metadata(
+    path: Path,
+    owner: str = "your-kaggle-username",
+    slug: str = "few-shot-species",
+    title: str = "Few-shot species",
+    competition: str = "fungi-clef-2025",
+    **changes: object,
+) -> Path:
+    """Write a kernel-metadata.json that passes; what the repository's own says, its user may change."""
+    metadata = {
+        "id": f"{owner}/{slug}",
+        "title": title,
+        "code_file": "build/kernel.py",
+        "language": "python",
+        "kernel_type": "script",
+        "is_private": True,
+        "enable_gpu": True,
+        "enable_tpu": False,
+        "enable_internet": False,
+        "machine_shape": "NvidiaTeslaT4",
+        "dataset_sources": [f"{owner}/{slug}-weights"],
+        "competition_sources": [competition],
+        "kernel_sources": [],
+        "model_sources": [],
+        **changes,
+    }
+    path.write_text(json.dumps(metadata), encoding="utf-8")
+    return path
 
 
 def command(*arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:

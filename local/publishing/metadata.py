@@ -1,4 +1,4 @@
-"""Check kernel-metadata.json before Kaggle does, and write the dataset's metadata from it.
+"""Check kernel-metadata.json before Kaggle does, fill in the owner, and write the dataset's metadata from it.
 
 The rules are the Kaggle client's own and the server's, some of which it only applies after the push, or never says.
 """
@@ -10,9 +10,12 @@ from pathlib import Path
 from slugify import slugify
 
 from kernel.mounts import InputError
+from local.files import write_json
 
+OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[a-z0-9][a-z0-9-]{4,}")  # owner/slug
-PLACEHOLDER = "your-kaggle-username"
+PLACEHOLDER = "your-kaggle-username"  # the owner in the repository's file; the credentials say who it is
+KERNEL_METADATA, DATASET_METADATA = "kernel-metadata.json", "dataset-metadata.json"
 
 
 def read_kernel_metadata(path: Path) -> dict:
@@ -57,8 +60,47 @@ def read_kernel_metadata(path: Path) -> dict:
     return metadata
 
 
+def with_owner(metadata: dict, owner: str | None) -> dict:
+    """Kernel metadata with a Kaggle name in place of PLACEHOLDER; an owner that is written there stays.
+
+    Args:
+        owner: None, where it is not known, leaves the placeholder.
+
+    Raises:
+        InputError: `owner` cannot be a Kaggle name.
+    """
+    if owner and not OWNER.fullmatch(owner):
+        raise InputError(f"{owner!r} is not a Kaggle name: check KAGGLE_USERNAME, and the username in kaggle.json")
+
+    def fill_in(reference: str) -> str:
+        named, _, slug = reference.partition("/")
+        return f"{owner}/{slug}" if owner and named == PLACEHOLDER else reference
+
+    return {
+        **metadata,
+        "id": fill_in(metadata["id"]),
+        "dataset_sources": [fill_in(reference) for reference in metadata["dataset_sources"]],
+    }
+
+
+def has_owner(metadata: dict) -> bool:
+    """Whether every owner in kernel metadata is known."""
+    references = [metadata["id"], *metadata["dataset_sources"]]
+    return all(reference.partition("/")[0] != PLACEHOLDER for reference in references)
+
+
 def dataset_metadata(metadata: dict) -> dict:
     """dataset-metadata.json for the weights: the first of the kernel's dataset sources."""
     reference = metadata["dataset_sources"][0]
     title = reference.partition("/")[2].replace("-", " ").capitalize()
     return {"title": title, "id": reference, "licenses": [{"name": "other"}]}
+
+
+def write_metadata(build: Path, metadata: dict) -> None:
+    """Write what Kaggle's client reads: kernel-metadata.json for the script and dataset-metadata.json for the weights.
+
+    Args:
+        metadata: of the kernel, with the owner where it is known.
+    """
+    write_json({**metadata, "code_file": "kernel.py"}, build / KERNEL_METADATA)
+    write_json(dataset_metadata(metadata), build / "weights" / DATASET_METADATA)

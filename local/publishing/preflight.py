@@ -3,25 +3,33 @@
 Nothing here imports Kaggle's client, which signs in as soon as it is imported.
 """
 
+import codecs
 import json
 import mmap
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kernel.mounts import MANIFEST, InputError, read_weights, sha256
 from kernel.observations import LAYOUTS, Observation, TestTable, read_table
 from kernel.submission import check_submission
-from local.publishing.metadata import PLACEHOLDER, dataset_metadata, read_kernel_metadata
+from local.publishing.metadata import (
+    DATASET_METADATA,
+    PLACEHOLDER,
+    dataset_metadata,
+    read_kernel_metadata,
+    with_owner,
+)
 from local.rehearsal.record import PLAIN, read_record
 
 MOST_BYTES = 1_000_000  # of a script; the server refuses larger ones
-DATASET_METADATA = "dataset-metadata.json"
 TOKENS = "https://www.kaggle.com/settings/api"
+# A token begins at the border of a word: the run's name `multitask-convnext-384` holds no OpenAI key.
 SECRETS = re.compile(
-    rb"KGAT_[0-9A-Za-z]{16,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}"
-    rb"|sk-[A-Za-z0-9_-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\"key\"\s*:\s*\"[0-9a-f]{32}\"|://[^/\s:@]+:[^/\s:@]+@"
+    rb"(?<!\w)(?:KGAT_[0-9A-Za-z]{16,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{20,}|AKIA[0-9A-Z]{16})"
+    rb"|(?<![\w-])sk-[A-Za-z0-9_-]{20,}"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----|\"key\"\s*:\s*\"[0-9a-f]{32}\"|://[^/\s:@]+:[^/\s:@]+@"
 )
 
 
@@ -45,7 +53,7 @@ class Bundle:
     """A bundle that is fit to be sent.
 
     Attributes:
-        metadata: of the kernel, as `kernel-metadata.json` has it.
+        metadata: of the kernel, as `kernel-metadata.json` has it, with the owner where it is known.
         manifest: of the weights.
         digests: SHA-256 of "kernel" and "manifest".
         table: the observations that the rehearsal predicted, without their photos.
@@ -83,6 +91,14 @@ class Bundle:
         """All that travels, but for the kernel's metadata."""
         return [self.script, *sorted(path for path in self.weights.rglob("*") if path.is_file())]
 
+    def owned_by(self, owner: str | None) -> "Bundle":
+        """The bundle with a Kaggle name in place of the placeholder.
+
+        Raises:
+            InputError: it cannot be a Kaggle name.
+        """
+        return replace(self, metadata=with_owner(self.metadata, owner))
+
     @property
     def runs(self) -> list[str]:
         """The names of the runs that it is made of."""
@@ -105,8 +121,6 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
         InputError: something is wrong, missing, or of another bundle.
     """
     metadata = read_kernel_metadata(metadata_path)
-    if PLACEHOLDER in json.dumps(metadata):
-        raise InputError(f"{metadata_path}: put your Kaggle name for {PLACEHOLDER}, then bundle again")
     manifest, digest = inspect_weights(build / "weights", metadata)
     inspect_script(build / "kernel.py", digest)
     record = read_record(build)
@@ -134,12 +148,18 @@ def inspect_weights(folder: Path, metadata: dict) -> tuple[dict, str]:
         named = json.loads((folder / DATASET_METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / DATASET_METADATA} cannot be read ({error}): bundle again") from error
-    if named != dataset_metadata(metadata):
+    # Not compared by owner, whom publishing fills in.
+    if not isinstance(named, dict) or slug_of(named.get("id")) != slug_of(dataset_metadata(metadata)["id"]):
         raise InputError(
             f"{folder / DATASET_METADATA} is not that of {metadata['dataset_sources'][0]}, which the kernel attaches: "
             "bundle again"
         )
     return weights.manifest, sha256(folder / MANIFEST)
+
+
+def slug_of(reference: object) -> str:
+    """The slug of an owner/slug."""
+    return str(reference).partition("/")[2]
 
 
 def inspect_script(path: Path, digest: str) -> None:
@@ -163,7 +183,7 @@ def find_credentials() -> Credentials:
     """The credentials that Kaggle's client will use, in its order of preference.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or the client cannot read the file that they are in.
     """
     home = Path.home() / ".kaggle"
     token = os.environ.get("KAGGLE_API_TOKEN", "")
@@ -171,28 +191,68 @@ def find_credentials() -> Credentials:
         is_file = len(token) < 4096 and Path(token).is_file()
         return Credentials("KAGGLE_API_TOKEN", None, (read_secret(Path(token)) if is_file else token,))
     for path in (home / "access_token", home / "access_token.txt"):
-        if read_secret(path):
-            return Credentials(str(path), None, (read_secret(path),))
+        if secret := read_secret(path):
+            return Credentials(str(path), None, (secret,))
     owner, key = os.environ.get("KAGGLE_USERNAME"), os.environ.get("KAGGLE_KEY")
     if owner and key:
         return Credentials("KAGGLE_USERNAME and KAGGLE_KEY", owner, (key,))
     for folder in (Path(os.environ.get("KAGGLE_CONFIG_DIR") or home), Path.home() / ".config" / "kaggle"):
-        try:
-            content = json.loads(read_secret(folder / "kaggle.json"))
-            return Credentials(str(folder / "kaggle.json"), content["username"], (content["key"],))
-        except (ValueError, KeyError, TypeError):
+        path = folder / "kaggle.json"
+        if not (secret := read_secret(path)):
             continue
+        try:
+            content = json.loads(secret)
+            return Credentials(str(path), str(content["username"]), (str(content["key"]),))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} cannot be read as JSON with a username and a key: make a new one at {TOKENS}"
+            ) from error
     if read_secret(home / "credentials.json"):
         return Credentials(str(home / "credentials.json"), None, ())
     raise InputError(f"no Kaggle credentials: make a token at {TOKENS} and put it into {home / 'access_token'}")
 
 
-def read_secret(path: Path) -> str:
-    """The content of a file of credentials, or nothing."""
+def find_owner() -> str | None:
+    """The user's Kaggle name as far as it is known without signing in."""
     try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        owner = find_credentials().owner
+    except InputError:  # bundling needs none; publishing will say what is wrong with them
+        owner = None
+    return owner or os.environ.get("KAGGLE_USERNAME") or None
+
+
+def read_secret(path: Path) -> str:
+    """The content of a file of credentials; nothing where there is no file.
+
+    Raises:
+        InputError: it is there, and Kaggle's client cannot read it, which would call it absent or end in a traceback.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
         return ""
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): make it a file that you may read") from error
+    if kind := foreign_encoding(content):
+        raise InputError(
+            f"{path} is {kind}, which Kaggle's client cannot read: save it as UTF-8 without a byte order mark"
+        )
+    return content.decode("utf-8").strip()
+
+
+def foreign_encoding(content: bytes) -> str:
+    """What a text is where it is not plain UTF-8, in words; otherwise an empty string."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32 text"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        return "UTF-16 text"
+    if content.startswith(codecs.BOM_UTF8):
+        return "UTF-8 text with a byte order mark"
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8 text"
+    return ""
 
 
 def check_owner(bundle: Bundle, owner: str | None, source: str) -> None:
@@ -208,8 +268,8 @@ def check_owner(bundle: Bundle, owner: str | None, source: str) -> None:
     named = bundle.metadata["id"].partition("/")[0]
     if owner and owner.lower() != named.lower():
         raise InputError(
-            f"kernel-metadata.json is of {named}, the credentials in {source} are of {owner}: "
-            "make both the same, then bundle again"
+            f"kernel-metadata.json names {named} as the owner, the credentials in {source} are of {owner}: "
+            f"write {PLACEHOLDER} there, or use the credentials of {named}"
         )
 
 

@@ -21,25 +21,23 @@ from safetensors.torch import load_file, save_file
 
 from bundle import bundle
 from kernel.mounts import MANIFEST, InputError, sha256
-from local.publish import METADATA, publish
-from local.publishing.metadata import PLACEHOLDER, dataset_metadata
+from local.publish import publish
+from local.publishing.metadata import PLACEHOLDER, write_metadata
+from local.publishing.preflight import SECRETS, find_credentials
 from local.rehearsal.record import PLAIN, RECORD, write_record
 from local.rehearse import rehearse
-from tests.conftest import command
+from tests.conftest import command, kernel_metadata
 from tests.loopback import KEY, OWNER, TOKEN, Loopback, http, saying
 
 DATASET, KERNEL = f"{OWNER}/few-shot-species-weights", f"{OWNER}/few-shot-species"
+OTHERS = {"slug": "autumn-fungi", "title": "Autumn fungi", "competition": "herbarium-2020-fgvc7"}
 
 
 @pytest.fixture(scope="module")
 def rehearsed(trained, drawn, tmp_path_factory) -> Path:
     """A folder with a kernel-metadata.json of the tester's and a bundle that was really rehearsed."""
     folder = tmp_path_factory.mktemp("publish")
-    bundle([trained], folder / "build")
-    text = METADATA.read_text(encoding="utf-8").replace(PLACEHOLDER, OWNER)
-    (folder / "kernel-metadata.json").write_text(text, encoding="utf-8")
-    named = folder / "build" / "weights" / "dataset-metadata.json"
-    named.write_text(json.dumps(dataset_metadata(json.loads(text))), encoding="utf-8")
+    bundle([trained], folder / "build", kernel_metadata(folder / "kernel-metadata.json", OWNER))
     assert rehearse(drawn.competition, folder / "build", drawn.solution)["scenarios"][0]["ok"]
     return folder
 
@@ -83,6 +81,12 @@ class World:
         """Change kernel-metadata.json."""
         path = self.folder / "kernel-metadata.json"
         path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+
+    def describe(self, **metadata: str) -> dict:
+        """Write another kernel-metadata.json, as before bundling; what it says."""
+        path = kernel_metadata(self.folder / "kernel-metadata.json", **metadata)
+        write_metadata(self.build, found := json.loads(path.read_text(encoding="utf-8")))
+        return found
 
     def bundle_again(self, **changes: object) -> None:
         """Another bundle, rehearsed as well: its manifest has other entries, and its script takes them."""
@@ -138,7 +142,7 @@ def test_the_whole_way_sends_the_bundle_privately_and_brings_the_score_into_the_
     assert (submitted["kernelVersion"], submitted["fileName"]) == (1, "submission.csv")
     assert (build / "kaggle" / "submission.csv").read_bytes() == (build / PLAIN).read_bytes()
     [row] = world.ledger
-    assert (row["status"], row["public"], row["private"], row["observations"]) == ("complete", "0.5310", "", "226")
+    assert (row["status"], row["public"], row["private"], row["observations"]) == ("complete", "0.5310", "", "24")
     assert (row["runs"], row["version"], row["metric"]) == ("tiny", "1", "recall_at_5")
     assert row["manifest"] == sha256(build / "weights" / MANIFEST)
     assert float(row["low"]) <= float(row["local"]) <= float(row["high"])
@@ -195,6 +199,49 @@ def test_nothing_is_public_unless_it_is_wished(world, capsys):
     assert world.kaggle.bodies["SaveKernel"][1]["isPrivate"] is True
 
 
+@pytest.mark.parametrize("owner", [OWNER, PLACEHOLDER])
+@pytest.mark.parametrize("names", [{}, OTHERS])
+def test_any_owner_slug_title_and_competition_goes_the_whole_way(world, owner, names):
+    """The repository's kernel-metadata.json is the user's to change; nothing depends on what it says as it comes."""
+    slug = world.describe(owner=owner, **names)["id"].partition("/")[2]
+    world.kaggle.log = world.kaggle.log.replace("few-shot-species", slug)
+    before = (world.folder / "kernel-metadata.json").read_bytes()
+    world.publish(submits=True)
+    [created], [pushed] = (world.kaggle.bodies[name] for name in ("CreateDataset", "SaveKernel"))
+    assert (created["ownerSlug"], created["slug"]) == (OWNER, f"{slug}-weights")
+    assert (pushed["slug"], pushed["datasetDataSources"]) == (f"{OWNER}/{slug}", [f"{OWNER}/{slug}-weights"])
+    competition = names.get("competition", "fungi-clef-2025")
+    assert pushed["competitionDataSources"] == [competition]
+    assert [row["competition"] for row in world.ledger] == [competition]
+    assert (world.folder / "kernel-metadata.json").read_bytes() == before
+    world.publish(submits=True)
+    assert world.kaggle.count("SaveKernel") == 1
+
+
+def test_with_a_token_alone_the_owner_is_whom_kaggle_names(world, monkeypatch, capsys):
+    swap_credentials(world, monkeypatch, KAGGLE_API_TOKEN=TOKEN)
+    world.describe()
+    world.publish(is_dry=True)
+    assert f"{PLACEHOLDER} stands for your Kaggle name" in capsys.readouterr().out
+    world.publish()
+    assert world.kaggle.bodies["SaveKernel"][0]["slug"] == KERNEL
+    assert list(world.kaggle.datasets) == [DATASET]
+    written = json.loads((world.build / "kernel-metadata.json").read_text(encoding="utf-8"))
+    assert (written["id"], written["code_file"]) == (KERNEL, "kernel.py")
+    result = command("-m", "kaggle", "kernels", "push", "-p", "build", cwd=world.folder)
+    assert "successfully pushed" in result.stdout
+
+
+def test_a_bundle_is_of_whom_the_credentials_name(trained, tmp_path, monkeypatch):
+    for name, value in {"KAGGLE_USERNAME": OWNER, "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("KAGGLE_KEY", "KAGGLE_API_TOKEN", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    bundle([trained], tmp_path / "build", kernel_metadata(tmp_path / "kernel-metadata.json"))
+    for name, reference in (("kernel-metadata.json", KERNEL), ("weights/dataset-metadata.json", DATASET)):
+        assert json.loads((tmp_path / "build" / name).read_text(encoding="utf-8"))["id"] == reference
+
+
 def append(name: str, text: str) -> Callable[[World], None]:
     def change(world: World) -> None:
         with (world.build / name).open("a", encoding="utf-8") as file:
@@ -213,7 +260,6 @@ def swap_credentials(world: World, monkeypatch, **environment: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda world: world.change("id", f"{PLACEHOLDER}/few-shot-species"), "put your Kaggle name"),
         (lambda world: world.change("id", "another/few-shot-species"), "are of tester"),
         (lambda world: world.change("title", "Another title"), "title"),
         (lambda world: world.change("dataset_sources", [f"{OWNER}/other-weights"]), "bundle again"),
@@ -254,6 +300,26 @@ def test_no_secret_is_sent_in_the_script(world, secret):
     assert f"{world.build / 'kernel.py'} holds what looks like a secret in line {lines}" in message
     assert secret not in message
     assert world.kaggle.requests == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fungitastic-multitask-convnext-384-lr1e-4-seed1",
+        "desk-top_risk-averse_mask-rcnn-resnext101-32x8d",
+        "bookshelf_convnextlargemlpclip320laion2b",
+        "xKGAT_0123456789abcdef0123456789abcdef",
+    ],
+)
+def test_a_name_with_the_letters_of_a_token_inside_a_word_is_no_secret(world, name):
+    world.bundle_again(note=name)
+    world.publish(is_dry=True)
+
+
+@pytest.mark.parametrize("before", [' "', "=", ":", "\n", "(", "Bearer "])
+@pytest.mark.parametrize("token", ["sk-proj-" + "a1B2" * 9, "ghp_" + "a1B2" * 9, "AKIA" + "A1B2" * 4])
+def test_a_token_at_the_border_of_a_word_is_a_secret(before, token):
+    assert SECRETS.search(f'{before}{token}"'.encode())
 
 
 @pytest.mark.parametrize("secret", [KEY, TOKEN])
@@ -303,6 +369,38 @@ def test_a_key_in_a_file_is_found_and_its_owner_is_told_apart(world, monkeypatch
     message = world.refusal(is_dry=True)
     assert "somebody" in message
     assert str(path) in message
+
+
+KEY_FILE = json.dumps({"username": OWNER, "key": KEY})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind"),
+    [
+        ("access_token", TOKEN.encode("utf-16"), "UTF-16"),
+        ("access_token", TOKEN.encode("utf-16-be"), "UTF-16"),
+        ("access_token.txt", TOKEN.encode("utf-8-sig"), "UTF-8 text with a byte order mark"),
+        ("access_token", TOKEN.encode("utf-32"), "UTF-32"),
+        ("access_token", TOKEN.encode() + b"\xff", "not UTF-8"),
+        ("kaggle.json", KEY_FILE.encode("utf-8-sig"), "UTF-8 text with a byte order mark"),
+        ("kaggle.json", KEY_FILE.encode("utf-16-le"), "UTF-16"),
+        ("kaggle.json", KEY_FILE[:-1].encode(), "cannot be read as JSON"),
+        ("kaggle.json", b'{"username": "tester"}', "cannot be read as JSON with a username and a key"),
+    ],
+)
+def test_credentials_that_the_client_cannot_read_are_named_as_what_they_are(name, content, kind, monkeypatch, tmp_path):
+    for variable in ("KAGGLE_API_TOKEN", "KAGGLE_USERNAME", "KAGGLE_KEY", "KAGGLE_CONFIG_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / ".kaggle" / name
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"^{re.escape(str(path))} .*{kind}") as refused:
+        find_credentials()
+    assert not any(secret in str(refused.value) for secret in (TOKEN, KEY))
+    path.write_bytes((TOKEN if name.startswith("access") else KEY_FILE).encode() + b"\r\n")
+    found = find_credentials()
+    assert (found.source, found.secrets) == (str(path), (TOKEN if name.startswith("access") else KEY,))
 
 
 def test_credentials_that_kaggle_does_not_take_are_named_by_their_place(world, monkeypatch):
@@ -404,6 +502,18 @@ def test_an_upload_that_never_ends_is_resumed_by_the_next_command(world):
     assert world.kaggle.count("StartBlobUpload") == len(names)  # none was begun anew
     stored = world.kaggle.stored(DATASET)
     assert all(stored[name] == (world.build / "weights" / name).read_bytes() for name in names)
+
+
+def test_what_the_client_itself_refuses_comes_without_advice_on_what_kaggle_forbids(world):
+    from local.publishing.client import Kaggle
+
+    def refuse() -> None:
+        raise ValueError("Refusing to use upload state directory /tmp/x because it is a symlink.")
+
+    with pytest.raises(InputError) as refused:
+        Kaggle("the environment").call("sending weights", refuse, forbidden="a dataset needs a phone number")
+    assert str(refused.value).startswith("sending weights: Refusing to use upload state directory")
+    assert "phone" not in str(refused.value)
 
 
 def test_wheels_travel_in_a_zip_that_kaggle_unpacks_into_their_folder(world):
@@ -593,9 +703,11 @@ def test_the_clients_own_commands_work_where_the_repository_has_its_metadata(wor
     assert result.returncode == 0, result.stderr
     names = {path.name for path in (world.build / "weights").iterdir()} - {"dataset-metadata.json"}
     assert set(world.kaggle.stored(DATASET)) == names
-    result = command("-m", "kaggle", "kernels", "push", cwd=world.folder)
-    assert result.returncode == 0, result.stderr
-    assert "successfully pushed" in result.stdout
-    [pushed] = world.kaggle.bodies["SaveKernel"]
-    assert pushed["text"] == (world.build / "kernel.py").read_text(encoding="utf-8")
-    assert pushed["enableInternet"] is False
+    for more in ([], ["-p", "build"]):
+        result = command("-m", "kaggle", "kernels", "push", *more, cwd=world.folder)
+        assert result.returncode == 0, result.stderr
+        assert "successfully pushed" in result.stdout
+    for pushed in world.kaggle.bodies["SaveKernel"]:
+        assert pushed["slug"] == KERNEL
+        assert pushed["text"] == (world.build / "kernel.py").read_text(encoding="utf-8")
+        assert pushed["enableInternet"] is False

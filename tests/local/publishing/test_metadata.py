@@ -11,16 +11,24 @@ import pytest
 from slugify import slugify
 
 from kernel.mounts import InputError
-from local.publishing.metadata import PLACEHOLDER, dataset_metadata, read_kernel_metadata
+from local.publishing.metadata import (
+    PLACEHOLDER,
+    dataset_metadata,
+    has_owner,
+    read_kernel_metadata,
+    with_owner,
+    write_metadata,
+)
+from tests.conftest import kernel_metadata
 
 OWN = Path(__file__).resolve().parents[3] / "kernel-metadata.json"
 ABSENT = object()
 
 
 def metadata_file(folder: Path, **changes: object) -> Path:
-    """The repository's own file with some keys changed, or removed where ABSENT."""
-    metadata = {**json.loads(OWN.read_text(encoding="utf-8")), **changes}
-    path = folder / "kernel-metadata.json"
+    """A file that passes, with some keys changed, or removed where ABSENT."""
+    path = kernel_metadata(folder / "kernel-metadata.json")
+    metadata = {**json.loads(path.read_text(encoding="utf-8")), **changes}
     kept = {key: value for key, value in metadata.items() if value is not ABSENT}
     path.write_text(json.dumps(kept), encoding="utf-8")
     return path
@@ -35,7 +43,34 @@ def refusal(path: Path) -> str:
 
 def test_the_repositorys_own_file_passes_and_comes_back_whole() -> None:
     assert read_kernel_metadata(OWN) == json.loads(OWN.read_text(encoding="utf-8"))
-    assert PLACEHOLDER in read_kernel_metadata(OWN)["id"]
+
+
+def test_an_owner_is_filled_in_for_the_placeholder_and_one_that_is_written_stays(tmp_path: Path) -> None:
+    metadata = read_kernel_metadata(metadata_file(tmp_path))
+    assert not has_owner(metadata)
+    assert with_owner(metadata, None) == metadata
+    filled = with_owner(metadata, "ann")
+    assert (filled["id"], filled["dataset_sources"]) == ("ann/few-shot-species", ["ann/few-shot-species-weights"])
+    assert has_owner(filled)
+    assert with_owner(filled, "bob") == filled
+    mixed = read_kernel_metadata(metadata_file(tmp_path, dataset_sources=["club/weights", f"{PLACEHOLDER}/more-data"]))
+    assert not has_owner(mixed)
+    assert with_owner(mixed, "ann")["dataset_sources"] == ["club/weights", "ann/more-data"]
+
+
+@pytest.mark.parametrize("owner", ["Ann Lee", "ann/lee", "ann@example.org", "-ann"])
+def test_what_cannot_be_a_kaggle_name_is_refused(tmp_path: Path, owner: str) -> None:
+    with pytest.raises(InputError, match=re.escape(repr(owner))):
+        with_owner(read_kernel_metadata(metadata_file(tmp_path)), owner)
+
+
+def test_the_bundles_folder_gets_what_kaggles_client_reads_there(tmp_path: Path) -> None:
+    metadata = with_owner(read_kernel_metadata(metadata_file(tmp_path)), "ann")
+    write_metadata(tmp_path / "build", metadata)
+    written = json.loads((tmp_path / "build" / "kernel-metadata.json").read_text())
+    assert written == {**metadata, "code_file": "kernel.py"}
+    written = json.loads((tmp_path / "build" / "weights" / "dataset-metadata.json").read_text())
+    assert written == dataset_metadata(metadata)
 
 
 @pytest.mark.parametrize(
