@@ -58,8 +58,10 @@ class Layout:
         sample: glob of the sample submission, whose first row is a valid answer when nothing better is known.
         header: the two columns of the submission, spelt as the grader wants them.
         guesses: class ids in one row, best first.
+        metric: by which the competition ranks, under its name in a run's validation scores; not used on Kaggle.
         read: (folder of the test photos, test table, resolution, left out) -> its observations, in the submission's
             order; counts in the last what it leaves out.
+        leaderboard: observations of its public and its private part, where they are known.
     """
 
     name: str
@@ -68,11 +70,23 @@ class Layout:
     sample: str
     header: tuple[str, str]
     guesses: int
+    metric: str
     read: Callable[[Path, Path, str, Counter], list[Observation]]
+    leaderboard: tuple[int, ...] = ()
 
     def photo_folder(self, folder: Path, table: Path, split: str) -> Path:
         """Where the photos of a split ("train", "val" or "test") lie, or their folders by resolution."""
         return folder / self.photos.format(subset=table.parent.name, split=split)
+
+    def boards(self, observations: int) -> dict[str, int]:
+        """How many observations each part of the leaderboard scores.
+
+        Args:
+            observations: of the test set. Of a set of another size than the competition's own, the parts are not known.
+        """
+        if sum(self.leaderboard) == observations:
+            return dict(zip(("public", "private"), self.leaderboard, strict=True))
+        return {"whole test": observations}
 
 
 @dataclass(frozen=True)
@@ -317,12 +331,22 @@ _FUNGICLEF = Layout(
     sample="*SAMPLE_SUBMISSION*.csv",
     header=("observationId", "predictions"),  # the metadata spells it observationID
     guesses=10,
+    metric="recall_at_5",
     read=_read_fungi,
+    leaderboard=(226, 773),
 )
 # The data set from which FungiCLEF was taken, whose tables have the test labels too. All subsets' tables are downloaded
 # together, their photos one by one. [!A] passes over DNA-Test; ClosedSet-Test comes before OpenSet-Test by name.
+# Its benchmark reports top-1 accuracy first (https://bohemianvra.github.io/FungiTastic/benchmarks/closed).
 _FUNGITASTIC = tuple(
-    replace(_FUNGICLEF, name=subset.lower(), marker=f"metadata/{subset}/*[!A]-Test.csv", photos="{subset}/{split}")
+    replace(
+        _FUNGICLEF,
+        name=subset.lower(),
+        marker=f"metadata/{subset}/*[!A]-Test.csv",
+        photos="{subset}/{split}",
+        metric="recall_at_1",
+        leaderboard=(),
+    )
     for subset in ("FungiTastic", "FungiTastic-Mini", "FungiTastic-FewShot")
 )
 _HERBARIUM = Layout(
@@ -332,6 +356,7 @@ _HERBARIUM = Layout(
     sample="sample_submission.csv",
     header=("Id", "Predicted"),
     guesses=1,
+    metric="macro_f1",
     read=_read_herbarium,
 )
 _CLASS_FOLDERS = Layout(
@@ -341,6 +366,7 @@ _CLASS_FOLDERS = Layout(
     sample="sample_submission.csv",
     header=("image_name", "pred_label"),
     guesses=1,
+    metric="recall_at_1",
     read=_read_class_folders,
 )
 LAYOUTS = (

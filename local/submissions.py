@@ -3,7 +3,6 @@
 python local/submissions.py          runs/submissions.csv, which local/publish.py keeps; the plot lies beside it
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import run, say
+from local.console import command_parser, run, say
 from local.publishing.ledger import LEDGER, compare, noise, number, read_ledger, table
 
 
@@ -32,7 +31,9 @@ def plot_submissions(rows: Sequence[dict[str, str]], path: Path) -> int:
         for row in (row for row in scored if row["competition"] == competition):
             local, public = float(row["local"]), float(row["public"])
             spread = [[local - (number(row["low"]) or local)], [(number(row["high"]) or local) - local]]
-            axis.errorbar(local, public, noise(public, int(row["observations"])), spread, "o", color=f"C{place}")
+            axis.errorbar(
+                local, public, noise(row["metric"], public, int(row["observations"])), spread, "o", color=f"C{place}"
+            )
             name = f"{row['runs']} v{row['version']}"
             axis.annotate(name, (local, public), xytext=(4, 4), textcoords="offset points", fontsize=8)
         axis.plot([], [], "o", color=f"C{place}", label=competition)
@@ -46,7 +47,7 @@ def plot_submissions(rows: Sequence[dict[str, str]], path: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_parser(__doc__)
     parser.add_argument("ledger", nargs="?", type=Path, default=LEDGER, metavar="CSV", help="default: %(default)s")
     options = parser.parse_args()
     rows = read_ledger(options.ledger)

@@ -21,8 +21,6 @@ COLUMNS = (
     "status", "public", "private",
 )  # fmt: skip
 KEY = ("competition", "kernel", "manifest", "version")  # what makes a submission this one
-METRICS = {"fungiclef": "recall_at_5", "herbarium": "macro_f1"}  # what the leaderboard shows, by layout
-PUBLIC_OBSERVATIONS = {"fungi-clef-2025": 226}  # elsewhere the test set is an upper bound
 
 
 def row_of(bundle: Bundle, version: int) -> dict[str, str]:
@@ -30,14 +28,15 @@ def row_of(bundle: Bundle, version: int) -> dict[str, str]:
 
     Its local score is that of its best run, which is the first: an ensemble's own is not known before the leaderboard.
     """
-    metric = METRICS.get(bundle.table.layout.name, "recall_at_1")
+    layout, size = bundle.table.layout, len(bundle.table.observations)
+    metric = layout.metric
     scores = bundle.manifest["members"][0]["validation"]
     local = {
         name: f"{scores[key]:.4f}"
         for name, key in (("local", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high"))
         if key in scores
     }
-    observations = PUBLIC_OBSERVATIONS.get(bundle.competition, len(bundle.table.observations))
+    observations = layout.boards(size).get("public", size)  # elsewhere the test set is an upper bound
     known = {
         "when": now(),
         "competition": bundle.competition,
@@ -73,15 +72,22 @@ def read_ledger(path: Path) -> list[dict[str, str]]:
     return read_table(path, COLUMNS) if path.exists() else []
 
 
-def noise(score: float, observations: int) -> float:
-    """Half of the 95% interval of a share that was measured on so many observations (normal approximation)."""
+def noise(metric: str, score: float, observations: int) -> float | None:
+    """Half of the 95% interval of a score that was measured on so many observations.
+
+    A recall is a fraction of the observations (normal approximation). Of any other metric, such as macro-F1, the score
+    and the number of observations do not tell: None.
+    """
+    if not metric.startswith("recall_at_"):
+        return None
     return 1.96 * sqrt(score * (1 - score) / observations)
 
 
 def compare(rows: Sequence[dict[str, str]]) -> list[str]:
     """A line for each scored submission but the first of a competition: what it gained on the best before it.
 
-    A gain inside the leaderboard's noise is called so: it is no reason to prefer either.
+    A gain inside the leaderboard's noise is called so: it is no reason to prefer either. Where the noise is not known,
+    the line says that.
     """
     lines, best = [], {}
     for row in rows:
@@ -89,15 +95,23 @@ def compare(rows: Sequence[dict[str, str]]) -> list[str]:
         if score is None:
             continue
         if before:
-            gain, margin = score - number(before["public"]), noise(number(before["public"]), int(row["observations"]))
-            verdict = "beyond" if abs(gain) > margin else "warning: no reason to prefer either, it is inside"
+            gain = score - number(before["public"])
             lines.append(
                 f"{row['runs']} (v{row['version']}) is {gain:+.3f} on {before['runs']} (v{before['version']}); "
-                f"{verdict} the noise of ±{margin:.3f} that {row['observations']} observations have"
+                f"{verdict(gain, before, row)}"
             )
         if not before or score > number(before["public"]):
             best[row["competition"]] = row
     return lines
+
+
+def verdict(gain: float, before: dict[str, str], row: dict[str, str]) -> str:
+    """Whether chance alone explains what a submission gained on one before it."""
+    margin = noise(row["metric"], number(before["public"]), int(row["observations"]))
+    if margin is None:
+        return f"the noise of {row['metric'] or 'its metric'} is not known: compare the intervals of the local scores"
+    beyond = "beyond" if abs(gain) > margin else "warning: no reason to prefer either, it is inside"
+    return f"{beyond} the noise of ±{margin:.3f} that {row['observations']} observations have"
 
 
 def number(cell: str) -> float | None:

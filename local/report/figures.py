@@ -16,8 +16,8 @@ from scipy.stats import norm
 from sklearn.metrics import f1_score
 
 from kernel.mounts import InputError
-from kernel.observations import Observation, read_test
-from local.competition import find_layout, places_of, sort_ids
+from kernel.observations import Observation, find_test_table
+from local.competition import places_of, sort_ids
 from local.matching.choice import Outcome, compare
 from local.metrics import FEWEST, GUESSES, RESAMPLES, bounded, held_out_scores, interval_of, macro_f1_gain, score
 from local.report.advice import advise
@@ -31,8 +31,6 @@ HABITATS = 12  # told apart; the others together
 PAIRS = 25  # confusions that are shown
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
           "December")  # fmt: skip
-# Observations of the two parts of a leaderboard, by the size of the whole test: FungiCLEF 2025's.
-BOARDS = {999: {"public": 226, "private": 773}}
 RECALLS = {f"recall_at_{count}": count for count in GUESSES}
 MAIN = 5  # guesses, of the recall by which what is better is told
 CONFIDENCES = 20  # bars of a histogram
@@ -70,7 +68,8 @@ def evaluate(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -
         "chosen": list(evidence.recipe.choose),
         "against": [against(evidence, run) for run in others],
     }
-    figures["leaderboard"] = leaderboard(evidence, figures["against"])
+    expected = figures["headline"][evidence.competition.layout.metric]["value"]
+    figures["leaderboard"] = leaderboard(evidence, figures["against"], expected)
     figures["ranks"] = [by_rank(evidence, rank) for rank in evidence.ranks]
     figures["hierarchical"] = hierarchical(evidence)
     figures["groups"] = groups(evidence)
@@ -132,12 +131,15 @@ def mean_loss(losses: np.ndarray, weights: np.ndarray | None = None) -> dict | N
     return bounded(losses[known], weights=weights[known]) if known.any() else None
 
 
-def draws(count: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """How often each observation is drawn, (resamples, count) float32, in parts that make RESAMPLES together."""
-    rng, left = np.random.default_rng(seed), RESAMPLES
+def draws(count: int, size: int) -> Iterator[np.ndarray]:
+    """How often each of `count` observations is among `size` drawn ones, in parts that make RESAMPLES rows together.
+
+    Each part is (resamples, count) float32.
+    """
+    rng, left = np.random.default_rng(0), RESAMPLES
     while left:
         part = min(left, max(1, CELLS // count))
-        yield rng.multinomial(count, np.full(count, 1 / count), part).astype(np.float32)
+        yield rng.multinomial(size, np.full(count, 1 / count), part).astype(np.float32)
         left -= part
 
 
@@ -147,20 +149,34 @@ def weighted_f1(truth: np.ndarray, guesses: np.ndarray, given: np.ndarray | None
     Args:
         given: (observations,) weight of each; None gives all the same.
     """
-
-    def of(weights: np.ndarray) -> np.ndarray:
-        true, guessed, hit = (weights @ matrix for matrix in (asked_of, guessed_of, hits_of))
-        met = true + guessed
-        return (2 * hit / np.where(met > 0, met, 1) * true).sum(axis=1) / weights.sum(axis=1)
-
     given = np.ones(len(truth), np.float32) if given is None else given.astype(np.float32)
     truth, guesses, given = (values[given > 0] for values in (truth, guesses, given))
+    value = f1_score(truth, guesses, average="weighted", sample_weight=given, zero_division=0)
+    return float(value), resampled_f1("weighted", truth, guesses, len(truth), given)
+
+
+def resampled_f1(
+    average: str, truth: np.ndarray, guesses: np.ndarray, size: int, given: np.ndarray | None = None
+) -> np.ndarray:
+    """(RESAMPLES,) F1 scores, each of `size` observations drawn with replacement.
+
+    Args:
+        average: "weighted" or "macro", over the classes among the drawn truths and guesses; as in scikit-learn.
+        given: (observations,) weight of each; None gives all the same.
+    """
     classes, places = np.unique(np.concatenate([truth, guesses]), return_inverse=True)
     own, said = places[: len(truth)], places[len(truth) :]
     shape, rows = (len(truth), len(classes)), np.arange(len(truth))
     asked_of, guessed_of = (csr_array((np.ones(len(rows), np.float32), (rows, one)), shape) for one in (own, said))
     hits_of = csr_array(((own == said).astype(np.float32), (rows, own)), shape)
-    return float(of(given[None])[0]), np.concatenate([of(part * given) for part in draws(len(truth))])
+    scores = []
+    for counts in draws(len(truth), size):
+        weights = counts if given is None else counts * given
+        true, guessed, hit = (weights @ matrix for matrix in (asked_of, guessed_of, hits_of))
+        met = true + guessed
+        weight = true if average == "weighted" else (met > 0).astype(np.float32)
+        scores.append((2 * hit / np.where(met > 0, met, 1) * weight).sum(axis=1) / weight.sum(axis=1))
+    return np.concatenate(scores)
 
 
 def against(evidence: Evidence, other: Path) -> dict:
@@ -208,28 +224,30 @@ def recall_gain(new: Outcome, old: Outcome, count: int) -> dict:
     return bounded((new.places < count).astype(float) - (old.places < count))
 
 
-def leaderboard(evidence: Evidence, others: Sequence[dict]) -> dict:
+def leaderboard(evidence: Evidence, others: Sequence[dict], expected: float | None = None) -> dict:
     """What the leaderboard can see of the score that it is ordered by.
 
     `boards` says of each of its parts where this run's score will fall in 95 of 100 cases, the chance of the held-out
     observations included; and how probable it is that a run which is better by what was found looks worse there.
+
+    Args:
+        expected: the score that the held-out observations promise; None is that of all of them, unweighted.
     """
-    layout, marker = find_layout(evidence.competition.folder)
+    competition = evidence.manifest["competition"] | {"resolution": evidence.competition.resolution}
     try:
-        size = len(read_test(evidence.competition.folder, layout, marker, evidence.competition.resolution).observations)
-    except InputError:  # of a folder without a test set there is nothing to say
+        size = len(find_test_table(evidence.competition.folder, {"competition": competition}).observations)
+    except InputError:  # a folder without a test set
         size = 0
-    name, count = ("recall_at_5", 5) if layout.guesses >= 5 else ("recall_at_1", 1)
-    recall, boards = float((evidence.outcome.places < count).mean()), []
-    for part, observations in BOARDS.get(size, {"whole test": size}).items():
+    layout, boards = evidence.competition.layout, []
+    value = metric_of(evidence, layout.metric) if expected is None else expected
+    for part, observations in layout.boards(size).items():
         if not observations:
             continue
-        variance = recall * (1 - recall)
-        noise = 1.96 * np.sqrt(variance / observations)
-        width = 1.96 * np.sqrt(variance / observations + variance / len(evidence.queries))
+        noise = chance(evidence, layout.metric, observations)
+        width = float(np.hypot(noise, chance(evidence, layout.metric, len(evidence.queries))))
         wrong = {}
         for other in others:
-            gain = other["gain"][name]
+            gain = other["gain"][layout.metric]
             deviation = (gain["high"] - gain["low"]) / (2 * 1.96) * np.sqrt(other["observations"] / observations)
             if not other["is_evidence"] or not (deviation or gain["value"]):
                 wrong[other["run"]] = 0.5  # nothing is known of their order
@@ -239,12 +257,31 @@ def leaderboard(evidence: Evidence, others: Sequence[dict]) -> dict:
             {
                 "part": part,
                 "observations": observations,
-                "half_width": float(noise),
-                "expected": {"value": recall, "low": max(0.0, recall - width), "high": min(1.0, recall + width)},
+                "half_width": noise,
+                "expected": {"value": value, "low": max(0.0, value - width), "high": min(1.0, value + width)},
                 "wrong_order": wrong,
             }
         )
-    return {"score": name, "boards": boards}
+    return {"score": layout.metric, "boards": boards}
+
+
+def metric_of(evidence: Evidence, metric: str) -> float:
+    """A recall or macro-F1 of the held-out observations."""
+    if metric == "macro_f1":
+        return float(f1_score(evidence.truth, evidence.guesses, average="macro", zero_division=0))
+    return float((evidence.outcome.places < RECALLS[metric]).mean())
+
+
+def chance(evidence: Evidence, metric: str, observations: int) -> float:
+    """Half of the 95% interval of a metric over so many observations like those that were held out.
+
+    A recall is a fraction of observations, and macro-F1 is not: it is measured on drawn sets of that size.
+    """
+    if metric == "macro_f1":
+        drawn = resampled_f1("macro", evidence.truth, evidence.guesses, observations)
+        return float(np.subtract(*np.percentile(drawn, [97.5, 2.5])) / 2)
+    recall = metric_of(evidence, metric)
+    return float(1.96 * np.sqrt(recall * (1 - recall) / observations))
 
 
 def by_rank(evidence: Evidence, rank: Rank) -> dict:

@@ -14,6 +14,8 @@ import pytest
 from sklearn.metrics import f1_score
 
 from kernel.mounts import InputError
+from kernel.observations import LAYOUTS
+from local.competition import read_competition
 from local.evaluate import report
 from local.make_run import train_run
 from local.metrics import GUESSES
@@ -22,9 +24,21 @@ from local.report import page
 from local.report.advice import together
 from local.report.closeup import Closeup
 from local.report.evidence import Rank, names_of, read_evidence
-from local.report.figures import against, deadly, find_species, hierarchical, leaderboard, pairs, weighted_f1
+from local.report.figures import (
+    against,
+    chance,
+    deadly,
+    draws,
+    find_species,
+    hierarchical,
+    leaderboard,
+    pairs,
+    resampled_f1,
+    weighted_f1,
+)
 from local.report.trust import best_temperature, calibration, risk_coverage
-from tests.conftest import TINY, command
+from tests.conftest import TINY, command, photo
+from tests.layouts import fungitastic, herbarium
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +160,88 @@ def test_weighted_f1_of_weighted_observations_is_that_of_scikit_learn():
     expected = f1_score(truth, guesses, average="weighted", sample_weight=weights, zero_division=0)
     assert value == pytest.approx(expected, abs=1e-6)
     assert np.isfinite(drawn).all()
+
+
+def test_macro_f1_over_drawn_observations_is_scikit_learns():
+    rng = np.random.default_rng(1)
+    truth, guesses = rng.integers(0, 9, 40), rng.integers(0, 12, 40)
+    (weights,) = draws(len(truth), 25)
+    assert (weights.sum(axis=1) == 25).all()
+    found = resampled_f1("macro", truth, guesses, 25)
+    for counts, value in list(zip(weights.astype(int), found, strict=True))[:50]:
+        drawn = np.repeat(np.arange(40), counts)
+        assert value == pytest.approx(f1_score(truth[drawn], guesses[drawn], average="macro", zero_division=0))
+
+
+@pytest.mark.parametrize("observations", [150, 600])
+def test_the_noise_of_macro_f1_is_how_far_it_scatters_over_leaderboards_of_that_size(evidence, observations):
+    """Twenty classes, some of them easy; leaderboards are drawn from the same world as the held-out observations."""
+    rng = np.random.default_rng(2)
+    skill = rng.uniform(0.2, 0.9, 20)
+
+    def world(count: int) -> tuple[np.ndarray, np.ndarray]:
+        truth = rng.integers(0, 20, count)
+        return truth, np.where(rng.random(count) < skill[truth], truth, rng.integers(0, 20, count))
+
+    truth, guesses = world(4000)
+    answers = np.full((4000, 20), -9.0, dtype=np.float32)
+    answers[np.arange(4000), guesses] = 0.0
+    held_out = dataclasses.replace(evidence, truth=truth, log_probabilities=answers)
+    boards = [f1_score(*world(observations), average="macro") for _ in range(400)]
+    assert chance(held_out, "macro_f1", observations) == pytest.approx(1.96 * np.std(boards), rel=0.12)
+    recall = (truth == guesses).mean()
+    assert chance(held_out, "recall_at_1", 226) == pytest.approx(1.96 * np.sqrt(recall * (1 - recall) / 226))
+
+
+def smallest(folder: Path, layout: str) -> Path:
+    """A competition's folder with 12 test observations and nothing else that matters here."""
+    if layout == "class-folders":
+        for number in range(12):
+            photo(folder / "train" / f"class {number % 3}" / f"{number}.png", number)
+            photo(folder / "test" / f"{number}.png", number)
+    elif layout.startswith("fungitastic"):
+        fungitastic(folder, "FungiTastic-Mini")
+    else:
+        herbarium(folder, int(layout.partition("-")[2] or 2020))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layout", "metric"),
+    [
+        ("class-folders", "recall_at_1"),
+        ("fungitastic-mini", "recall_at_1"),
+        ("herbarium", "macro_f1"),
+        ("herbarium-2021", "macro_f1"),
+        ("herbarium-2022", "macro_f1"),
+    ],
+)
+def test_the_leaderboard_is_told_of_by_its_metric_and_size_in_every_layout(evidence, tmp_path, layout, metric):
+    competition = read_competition(smallest(tmp_path, layout))
+    manifest = {**evidence.manifest, "competition": {"layout": layout}}
+    found = leaderboard(dataclasses.replace(evidence, competition=competition, manifest=manifest), [])
+    assert found["score"] == metric
+    [board] = found["boards"]
+    assert (board["part"], board["observations"]) == ("whole test", 12)
+    guesses = evidence.log_probabilities.argmax(axis=1)
+    expected = {
+        "recall_at_1": (guesses == evidence.truth).mean(),
+        "macro_f1": f1_score(evidence.truth, guesses, average="macro", zero_division=0),
+    }
+    assert board["expected"]["value"] == pytest.approx(expected[metric])
+
+
+def test_fungiclefs_leaderboard_has_two_parts_and_a_drawn_tests_has_one(evidence):
+    layout = next(layout for layout in LAYOUTS if layout.name == "fungiclef")
+    assert layout.boards(999) == {"public": 226, "private": 773}
+    assert layout.boards(24) == {"whole test": 24}
+    found = leaderboard(evidence, [])
+    assert (found["score"], [board["part"] for board in found["boards"]]) == ("recall_at_5", ["whole test"])
+
+
+def test_a_folder_without_a_test_set_has_no_leaderboard(evidence, tmp_path):
+    competition = dataclasses.replace(evidence.competition, folder=tmp_path)
+    assert leaderboard(dataclasses.replace(evidence, competition=competition), [])["boards"] == []
 
 
 def test_a_run_gains_nothing_on_itself(evidence, run):

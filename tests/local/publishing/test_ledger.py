@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from kernel.mounts import InputError
-from local.publishing.ledger import COLUMNS, compare, noise, note, read_ledger
+from kernel.observations import LAYOUTS, Layout, Observation, TestTable
+from local.publishing.ledger import COLUMNS, compare, noise, note, read_ledger, row_of
+from local.publishing.preflight import Bundle
 from local.submissions import plot_submissions
 from tests.conftest import command
 
@@ -36,7 +38,55 @@ def row(version: int, public: str = "", **more: str) -> dict[str, str]:
 
 
 def test_the_noise_of_fungiclefs_public_leaderboard_is_six_and_a_half_points_at_a_half() -> None:
-    assert noise(0.5, 226) == pytest.approx(0.065, abs=0.0005)
+    assert noise("recall_at_5", 0.5, 226) == pytest.approx(0.065, abs=0.0005)
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", ""])
+def test_the_noise_of_what_is_no_fraction_of_observations_is_not_known(metric: str) -> None:
+    assert noise(metric, 0.5, 226) is None
+    [line] = compare([row(1, "0.5000", metric=metric), row(2, "0.5100", metric=metric)])
+    assert line.startswith("run2 (v2) is +0.010 on run1 (v1); the noise of ")
+    assert "is not known" in line
+    assert "±" not in line
+
+
+def bundle_of(layout: Layout, observations: int) -> Bundle:
+    """A bundle of a layout whose run has these scores."""
+    names = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
+    values = {f"{name}{end}": number for number, name in enumerate(names) for end in ("", "_low", "_high")}
+    table = TestTable(Path(), layout, [Observation(str(number), ()) for number in range(observations)])
+    metadata = {"competition_sources": ["a-competition"]}
+    manifest = {"members": [{"name": "run", "validation": values}]}
+    return Bundle(Path(), metadata, manifest, {"kernel": "k", "manifest": "m"}, table, Path(), {})
+
+
+@pytest.mark.parametrize(
+    ("layout", "metric"),
+    [
+        ("fungiclef", "recall_at_5"),
+        ("fungitastic", "recall_at_1"),
+        ("fungitastic-mini", "recall_at_1"),
+        ("fungitastic-fewshot", "recall_at_1"),
+        ("herbarium", "macro_f1"),
+        ("herbarium-2021", "macro_f1"),
+        ("herbarium-2022", "macro_f1"),
+        ("class-folders", "recall_at_1"),
+    ],
+)
+def test_a_submission_is_recorded_by_the_metric_of_its_competition(monkeypatch, layout: str, metric: str) -> None:
+    monkeypatch.setattr(Bundle, "commit", "c")
+    known = {one.name: one for one in LAYOUTS}
+    recorded = row_of(bundle_of(known[layout], 20), 1)
+    order = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
+    assert (recorded["metric"], recorded["local"]) == (metric, f"{order.index(metric):.4f}")
+    assert recorded["observations"] == "20"
+
+
+def test_fungiclefs_public_score_is_of_226_observations(monkeypatch) -> None:
+    monkeypatch.setattr(Bundle, "commit", "c")
+    known = {one.name: one for one in LAYOUTS}
+    assert row_of(bundle_of(known["fungiclef"], 999), 1)["observations"] == "226"
+    assert row_of(bundle_of(known["fungitastic"], 999), 1)["observations"] == "999"
 
 
 def test_a_submission_is_one_row_that_learns_its_scores(tmp_path: Path) -> None:
@@ -98,7 +148,7 @@ def test_an_empty_ledger_says_how_to_fill_it(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_drawn_of_what_has_both_scores_in_several_competitions(tmp_path: Path) -> None:
-    rows = [row(1, "0.5"), row(2, "0.6", competition="other", low="", high=""), row(3)]
+    rows = [row(1, "0.5"), row(2, "0.6", competition="other", low="", high="", metric="macro_f1"), row(3)]
     assert plot_submissions(rows, tmp_path / "plot.png") == 2
     assert plot_submissions(rows[2:], tmp_path / "none.png") == 0
     assert not (tmp_path / "none.png").exists()
