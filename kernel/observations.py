@@ -62,6 +62,7 @@ class Layout:
         read: (folder of the test photos, test table, resolution, left out) -> its observations, in the submission's
             order; counts in the last what it leaves out.
         leaderboard: observations of its public and its private part, where they are known.
+        slug: Kaggle's name of the one competition that has this layout, if it is one.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Layout:
     metric: str
     read: Callable[[Path, Path, str, Counter], list[Observation]]
     leaderboard: tuple[int, ...] = ()
+    slug: str = ""
 
     def photo_folder(self, folder: Path, table: Path, split: str) -> Path:
         """Where the photos of a split ("train", "val" or "test") lie, or their folders by resolution."""
@@ -334,6 +336,7 @@ _FUNGICLEF = Layout(
     metric="recall_at_5",
     read=_read_fungi,
     leaderboard=(226, 773),
+    slug="fungi-clef-2025",
 )
 # The data set from which FungiCLEF was taken, whose tables have the test labels too. All subsets' tables are downloaded
 # together, their photos one by one. [!A] passes over DNA-Test; ClosedSet-Test comes before OpenSet-Test by name.
@@ -346,6 +349,7 @@ _FUNGITASTIC = tuple(
         photos="{subset}/{split}",
         metric="recall_at_1",
         leaderboard=(),
+        slug="",
     )
     for subset in ("FungiTastic", "FungiTastic-Mini", "FungiTastic-FewShot")
 )
@@ -358,6 +362,7 @@ _HERBARIUM = Layout(
     guesses=1,
     metric="macro_f1",
     read=_read_herbarium,
+    slug="herbarium-2020-fgvc7",
 )
 _CLASS_FOLDERS = Layout(
     "class-folders",
@@ -373,8 +378,20 @@ LAYOUTS = (
     _FUNGICLEF,
     *_FUNGITASTIC,
     _HERBARIUM,
-    replace(_HERBARIUM, name="herbarium-2021", marker="test/metadata.json", photos="{split}"),
-    replace(_HERBARIUM, name="herbarium-2022", marker="test_metadata.json", photos="{split}_images"),
+    replace(
+        _HERBARIUM,
+        name="herbarium-2021",
+        marker="test/metadata.json",
+        photos="{split}",
+        slug="herbarium-2021-fgvc8",
+    ),
+    replace(
+        _HERBARIUM,
+        name="herbarium-2022",
+        marker="test_metadata.json",
+        photos="{split}_images",
+        slug="herbarium-2022-fgvc9",
+    ),
     _CLASS_FOLDERS,
 )
 SPLITS = ("train", "val", "valid", "validation", "test")  # names of folders that are no classes

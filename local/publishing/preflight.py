@@ -125,7 +125,15 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
     inspect_script(build / "kernel.py", digest)
     record = read_record(build)
     layout = next(layout for layout in LAYOUTS if layout.name == manifest["competition"]["layout"])
+    attached = metadata["competition_sources"][0]
+    if {one.slug: one.name for one in LAYOUTS}.get(attached, layout.name) != layout.name:
+        raise InputError(
+            f"{metadata_path} attaches {attached}, but the run was trained on a competition of layout {layout.name}: "
+            "correct competition_sources"
+        )
     rows = read_table(build / PLAIN, layout.header)
+    if not rows:
+        raise InputError(f"{build / PLAIN} has no observation: rehearse on the competition with its test set")
     table = TestTable(build, layout, [Observation(row[layout.header[0]], ()) for row in rows])
     check_submission(build / PLAIN, table, manifest["class_ids"])
     return Bundle(build, metadata, manifest, record["bundle"], table, build / PLAIN, record)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from bundle import bundle
 from kernel.mounts import MANIFEST, InputError, sha256
+from local.files import write_json
 from local.publish import publish
 from local.publishing.metadata import PLACEHOLDER, write_metadata
 from local.publishing.preflight import SECRETS, find_credentials
@@ -30,7 +31,7 @@ from tests.conftest import command, kernel_metadata
 from tests.loopback import KEY, OWNER, TOKEN, Loopback, http, saying
 
 DATASET, KERNEL = f"{OWNER}/few-shot-species-weights", f"{OWNER}/few-shot-species"
-OTHERS = {"slug": "autumn-fungi", "title": "Autumn fungi", "competition": "herbarium-2020-fgvc7"}
+OTHERS = {"slug": "autumn-fungi", "title": "Autumn fungi", "competition": "plantclef-2026"}
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,22 @@ def test_any_owner_slug_title_and_competition_goes_the_whole_way(world, owner, n
     assert (world.folder / "kernel-metadata.json").read_bytes() == before
     world.publish(submits=True)
     assert world.kaggle.count("SaveKernel") == 1
+
+
+def test_a_competition_of_another_kind_than_the_runs_is_not_answered(world):
+    world.describe(owner=OWNER, competition="herbarium-2020-fgvc7")
+    assert "attaches herbarium-2020-fgvc7, but the run was trained on" in world.refusal()
+    assert world.kaggle.requests == []
+
+
+def test_a_rehearsal_without_observations_is_not_published(world):
+    submission = world.build / PLAIN
+    header, *_ = submission.read_text(encoding="utf-8").splitlines(keepends=True)
+    submission.write_text(header, encoding="utf-8")
+    record = json.loads((world.build / RECORD).read_text(encoding="utf-8"))
+    write_json(record | {"submission": sha256(submission)}, world.build / RECORD)
+    assert "has no observation" in world.refusal()
+    assert world.kaggle.requests == []
 
 
 def test_with_a_token_alone_the_owner_is_whom_kaggle_names(world, monkeypatch, capsys):
