@@ -84,8 +84,9 @@ def find_isolation(folder: Path) -> list[str] | None:
         return None
     for flags in NAMESPACES:
         command = ["unshare", *flags, "sh", "-c", MOUNT_READ_ONLY, "sh"]
-        if subprocess.run([*command, "1", str(folder), "true"], capture_output=True).returncode == 0:
-            return command
+        with suppress(OSError):  # the system may forbid the program itself
+            if subprocess.run([*command, "1", str(folder), "true"], capture_output=True).returncode == 0:
+                return command
     return None
 
 

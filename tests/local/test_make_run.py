@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from kernel.mounts import InputError
 from local.competition import read_competition
-from local.make_run import train_run
+from local.make_run import commit, train_run
 from local.matching.choice import compare
 from local.matching.ensemble import VALIDATION_FILE, read_answers
 from local.recipe import make_recipe
@@ -174,3 +174,22 @@ def test_a_full_disk_costs_one_line_and_not_what_was_learnt(drawn, tmp_path):
         pytest.skip(f"no file system of its own to fill: {done.stderr.strip()}")
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(r"error: the disk is full: .* --resume\n", done.stderr)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the git of this test is a shell script")
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        (None, "unknown"),
+        ("echo 'fatal: detected dubious ownership in repository' >&2; exit 128", "unknown"),
+        ("[ $3 = status ] && exit 128; echo 1a2b3c", "1a2b3c with changes"),
+        ("[ $3 = status ] && exit 0; echo 1a2b3c", "1a2b3c"),
+    ],
+    ids=["no git", "git refuses", "git cannot tell what changed", "git answers"],
+)
+def test_a_commit_is_unknown_where_git_is_absent_or_fails(tmp_path, monkeypatch, script, expected):
+    if script:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == expected
