@@ -4,7 +4,7 @@ python local/rehearse.py --data data/fungi-clef-2025
 python local/rehearse.py --data DIR --solution DIR/solution.csv --json build/rehearsal.json
 python local/rehearse.py --data DIR --scenario all      what can go wrong on Kaggle goes wrong here first
 
-The last line is `ready to push`, or says what is not.
+The last line is `ready to push`, or says what is not; then the exit code is 1.
 """
 
 import json
@@ -80,6 +80,8 @@ def conclude(results: Sequence[dict]) -> str:
         return f"not ready to push: {', '.join(failed)} failed"
     if len(results) < len(SCENARIOS):
         return f"{results[0]['name']} is ok; --scenario all says whether the bundle is ready to push"
+    if PLACEHOLDER in json.dumps(rehearsal.metadata):
+        return f"not ready to push: put your Kaggle name for {PLACEHOLDER} in kernel-metadata.json and bundle again"
     return "ready to push" + (f" (skipped: {', '.join(skipped)})" if skipped else "")
 
 
@@ -104,8 +106,9 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(f"submissions and logs: {options.build / 'rehearsal'}")
-    say(conclude(report["scenarios"]))
-    if not all(result["ok"] for result in report["scenarios"]):
+    verdict = conclude(report["scenarios"])
+    say(verdict)
+    if verdict.startswith("not ready"):
         sys.exit(1)
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from kernel.mounts import MANIFEST, InputError
+from kernel.mounts import MANIFEST, InputError, Weights, read_weights
 from local.console import aligned, command_parser, run, say
 
+NAMED = 8  # runs that a message lists
 SCORES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
 
 
@@ -31,6 +32,22 @@ def list_runs(folder: Path) -> list[dict[str, str]]:
     if not rows:
         raise InputError(f"{folder} holds no run: train one with local/train.py, or give another folder")
     return rows
+
+
+def open_run(folder: Path) -> Weights:
+    """The weights of a run.
+
+    Raises:
+        InputError: there is no run in `folder`; the message lists those beside it.
+    """
+    if (folder / MANIFEST).is_file():
+        return read_weights(folder)
+    problem = f"{folder} is not a run: it has no {MANIFEST}" if folder.exists() else f"no such run: {folder}"
+    runs = sorted(str(path.parent) for path in folder.parent.glob(f"[!.]*/{MANIFEST}"))
+    if not runs:
+        raise InputError(f"{problem}; train one with local/train.py")
+    more = f" and {len(runs) - NAMED} more" if len(runs) > NAMED else ""
+    raise InputError(f"{problem}; there are {', '.join(runs[:NAMED])}{more}")
 
 
 def describe_run(manifest: Path) -> dict[str, str] | None:

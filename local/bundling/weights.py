@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, read_weights, sha256
+from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, sha256
 from kernel.observations import LAYOUTS, RESOLUTIONS
 from local.console import say
 from local.files import write_json
 from local.matching.ensemble import weigh
 from local.metrics import GUESSES
+from local.runs import open_run
 
 
 def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
@@ -27,12 +28,12 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     Raises:
         InputError: a folder is no run, is damaged, or predicts other classes than the first.
     """
-    opened = [read_weights(run) for run in runs]
+    opened = [open_run(run) for run in runs]
     first = opened[0].manifest
     for weights in opened[1:]:
-        for key, of in (("class_ids", "classes"), ("competition", "competition")):
+        for key, of in (("class_ids", "classes"), ("competition", "competition settings")):
             if _comparable(weights.manifest[key]) != _comparable(first[key]):
-                raise InputError(f"{weights.folder} has another {of} than {runs[0]}: train both with the same --data")
+                raise InputError(f"{weights.folder} has other {of} than {runs[0]}: train both with the same --data")
     shares = weigh(runs, guesses_of(first["competition"]["layout"]))
     # The best alone comes first, since a kernel short of time drops the last.
     order = sorted(range(len(runs)), key=lambda place: -worth_alone(opened[place]))

@@ -21,7 +21,7 @@ from local.publishing.metadata import (
     read_kernel_metadata,
     with_owner,
 )
-from local.rehearsal.record import PLAIN, read_record
+from local.rehearsal.record import PLAIN, check_bundle, read_record
 
 MOST_BYTES = 1_000_000  # of a script; the server refuses larger ones
 TOKENS = "https://www.kaggle.com/settings/api"
@@ -121,6 +121,7 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
         InputError: something is wrong, missing, or of another bundle.
     """
     metadata = read_kernel_metadata(metadata_path)
+    check_bundle(build)
     manifest, digest = inspect_weights(build / "weights", metadata)
     inspect_script(build / "kernel.py", digest)
     record = read_record(build)

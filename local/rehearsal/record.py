@@ -56,6 +56,17 @@ def read_record(build: Path) -> dict:
     return record
 
 
+def check_bundle(build: Path) -> None:
+    """Check that there is a bundle.
+
+    Raises:
+        InputError: its script or its manifest is missing.
+    """
+    for path in (build / "kernel.py", build / "weights" / MANIFEST):
+        if not path.is_file():
+            raise InputError(f"no bundle in {build}, {path} is missing: run python bundle.py runs/NAME first")
+
+
 def digests(build: Path) -> dict[str, str]:
     """SHA-256 of the two files that make a bundle this one; the manifest holds those of all others."""
     return {"kernel": sha256(build / "kernel.py"), "manifest": sha256(build / "weights" / MANIFEST)}

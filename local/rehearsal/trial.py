@@ -20,6 +20,7 @@ from kernel.submission import check_submission, fallback_guesses
 from local.competition import find_layout, read_competition
 from local.console import say
 from local.publishing.metadata import read_kernel_metadata
+from local.rehearsal.record import check_bundle
 from local.rehearsal.sandbox import Outcome, find_isolation, run_isolated
 from local.rehearsal.staging import Stage, fingerprint, place, stage_bundle, stage_competition
 from local.rehearsal.variations import keep_observations
@@ -105,10 +106,9 @@ class Rehearsal(AbstractContextManager):
         find_layout(data)
         self.data, self.build, self.kills, self.seed = data, build, kills, seed
         self.metadata = read_kernel_metadata(ROOT / "kernel-metadata.json")
+        check_bundle(build)
         self.manifest = read_weights(build / "weights").manifest
         refuse_other_competition(data, self.manifest)
-        if not (build / "kernel.py").is_file():
-            raise InputError(f"{build} holds no kernel.py: run python bundle.py runs/NAME first")
         self.limit = time_limit or self.manifest["competition"]["time_limit"]
         observations = [observation.id for observation in find_test_table(data, self.manifest).observations]
         self.truth = read_solution(solution, observations, self.manifest["class_ids"]) if solution else {}

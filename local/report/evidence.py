@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kernel.mounts import InputError, read_weights
+from kernel.mounts import InputError
 from kernel.observations import Observation
 from kernel.prior import names_nothing
 from local.benchmarks.accuracy import embed
@@ -29,6 +29,7 @@ from local.matching.banks import pool, unit
 from local.matching.choice import Outcome, compare
 from local.matching.ensemble import VALIDATION_FILE, Answers, read_answers
 from local.recipe import Recipe, make_recipe
+from local.runs import open_run
 
 SPECIES = "species"  # the finest rank: the class itself
 
@@ -149,7 +150,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     Raises:
         InputError: `run` is no run or kept no answers; `data` is not the competition that they are about.
     """
-    manifest, answers = read_weights(run).manifest, answers_of(run)
+    manifest, answers = open_run(run).manifest, answers_of(run)
     recipe = make_recipe(manifest["members"][0]["recipe"], str(run))
     competition = read_competition(data, manifest["competition"]["resolution"])
     if recipe.subset:
@@ -194,10 +195,11 @@ def answers_of(run: Path) -> Answers:
     """The answers that training kept.
 
     Raises:
-        InputError: it kept none.
+        InputError: there is no such run, or it kept none.
     """
     answers = read_answers(run)
     if answers is None:
+        open_run(run)
         raise InputError(f"{run / VALIDATION_FILE} is missing: nothing could be held out, or train the run again")
     return answers
 

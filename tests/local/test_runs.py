@@ -3,6 +3,10 @@
 import os
 import shutil
 
+import pytest
+
+from kernel.mounts import InputError
+from local.runs import open_run
 from tests.conftest import command
 
 
@@ -23,3 +27,26 @@ def test_a_folder_without_runs_is_one_line(tmp_path):
     done = command("local/runs.py", tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path} holds no run: train one with local/train.py, or give another folder\n"
+
+
+def test_a_run_that_is_not_there_is_answered_by_those_that_are(tmp_path):
+    with pytest.raises(InputError, match=r"no such run: .*best; train one with local/train.py"):
+        open_run(tmp_path / "best")
+    for name in ("best", "baseline", ".other.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").touch()
+    (tmp_path / "data").mkdir()
+    runs = f"there are {tmp_path}/baseline, {tmp_path}/best"
+    for name, problem in (("bets", f"no such run: {tmp_path}/bets"), ("data", f"{tmp_path}/data is not a run")):
+        with pytest.raises(InputError) as error:
+            open_run(tmp_path / name)
+        assert str(error.value).startswith(problem)
+        assert str(error.value).endswith(runs)
+
+
+def test_a_folder_of_many_runs_is_not_listed_whole(tmp_path):
+    for number in range(11):
+        (tmp_path / f"{number:02}").mkdir()
+        (tmp_path / f"{number:02}" / "manifest.json").touch()
+    with pytest.raises(InputError, match=r"/07 and 3 more$"):
+        open_run(tmp_path / "absent")
