@@ -4,11 +4,14 @@ import argparse
 import os
 import shutil
 import sys
+import threading
 import time
 import traceback
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from kernel.mounts import InputError, MANIFEST_SHA256, Weights, escape_unprintable, find_weights, tree
+from kernel.mounts import MANIFEST_SHA256, InputError, Weights, escape_unprintable, find_weights, tree
 from kernel.observations import TestTable, find_test_table, tell_left_out
 from kernel.submission import fallback_guesses, write_submission
 
@@ -27,11 +30,14 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def report_failure(kind: type, error: BaseException, trace) -> None:
+def report_failure(stands: str, kind: type, error: BaseException, trace) -> None:
     """The last word on an uncaught error, installed before anything heavy is imported.
 
     In the visible run it fails loudly. In the scored rerun nobody sees a traceback, a script that fails is not scored,
-    and the fallback is on disk: so it says what happened and ends well.
+    and a submission is on disk: so it says what happened and ends well.
+
+    Args:
+        stands: which submission is on disk, in words.
     """
     if issubclass(kind, InputError):
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -39,7 +45,7 @@ def report_failure(kind: type, error: BaseException, trace) -> None:
         traceback.print_exception(kind, error, trace)
     sys.stdout.flush()
     if IS_RERUN:
-        print("scored rerun: the fallback submission stands", file=sys.stderr, flush=True)
+        print(f"scored rerun: {stands}", file=sys.stderr, flush=True)
     os._exit(0 if IS_RERUN else 2 if issubclass(kind, InputError) else 1)
 
 
@@ -67,7 +73,7 @@ def open_inputs(options: argparse.Namespace) -> tuple[Weights, TestTable]:
 
 
 if __name__ == "__main__":
-    sys.excepthook = report_failure
+    sys.excepthook = partial(report_failure, "the fallback submission stands")
     escape_unprintable(sys.stdout, sys.stderr)
     OPTIONS = parse_options()
     WEIGHTS, TABLE = open_inputs(OPTIONS)
@@ -120,14 +126,24 @@ def embed_members(weights: Weights, table: TestTable, packages: Path, budget: Bu
     return embedded
 
 
-def predict(options: argparse.Namespace, weights: Weights, table: TestTable) -> int:
-    """Embed the test set, rank the classes, write the submission, say what happened.
+@dataclass(frozen=True)
+class Prediction:
+    """How the submission came about.
 
-    Returns:
-        How many observations were too late.
+    Attributes:
+        embedded: what each member made of the test set.
+        fallbacks: observations that kept the fallback.
+        seconds: that the embedding took.
     """
+
+    embedded: list[Embeddings]
+    fallbacks: int
+    seconds: float
+
+
+def predict(options: argparse.Namespace, weights: Weights, table: TestTable, budget: Budget) -> Prediction:
+    """Embed the test set, rank the classes, and replace the fallback submission by the predictions."""
     manifest, path, packages = weights.manifest, options.working / "submission.csv", options.working / "packages"
-    budget = Budget(options.time_limit or manifest["competition"]["time_limit"], STARTED)
     opened = budget.elapsed()
     embedded = embed_members(weights, table, packages, budget)
     seconds = budget.elapsed() - opened
@@ -150,25 +166,48 @@ def predict(options: argparse.Namespace, weights: Weights, table: TestTable) -> 
     ]
     write_submission(path, table, guesses, class_ids)
     shutil.rmtree(packages, ignore_errors=True)  # what lies in the working folder becomes the kernel's output
+    return Prediction(embedded, len(guesses) - int(answered.sum()), seconds)
 
+
+def summarise(prediction: Prediction, table: TestTable, budget: Budget) -> None:
+    """Print what happened, in one line.
+
+    Raises:
+        InputError: too many photos could not be read. The predictions are on disk all the same.
+    """
     photos = sum(len(observation.photos) for observation in table.observations)
-    failures, late = embedded[0].failures, embedded[0].late
+    failures, late = prediction.embedded[0].failures, prediction.embedded[0].late
     causes = "".join(f", {count} {cause}" for cause, count in failures.most_common())
     views = " + ".join(
-        "/".join(str(count) for count in sorted(embeddings.views, reverse=True)) or "0" for embeddings in embedded
+        "/".join(str(count) for count in sorted(embeddings.views, reverse=True)) or "0"
+        for embeddings in prediction.embedded
     )
     print(
         f"done: {photos} photos ({failures.total()} unreadable{causes}), "
-        f"{len(guesses)} observations ({len(guesses) - int(answered.sum())} on the fallback, {late} too late), "
-        f"{views} views, {budget.elapsed():.1f} s, {photos / max(seconds, 1e-9):.1f} photos/s",
+        f"{len(table.observations)} observations ({prediction.fallbacks} on the fallback, {late} too late), "
+        f"{views} views, {budget.elapsed():.1f} s, {photos / max(prediction.seconds, 1e-9):.1f} photos/s",
         flush=True,
     )
     if failures.total() > UNREADABLE_LIMIT * photos:
         raise InputError(f"{failures.total()} of {photos} photos cannot be read{causes}: look at the mounted images")
-    return late
+
+
+def has_busy_thread(patience: float = 1.0) -> bool:
+    """Whether a thread is still at work after so many seconds, such as one that waits for a disk that hangs."""
+    end = time.monotonic() + patience
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join(max(0, end - time.monotonic()))
+            if thread.is_alive():
+                return True
+    return False
 
 
 if __name__ == "__main__":
-    if predict(OPTIONS, WEIGHTS, TABLE):
+    BUDGET = Budget(OPTIONS.time_limit or WEIGHTS.manifest["competition"]["time_limit"], STARTED)
+    PREDICTION = predict(OPTIONS, WEIGHTS, TABLE, BUDGET)
+    sys.excepthook = partial(report_failure, "the predictions stand")
+    summarise(PREDICTION, TABLE, BUDGET)
+    if has_busy_thread():
         sys.stdout.flush()
-        os._exit(0)  # a thread that still waits for a disk would keep the finished run from ending
+        os._exit(0)  # the interpreter would wait for that thread

@@ -7,7 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, Full, Queue
 from typing import TypeVar
@@ -97,52 +97,56 @@ def embed_observations(
         budget: when it is spent, observations that are not complete are left out. None is no limit.
         share: of the time left that the views may be planned for; the rest is for other encoders.
         is_optional: give up at once when not even one view of every photo is affordable.
-        keeps_going: an error after the first batch costs the observations to come, and not those that are done.
+        keeps_going: an error after the first batch, in loading photos or in embedding them, costs the observations to
+            come, and not those that are done.
         name: of the encoder, to tell the plan and every tenth of the way; empty is silent.
     """
     budget, failures = budget or Budget(math.inf, 0.0), Counter()
     # Beside a GPU decoding runs ahead; on a CPU it would take cores from the forward pass, whose threads then wait.
-    overlaps, batches = encoder.device.type != "cpu", load_batches(encoder, observations, failures)
+    overlaps, batches = encoder.device.type != "cpu", load_batches(encoder, observations, failures, budget.left)
+    if overlaps:
+        batches = ahead(batches, budget.left)
     pool, pace = Pool(len(observations), encoder.features, pooling), Pace(overlaps)
     used, done, incomplete = Counter(), 0, 0  # `incomplete` is the first observation of which photos may be missing
     total = sum(len(observation.photos) for observation in observations)
     end, asked = budget.elapsed() + budget.left() * share, budget.elapsed()
-    for owners, photos in ahead(batches, budget.left) if overlaps else batches:
-        arrived = budget.elapsed()
-        if not done and 0 < budget.left() < math.inf:
-            # Once untimed, since the first pass also sets the libraries up; then one view, to plan all of them by.
-            encoder.embed(photos, [VIEWS[views[0]]])
-            warm = budget.elapsed()
-            encoder.embed(photos, [VIEWS[views[0]]])
-            pace.record(len(owners), 1, arrived - asked, budget.elapsed() - warm)
-            if name:
-                planned = pace.affordable(total, len(views), end - budget.elapsed())
-                tell_plan(name, total, planned, len(views), pace, budget)
-            if is_optional and pace.seconds(total, 1) > budget.left():
+    try:
+        for owners, photos in batches:
+            arrived = budget.elapsed()
+            if not done and 0 < budget.left() < math.inf:
+                # Once untimed, since the first pass also sets the libraries up; then one view, to plan all of them by.
+                encoder.embed(photos, [VIEWS[views[0]]])
+                warm = budget.elapsed()
+                encoder.embed(photos, [VIEWS[views[0]]])
+                pace.record(len(owners), 1, arrived - asked, budget.elapsed() - warm)
+                if name:
+                    planned = pace.affordable(total, len(views), end - budget.elapsed())
+                    tell_plan(name, total, planned, len(views), pace, budget)
+                if is_optional and pace.seconds(total, 1) > budget.left():
+                    break
+            # As if there were one batch more: a batch that takes longer than the last then costs views, not photos.
+            rest = total - done - failures.total() + len(owners)
+            count = pace.affordable(rest, len(views), end - budget.elapsed())
+            incomplete = owners[0]
+            if budget.left() <= max(0, pace.seconds(len(owners), count)):
                 break
-        # As if there were one batch more: a batch that takes longer than the last ones then costs views, not photos.
-        rest = total - done - failures.total() + len(owners)
-        count = pace.affordable(rest, len(views), end - budget.elapsed())
-        incomplete = owners[0]
-        if budget.left() <= max(0, pace.seconds(len(owners), count)):
-            break
-        start = budget.elapsed()
-        try:
+            start = budget.elapsed()
             embedded = encoder.embed(photos, [VIEWS[view] for view in views[:count]])
-        except Exception:
-            if not (keeps_going and done):
-                raise
-            traceback.print_exc()
-            break
-        pool.add(owners, embedded.mean(dim=1))
-        incomplete = owners[-1]
-        if done:
-            pace.record(len(owners), count, arrived - asked, budget.elapsed() - start)
-        asked = budget.elapsed()
-        used[count] += len(owners)
-        if name and (done + len(owners)) * 10 // total > done * 10 // total:
-            print(f"{name}: {done + len(owners)} of {total} photos, {count} views", flush=True)
-        done += len(owners)
+            pool.add(owners, embedded.mean(dim=1))
+            incomplete = owners[-1]
+            if done:
+                pace.record(len(owners), count, arrived - asked, budget.elapsed() - start)
+            asked = budget.elapsed()
+            used[count] += len(owners)
+            if name and (done + len(owners)) * 10 // total > done * 10 // total:
+                print(f"{name}: {done + len(owners)} of {total} photos, {count} views", flush=True)
+            done += len(owners)
+    except Exception:
+        if not (keeps_going and done):
+            raise
+        traceback.print_exc()
+    finally:
+        batches.close()
     late = pool.leave_out(incomplete) if done + failures.total() < total else 0
     return Embeddings(pool.values(), pool.counts, failures, late, used)
 
@@ -156,21 +160,39 @@ def tell_plan(name: str, photos: int, planned: int, views: int, pace: Pace, budg
     )
 
 
+@contextmanager
+def decoding_threads() -> Iterator[ThreadPoolExecutor]:
+    """A thread per core. At the end nothing waits for them, since one of them may wait for a disk that hangs."""
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
+        yield threads
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
 def load_batches(
-    encoder: Encoder, observations: Sequence[Observation], failures: Counter
+    encoder: Encoder,
+    observations: Sequence[Observation],
+    failures: Counter,
+    left: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
     """Readable photos in order, as (index of the observation of each, (batch, 3, decoded, decoded) uint8).
 
     Args:
         failures: counts by cause the photos that could not be read.
+        left: seconds that a batch may take; when it takes longer, as when a disk hangs, there are no more batches.
     """
     photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with decoding_threads() as threads:
         first, end = 0, PROBE
         while first < len(photos):
             part = photos[first:end]
             first, end = end, end + encoder.batch_size
-            decoded = decode_all([path for _, path in part], encoder.preprocessing, threads)
+            paths, timeout = [path for _, path in part], min(max(0, left()), threading.TIMEOUT_MAX)
+            try:
+                decoded = decode_all(paths, encoder.preprocessing, threads, timeout)
+            except TimeoutError:
+                return
             failures.update(photo for photo in decoded if isinstance(photo, str))
             readable = [
                 (owner, photo) for (owner, _), photo in zip(part, decoded, strict=True) if not isinstance(photo, str)

@@ -83,6 +83,15 @@ def decode(path: Path, preprocessing: Preprocessing) -> np.ndarray | str:
         return type(error).__name__
 
 
-def decode_all(paths: Iterable[Path], preprocessing: Preprocessing, threads: Executor) -> list[np.ndarray | str]:
-    """`decode` of every path, in order. Threads suffice: Pillow lets go of the interpreter while it decodes."""
-    return list(threads.map(lambda path: decode(path, preprocessing), paths))
+def decode_all(
+    paths: Iterable[Path], preprocessing: Preprocessing, threads: Executor, timeout: float | None = None
+) -> list[np.ndarray | str]:
+    """`decode` of every path, in order. Threads suffice: Pillow lets go of the interpreter while it decodes.
+
+    Args:
+        timeout: seconds for all of them together; None waits for ever.
+
+    Raises:
+        TimeoutError: they took longer.
+    """
+    return list(threads.map(lambda path: decode(path, preprocessing), paths, timeout=timeout))

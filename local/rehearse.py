@@ -80,8 +80,6 @@ def conclude(results: Sequence[dict]) -> str:
         return f"not ready to push: {', '.join(failed)} failed"
     if len(results) < len(SCENARIOS):
         return f"{results[0]['name']} is ok; --scenario all says whether the bundle is ready to push"
-    if PLACEHOLDER in json.dumps(rehearsal.metadata):
-        return f"not ready to push: put your Kaggle name for {PLACEHOLDER} in kernel-metadata.json and bundle again"
     return "ready to push" + (f" (skipped: {', '.join(skipped)})" if skipped else "")
 
 

@@ -1,6 +1,7 @@
 """An observation's embedding is the mean over its photos and views, whatever the batches and the order."""
 
 import math
+import os
 import threading
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from kernel.budget import Budget
-from kernel.embeddings import ahead, embed_observations
+from kernel.embeddings import ahead, embed_observations, stack
 from kernel.encoders import Encoder, open_encoder
 from kernel.mounts import read_weights
 from kernel.observations import Observation
@@ -208,6 +209,40 @@ def test_an_encoder_that_breaks_down_costs_what_it_has_not_embedded(encoder, obs
     assert "unspecified launch failure" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
         embed_observations(Breaking(encoder, 1.0), observations, FOUR)
+
+
+def test_photos_that_break_down_on_their_way_cost_what_is_not_embedded(encoder, observations, monkeypatch, capsys):
+    whole, batches = embed_observations(encoder, observations, ["plain"]), []
+
+    def stack_three(photos, encoder):
+        batches.append(photos)
+        if len(batches) % 4 == 0:
+            raise MemoryError("no memory to pin")
+        return stack(photos, encoder)
+
+    monkeypatch.setattr("kernel.embeddings.stack", stack_three)
+    found = embed_observations(encoder, observations, ["plain"], keeps_going=True)
+    complete = found.seen.tolist().index(False)
+    assert found.late == len(observations) - complete
+    assert 10 < complete < len(observations) - 10
+    assert torch.allclose(found.values[:complete], whole.values[:complete], atol=1e-6)
+    assert "no memory to pin" in capsys.readouterr().err
+    with pytest.raises(MemoryError, match="no memory to pin"):
+        embed_observations(encoder, observations, ["plain"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe stands for a photo on a disk that hangs")
+def test_a_photo_that_hangs_costs_the_time_that_is_left_and_nothing_that_is_done(encoder, observations, tmp_path):
+    os.mkfifo(tmp_path / "hangs.jpg")
+    hanging = Observation("hangs", (tmp_path / "hangs.jpg",))
+    budget = Budget(2.0, 0.0, lambda: 0.0)  # a batch may take 1.8 s, as long as it lasts
+    found = embed_observations(encoder, [*observations[:20], hanging, *observations[20:]], ["plain"], budget=budget)
+    complete = found.seen.tolist().index(False)
+    assert 0 < complete <= 20
+    assert found.late == 41 - complete
+    whole = embed_observations(encoder, observations, ["plain"])
+    assert torch.allclose(found.values[:complete], whole.values[:complete], atol=1e-6)
+    os.close(os.open(tmp_path / "hangs.jpg", os.O_WRONLY | os.O_NONBLOCK))  # lets the thread that waits for it end
 
 
 def test_without_any_time_nothing_is_embedded(encoder, observations):

@@ -197,7 +197,18 @@ def test_when_most_photos_are_unreadable_the_visible_run_fails_and_the_rerun_sta
     result = predict(tmp_path, env={**os.environ, **rerun})
     assert result.returncode == code
     assert "6 of 10 photos cannot be read" in result.stderr
+    assert (result.stderr.splitlines()[-1] == "scored rerun: the predictions stand") == is_rerun
     assert len((tmp_path / "working" / "submission.csv").read_text().splitlines()) == 11
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe stands for a photo on a disk that hangs")
+def test_a_photo_that_hangs_does_not_keep_the_kernel_from_ending(hidden, tmp_path):
+    hidden[0].unlink()
+    os.mkfifo(hidden[0])
+    folders = ["--input", tmp_path / "input", "--working", tmp_path / "working"]
+    result = command("-m", "kernel", *folders, "--time-limit", "0.001", timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "10 too late" in result.stdout
 
 
 def test_a_table_without_rows_gives_a_submission_without_rows(hidden, tmp_path):

@@ -12,15 +12,13 @@ import pytest
 from bundle import bundle
 from kernel.mounts import MANIFEST, InputError, sha256
 from kernel.observations import find_test_table
-from local import rehearse
 from local.competition import read_competition
-from local.publishing.metadata import PLACEHOLDER
 from local.rehearsal.scenarios import BY_NAME, SCENARIOS, conduct
 from local.rehearsal.staging import fingerprint, stage_competition
 from local.rehearsal.trial import Rehearsal, refuse_other_competition
 from local.rehearsal.variations import keep_observations, keep_one_row, remove_photos, repeat_observations, spoil_photos
 from local.rehearse import conclude, report_on
-from tests.conftest import ROOT, command, photo
+from tests.conftest import command, photo
 from tests.layouts import fungitastic, herbarium
 
 
@@ -260,24 +258,6 @@ def test_the_command_writes_the_report_and_ends_with_1_when_a_scenario_failed(mi
     assert [set(result) for result in report["scenarios"]] == [{"name", "ok", "seconds", "reason"}]
     result = command("local/rehearse.py", *options, "--scenario", "one-row")
     assert result.returncode == 0, result.stdout
-
-
-def test_a_bundle_that_is_not_ready_ends_the_command_with_1(miniature, drawn, monkeypatch, capsys):
-    """Every scenario passes, here one, and the owner is the placeholder still."""
-    build = miniature()
-    metadata = json.loads((ROOT / "kernel-metadata.json").read_text())
-    slug = metadata["id"].partition("/")[2]
-    metadata |= {"id": f"{PLACEHOLDER}/{slug}", "dataset_sources": [f"{PLACEHOLDER}/{slug}-weights"]}
-    (build / "kernel-metadata.json").write_text(json.dumps(metadata))
-    monkeypatch.setattr("local.rehearsal.trial.ROOT", build)
-    monkeypatch.setattr(rehearse, "BY_NAME", {"one-row": BY_NAME["one-row"]})
-    monkeypatch.setattr(rehearse, "SCENARIOS", (BY_NAME["one-row"],))
-    arguments = ["--data", drawn.competition, "--build", build, "--scenario", "all"]
-    monkeypatch.setattr("sys.argv", ["rehearse.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        rehearse.main()
-    assert stop.value.code == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith("not ready to push: put your Kaggle name")
 
 
 @pytest.mark.parametrize("absent", ["everything", "kernel.py", "weights/manifest.json"])
