@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kernel.mounts import MANIFEST_SHA256, InputError, Weights, escape_unprintable, find_weights, tree
+from kernel.mounts import (
+    MANIFEST_SHA256,
+    InputError,
+    Weights,
+    escape_unprintable,
+    find_weights,
+    install_wheels,
+    tree,
+)
 from kernel.observations import TestTable, find_test_table, tell_left_out
 from kernel.submission import fallback_guesses, write_submission
 
@@ -30,13 +38,14 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def report_failure(stands: str, kind: type, error: BaseException, trace) -> None:
+def report_failure(packages: Path, stands: str, kind: type, error: BaseException, trace) -> None:
     """The last word on an uncaught error, installed before anything heavy is imported.
 
     In the visible run it fails loudly. In the scored rerun nobody sees a traceback, a script that fails is not scored,
     and a submission is on disk: so it says what happened and ends well.
 
     Args:
+        packages: the folder of unpacked wheels.
         stands: which submission is on disk, in words.
     """
     if issubclass(kind, InputError):
@@ -44,6 +53,7 @@ def report_failure(stands: str, kind: type, error: BaseException, trace) -> None
     else:
         traceback.print_exception(kind, error, trace)
     sys.stdout.flush()
+    shutil.rmtree(packages, ignore_errors=True)
     if IS_RERUN:
         print(f"scored rerun: {stands}", file=sys.stderr, flush=True)
     os._exit(0 if IS_RERUN else 2 if issubclass(kind, InputError) else 1)
@@ -73,15 +83,17 @@ def open_inputs(options: argparse.Namespace) -> tuple[Weights, TestTable]:
 
 
 if __name__ == "__main__":
-    sys.excepthook = partial(report_failure, "the fallback submission stands")
     escape_unprintable(sys.stdout, sys.stderr)
     OPTIONS = parse_options()
+    PACKAGES = OPTIONS.working / ".packages"
+    sys.excepthook = partial(report_failure, PACKAGES, "the fallback submission stands")
     WEIGHTS, TABLE = open_inputs(OPTIONS)
+    install_wheels(WEIGHTS, PACKAGES)
 
-# Torch is imported from here on, with a valid submission on disk.
+# Torch is imported from here on, with a valid submission on disk; timm too, from its wheel where one came along.
 import torch
 
-from kernel.encoders import open_encoder, pick_devices
+from kernel.encoders import describe_versions, open_encoder, pick_devices
 from kernel.budget import Budget
 from kernel.embeddings import Embeddings, embed_observations
 from kernel.prior import weighted_prior
@@ -90,7 +102,7 @@ from kernel.bank import rank, read_banks
 UNREADABLE_LIMIT = 0.25  # share of unreadable photos above which something is wrong with the mount, not with the photos
 
 
-def embed_members(weights: Weights, table: TestTable, packages: Path, budget: Budget) -> list[Embeddings]:
+def embed_members(weights: Weights, table: TestTable, budget: Budget) -> list[Embeddings]:
     """Embed the test set with each member, best first, as far as time allows; at least with the first.
 
     In the scored rerun an error costs what is not embedded yet, and nothing that is.
@@ -99,7 +111,7 @@ def embed_members(weights: Weights, table: TestTable, packages: Path, budget: Bu
     for place, member in enumerate(members):
         name = f"{member['name']} on {' and '.join(map(str, devices))}"
         try:
-            encoder = open_encoder(weights, member["encoder"], devices, packages)
+            encoder = open_encoder(weights, member["encoder"], devices)
             embeddings = embed_observations(
                 encoder,
                 table.observations,
@@ -143,9 +155,9 @@ class Prediction:
 
 def predict(options: argparse.Namespace, weights: Weights, table: TestTable, budget: Budget) -> Prediction:
     """Embed the test set, rank the classes, and replace the fallback submission by the predictions."""
-    manifest, path, packages = weights.manifest, options.working / "submission.csv", options.working / "packages"
-    opened = budget.elapsed()
-    embedded = embed_members(weights, table, packages, budget)
+    manifest, opened = weights.manifest, budget.elapsed()
+    print(describe_versions(manifest["members"]), flush=True)
+    embedded = embed_members(weights, table, budget)
     seconds = budget.elapsed() - opened
 
     members = manifest["members"][: len(embedded)]
@@ -164,8 +176,7 @@ def predict(options: argparse.Namespace, weights: Weights, table: TestTable, bud
         [class_ids[index] for index in row] if is_answered else fallback
         for row, is_answered in zip(ranked.tolist(), answered.tolist(), strict=True)
     ]
-    write_submission(path, table, guesses, class_ids)
-    shutil.rmtree(packages, ignore_errors=True)  # what lies in the working folder becomes the kernel's output
+    write_submission(options.working / "submission.csv", table, guesses, class_ids)
     return Prediction(embedded, len(guesses) - int(answered.sum()), seconds)
 
 
@@ -206,7 +217,8 @@ def has_busy_thread(patience: float = 1.0) -> bool:
 if __name__ == "__main__":
     BUDGET = Budget(OPTIONS.time_limit or WEIGHTS.manifest["competition"]["time_limit"], STARTED)
     PREDICTION = predict(OPTIONS, WEIGHTS, TABLE, BUDGET)
-    sys.excepthook = partial(report_failure, "the predictions stand")
+    sys.excepthook = partial(report_failure, PACKAGES, "the predictions stand")
+    shutil.rmtree(PACKAGES, ignore_errors=True)  # what lies in the working folder becomes the kernel's output
     summarise(PREDICTION, TABLE, BUDGET)
     if has_busy_thread():
         sys.stdout.flush()

@@ -7,13 +7,12 @@ import copy
 import ctypes
 import importlib
 import re
-import subprocess
-import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 
 import timm
 import torch
@@ -179,24 +178,6 @@ def pick_dtype(device: torch.device, precision: str = "half") -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
-def install_wheels(weights: Weights, packages: Path) -> None:
-    """Make the libraries that Kaggle's image lacks importable, from the wheels that travel with the weights.
-
-    They take precedence over installed ones, so that a rehearsal runs what Kaggle will run. `--no-deps` protects the
-    image's own torch, and `--target` leaves the environment as it was.
-
-    Args:
-        packages: a folder of the kernel's own, on the import path from then on.
-    """
-    wheels = [str(weights.file(name)) for name in sorted(weights.manifest["files"]) if name.endswith(".whl")]
-    if not wheels or str(packages) in sys.path:
-        return
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--no-index", "--no-deps", "--upgrade", "--target", str(packages), *wheels], check=True)
-    sys.path.insert(0, str(packages))
-    importlib.invalidate_caches()
-
-
 def build_module(library: str, architecture: str, arguments: dict) -> nn.Module:
     """An encoder without its weights. For open_clip only the visual tower is built: the texts are never needed."""
     if library == "timm":
@@ -211,20 +192,45 @@ def read_preprocessing(values: dict) -> Preprocessing:
     return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
-def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device], packages: Path) -> Encoder:
+def describe_versions(members: Sequence[dict]) -> str:
+    """One line: the versions that run here, beside those that the members of the manifest were trained with."""
+    parts = []
+    for library, here in (("timm", timm.__version__), ("torch", torch.__version__)):
+        trained = sorted({member.get("versions", {}).get(library, "an unknown one") for member in members})
+        parts.append(f"{library} {here} (trained with {' and '.join(trained)})")
+    return f"running with {', '.join(parts)}"
+
+
+def versions_of(entry: dict) -> str:
+    """The version of an encoder's library here and in training, for the message of an error."""
+    name = "timm" if entry["library"] == "timm" else "open_clip_torch"
+    try:
+        here = timm.__version__ if name == "timm" else version(name)
+    except PackageNotFoundError:
+        here = "(not installed)"
+    return f"{name} {here} (trained with {entry.get('packages', {}).get(name, 'an unknown one')})"
+
+
+def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device]) -> Encoder:
     """Open one encoder of the manifest, frozen, in evaluation mode.
 
     Raises:
-        InputError: its file is missing or damaged, or does not fit its architecture.
+        InputError: its file is missing or damaged, or does not fit its architecture; or the library that is installed
+            cannot build that architecture, as one that is older than the training's.
     """
     path = weights.file(entry["file"])
-    if entry["library"] != "timm":
-        install_wheels(weights, packages)
-    module = build_module(entry["library"], entry["architecture"], entry["arguments"])
+    try:
+        module = build_module(entry["library"], entry["architecture"], entry["arguments"])
+    except Exception as error:  # each version of a library fails in its own way at what it does not know
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        raise InputError(
+            f"{entry['architecture']} cannot be built by {versions_of(entry)}: {reason}; run it with the version that "
+            "it was trained with, or train again with this one"
+        ) from error
     try:
         module.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
-        reason = f"{path} does not fit {entry['architecture']}: {shorten(error)}"
+        reason = f"{path} does not fit {entry['architecture']} of {versions_of(entry)}: {shorten(error)}"
         raise InputError(f"{reason}; train or bundle again") from error
     module.requires_grad_(False).eval()
     # Cast, not autocast: open_clip under bf16 autocast is 3.6 times slower than fp32 on a CPU.

@@ -5,8 +5,11 @@ competitions moved likewise. So nothing here trusts a path: a folder is known by
 """
 
 import hashlib
+import importlib
 import json
 import os
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +126,33 @@ def read_weights(folder: Path) -> Weights:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(f"{folder / MANIFEST} is not of format {FORMAT}: train or bundle again with this version")
     return Weights(folder, manifest)
+
+
+def install_wheels(weights: Weights, packages: Path) -> None:
+    """Make the libraries importable that Kaggle's image lacks, or has only an older version of.
+
+    Their wheels travel with the weights, and are pure Python, so that unpacking is all of it. They take precedence over
+    what is installed, which stays as it was. To be called before anything is imported that they replace.
+
+    Args:
+        packages: a folder of the kernel's own, first on the import path from then on.
+
+    Raises:
+        InputError: a wheel is missing or damaged, or would write outside of `packages`.
+    """
+    wheels = sorted(name for name in weights.manifest["files"] if name.endswith(".whl"))
+    for name in wheels:
+        try:
+            with zipfile.ZipFile(weights.file(name)) as wheel:
+                for member in wheel.namelist():
+                    if not (packages / member).resolve().is_relative_to(packages.resolve()):
+                        raise InputError(f"{name} holds {member!r}, outside of its own folder: bundle again")
+                wheel.extractall(packages)
+        except zipfile.BadZipFile as error:
+            raise InputError(f"{name} cannot be unpacked ({error}): bundle again") from error
+    if wheels:
+        sys.path.insert(0, str(packages.resolve()))
+        importlib.invalidate_caches()
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -230,6 +230,7 @@ def fill_run(
             **entry,
             "preprocessing": preprocessing,
             "precision": recipe.precision,
+            "packages": {name: version(name) for name in entry["packages"]},  # a run goes on from an older one
             "learnt_from": learnt_from,
             "file": ENCODER_FILE,
         },

@@ -295,7 +295,7 @@ def embed(run: Path, observations: Sequence[Observation], views: Sequence[str], 
     """The photos of some observations as a run's encoder sees them."""
     weights = read_weights(run)
     entry = weights.manifest["members"][0]["encoder"]
-    encoder = open_encoder(weights, entry, pick_devices(), run / "packages")
+    encoder = open_encoder(weights, entry, pick_devices())
     return EmbeddingCache(cache, encoder).embed(observations, views)
 
 

@@ -74,7 +74,7 @@ def embed_alphabet(alphabet: Path, run: Path) -> tuple[np.ndarray, np.ndarray]:
     """(drawings, features) of length 1 by a run's encoder, and (drawings,) the character of each."""
     weights = read_weights(run)
     entry = weights.manifest["members"][0]["encoder"]
-    encoder = open_encoder(weights, entry, pick_devices(), run / "packages")
+    encoder = open_encoder(weights, entry, pick_devices())
     drawings = sorted(alphabet.glob("*/*.png"))
     single = [Observation(str(path), (path,)) for path in drawings]
     photos = EmbeddingCache(run.parent / CACHE, encoder).embed(single, ["plain"])

@@ -1,13 +1,12 @@
 """Gather the weights of one or several runs into the folder that becomes a Kaggle dataset."""
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, sha256
 from kernel.observations import LAYOUTS, RESOLUTIONS
+from local.bundling.wheels import make_wheel, needed_wheels
 from local.console import say
 from local.files import write_json
 from local.matching.ensemble import weigh
@@ -26,7 +25,8 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         The manifest's path.
 
     Raises:
-        InputError: a folder is no run, is damaged, or predicts other classes than the first.
+        InputError: a folder is no run, is damaged, or predicts other classes than the first; two runs need different
+            versions of a library, or one needs a version that is not installed.
     """
     opened = [open_run(run) for run in runs]
     first = opened[0].manifest
@@ -34,17 +34,22 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         for key, of in (("class_ids", "classes"), ("competition", "competition settings")):
             if _comparable(weights.manifest[key]) != _comparable(first[key]):
                 raise InputError(f"{weights.folder} has other {of} than {runs[0]}: train both with the same --data")
+    needed_wheels(opened)  # what cannot be bundled is refused before the runs are weighed
     shares = weigh(runs, guesses_of(first["competition"]["layout"]))
     # The best alone comes first, since a kernel short of time drops the last.
     order = sorted(range(len(runs)), key=lambda place: -worth_alone(opened[place]))
     opened, shares = ([values[place] for place in order if shares[place]] for values in (opened, shares))
+    wheels = needed_wheels(opened)
+    if wheels:
+        say(f"with the wheels of {', '.join(map(' '.join, wheels.items()))}, since Kaggle's image lacks them")
+    for name, version in wheels.items():
+        make_wheel(name, version, folder / "wheels")
     resolution = max((weights.manifest["competition"]["resolution"] for weights in opened), key=RESOLUTIONS.index)
     members = [
         {**member, "weight": share * member["weight"]}
         for place, (weights, share) in enumerate(zip(opened, shares, strict=True), 1)
         for member in _copy(weights, folder, place)
     ]
-    _download_wheels(members, folder / "wheels")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = {
         "format": FORMAT,
@@ -84,18 +89,3 @@ def _copy(weights: Weights, folder: Path, place: int) -> list[dict]:
         encoder = {**member["encoder"], "file": renamed.pop("file")}
         members.append({**member, **renamed, "encoder": encoder, "run": weights.folder.resolve().name})
     return members
-
-
-def _download_wheels(members: Sequence[dict], folder: Path) -> None:
-    """The pure-Python wheels that Kaggle's image lacks, in the versions that the runs were trained with."""
-    encoders = [member["encoder"] for member in members if member["encoder"]["library"] == "open_clip"]
-    wanted = sorted({f"{name}=={version}" for encoder in encoders for name, version in encoder["packages"].items()})
-    if not wanted:
-        return
-    say(f"fetching the wheels of {', '.join(wanted)}, which Kaggle's image lacks")
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    target = ["--only-binary=:all:", "--python-version", "3.12", "--dest", str(folder)]
-    result = subprocess.run([*pip, *target, *wanted], capture_output=True, text=True)
-    if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise InputError(f"the wheels of {', '.join(wanted)} cannot be fetched: {reason}; check the network")

@@ -8,14 +8,19 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from kernel.budget import MARGIN
 from kernel.mounts import InputError, shorten
+from local.image import IMAGE
 from local.metrics import GUESSES, hit_matrix
 from local.rehearsal.sandbox import duty_cycle, kill_after
 from local.rehearsal.staging import Stage
@@ -39,6 +44,7 @@ PATIENCE = 3  # times what a run should take, where the limit is meant to be met
 SHARE = 0.5  # of the time that a throttled process runs
 STRETCH = 2  # photos of a throttled run take at least so many times what its start takes, or there is little to shed
 MOST_TIMES = 200  # that the test set is repeated for it
+PIP_SECONDS = 120  # that installing one wheel may take
 GRACE = 10  # seconds beyond a throttled run's limit: ending the interpreter takes some, which beside hours are nothing
 ATTEMPTS = 3  # to find a limit that neither leaves time for everything nor for nothing
 NOISE = 150  # MB that the peak memory of two equal runs may differ by: allocators, threads, what torch keeps
@@ -65,6 +71,15 @@ def witness(event, arguments):
     if event in CALLS and not is_local:  # a socket of the file system has a path for its address
         print({CALL!r} + event, *[argument for argument in arguments if isinstance(argument, (str, tuple))], flush=True)
 sys.addaudithook(witness)
+"""
+
+
+OTHERS = 0.1  # of the observations may get another best class from another timm, whose sums are in another order
+TIMM_USED = "the script used timm "
+WITH_IMAGES_TIMM = f"""
+import atexit, sys
+sys.path[:0] = {{folders}}
+atexit.register(lambda: print({TIMM_USED!r} + getattr(sys.modules.get("timm"), "__version__", "none"), flush=True))
 """
 
 
@@ -184,6 +199,28 @@ def stretch(rehearsal: Rehearsal, stage: Stage) -> Stretched:
     return Stretched({new: originals[old] for new, old in again.items()}, start, photos * times)
 
 
+def install_image(rehearsal: Rehearsal, stage: Stage) -> list[Path]:
+    """Install the timm of Kaggle's image; returns the folder to import it from, none where this system has the same."""
+    wanted, folder = f"timm=={IMAGE['timm']}", rehearsal.folder / stage.name / "image"
+    try:
+        if version("timm") == IMAGE["timm"]:
+            return []
+    except PackageNotFoundError:
+        pass
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    patience = ["--retries", "1", "--timeout", "15", "--only-binary", ":all:"]
+    try:
+        done = subprocess.run(
+            [*pip, *patience, "--target", str(folder), wanted], capture_output=True, text=True, timeout=PIP_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Skipped(f"{wanted} of Kaggle's image cannot be installed: {shorten(str(error))}") from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise Skipped(f"{wanted} of Kaggle's image cannot be installed: {shorten(reason)}")
+    return [folder]
+
+
 def times_for(start: float, photos: float) -> int:
     """How often to repeat a test set whose photos take so many seconds, so that they outweigh the start."""
     return min(MOST_TIMES, ceil(STRETCH * start / max(photos, 0.01)))
@@ -207,6 +244,12 @@ def visible_and_rerun(rehearsal: Rehearsal, stage: Stage, changed: object) -> li
 
 def watched(rehearsal: Rehearsal, stage: Stage, changed: object) -> list[Ran]:
     return [rehearsal.run(stage, bootstrap=WITNESS)]
+
+
+def with_images_timm(rehearsal: Rehearsal, stage: Stage, folders: list[Path]) -> list[Ran]:
+    """Let the script find the timm of Kaggle's image before the one that is installed."""
+    reference(rehearsal)
+    return [rehearsal.run(stage, bootstrap=WITH_IMAGES_TIMM.format(folders=list(map(str, folders))))]
 
 
 def on_a_slow_disk(rehearsal: Rehearsal, stage: Stage, changed: object) -> list[Ran]:
@@ -418,6 +461,22 @@ def must_not_call(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) ->
     return "no attempt to connect"
 
 
+def must_agree_with_images_timm(rehearsal: Rehearsal, runs: Sequence[Ran], folders: list[Path]) -> str:
+    """The script used the timm that it will have on Kaggle, and its answers are those of the timm that is installed."""
+    must_predict(rehearsal, runs, folders)
+    brought = [name for name in rehearsal.manifest["files"] if re.match(r"wheels/timm-[^/]+\.whl$", name)]
+    expected = brought[0].split("-")[1] if brought else IMAGE["timm"]
+    used = next((line.removeprefix(TIMM_USED) for line in runs[0].lines if line.startswith(TIMM_USED)), "none")
+    if used not in (expected, "none"):
+        raise Failed(f"the script used timm {used}, on Kaggle it would use {expected}")
+    before, after = reference(rehearsal).guesses, runs[0].guesses
+    others = [observation for observation, row in after.items() if row[0] != before[observation][0]]
+    if len(others) > OTHERS * len(after):
+        raise Failed(f"{len(others)} of {len(after)} observations get another class with Kaggle's timm {expected}")
+    where = "of a wheel in the weights" if brought else "of Kaggle's image"
+    return f"timm {used}, {where}; {len(others)} of {len(after)} observations get another class"
+
+
 def must_wait_for_the_disk(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) -> str:
     """It took the time that the disk needs."""
     note = must_predict(rehearsal, runs, changed)
@@ -470,5 +529,6 @@ SCENARIOS = (
     Scenario("weights-other", of_weights(exchange_weights), visible_and_rerun, must_refuse),
     Scenario("killed", reduce_to_few, killed, must_survive),
     Scenario("network", leave, watched, must_not_call),
+    Scenario("kaggle-image", install_image, with_images_timm, must_agree_with_images_timm),
 )
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}

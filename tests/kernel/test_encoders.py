@@ -1,10 +1,20 @@
 """Encoders are rebuilt from their manifest entry alone, exactly, or refused."""
 
+from importlib.metadata import version
+
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
-from kernel.encoders import Encoder, build_module, open_encoder, pick_devices, read_preprocessing
+from kernel.encoders import (
+    Encoder,
+    build_module,
+    describe_versions,
+    open_encoder,
+    pick_devices,
+    read_preprocessing,
+)
 from kernel.mounts import InputError, Weights, sha256
 from kernel.views import VIEWS
 
@@ -27,7 +37,7 @@ def saved(folder, module) -> Weights:
 
 def test_an_encoder_embeds_as_the_module_it_was_saved_from(tmp_path):
     module = build_module("timm", "test_resnet", {}).eval()
-    encoder = open_encoder(saved(tmp_path, module), ENTRY, [torch.device("cpu")], tmp_path / "packages")
+    encoder = open_encoder(saved(tmp_path, module), ENTRY, [torch.device("cpu")])
     photos = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     mean, std = (torch.tensor(PREPROCESSING[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     with torch.inference_mode():
@@ -42,8 +52,36 @@ def test_an_encoder_embeds_as_the_module_it_was_saved_from(tmp_path):
 def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path):
     weights = saved(tmp_path, build_module("timm", "test_vit", {}))
     with pytest.raises(InputError, match="does not fit test_resnet") as error:
-        open_encoder(weights, ENTRY, [torch.device("cpu")], tmp_path / "packages")
+        open_encoder(weights, ENTRY, [torch.device("cpu")])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"architecture": "resnet_of_next_year"}, "Unknown model (resnet_of_next_year)"),
+        ({"arguments": {"an_argument_of_next_year": 1}}, "an_argument_of_next_year"),
+        ({"arguments": {"act_layer": "an_activation_of_next_year"}}, "an_activation_of_next_year"),
+        ({"library": "open_clip", "arguments": {"embed_dim": 8, "vision_cfg": {"of_next_year": 1}}}, "of_next_year"),
+    ],
+    ids=["architecture", "argument", "layer", "open_clip"],
+)
+def test_what_this_version_of_a_library_cannot_build_is_one_line_with_both_versions(tmp_path, change, reason):
+    weights = saved(tmp_path, build_module("timm", "test_resnet", {}))
+    entry = {**ENTRY, **change, "packages": {"timm": "9.9.9", "open_clip_torch": "9.9.9"}}
+    with pytest.raises(InputError, match=r"cannot be built by .* \(trained with 9\.9\.9\)") as error:
+        open_encoder(weights, entry, [torch.device("cpu")])
+    assert reason in str(error.value)
+    assert (timm.__version__ if entry["library"] == "timm" else version("open_clip_torch")) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_versions_that_run_stand_beside_those_of_the_training():
+    members = [{"versions": {"timm": trained, "torch": "2.10.0"}} for trained in ("1.0.26", "1.0.20", "1.0.26")]
+    assert describe_versions(members) == (
+        f"running with timm {timm.__version__} (trained with 1.0.20 and 1.0.26), "
+        f"torch {torch.__version__} (trained with 2.10.0)"
+    )
 
 
 def test_preprocessing_comes_back_from_json_as_it_was():

@@ -1,11 +1,24 @@
 """Inputs are found by what lies in them, and refused when they are not what the kernel was bundled with."""
 
+import importlib
 import json
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from kernel.mounts import FORMAT, MANIFEST, InputError, find_weights, read_weights, sha256, tree
+from kernel.mounts import (
+    FORMAT,
+    MANIFEST,
+    InputError,
+    Weights,
+    find_weights,
+    install_wheels,
+    read_weights,
+    sha256,
+    tree,
+)
 
 
 def lay_weights(folder: Path, text: str = "weights") -> Path:
@@ -70,3 +83,54 @@ def test_the_tree_for_the_log_is_short_however_many_files_there_are(tmp_path):
     lines = tree(tmp_path).splitlines()
     assert len(lines) < 12
     assert "92 more" in lines[-1]
+
+
+def lay_wheel(folder: Path, member: str, text: str) -> Weights:
+    """Weights with one wheel of one file."""
+    (folder / "wheels").mkdir(parents=True)
+    with zipfile.ZipFile(folder / "wheels" / "a-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(member, text)
+    digest = sha256(folder / "wheels" / "a-1-py3-none-any.whl")
+    return Weights(folder, {"files": {"wheels/a-1-py3-none-any.whl": digest}})
+
+
+@pytest.fixture
+def import_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield sys.path
+    sys.modules.pop("library_of_a_wheel", None)
+    importlib.invalidate_caches()
+
+
+def test_a_library_of_the_weights_is_imported_before_the_installed_one(tmp_path, import_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "library_of_a_wheel.py").write_text("ORIGIN = 'installed'")
+    import_path.insert(0, str(tmp_path / "site"))
+    weights = lay_wheel(tmp_path / "weights", "library_of_a_wheel/__init__.py", "ORIGIN = 'wheel'")
+    install_wheels(weights, tmp_path / "packages")
+    assert importlib.import_module("library_of_a_wheel").ORIGIN == "wheel"
+
+
+@pytest.mark.parametrize("member", ["../outside.py", "a/../../outside.py", "/tmp/outside.py"])
+def test_a_wheel_that_would_write_elsewhere_is_refused(tmp_path, import_path, member):
+    weights, before = lay_wheel(tmp_path / "weights", member, "x"), list(import_path)
+    with pytest.raises(InputError, match="outside of its own folder"):
+        install_wheels(weights, tmp_path / "packages")
+    assert not (tmp_path / "packages").exists()
+    assert import_path == before
+
+
+def test_a_wheel_that_is_not_the_manifests_is_refused(tmp_path, import_path):
+    weights = lay_wheel(tmp_path / "weights", "library_of_a_wheel.py", "x")
+    (tmp_path / "weights" / "wheels" / "a-1-py3-none-any.whl").write_bytes(b"another")
+    with pytest.raises(InputError, match="SHA-256"):
+        install_wheels(weights, tmp_path / "packages")
+    weights.manifest["files"]["wheels/a-1-py3-none-any.whl"] = sha256(next(tmp_path.rglob("*.whl")))
+    with pytest.raises(InputError, match="cannot be unpacked"):
+        install_wheels(weights, tmp_path / "packages")
+
+
+def test_weights_without_wheels_leave_the_import_path_alone(tmp_path, import_path):
+    before = list(import_path)
+    install_wheels(Weights(lay_weights(tmp_path / "weights"), {"files": {"bank.safetensors": ""}}), tmp_path / "p")
+    assert (import_path, (tmp_path / "p").exists()) == (before, False)

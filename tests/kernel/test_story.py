@@ -14,7 +14,7 @@ from kernel.observations import find_test_table
 
 @pytest.mark.parametrize("is_rerun", [False, True])
 def test_a_member_that_cannot_be_opened_leaves_the_answer_to_those_before_it(
-    trained, drawn, tmp_path, monkeypatch, capsys, is_rerun
+    trained, drawn, monkeypatch, capsys, is_rerun
 ):
     weights = read_weights(trained)
     manifest = copy.deepcopy(weights.manifest)
@@ -24,9 +24,9 @@ def test_a_member_that_cannot_be_opened_leaves_the_answer_to_those_before_it(
     monkeypatch.setattr(story, "IS_RERUN", is_rerun)
     if not is_rerun:
         with pytest.raises(InputError, match="does not fit test_vit"):
-            story.embed_members(Weights(trained, manifest), table, tmp_path, budget)
+            story.embed_members(Weights(trained, manifest), table, budget)
         return
-    (found,) = story.embed_members(Weights(trained, manifest), table, tmp_path, budget)
-    (expected,) = story.embed_members(weights, table, tmp_path, budget)
+    (found,) = story.embed_members(Weights(trained, manifest), table, budget)
+    (expected,) = story.embed_members(weights, table, budget)
     assert torch.equal(found.values, expected.values)
     assert "is left out, and what comes after it" in capsys.readouterr().out

@@ -5,6 +5,8 @@ python -m pytest tests/local/rehearsal/test_scenarios.py
 
 import json
 import shutil
+import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from bundle import bundle
 from kernel.mounts import MANIFEST, InputError, sha256
 from kernel.observations import find_test_table
 from local.competition import read_competition
+from local.image import IMAGE, is_newer
 from local.rehearsal.scenarios import BY_NAME, SCENARIOS, conduct
 from local.rehearsal.staging import fingerprint, stage_competition
 from local.rehearsal.trial import Rehearsal, refuse_other_competition
@@ -44,6 +47,8 @@ def report(built, drawn) -> dict:
 def test_the_bundle_survives(report, built, name):
     result = next(result for result in report["scenarios"] if result["name"] == name)
     assert result["ok"], result
+    if name == "kaggle-image" and result["reason"].startswith("skipped: timm=="):
+        pytest.skip(result["reason"])  # no package index
     assert result["seconds"] > 0
     assert name == "memory" or (built / "rehearsal" / name / "kernel.log").stat().st_size > 0
 
@@ -189,7 +194,7 @@ def play(build: Path, drawn, name: str, **options) -> dict:
         return conduct(rehearsal, BY_NAME[name])
 
 
-SOUND = [name for name in BY_NAME if name != "throttled"]
+SOUND = [name for name in BY_NAME if name not in ("throttled", "kaggle-image")]  # the second needs a package index
 
 
 def test_the_unbroken_miniature_passes(miniature, drawn):
@@ -236,6 +241,55 @@ def test_a_kernel_fails_that(miniature, drawn, breakage, scenario, reason):
     assert not result["ok"], result
     assert reason in result["reason"]
     assert "\n" not in result["reason"]
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A package index with the timm of Kaggle's image, or what is given out for it."""
+    (tmp_path / "index").mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+
+    def publish(source: str) -> None:
+        version = IMAGE["timm"]
+        with zipfile.ZipFile(tmp_path / "index" / f"timm-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("timm/__init__.py", f"__version__ = {version!r}\n{source}")
+            info = f"timm-{version}.dist-info"
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: timm\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", f"{info}/RECORD,,\n")
+
+    return publish
+
+
+OLD_TIMM = "def create_model(name, **arguments): raise RuntimeError(f'Unknown model ({name})')\n"
+
+
+def trained_with(trained: Path, run: Path, timm: str) -> Path:
+    """A copy of a run that says that it was trained with another timm."""
+    shutil.copytree(trained, run)
+    manifest = json.loads((run / MANIFEST).read_text())
+    manifest["members"][0]["versions"]["timm"] = manifest["members"][0]["encoder"]["packages"]["timm"] = timm
+    (run / MANIFEST).write_text(json.dumps(manifest))
+    return run
+
+
+@pytest.mark.skipif(version("timm") == IMAGE["timm"], reason="here is the timm of Kaggle's image")
+def test_a_bundle_without_a_timm_of_its_own_is_run_with_that_of_kaggles_image(trained, drawn, index, tmp_path):
+    bundle([trained_with(trained, tmp_path / "run", IMAGE["timm"])], tmp_path / "build")
+    assert play(tmp_path / "build", drawn, "kaggle-image")["reason"].startswith("skipped: timm==")
+    index(OLD_TIMM)
+    result = play(tmp_path / "build", drawn, "kaggle-image")
+    assert not result["ok"]
+    assert f"cannot be built by timm {IMAGE['timm']}" in result["reason"]
+
+
+@pytest.mark.skipif(not is_newer(version("timm"), IMAGE["timm"]), reason="here is no newer timm than Kaggle's")
+def test_a_bundle_of_a_newer_timm_brings_it_along(built, drawn, index):
+    index(OLD_TIMM)
+    result = play(built, drawn, "kaggle-image")
+    assert result["ok"], result
+    assert result["reason"].startswith(f"timm {version('timm')}, of a wheel in the weights; 0 of 24 observations")
 
 
 def test_the_last_line_can_be_trusted():
