@@ -6,9 +6,10 @@ python bundle.py runs/A runs/B runs/C      an ensemble; cross-validation weighs 
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from kernel.mounts import InputError, sha256
+from kernel.mounts import MANIFEST, InputError, sha256
 from local.bundling.flatten import flatten
 from local.bundling.weights import gather_weights
 from local.console import command_parser, run, say
@@ -27,6 +28,7 @@ from local.publishing.metadata import (
 from local.publishing.preflight import find_owner
 
 ROOT = Path(__file__).resolve().parent
+BEFORE = ".weights.before"  # the weights that are being replaced
 DIGEST_LINE = 'MANIFEST_SHA256 = ""'  # of kernel/mounts.py
 
 
@@ -40,20 +42,21 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
     body = flatten(ROOT / "kernel")
     if body.count(DIGEST_LINE) != 1:
         raise InputError(f"kernel/mounts.py must hold the line {DIGEST_LINE} once: the script's digest goes there")
-    partial, weights = out / ".weights.partial", out / "weights"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    weights, partial, script = out / "weights", out / ".weights.partial", out / ".kernel.py.partial"
     try:
+        tidy(out)
+        partial.mkdir(parents=True)
         digest = sha256(gather_weights(runs, partial))
         write_json(dataset_metadata(metadata), partial / DATASET_METADATA)
-        script = out / ".kernel.py.partial"
         script.write_text(banner(digest) + body.replace(DIGEST_LINE, f'MANIFEST_SHA256 = "{digest}"'), encoding="utf-8")
-        shutil.rmtree(weights, ignore_errors=True)
-        os.replace(partial, weights)
-        os.replace(script, out / "kernel.py")
+        put_in_place(out)
         write_metadata(out, metadata)
+    except OSError as error:
+        raise InputError(f"cannot bundle into {out} ({error}): what was there before is unchanged") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            remove(partial)
+            remove(script)
     size = sum(path.stat().st_size for path in weights.rglob("*") if path.is_file())
     say(f"{out / 'kernel.py'}: {(out / 'kernel.py').stat().st_size:,} bytes; {weights}: {size / 1e6:.1f} MB")
     if not has_owner(metadata):
@@ -61,6 +64,54 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
             f"{PLACEHOLDER} stands for your Kaggle name: local/publish.py fills it in; to push by hand, set "
             "KAGGLE_USERNAME and bundle again"
         )
+
+
+def put_in_place(out: Path) -> None:
+    """Let the new weights and the new script be the bundle, both or neither.
+
+    The old weights are kept until both are there, so that `tidy` can tell where a bundling was killed.
+    """
+    weights, before = out / "weights", out / BEFORE
+    if weights.exists():
+        os.replace(weights, before)
+    try:
+        os.replace(out / ".weights.partial", weights)
+        os.replace(out / ".kernel.py.partial", out / "kernel.py")
+    except BaseException:
+        if before.exists():
+            remove(weights)
+            os.replace(before, weights)
+        elif not (out / ".weights.partial").exists():
+            remove(weights)
+        raise
+    remove(before)
+
+
+def tidy(out: Path) -> None:
+    """Remove what a bundling that was killed has left; weights without their script give way to those before them."""
+    weights, before, script = out / "weights", out / BEFORE, out / "kernel.py"
+    if before.exists():
+        manifest = weights / MANIFEST
+        is_complete = (
+            manifest.is_file()
+            and script.is_file()
+            and f'MANIFEST_SHA256 = "{sha256(manifest)}"' in script.read_text(encoding="utf-8", errors="replace")
+        )
+        if is_complete:
+            remove(before)
+        else:
+            remove(weights)
+            os.replace(before, weights)
+    remove(out / ".weights.partial")
+    remove(out / ".kernel.py.partial")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder, or a link to one, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def banner(digest: str) -> str:

@@ -338,6 +338,69 @@ def test_a_damaged_run_is_not_bundled_and_the_old_bundle_stays(built, trained, t
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def rebuilt(built, trained, tmp_path) -> tuple[Path, Path]:
+    """A bundle, and another run to bundle in its place."""
+    shutil.copytree(built, tmp_path / "build", ignore=shutil.ignore_patterns("rehearsal"))
+    shutil.copytree(trained, tmp_path / "other")
+    return tmp_path / "build", tmp_path / "other"
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_script_and_weights_are_replaced_together_or_not_at_all(rebuilt, monkeypatch, step):
+    (out, other), replace, steps = rebuilt, os.replace, []
+
+    def failing(source, target):
+        steps.append(target)
+        if len(steps) == step + 1:
+            raise PermissionError(13, "Permission denied", str(target))
+        replace(source, target)
+
+    before = snapshot(out)
+    monkeypatch.setattr("bundle.os.replace", failing)
+    with pytest.raises(InputError, match=r"cannot bundle into .*Permission denied.*what was there before is unchanged"):
+        bundle([other], out)
+    monkeypatch.undo()
+    assert snapshot(out) == before
+    bundle([other], out)
+    after = snapshot(out)
+    assert set(after) == set(before)
+    assert after["kernel.py"] != before["kernel.py"]
+    assert after["weights/manifest.json"] != before["weights/manifest.json"]
+
+
+def test_a_first_bundle_that_fails_leaves_nothing_of_itself(trained, tmp_path):
+    (tmp_path / "kernel.py").mkdir()
+    (tmp_path / "kernel.py" / "notes.txt").write_text("the user's own")
+    with pytest.raises(InputError, match="what was there before is unchanged"):
+        bundle([trained], tmp_path)
+    assert snapshot(tmp_path) == {"kernel.py/notes.txt": b"the user's own"}
+
+
+@pytest.mark.parametrize("killed", ["before the weights", "before the script", "before the end"])
+def test_what_a_killed_bundling_left_is_put_in_order_by_the_next(rebuilt, tmp_path, killed):
+    """The next one fails, so that nothing but the putting in order is seen."""
+    out, other = rebuilt
+    old = snapshot(out)
+    bundle([other], tmp_path / "new")
+    new = snapshot(tmp_path / "new")
+    (out / "weights").rename(out / ".weights.before")
+    (out / ".weights.partial").mkdir()
+    if killed != "before the weights":
+        shutil.copytree(tmp_path / "new" / "weights", out / "weights")
+    if killed == "before the end":
+        shutil.copy(tmp_path / "new" / "kernel.py", out / "kernel.py")
+    (other / "bank.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="bank"):
+        bundle([other], out)
+    assert snapshot(out) == (new if killed == "before the end" else old)
+    assert not list(out.glob(".*"))
+
+
 @pytest.mark.parametrize(
     "script", ["bundle.py", "local/train.py", "local/benchmark.py", "local/publish.py", "local/submissions.py"]
 )
