@@ -109,9 +109,10 @@ def embed_members(weights: Weights, table: TestTable, budget: Budget) -> list[Em
     """
     members, devices, embedded = weights.manifest["members"], pick_devices(), []
     for place, member in enumerate(members):
-        name = f"{member['name']} on {' and '.join(map(str, devices))}"
+        name, encoder = member["name"], None  # which lets go of the memory of the one before
         try:
             encoder = open_encoder(weights, member["encoder"], devices)
+            name += f" on {' and '.join(map(str, encoder.devices))}"
             embeddings = embed_observations(
                 encoder,
                 table.observations,

@@ -7,7 +7,6 @@ import copy
 import ctypes
 import importlib
 import re
-import textwrap
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kernel.mounts import InputError, Weights, shorten
-from kernel.views import larger, shrink
+from kernel.views import VIEWS, larger, shrink
 
 # As CUDA, its libraries, and a CPU on Linux and on Windows say it.
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|not enough memory")
@@ -101,6 +100,14 @@ class Encoder:
             each = zip(parts, self.replicas, self.devices, strict=False)
             tasks = [pool.submit(self._embed_part, part, views, module, device) for part, module, device in each]
             return torch.cat([task.result() for task in tasks])
+
+    @torch.inference_mode()
+    def try_one_photo(self) -> None:
+        """Pass one photo through every replica, to see whether the memory suffices for it."""
+        side = self.preprocessing.decoded
+        photo = torch.zeros((1, 3, side, side), dtype=torch.uint8)
+        for module, device in zip(self.replicas, self.devices, strict=True):
+            self._embed_views(photo, [VIEWS["plain"]], module, device)
 
     def _embed_views(
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
@@ -211,8 +218,8 @@ def versions_of(entry: dict) -> str:
     return f"{name} {here} (trained with {entry.get('packages', {}).get(name, 'an unknown one')})"
 
 
-def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device]) -> Encoder:
-    """Open one encoder of the manifest, frozen, in evaluation mode.
+def read_module(weights: Weights, entry: dict) -> nn.Module:
+    """The module of one encoder of the manifest with its weights, frozen, in evaluation mode, on the CPU in fp32.
 
     Raises:
         InputError: its file is missing or damaged, or does not fit its architecture; or the library that is installed
@@ -222,7 +229,7 @@ def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device])
     try:
         module = build_module(entry["library"], entry["architecture"], entry["arguments"])
     except Exception as error:  # each version of a library fails in its own way at what it does not know
-        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+        reason = shorten(f"{type(error).__name__}: {error}")
         raise InputError(
             f"{entry['architecture']} cannot be built by {versions_of(entry)}: {reason}; run it with the version that "
             "it was trained with, or train again with this one"
@@ -232,7 +239,42 @@ def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device])
     except RuntimeError as error:
         reason = f"{path} does not fit {entry['architecture']} of {versions_of(entry)}: {shorten(error)}"
         raise InputError(f"{reason}; train or bundle again") from error
-    module.requires_grad_(False).eval()
+    return module.requires_grad_(False).eval()
+
+
+def place_module(module: nn.Module, entry: dict, devices: Sequence[torch.device]) -> Encoder:
+    """The encoder on its devices.
+
+    Raises:
+        RuntimeError: a GPU has no memory for it and one photo.
+    """
     # Cast, not autocast: open_clip under bf16 autocast is 3.6 times slower than fp32 on a CPU.
     module.to(devices[0], pick_dtype(devices[0], entry["precision"]), memory_format=torch.channels_last)
-    return Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], devices)
+    encoder = Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], devices)
+    if encoder.device.type != "cpu":
+        encoder.try_one_photo()
+    return encoder
+
+
+def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device]) -> Encoder:
+    """Open one encoder of the manifest on the devices; on one of them, or on the CPU, where memory does not suffice.
+
+    Raises:
+        InputError: see `read_module`.
+    """
+    if devices[0].type == "cpu":
+        return place_module(read_module(weights, entry), entry, devices)
+    for choice in [devices, *([device] for device in devices if len(devices) > 1)]:
+        module = read_module(weights, entry)  # anew: of one that was moved in part, a part has lost its precision
+        try:
+            return place_module(module, entry, choice)
+        except RuntimeError as error:
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+        # Outside the except clause, whose traceback would hold on to the memory.
+        del module
+        torch.cuda.empty_cache()
+        print(f"out of memory: {entry['architecture']} does not fit on {' and '.join(map(str, choice))}", flush=True)
+    print("going on with the CPU", flush=True)
+    keep_freed_memory()
+    return open_encoder(weights, entry, [torch.device("cpu")])

@@ -84,6 +84,47 @@ def test_the_versions_that_run_stand_beside_those_of_the_training():
     )
 
 
+class OfAFullGpu(torch.nn.Module):
+    """A module for which a GPU has no memory, or none for its photos; so that the test needs no GPU."""
+
+    def __init__(self, inner: torch.nn.Module, is_placed: bool):
+        super().__init__()
+        self.inner, self.is_placed, self.is_on_gpu = inner, is_placed, False
+
+    def load_state_dict(self, state, strict=True):
+        return self.inner.load_state_dict(state, strict)
+
+    def to(self, device, *arguments, **options):
+        if device.type == "cpu":
+            return super().to(device, *arguments, **options)
+        self.inner.half()
+        self.is_on_gpu = True
+        if not self.is_placed:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return self
+
+    def forward(self, photos):
+        if self.is_on_gpu:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return self.inner(photos)
+
+
+@pytest.mark.parametrize("is_placed", [False, True], ids=["no memory for the weights", "none for one photo"])
+def test_an_encoder_without_room_on_the_gpu_goes_on_with_the_cpu(tmp_path, monkeypatch, capsys, is_placed):
+    module = build_module("timm", "test_resnet", {}).eval()
+    weights, photos = saved(tmp_path, module), torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    expected = open_encoder(weights, ENTRY, [torch.device("cpu")]).embed(photos, [VIEWS["plain"]])
+    monkeypatch.setattr("kernel.encoders.build_module", lambda *_: OfAFullGpu(build_module(*_), is_placed))
+    monkeypatch.setattr(Encoder, "normalise", lambda encoder, photos, device: photos / 255)
+    full = {**ENTRY, "precision": "full"}
+    encoder = open_encoder(weights, full, [torch.device("cuda", 0)])
+    monkeypatch.undo()
+    assert torch.equal(encoder.embed(photos, [VIEWS["plain"]]), expected)  # nothing is left of the half precision
+    assert (encoder.devices, encoder.batch_size) == ([torch.device("cpu")], 16)
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["out of memory: test_resnet does not fit on cuda:0", "going on with the CPU"]
+
+
 def test_preprocessing_comes_back_from_json_as_it_was():
     found = read_preprocessing({**PREPROCESSING, "scale": 0.875, "fit": "squash"})
     assert (found.mean, found.std, found.scale, found.fit) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 0.875, "squash")
