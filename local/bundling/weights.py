@@ -41,7 +41,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     opened, shares = ([values[place] for place in order if shares[place]] for values in (opened, shares))
     wheels = needed_wheels(opened)
     if wheels:
-        say(f"with the wheels of {', '.join(map(' '.join, wheels.items()))}, since Kaggle's image lacks them")
+        say(f"with wheels of {', '.join(map(' '.join, wheels.items()))}, which Kaggle's image does not have")
     for name, version in wheels.items():
         make_wheel(name, version, folder / "wheels")
     resolution = max((weights.manifest["competition"]["resolution"] for weights in opened), key=RESOLUTIONS.index)

@@ -164,6 +164,7 @@ def test_without_val_an_encoder_that_learnt_here_keeps_its_seed(drawn, tmp_path)
         train_run(replace(again, seed=2), photos, tmp_path / "third")
 
 
+@pytest.mark.skipif(not shutil.which("unshare"), reason="no program that makes a namespace")
 def test_a_full_disk_costs_one_line_and_not_what_was_learnt(drawn, tmp_path):
     """In a small file system of its own, which takes a namespace."""
     inside = " ".join(map(str, [sys.executable, *train(tmp_path / "small/run", drawn)]))
