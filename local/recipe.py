@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,48 +162,68 @@ def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = N
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from error
+    sources = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
+        key = key.strip()
         if not equals:
             raise InputError(f"--set {setting} has no value: write --set key=value")
-        values[key.strip()] = _parse(text.strip())
+        values[key], sources[key] = _parse(text.strip()), f"--set {setting}"
     if encoder:
-        values["encoder"] = encoder
-    return make_recipe(values, str(path))
+        values["encoder"], sources["encoder"] = encoder, f"--encoder {encoder}"
+    return make_recipe(values, str(path), sources)
 
 
-def make_recipe(values: dict, where: str) -> Recipe:
-    """A validated recipe from settings; `where` they come from is named in errors.
+def make_recipe(values: dict, where: str, sources: Mapping[str, str] | None = None) -> Recipe:
+    """A validated recipe from settings.
+
+    Args:
+        where: the settings come from, to be named in errors.
+        sources: where single settings come from instead, by key, such as `--set epochs=3`.
 
     Raises:
         InputError: see `read_recipe`.
     """
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    sources = {key: where for key in values} | dict(sources or {})
     checked = {}
     for key, value in values.items():
         if key not in fields:
             nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-            raise InputError(f"unknown key {key!r} in {where}: the nearest known one is {nearest!r}")
-        checked[key] = _check(key, value, fields[key].default, where)
+            raise InputError(f"unknown key {key!r} in {sources[key]}: the nearest known one is {nearest!r}")
+        checked[key] = _check(key, value, fields[key].default, sources[key])
     recipe = Recipe(**checked)
-    for wrong, why in (
-        (recipe.probe and recipe.prototypes != "learned", 'probe: nothing moves in it without prototypes = "learned"'),
+    is_learned, is_episodic = recipe.prototypes == "learned", recipe.prototypes == "episodic"
+    mixes = recipe.mixup or recipe.cutmix
+    for wrong, keys, why in (
+        (recipe.probe and not is_learned, "probe prototypes", 'probe: nothing learns, set prototypes = "learned"'),
+        (recipe.hidden and not is_learned, "hidden prototypes", 'hidden: it needs prototypes = "learned"'),
+        (recipe.subcentres > 1 and not is_learned, "subcentres prototypes", 'subcentres: set prototypes = "learned"'),
         (
-            recipe.hidden and recipe.prototypes != "learned",
-            'hidden: its layer learns with prototypes = "learned" alone',
+            recipe.matcher == "head" and is_episodic,
+            "matcher prototypes",
+            'matcher = "head": episodes leave no head, set prototypes = "learned" or another matcher',
         ),
-        (recipe.subcentres > 1 and recipe.prototypes != "learned", 'subcentres: they need prototypes = "learned"'),
-        (recipe.matcher == "head" and recipe.prototypes == "episodic", 'matcher = "head": an episode leaves no head'),
-        (recipe.matcher == "head" and not recipe.epochs, 'matcher = "head": without epochs there is none'),
         (
-            (recipe.mixup or recipe.cutmix) and recipe.photos_per_observation > 1,
+            recipe.matcher == "head" and not recipe.epochs,
+            "matcher epochs",
+            'matcher = "head": with epochs = 0 there is no head, set epochs or another matcher',
+        ),
+        (
+            mixes and recipe.photos_per_observation > 1,
+            "mixup cutmix photos_per_observation",
             "mixup and cutmix mix photos, not observations: set photos_per_observation = 1",
         ),
-        ((recipe.mixup or recipe.cutmix) and recipe.prototypes == "episodic", "mixup and cutmix: not in episodes"),
-        (recipe.prototypes == "episodic" and recipe.ways < 2, "ways: an episode has two classes at least"),
+        (
+            mixes and is_episodic,
+            "mixup cutmix prototypes",
+            "mixup and cutmix do not work with episodes: set them to 0, or other prototypes",
+        ),
+        (is_episodic and recipe.ways < 2, "ways prototypes", "ways: an episode needs at least two classes"),
     ):
         if wrong:
-            raise InputError(f"{why}, in {where}")
+            given = dict.fromkeys(sources[key] for key in keys.split() if key in sources)
+            raise InputError(f"{why} (in {' and '.join(given)})")
     return recipe
 
 
@@ -216,8 +236,8 @@ def _check(key: str, value: object, default: object, where: str) -> object:
     elif isinstance(default, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(default):
-        kind = "list" if isinstance(default, tuple) else type(default).__name__
-        raise InputError(f"{key} = {value!r} in {where}: a {kind} is wanted, such as {default!r}")
+        kinds = {tuple: "a list", int: "an int", float: "a float", bool: "true or false", str: "a str"}
+        raise InputError(f"expected {kinds[type(default)]} for {key}, got {value!r} (in {where})")
     if key in CHOICES and value not in CHOICES[key]:
         raise InputError(f"{key} = {value!r} in {where}: choose from {', '.join(CHOICES[key])}")
     if key == "views" and (not value or len([view for view in VIEWS if view in value]) < len(value)):
@@ -228,7 +248,7 @@ def _check(key: str, value: object, default: object, where: str) -> object:
     if key == "rank_weights" and not (
         len(value) in (0, 5) and all(isinstance(weight, float) and weight >= 0 for weight in value)
     ):
-        raise InputError(f"rank_weights = {list(value)} in {where}: five numbers, none negative, or none, are wanted")
+        raise InputError(f"rank_weights = {list(value)} in {where}: give five numbers, none negative, or none")
     if not isinstance(value, (int, float)):
         return value
     if key in POSITIVE and not value > 0:

@@ -96,21 +96,35 @@ def test_an_unknown_key_of_a_file_names_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "wanted"),
     [
-        ("epochs=many", "int"),
-        ("epochs=1.5", "int"),
-        ("epochs=true", "int"),
-        ("learning_rate=fast", "float"),
-        ("centre=1", "bool"),
-        ("centre=yes", "bool"),
-        ("encoder=5", "str"),
-        ("views=1", "list"),
-        ("reference=[]", "str"),
+        ("epochs=many", "an int"),
+        ("epochs=1.5", "an int"),
+        ("epochs=true", "an int"),
+        ("learning_rate=fast", "a float"),
+        ("centre=1", "true or false"),
+        ("centre=yes", "true or false"),
+        ("encoder=5", "a str"),
+        ("views=1", "a list"),
+        ("reference=[]", "a str"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused_with_the_type_that_is_wanted(setting: str, wanted: str) -> None:
-    message = refusal("demo", setting)
-    assert message.startswith(f"{setting.partition('=')[0]} = ")
-    assert f"a {wanted} is wanted" in message
+    assert refusal("demo", setting).startswith(f"expected {wanted} for {setting.partition('=')[0]}, got ")
+
+
+def test_a_message_about_a_setting_names_where_the_setting_was_given(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, "epochs = 3\nlearning_rate = 0.0\n")
+    assert refusal("demo", "epochs=x").endswith("got 'x' (in --set epochs=x)")
+    assert "in --set epoch=3:" in refusal(path, "learning_rate=1", "epoch=3")
+    assert "in --set seed=-1:" in refusal(path, "learning_rate=1", "seed=-1")
+    assert f"learning_rate = 0.0 in {path}:" in refusal(path, "epochs=4")
+    with pytest.raises(InputError, match="in --encoder 5"):
+        make_recipe({"encoder": 5}, path, {"encoder": "--encoder 5"})
+
+
+def test_a_message_about_two_settings_names_both_sources(tmp_path: Path) -> None:
+    path = recipe_file(tmp_path, 'matcher = "head"\nepochs = 3\n')
+    assert refusal(path, "epochs=0").endswith(f"(in {path} and --set epochs=0)")
+    assert refusal(recipe_file(tmp_path, ""), "probe=5").endswith("(in --set probe=5)")
 
 
 @pytest.mark.parametrize("key", ["resolution", "fit", "pooling", "reference", "prototypes"])
@@ -174,7 +188,7 @@ def test_a_value_at_the_end_of_its_range_is_taken(setting: str) -> None:
 
 
 def test_a_probe_is_refused_where_nothing_would_move_in_it() -> None:
-    assert refusal("fungiclef-protonet", "probe=5").startswith("probe: nothing moves")
+    assert refusal("fungiclef-protonet", "probe=5").startswith("probe: nothing learns")
     assert read_recipe("fungiclef-protonet", ["probe=5", "prototypes=learned"]).probe == 5
 
 
