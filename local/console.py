@@ -70,6 +70,17 @@ def discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A count with its noun: `1 photo`, `2 photos`, `1,204 classes`.
+
+    Args:
+        noun: of one.
+        plural: of several, where it is not the noun with -s or -es.
+    """
+    several = plural or noun + ("es" if noun.endswith(("s", "x", "sh", "tch")) else "s")
+    return f"{count:,} {noun if count == 1 else several}"
+
+
 @cache
 def say_once(line: str) -> None:
     """A line of the log that is said the first time only, however often it is true."""

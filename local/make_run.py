@@ -3,12 +3,15 @@
 A run folder is a bundle of one: the kernel's own code reads its manifest, encoder and bank.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -33,22 +36,22 @@ from local.competition import (
 from local.console import say
 from local.files import write_json, write_table, write_tensors
 from local.learning import team
-from local.learning.checkpoints import has_checkpoint, tidy
+from local.learning.checkpoints import has_checkpoint, read_notes, tidy
 from local.learning.finetuning import Tuning, finetune, refuse_large
 from local.learning.judging import log_row, peak_memory_gb
+from local.learning.training import FREE, KEEP, refuse_fewer_epochs, refuse_other
 from local.matching.banks import commonest_classes, save_banks
 from local.matching.choice import fit_banks
 from local.matching.prior import write_prior
 from local.matching.study import Study
 from local.plots import plot_class_distribution, plot_training_curve
-from local.pretrained import load_encoder, take_larger
-from local.recipe import Recipe, write_recipe
+from local.pretrained import load_encoder, take_larger, weights_digest
+from local.recipe import Recipe, differences, settings_of, write_recipe
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
 CACHE = ".embeddings"  # beside the runs, which share it
 CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
-RATES = ("learning_rate", "batch_size", "accumulate")
 
 
 def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resumes: bool = False) -> None:
@@ -64,12 +67,15 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     Raises:
         InputError: something of the user's is wrong; `out` exists already.
     """
-    partial = out.with_name(f".{out.name}.partial")
-    if is_done(out, recipe, resumes):
-        say(f"{out} is done already: to train on, give more epochs, or another learning_rate")
+    out = out if out.name not in ("", "..") else out.resolve()
+    partial, given = out.with_name(f".{out.name}.partial"), recipe
+    if is_done(out, recipe, data, uses_val, resumes):
+        say(f"{out} is done already, with the same settings and data: to train on, give more epochs")
         return
+    if team.is_first():
+        refuse_unwritable(out)
     if has_checkpoint(partial / CHECKPOINTS) and not resumes:
-        raise InputError(f"{out} was interrupted: go on with --resume, or remove {partial}")
+        raise InputError(f"{out} was interrupted: continue with --resume, or remove {partial}")
     find_layout(data)
     torch.manual_seed(recipe.seed)
     module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
@@ -84,11 +90,12 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     competition = read_competition(data, resolution)
     refuse_missing(competition)
     source = competition.observations_digest()
-    if not uses_val:
-        competition = competition.without_val()
-    if recipe.subset:
-        competition = competition.sample(recipe.subset, recipe.seed)
     recipe = dataclasses.replace(recipe, resolution=resolution)
+    competition = part_of(competition, uses_val, recipe.subset, recipe.seed)
+    begun = next(filter(has_checkpoint, (partial / CHECKPOINTS, out / CHECKPOINTS)), None)
+    notes = read_notes(begun) if begun else None
+    if begun and notes:
+        refuse_other(begun, notes, recipe, competition.digest())
     device = team.device_of(pick_devices())
     module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     encoder = Encoder(module, preprocessing, entry["features"], [device])
@@ -97,7 +104,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
         prepare(partial, out)
     team.wait()
     try:
-        fill_run(partial, out.parent / CACHE, recipe, competition, encoder, entry, source)
+        fill_run(partial, out.parent / CACHE, recipe, competition, encoder, entry, source, given)
         if team.is_first():
             put_in_place(partial, out)
     finally:
@@ -106,25 +113,76 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     say(f"{out}: done")
 
 
-def is_done(out: Path, recipe: Recipe, resumes: bool) -> bool:
-    """Whether `out` is a run that this training has nothing to add to.
+def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool, resumes: bool) -> bool:
+    """Whether `out` is a run of the same settings and data, so that there is nothing to add to it.
 
     Raises:
-        InputError: it is there, and not to be gone on with.
+        InputError: it is there, and cannot be continued with these settings and data.
     """
-    if not out.exists():
+    if not os.path.exists(out):  # unlike Path's, it takes any name
         return False
     if not resumes:
-        raise InputError(f"{out} exists already: give another --out, go on with --resume, or remove it")
+        raise InputError(f"{out} exists already: give another --out, continue it with --resume, or remove it")
     try:
-        trained = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["members"][0]["recipe"]
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{out} is no run, or a damaged one: remove it, or give another --out") from error
-    if all(trained.get(key) == getattr(recipe, key) for key in ("epochs", "patience", *RATES)):
+        member = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["members"][0]
+        trained = settings_of(Recipe()) | member["recipe"]
+        given = member.get("given", {"recipe": {}, "weights": ""})
+        old, digest = trained | given["recipe"], member["data_sha256"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise InputError(f"{out} is not a run, or a damaged one: remove it, or give another --out") from error
+    now, chosen = settings_of(recipe), trained["choose"]
+    found = differences(old, now, (given["weights"], weights_digest(recipe.encoder)))
+    for key in ("fit", "resolution"):  # "encoder" and "auto" are recorded as what they came to
+        if key not in chosen and (
+            now[key] == trained[key] or (not given["recipe"] and now[key] in ("encoder", "auto"))
+        ):
+            found.pop(key, None)
+    for key in () if given["recipe"] else chosen:  # of an older run only what was chosen is known
+        found.pop(key, None)
+    competition = part_of(read_competition(data, trained["resolution"]), uses_val, old["subset"], old["seed"])
+    if competition.digest() != digest:
+        found["data"] = f"{data} is not the data that it was made of, or has changed since"
+    if not found:
         return True
-    if not has_checkpoint(out / CHECKPOINTS):
-        raise InputError(f"{out} has no checkpoint to go on from: give another --out, or remove it")
+    notes = read_notes(out / CHECKPOINTS) if old["epochs"] and recipe.epochs else None
+    fixed = [said for key, said in found.items() if not notes or key not in FREE]
+    if fixed:
+        why = "cannot be continued" if notes else "is finished and holds no training that could be continued"
+        raise InputError(f"{out} {why}: {'; '.join(fixed)}; {KEEP}")
+    refuse_fewer_epochs(out, notes, recipe)
+    say(f"{out}: continuing its training; {'; '.join(found.values())}")
     return False
+
+
+def part_of(competition: Competition, uses_val: bool, subset: int, seed: int) -> Competition:
+    """What of a competition a run is made of."""
+    competition = competition if uses_val else competition.without_val()
+    return competition.sample(subset, seed) if subset else competition
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Try to write where the run and the cache will be, before hours of work; what is made for it is removed again.
+
+    Raises:
+        InputError: nothing can be written there.
+    """
+    made: list[Path] = []
+    try:
+        made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
+        nearest = (made[-1] if made else out).parent
+        if not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder", str(nearest))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for folder in filter(os.path.lexists, (out.parent, out.parent / CACHE)):
+            with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=folder) as probe:
+                (Path(probe) / "probe").write_bytes(b"probe")
+    except OSError as error:
+        where = f"{error.filename or out.parent}: {error.strerror or error}"
+        raise InputError(f"--out {out} cannot be written ({where}): give another --out") from error
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def prepare(partial: Path, out: Path) -> None:
@@ -162,7 +220,14 @@ def smallest_sufficient(side: int) -> str:
 
 
 def fill_run(
-    folder: Path, cache: Path, recipe: Recipe, competition: Competition, encoder: Encoder, entry: dict, source: str
+    folder: Path,
+    cache: Path,
+    recipe: Recipe,
+    competition: Competition,
+    encoder: Encoder,
+    entry: dict,
+    source: str,
+    given: Recipe,
 ) -> None:
     """Tune the encoder, choose the bank, build it of the reference, and write all that a run folder holds.
 
@@ -170,6 +235,7 @@ def fill_run(
         source: digest of the whole competition's observations. The manifest's `learnt_from` says by it whether an
             encoder has seen them in an earlier run, so that they cannot judge it: the digest of the data that it learnt
             from, and the seed by which a part of it was kept to judge.
+        given: the recipe before anything in it was resolved or chosen, by which --resume knows the same run again.
 
     Raises:
         InputError: nothing is left to judge by, or what is left the encoder has learnt from.
@@ -242,6 +308,7 @@ def fill_run(
         "weight": 1.0,
         "validation": scores,
         "recipe": dataclasses.asdict(chosen),
+        "given": {"recipe": settings_of(given), "weights": weights_digest(given.encoder)},
         "data_sha256": digest,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
     }

@@ -4,6 +4,7 @@ The description is all that the kernel gets: from it and a safetensors file it r
 """
 
 import difflib
+import hashlib
 import itertools
 import json
 import math
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kernel.encoders import Preprocessing, build_module
-from kernel.mounts import MANIFEST, InputError, shorten
+from kernel.mounts import MANIFEST, InputError, sha256, shorten
 from local.console import say
 
 OPEN_CLIP_WEIGHTS = (
@@ -69,6 +70,25 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
         f"no encoder {spec}: give hf-hub:OWNER/NAME, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, the stem of a "
         ".safetensors and a .json, a folder with open_clip_config.json or config.json, or a run"
     )
+
+
+def weights_digest(spec: str) -> str:
+    """SHA-256 of the files of an encoder that is given by its path; "" for one that is given by its name."""
+    path = Path(spec)
+    if (path / MANIFEST).is_file():
+        try:
+            manifest = _read_json(path / MANIFEST)
+            entry = manifest["members"][0]["encoder"]
+            said = json.dumps([entry, manifest["files"][entry["file"]]], sort_keys=True)
+        except (InputError, KeyError, IndexError, TypeError):
+            return ""  # it is not a run, as `load_encoder` will say
+        return hashlib.sha256(said.encode()).hexdigest()
+    names = ("open_clip_config.json", "config.json", *OPEN_CLIP_WEIGHTS, *TIMM_WEIGHTS)
+    files = (
+        [path / name for name in names] if path.is_dir() else [Path(spec + end) for end in (".json", ".safetensors")]
+    )
+    digests = [sha256(file) for file in files if file.is_file()]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else ""
 
 
 def take_larger(module: nn.Module, entry: dict) -> tuple[nn.Module, dict]:

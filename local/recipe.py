@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -277,3 +277,31 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     # JSON's strings, numbers, booleans and lists are TOML's too.
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in dataclasses.asdict(recipe).items()]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def settings_of(recipe: Recipe, but: Collection[str] = ()) -> dict:
+    """Every setting as JSON gives it back, but for some keys."""
+    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in but}
+    return json.loads(json.dumps(settings))
+
+
+def differences(was: Mapping, now: Mapping, weights: tuple[str, str] = ("", "")) -> dict[str, str]:
+    """What differs between the settings of two runs: by key, `KEY was X, is Y`.
+
+    Args:
+        was, now: by key, as `settings_of` gives them; a key that one of them lacks is not compared.
+        weights: digests of both encoders' files, where they are known. Then these are compared, since one file has many
+            paths, and other weights may lie at the same one.
+    """
+    found = {
+        key: f"{key} was {json.dumps(was[key], ensure_ascii=False)}, is {json.dumps(now[key], ensure_ascii=False)}"
+        for key in was
+        if key in now and was[key] != now[key]
+    }
+    if all(weights):
+        found.pop("encoder", None)
+        if weights[0] != weights[1]:
+            found["encoder"] = f"encoder was {was['encoder']}, is {now['encoder']}, which holds other weights"
+    elif "encoder" in found and Path(was["encoder"]).resolve() == Path(now["encoder"]).resolve():
+        del found["encoder"]  # one path, written in two ways
+    return found

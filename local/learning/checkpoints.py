@@ -92,6 +92,14 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def read_notes(folder: Path) -> dict | None:
+    """The notes of the newest checkpoint, which is not checked for damage; None where there is none to read."""
+    for path in _newest_first(folder)[:1]:
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["notes"])
+    return None
+
+
 def has_checkpoint(folder: Path) -> bool:
     """Whether a training has left anything to go on from."""
     return any(folder.glob("*.safetensors"))

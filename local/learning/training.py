@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
-import json
 import math
 import os
 import signal
@@ -24,7 +22,7 @@ from torch.utils.data import DataLoader
 from kernel.encoders import OUT_OF_MEMORY, Encoder, pick_dtype
 from kernel.mounts import InputError
 from local.competition import Labelled, places_of, sort_ids
-from local.console import progress, say
+from local.console import counted, progress, say
 from local.learning import team
 from local.learning.adaptation import add_low_rank, group_by_layer, learning_state, set_training, unfreeze
 from local.learning.batches import Batch, Draws, Mixing, Photos, collate, seed_all, seed_of
@@ -37,11 +35,13 @@ from local.learning.checkpoints import (
 )
 from local.learning.head import Head
 from local.learning.judging import monitored
-from local.recipe import BANK, Recipe
+from local.pretrained import weights_digest
+from local.recipe import BANK, Recipe, differences, settings_of
 
 PROBE_RATE = 10.0  # times the learning rate: a head alone may go faster than an encoder that has much to lose
 SAVE_SECONDS = 600  # between two checkpoints within an epoch
 MOMENTUM = 0.9  # of SGD
+KEEP = "give another --out, or keep the old settings"
 # What may change when a training goes on; with anything else changed it would be another training.
 FREE = (
     *("epochs", "patience", "learning_rate", "batch_size", "accumulate", "gradient_checkpointing"),
@@ -148,6 +148,7 @@ class Training:
             generator=torch.Generator(),  # of its own, since every draw is seeded
         )
         self.mixing = Mixing(len(head.sizes), recipe, encoder.device)
+        self.weights = weights_digest(recipe.encoder)
         self.epoch, self.batch, self.losses, self.log, self.since = 1 - recipe.probe, 0, [0.0, 0.0], [], 1
         self.average: ModelEmaV3 | None = None
         checkpoint = read_checkpoint(folder)
@@ -327,7 +328,9 @@ class Training:
             "since": self.since,
             "course": course_of(self.recipe),
             "scaler": self.scaler.state_dict(),
-            "settings": settings_of(self.recipe),
+            "trained": self.epoch if self.batch == len(self.draws) else self.epoch - 1,
+            "settings": settings_of(self.recipe, FREE),
+            "weights": self.weights,
             "data_sha256": self.data_sha256,
         }
         write_checkpoint(self.folder, Checkpoint(tensors, notes))
@@ -343,13 +346,8 @@ class Training:
         Raises:
             InputError: it is of other data, or of settings that make another training.
         """
-        notes, settings = checkpoint.notes, settings_of(self.recipe)
-        different = [key for key, value in notes["settings"].items() if settings.get(key) != value]
-        if different:
-            was = ", ".join(f"{key} = {notes['settings'][key]!r}" for key in different)
-            raise InputError(f"{self.folder} was trained with {was}: go on with that, or give another --out")
-        if notes["data_sha256"] != self.data_sha256:
-            raise InputError(f"{self.folder} was trained on other data: go on with that, or give another --out")
+        notes = checkpoint.notes
+        refuse_other(self.folder, notes, self.recipe, self.data_sha256)
         self.epoch, self.log, self.losses = notes["epoch"], notes["log"], notes["losses"]
         group, seen = self.recipe.accumulate, notes["batch"] * notes["batch_size"]
         is_done = seen >= len(self.targets)
@@ -367,10 +365,32 @@ class Training:
             self.scaler.load_state_dict(notes["scaler"])
 
 
-def settings_of(recipe: Recipe) -> dict:
-    """The settings that make a training what it is, as JSON gives them back."""
-    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in FREE}
-    return json.loads(json.dumps(settings))
+def refuse_other(folder: Path, notes: dict, recipe: Recipe, data_sha256: str) -> None:
+    """Continue a training with its own settings and data alone.
+
+    Args:
+        folder: of its checkpoints, to be named in errors.
+        notes: of its newest checkpoint.
+
+    Raises:
+        InputError: it was made with others, or has more epochs than are asked for.
+    """
+    settings = settings_of(recipe, FREE)
+    found = differences(notes["settings"], settings, (notes.get("weights", ""), weights_digest(recipe.encoder)))
+    different = [*found.values(), *([] if notes["data_sha256"] == data_sha256 else ["the data have changed"])]
+    if different:
+        raise InputError(f"{folder} is of another training: {'; '.join(different)}; {KEEP}")
+    refuse_fewer_epochs(folder, notes, recipe)
+
+
+def refuse_fewer_epochs(folder: Path, notes: dict, recipe: Recipe) -> None:
+    """See `refuse_other`."""
+    trained = max(0, notes.get("trained", notes["epoch"] - 1))
+    if recipe.epochs < max(1, trained):
+        raise InputError(
+            f"{folder} holds a training of {counted(trained, 'finished epoch')}, and epochs is {recipe.epochs}: "
+            f"--resume cannot undo epochs; set epochs to {max(1, trained)} or more, or give another --out"
+        )
 
 
 def course_of(recipe: Recipe) -> list[float]:

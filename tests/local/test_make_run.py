@@ -10,9 +10,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import timm
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from kernel.mounts import InputError
 from local.competition import read_competition
@@ -105,7 +109,7 @@ def test_a_training_that_is_asked_to_stop_keeps_what_it_learnt_and_says_how_to_g
     assert "Traceback" not in errors
     refused = command(*train(out, drawn))
     assert refused.returncode == 2
-    assert "was interrupted: go on with --resume" in refused.stderr
+    assert "was interrupted: continue with --resume" in refused.stderr
     train_run(make_recipe(SETTINGS, "the test"), drawn.competition, out, resumes=True)
     assert (out / "encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
 
@@ -130,7 +134,7 @@ def test_what_would_be_another_training_is_no_resumption(drawn, tmp_path):
     train_run(make_recipe(SETTINGS | {"epochs": 1}, "the test"), drawn.competition, out)
     other = command(*train(out, drawn, "--resume", epochs=2, temperature=0.3))
     assert other.returncode == 2
-    assert "was trained with temperature = 0.1" in other.stderr
+    assert "temperature was 0.1, is 0.3; give another --out" in other.stderr
     assert (out / "manifest.json").is_file()
 
 
@@ -194,3 +198,136 @@ def test_a_commit_is_unknown_where_git_is_absent_or_fails(tmp_path, monkeypatch,
         (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() == expected
+
+
+@pytest.fixture(scope="module")
+def plain(drawn, tmp_path_factory):
+    """A run without training, of an encoder that is given by its path, with a setting that was chosen."""
+    folder = tmp_path_factory.mktemp("plain")
+    encoder_files(folder / "encoder", seed=0)
+    train_run(make_recipe(plain_settings(folder), "the test"), drawn.competition, folder / "run")
+    return folder
+
+
+def plain_settings(folder):
+    return {"encoder": str(folder / "encoder"), "image_size": 64, "choose": ["whitening"], "views": ["plain"]}
+
+
+def encoder_files(stem, seed):
+    """An encoder as a pair of files."""
+    torch.manual_seed(seed)
+    module = timm.create_model("test_resnet", num_classes=0)
+    save_file(module.state_dict(), stem.with_name(f"{stem.name}.safetensors"))
+    stem.with_name(f"{stem.name}.json").write_text(
+        json.dumps({"architecture": "test_resnet", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 64, 64]}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"reference": "train"}, 'reference was "train+val", is "train"'),
+        ({"genus": 0.5}, "genus was 0.0, is 0.5"),
+        ({"whitening": 0.25}, "whitening was 0.0, is 0.25"),
+        ({"choose": []}, 'choose was ["whitening"], is []'),
+        ({"encoder": "timm:test_vit"}, 'encoder", is "timm:test_vit"'),
+        ({"resolution": "720p"}, 'resolution was "auto", is "720p"'),
+        ({"subset": 20}, "subset was 0, is 20"),
+        ({"epochs": 2}, "epochs was 0, is 2"),
+        ({"seed": 1, "genus": 0.5}, "genus was 0.0, is 0.5; seed was 0, is 1"),
+    ],
+)
+def test_a_finished_run_is_not_done_already_for_other_settings(plain, drawn, changed, says):
+    recipe = make_recipe(plain_settings(plain) | changed, "the test")
+    before = (plain / "run" / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match="is finished and holds no training that could be continued: ") as refused:
+        train_run(recipe, drawn.competition, plain / "run", resumes=True)
+    assert re.search(says.replace("[", r"\[").replace("+", r"\+"), str(refused.value))
+    assert "give another --out" in str(refused.value)
+    assert (plain / "run" / "manifest.json").read_bytes() == before
+    assert not list(plain.glob(".run*"))
+
+
+def test_a_finished_run_is_not_done_already_for_other_data_or_other_weights_at_the_same_path(plain, drawn, tmp_path):
+    recipe = make_recipe(plain_settings(plain), "the test")
+    data = tmp_path / "data"
+    shutil.copytree(drawn.competition, data)
+    next(data.rglob("train/300p/*")).write_bytes(b"another photo")
+    with pytest.raises(InputError, match="is not the data that it was made of"):
+        train_run(recipe, data, plain / "run", resumes=True)
+    shutil.copytree(plain, tmp_path / "copy")
+    encoder_files(tmp_path / "copy" / "encoder", seed=1)
+    recipe = replace(recipe, encoder=str(tmp_path / "copy" / "encoder"))
+    with pytest.raises(InputError, match="which holds other weights"):
+        train_run(recipe, drawn.competition, plain / "run", resumes=True)
+
+
+def test_an_identical_run_is_done_already_however_its_path_and_settings_are_written(
+    plain, drawn, tmp_path, monkeypatch, capsys
+):
+    given = plain_settings(plain)
+    shutil.copytree(drawn.competition, tmp_path / "moved")
+    monkeypatch.chdir(plain)
+    resolution = json.loads((plain / "run" / "manifest.json").read_text())["members"][0]["recipe"]["resolution"]
+    for same in ({}, {"encoder": "encoder"}, {"encoder": "./encoder"}, {"resolution": resolution}, {"fit": "crop"}):
+        train_run(make_recipe(given | same, "the test"), tmp_path / "moved", plain / "run", resumes=True)
+        assert "is done already, with the same settings and data" in capsys.readouterr().out
+
+
+def test_a_run_of_before_settings_were_kept_as_given_is_compared_as_far_as_it_says(plain, drawn, tmp_path, capsys):
+    shutil.copytree(plain, tmp_path / "old")
+    manifest = tmp_path / "old" / "run" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["members"][0]["given"], content["members"][0]["recipe"]["ema"]
+    content["members"][0]["recipe"]["whitening"] = 0.75  # as it was chosen
+    manifest.write_text(json.dumps(content))
+    recipe = make_recipe(plain_settings(plain), "the test")
+    train_run(recipe, drawn.competition, tmp_path / "old" / "run", resumes=True)
+    assert "is done already" in capsys.readouterr().out
+    for changed in ({"seed": 1}, {"resolution": "720p"}, {"ema": 0.5}):
+        with pytest.raises(InputError, match=f"{next(iter(changed))} was"):
+            train_run(replace(recipe, **changed), drawn.competition, tmp_path / "old" / "run", resumes=True)
+
+
+def test_a_trained_run_goes_on_with_another_bank_and_refuses_another_seed_or_fewer_epochs(
+    drawn, whole, tmp_path, capsys
+):
+    shutil.copytree(whole, tmp_path / "run")
+    for changed, says in (
+        ({"seed": 1}, "cannot be continued: seed was 0, is 1; give another --out"),
+        ({"epochs": 2}, "holds a training of 3 finished epochs, and epochs is 2: --resume cannot undo epochs; set"),
+        ({"epochs": 0}, "epochs was 3, is 0"),
+    ):
+        with pytest.raises(InputError, match=says):
+            train_run(make_recipe(SETTINGS | changed, "the test"), drawn.competition, tmp_path / "run", resumes=True)
+    assert not list(tmp_path.glob(".run*"))
+    recipe = make_recipe(SETTINGS | {"reference": "train+val"}, "the test")
+    train_run(recipe, drawn.competition, tmp_path / "run", resumes=True)
+    assert 'continuing its training; reference was "train", is "train+val"' in capsys.readouterr().out
+    assert (tmp_path / "run/encoder.safetensors").read_bytes() == (whole / "encoder.safetensors").read_bytes()
+    assert (tmp_path / "run/bank.safetensors").read_bytes() != (whole / "bank.safetensors").read_bytes()
+
+
+def test_an_interrupted_training_is_not_continued_without_epochs_or_with_fewer(drawn, whole, tmp_path):
+    shutil.copytree(whole / "checkpoints", tmp_path / ".run.partial" / "checkpoints")
+    for epochs in (0, 2):
+        with pytest.raises(InputError, match=f"of 3 finished epochs, and epochs is {epochs}: --resume cannot undo"):
+            train_run(
+                make_recipe(SETTINGS | {"epochs": epochs}, "x"), drawn.competition, tmp_path / "run", resumes=True
+            )
+
+
+def test_an_out_that_cannot_be_written_is_one_line_before_the_work(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("local.make_run.load_encoder", lambda *given: pytest.fail("the work has begun"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "run", tmp_path / "file" / "deeper" / "run"):
+        with pytest.raises(InputError, match=r"cannot be written \(.*file: it is a file, not a folder\): give another"):
+            train_run(make_recipe(TINY, "the test"), drawn.competition, out)
+    for out in (tmp_path / "new" / ("n" * 250), Path("/proc/run"), Path("/proc/new/run")):
+        with pytest.raises(InputError, match=r"cannot be written \(.*\): give another --out"):
+            train_run(make_recipe(TINY, "the test"), drawn.competition, out)
+    (tmp_path / ".embeddings").write_text("")
+    with pytest.raises(InputError, match=r"cannot be written \(.*embeddings.*: Not a directory\)"):
+        train_run(make_recipe(TINY, "the test"), drawn.competition, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".embeddings", "file"]
