@@ -113,8 +113,11 @@ class EmbeddingCache:
         folder.mkdir(parents=True, exist_ok=True)
         digests = np.array([list(bytes.fromhex(digest)) for digest in rows], dtype=np.uint8)
         partial = folder / f".{uuid.uuid4().hex}.partial"
-        save_file({"photos": digests, "values": np.stack(list(rows.values()))}, partial)
-        os.replace(partial, folder / f"{partial.stem[1:]}.safetensors")
+        try:
+            save_file({"photos": digests, "values": np.stack(list(rows.values()))}, partial)
+            os.replace(partial, folder / f"{partial.stem[1:]}.safetensors")
+        finally:
+            partial.unlink(missing_ok=True)  # on a full disk nobody else would remove it
 
     def _read(self, view: str) -> dict[str, np.ndarray]:
         """What is known of a view; a part that a power cut damaged is left alone, and embedded again."""

@@ -16,6 +16,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessing
@@ -25,6 +26,7 @@ from kernel.photos import shorter_side
 from local.competition import (
     TIME_LIMITS,
     Competition,
+    Labelled,
     find_layout,
     largest_classes,
     read_competition,
@@ -33,10 +35,10 @@ from local.competition import (
     sort_ids,
     split_for_validation,
 )
-from local.console import say
+from local.console import counted, say
 from local.files import write_json, write_table, write_tensors
 from local.learning import team
-from local.learning.checkpoints import has_checkpoint, read_notes, tidy
+from local.learning.checkpoints import full_disk_named, has_checkpoint, memory_named, read_notes, tidy
 from local.learning.finetuning import Tuning, finetune, refuse_large
 from local.learning.judging import log_row, peak_memory_gb
 from local.learning.training import FREE, KEEP, refuse_fewer_epochs, refuse_other
@@ -78,10 +80,11 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
         raise InputError(f"{out} was interrupted: continue with --resume, or remove {partial}")
     find_layout(data)
     torch.manual_seed(recipe.seed)
-    module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
-    refuse_large(recipe, module)
-    if "larger" in recipe.views:
-        module, entry = take_larger(module, entry)
+    with memory_named("loading the encoder", partial / CHECKPOINTS):
+        module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
+        refuse_large(recipe, module)
+        if "larger" in recipe.views:
+            module, entry = take_larger(module, entry)
     if recipe.fit != "encoder":
         entry["preprocessing"]["fit"] = recipe.fit
     recipe = dataclasses.replace(recipe, fit=entry["preprocessing"]["fit"])
@@ -91,22 +94,27 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     refuse_missing(competition)
     source = competition.observations_digest()
     recipe = dataclasses.replace(recipe, resolution=resolution)
-    competition = part_of(competition, uses_val, recipe.subset, recipe.seed)
+    whole, competition = competition, part_of(competition, uses_val, recipe.subset, recipe.seed)
+    if recipe.subset:
+        say(told_subset(whole, competition, recipe))
     begun = next(filter(has_checkpoint, (partial / CHECKPOINTS, out / CHECKPOINTS)), None)
     notes = read_notes(begun) if begun else None
     if begun and notes:
         refuse_other(begun, notes, recipe, competition.digest())
     device = team.device_of(pick_devices())
-    module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    with memory_named(f"moving the encoder to {device}", partial / CHECKPOINTS):
+        module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     encoder = Encoder(module, preprocessing, entry["features"], [device])
 
     if team.is_first():
         prepare(partial, out)
     team.wait()
     try:
-        fill_run(partial, out.parent / CACHE, recipe, competition, encoder, entry, source, given)
-        if team.is_first():
-            put_in_place(partial, out)
+        checkpoints = partial / CHECKPOINTS
+        with full_disk_named(checkpoints), memory_named("embedding the photos and choosing the bank", checkpoints):
+            fill_run(partial, out.parent / CACHE, recipe, competition, encoder, entry, source, given)
+            if team.is_first():
+                put_in_place(partial, out)
     finally:
         if team.is_first() and not has_checkpoint(partial / CHECKPOINTS):
             shutil.rmtree(partial, ignore_errors=True)
@@ -214,6 +222,53 @@ def put_in_place(partial: Path, out: Path) -> None:
     shutil.rmtree(before, ignore_errors=True)
 
 
+def told_data(competition: Competition) -> str:
+    """The folder, and how much each of its splits holds."""
+    parts = []
+    for split in ("train", "val"):
+        own = competition.photos[competition.photos["split"] == split]
+        observations, classes = own["observation"].nunique(), own["class_id"].nunique()
+        if observations:
+            parts.append(f"{counted(observations, 'observation')} of {counted(classes, 'class')} in {split}")
+    splits = ", ".join(parts if competition.has_val else [*parts, "no val"])
+    return f"{competition.folder} ({competition.layout.name}): {splits}"
+
+
+def told_subset(whole: Competition, part: Competition, recipe: Recipe) -> str:
+    """What a recipe's subset leaves of a competition."""
+    kept = []
+    for split in ("train", "val") if part.has_val else ("train",):
+        own, of = (one.photos.loc[one.photos["split"] == split, "observation"].nunique() for one in (part, whole))
+        kept.append(f"{own:,} of the {counted(of, 'observation')}" if own < of else f"all {counted(of, 'observation')}")
+        kept[-1] += f" in {split}"
+    return f"subset = {recipe.subset}: {' and '.join(kept)}"
+
+
+def told_training(competition: Competition, fit: Labelled, validation: Labelled, recipe: Recipe) -> str:
+    """Which observations a training learns from and is validated on, of those in `told_data`.
+
+    Raises:
+        InputError: there is nothing to validate it on.
+    """
+    of = f" in the subset of {recipe.subset}" if recipe.subset else ""
+    change = "set epochs to 0" + (" or take a larger subset" if recipe.subset else "")
+    learnt, judges = (largest_classes(part, fit, recipe.classes) for part in (fit, validation))
+    foreign = int((~np.isin(judges.class_ids, learnt.class_ids)).sum())
+    if foreign == len(judges):
+        why = "there is no val, and every class has one observation"
+        if competition.has_val:
+            why = "no observation of val is of a class that train has"
+        raise InputError(f"{competition.folder} has nothing to validate a training on: {why}{of}; {change}")
+    told = f"training: learns from {counted(len(learnt), 'observation')} of train, is validated on {len(judges):,} "
+    told += "of val" if competition.has_val else "others, never the only one of a class"
+    if recipe.classes:
+        largest = counted(recipe.classes, "largest class", "largest classes")
+        told += f"; of {len(fit):,} and {len(validation):,} these are the {largest}"
+    if foreign:
+        told += f"; {foreign:,} of val {'is' if foreign == 1 else 'are'} of classes that train lacks, so never right"
+    return told
+
+
 def smallest_sufficient(side: int) -> str:
     """The smallest of FungiCLEF's resolutions whose shorter side is not enlarged to `side` pixels."""
     return next((name for name in RESOLUTIONS[:-1] if int(name.rstrip("p")) >= side), RESOLUTIONS[-1])
@@ -242,12 +297,9 @@ def fill_run(
     """
     started = time.monotonic()
     fit, validation = split_for_validation(competition, recipe.seed)
-    say(
-        f"{competition.folder} ({competition.layout.name}): {len(fit)} observations of {len(set(fit.class_ids))} "
-        f"classes to learn from, {len(validation)} to judge by; {recipe.encoder} on {encoder.device.type}"
-    )
-    if recipe.epochs and not len(validation):
-        raise InputError(f"{competition.folder} leaves nothing to judge epochs by: use a recipe with epochs = 0")
+    say(f"{told_data(competition)}; {recipe.encoder} on {encoder.device.type}")
+    if recipe.epochs:
+        say(told_training(competition, fit, validation, recipe))
     digest = competition.digest()
     learnt_from, part = dict(entry.get("learnt_from", {})), [digest, recipe.seed]
     if learnt_from.get(source, part) != part and not competition.has_val:

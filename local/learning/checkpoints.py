@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kernel.encoders import OUT_OF_MEMORY
 from kernel.mounts import InputError, sha256
 from local.console import say
 from local.files import write_tensors
@@ -65,19 +66,51 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turn a want of space while a training writes into one line, with what was learnt kept."""
+    """Turn a full disk into one line, with the checkpoints in `folder` kept."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         for path in folder.glob(".*"):
             path.unlink()
         # safetensors says so in its message alone
-        if getattr(error, "errno", None) != errno.ENOSPC and f"os error {errno.ENOSPC}" not in str(error):
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) not in full and not any(f"os error {code})" in str(error) for code in full):
             raise
+        if not has_checkpoint(folder):
+            raise InputError(
+                f"the disk is full: no checkpoint was written to {folder}; free some space and run the command again, "
+                "with --resume"
+            ) from error
         raise InputError(
             f"the disk is full: {folder} keeps what was learnt until the last checkpoint; free some space and go on "
             "with --resume"
         ) from error
+
+
+@contextlib.contextmanager
+def memory_named(doing: str, folder: Path) -> Iterator[None]:
+    """Turn a lack of memory outside of a training's steps into one line, with the checkpoints in `folder` kept.
+
+    Args:
+        doing: what needed the memory, as `judging epoch 3`.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        is_device = isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error)
+        change = "close other programs that use it, or choose a smaller encoder"
+        if is_device:
+            change += ", or train on the CPU with CUDA_VISIBLE_DEVICES= before the command"
+        kept = f"; {folder} keeps the last checkpoint, continue with --resume" if has_checkpoint(folder) else ""
+        where = "the GPU is out of memory" if is_device else "out of memory"
+        raise InputError(f"{where} while {doing}: {change}{kept}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a device or of the machine did not suffice."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:

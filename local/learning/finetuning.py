@@ -18,13 +18,24 @@ from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.mounts import InputError
 from local.competition import Labelled, places_of, sort_ids
-from local.console import say
+from local.console import counted, say
 from local.files import write_tensors
 from local.learning import team
 from local.learning.adaptation import copy_state, interpolate
-from local.learning.checkpoints import Checkpoint, full_disk_named
+from local.learning.checkpoints import Checkpoint, full_disk_named, memory_named
 from local.learning.head import Head
-from local.learning.judging import SHARES, Judged, best_of, choose_share, judge, log_line, log_row, monitored
+from local.learning.judging import (
+    MONITORED,
+    SHARES,
+    Judged,
+    best_of,
+    choose_share,
+    judge,
+    log_line,
+    log_row,
+    monitored,
+    told_choice,
+)
 from local.learning.training import Signals, Training
 from local.recipe import Recipe
 
@@ -78,7 +89,10 @@ def finetune(
         return judge(candidate, fit, validation, recipe, views, head.bank() if head else None)
 
     encoder.module.requires_grad_(False).eval()
-    start = judged(encoder)
+    with memory_named("judging the encoder as it came", folder):
+        start = judged(encoder)
+    if not start.seen.all():
+        say(f"{counted(int((~start.seen).sum()), 'observation')} without a readable photo: nothing is learnt from that")
     before, fit = sort_ids(fit.class_ids), fit.subset(start.seen)
     classes = sort_ids(fit.class_ids)  # a class none of whose photos can be read is not learnt
     kept = places_of(np.array(classes, dtype=object), before)
@@ -86,11 +100,13 @@ def finetune(
     centre = -start.bank.layers[0].bias if recipe.centre else torch.zeros(prototypes.shape[1])
     torch.manual_seed(recipe.seed)
     sizes = np.bincount(places_of(fit.class_ids, classes), minlength=len(classes))
-    head = Head(centre, prototypes, sizes, recipe, ranks).to(encoder.device)
+    with memory_named("making the head", folder):
+        head = Head(centre, prototypes, sizes, recipe, ranks).to(encoder.device)
     refuse_large(recipe, encoder.module, head)
     if recipe.prototypes == "episodic" and sizes.max() < 2:
         raise InputError("no class has two observations: an episode needs one to learn from and one to ask")
-    training = Training(encoder, head, fit, recipe, data_sha256, folder)
+    with memory_named("copying the encoder to train it", folder):
+        training = Training(encoder, head, fit, recipe, data_sha256, folder)
     if not training.log:
         training.log.append(log_row(0, "", 0.0, start.scores))
     say(f"epoch 0: {log_line(training.log[0])}")
@@ -98,7 +114,7 @@ def finetune(
     with Signals() as signals, events(folder.parent / "tensorboard") as note:
         while training.epoch <= recipe.epochs and not is_over(training.log, recipe, training.since):
             began = time.monotonic()
-            with signals.held():
+            with signals.held(), memory_named(f"training epoch {training.epoch}", folder):
                 mean_loss = training.train_epoch(signals)
             if not math.isfinite(mean_loss):
                 say(
@@ -108,9 +124,11 @@ def finetune(
                 break
             if training.epoch < 1:
                 say(f"probe {training.epoch + recipe.probe}: loss {mean_loss:.4f}")
-                training.next_epoch()
+                with memory_named("freeing the encoder's weights to learn", folder):
+                    training.next_epoch()
                 continue
-            present = judged(training.kept, head if keeps_head else None)
+            with memory_named(f"judging epoch {training.epoch}", folder):
+                present = judged(training.kept, head if keeps_head else None)
             rate = training.learning_rate
             row = log_row(training.epoch, mean_loss, rate, present.scores, time.monotonic() - began)
             training.log.append(row)
@@ -124,7 +142,8 @@ def finetune(
                 head.prototypes.copy_(present.bank.prototypes)
                 head.centre.copy_(-present.bank.layers[0].bias if recipe.centre else head.centre)
             training.next_epoch()
-    return settle(encoder, training, start, judged)
+    with memory_named("mixing the trained weights with those that the encoder came with", folder):
+        return settle(encoder, training, start, judged)
 
 
 def refuse_large(recipe: Recipe, *modules: nn.Module) -> None:
@@ -148,9 +167,15 @@ def is_over(log: Sequence[dict], recipe: Recipe, since: int) -> bool:
         since: rows of the log that were there when the present course began.
     """
     first = 1 if recipe.matcher == "head" and len(log) > 1 else 0
-    over = min(len(log) - since, len(log) - 1 - first - best_of(log[first:], recipe)) >= recipe.patience
+    best = first + best_of(log[first:], recipe)
+    over = min(len(log) - since, len(log) - 1 - best) >= recipe.patience
     if over:
-        say(f"no better {recipe.monitor} for {recipe.patience} epochs: stopping")
+        monitor = MONITORED.get(recipe.monitor, recipe.monitor)
+        say(
+            f"stopping after epoch {log[-1]['epoch']} of {recipe.epochs}: {monitor} has not been better than the "
+            f"{monitored(log[best], recipe):.3f} of epoch {log[best]['epoch']} for {counted(recipe.patience, 'epoch')} "
+            "(patience)"
+        )
     return over
 
 
@@ -174,6 +199,7 @@ def settle(encoder: Encoder, training: Training, start: Judged, judged: Callable
     if len(log) == 1:
         if keeps_head:
             raise InputError("nothing was learnt, so that there is no head to keep: try a smaller learning_rate")
+        say("chosen: the encoder as it came: no epoch was finished")
         return Tuning(log, 0, 0.0)
     epoch = best_of(log[1:], recipe) + 1
     team.wait()  # until it is written
@@ -186,16 +212,21 @@ def settle(encoder: Encoder, training: Training, start: Judged, judged: Callable
     if keeps_head:
         encoder.module.load_state_dict(after)
         training.head.load_state_dict(best.part("head"))
-        say(f"chosen: epoch {epoch}, with its head")
+        monitor = MONITORED.get(recipe.monitor, recipe.monitor)
+        say(
+            f"chosen: epoch {epoch}, with its head: {monitor} is {monitored(log[epoch], recipe):.3f}, the best of "
+            f"{counted(len(log) - 1, 'epoch')}; a trained head is not compared with the encoder as it came"
+        )
         return Tuning(log, epoch, 1.0, training.head.bank(), training.classes)
     before, mixes = copy_state(encoder.module), []
     for share in SHARES[1:-1]:
         encoder.module.load_state_dict(interpolate(before, after, share))
         mixes.append(judged(encoder))
         say(f"{share:.0%} of epoch {epoch}: {log_line(mixes[-1].scores)}")
-    share = choose_share([start, *mixes, Judged(start.bank, best.tensors["hits"].numpy(), {})])
+    every = [start, *mixes, Judged(start.bank, best.tensors["hits"].numpy(), {})]
+    share = choose_share(every)
     encoder.module.load_state_dict(interpolate(before, after, share))
-    say(f"chosen: {share:.0%} of epoch {epoch}" if share else "chosen: the encoder as it came")
+    say(told_choice(every, share, epoch))
     return Tuning(log, epoch if share else 0, share)
 
 

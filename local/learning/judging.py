@@ -1,5 +1,6 @@
 """Judge an encoder in training as the kernel would use it, and decide by that what to keep."""
 
+import math
 import resource
 import sys
 from collections.abc import Sequence
@@ -14,13 +15,14 @@ from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder
 from kernel.observations import Observation
 from local.competition import Labelled, places_of, sort_ids
-from local.console import say
+from local.console import counted, say
 from local.learning import team
 from local.matching.banks import centroids
 from local.matching.choice import compare
 from local.metrics import GUESSES, macro_f1, paired_gain
 from local.recipe import MONITORS, Recipe
 
+MONITORED = {"recalls": "the mean of Recall@1, 5 and 10"}  # what a monitor is called where its own name says too little
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the tuned weights in the encoder; 0 leaves it as it came
 
 
@@ -88,7 +90,7 @@ def embed_together(
     rank, world = team.place()
     embeddings = embed_observations(encoder, observations[rank::world], views, pooling)
     for cause, count in embeddings.failures.items():
-        say(f"{count} photos could not be read ({cause}) and were left out")
+        say(f"{counted(count, 'photo')} could not be read ({cause}): left out")
     return team.gather(embeddings.values, len(observations), encoder.device)
 
 
@@ -110,9 +112,35 @@ def choose_share(judged: Sequence[Judged]) -> float:
 
     So chance on a small validation cannot pass for learning (the one-standard-error rule of Breiman et al. 1984).
     """
-    best = int(np.argmax([one.worth.mean() for one in judged]))
-    gain, error = paired_gain(judged[best].worth, judged[0].worth)
+    best, gain, error = best_mixture(judged)
     return SHARES[best] if gain > error else 0.0
+
+
+def best_mixture(judged: Sequence[Judged]) -> tuple[int, float, float]:
+    """Of SHARES, the index of the best but the first, its gain over the encoder as it came, and the standard error.
+
+    One observation has no standard error: NaN.
+    """
+    best = 1 + int(np.argmax([one.worth.mean() for one in judged[1:]]))
+    if len(judged[0].worth) < 2:
+        return best, float(judged[best].worth.mean() - judged[0].worth.mean()), math.nan
+    return best, *paired_gain(judged[best].worth, judged[0].worth)
+
+
+def told_choice(judged: Sequence[Judged], share: float, epoch: int) -> str:
+    """Why a share of an epoch's weights was chosen, or none of them."""
+    best, gain, error = best_mixture(judged)
+    by, on = MONITORED["recalls"], counted(len(judged[0].worth), "validation observation")
+    of = f"{SHARES[best]:.0%} of epoch {epoch}"
+    if share:
+        return f"chosen: {of}: it gains {gain:+.3f} ± {error:.3f} on the encoder as it came, in {by} over {on}"
+    if gain <= 0:
+        why = f"no mixture is better; the best, {of}, gains {gain:+.3f}"
+    elif math.isnan(error):
+        why = f"{of} gains {gain:+.3f}, with no standard error to compare that with,"
+    else:
+        why = f"{of} gains {gain:+.3f} ± {error:.3f}, no more than its standard error,"
+    return f"chosen: the encoder as it came: {why} in {by} over {on}"
 
 
 def peak_memory_gb() -> float:

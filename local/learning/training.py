@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from kernel.encoders import OUT_OF_MEMORY, Encoder, pick_dtype
+from kernel.encoders import Encoder, pick_dtype
 from kernel.mounts import InputError
 from local.competition import Labelled, places_of, sort_ids
 from local.console import counted, progress, say
@@ -29,6 +29,7 @@ from local.learning.batches import Batch, Draws, Mixing, Photos, collate, seed_a
 from local.learning.checkpoints import (
     Checkpoint,
     flatten_optimiser,
+    is_out_of_memory,
     read_checkpoint,
     restore_optimiser,
     write_checkpoint,
@@ -291,11 +292,11 @@ class Training:
 
     @contextlib.contextmanager
     def kept_on_failure(self, number: int) -> Iterator[None]:
-        """Turn a want of memory into one line, with what was learnt kept."""
+        """Turn a lack of memory into one line, with what was learnt kept."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            if not is_out_of_memory(error):
                 raise
             self.save()
             size, change = self.recipe.batch_size, "--set gradient_checkpointing=true"
@@ -354,7 +355,12 @@ class Training:
         is_same = notes["course"] == course_of(self.recipe)
         self.since = notes["since"] if is_same else max(1, len(self.log) + is_done)  # a done epoch is yet to be judged
         self.batch = len(self.draws) if is_done else seen // (self.draws.size * group) * group
-        say(f"going on in epoch {self.epoch} after batch {self.batch} of {len(self.draws)}")
+        if self.epoch > self.recipe.epochs:
+            say(f"{counted(self.recipe.epochs, 'epoch')} trained already; what was begun of the next is left out")
+        elif is_done and self.epoch == self.recipe.epochs:
+            say(f"{counted(self.epoch, 'epoch')} trained already; judging the last again")
+        else:
+            say(f"going on in epoch {self.epoch} after batch {self.batch} of {len(self.draws)}")
         self.begin_phase()
         self.encoder.module.load_state_dict(checkpoint.part("encoder"), strict=False)
         self.head.load_state_dict(checkpoint.part("head"))

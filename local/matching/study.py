@@ -14,7 +14,7 @@ from kernel.mounts import shorten
 from kernel.prior import Prior
 from local.cache import EmbeddingCache
 from local.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
-from local.console import say
+from local.console import counted, say
 from local.files import write_table, write_tensors
 from local.matching.banks import spread_over
 from local.matching.choice import CANDIDATES, Embedded, Search, cross_validated, walk
@@ -54,15 +54,17 @@ class Study:
         self.recipe, self.encoder, self.cache, self.embedded = recipe, encoder, cache, {}
         self.guesses, self.lineages = competition.layout.guesses, lineages(competition)
         class_ids = np.concatenate([fit.class_ids, validation.class_ids])
+        self.is_fit = np.arange(len(class_ids)) < len(fit)
         self.labelled = Labelled([*fit.observations, *validation.observations], class_ids)
-        is_fit = np.arange(len(class_ids)) < len(fit)
+        is_fit = self.is_fit
         keeps_val_out = recipe.reference == "train" and competition.has_val
+        self.has_val, self.keeps_val_out = competition.has_val, keeps_val_out
         self.reference = is_fit if keeps_val_out else np.ones_like(is_fit)
         self.classes = sort_ids(class_ids[self.reference])
         self.head = spread_over(head, head_classes, self.classes) if head else None
         self.places = places_of(class_ids, self.classes)
         self.taxonomy = read_taxonomy(competition, self.classes)
-        asked = ~is_fit if is_tuned else np.ones_like(is_fit)
+        self.asked = asked = ~is_fit if is_tuned else np.ones_like(is_fit)
         self.folds = [(is_fit, ~is_fit)] if keeps_val_out else make_folds(self.places, recipe.seed, asked)
 
     def embed(self, fit: str) -> Embedded:
@@ -72,7 +74,7 @@ class Study:
             encoder = Encoder(self.encoder.module, preprocessing, self.encoder.features, self.encoder.devices)
             photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.recipe.views)
             for cause, count in photos.failures.items():
-                say(f"{count} photos could not be read ({cause}) and were left out")
+                say(f"{counted(count, 'photo')} could not be read ({cause}): left out")
             self.embedded[fit] = Embedded(
                 photos.values, self.recipe.views, photos.observations, self.places, self.taxonomy, self.head
             )
@@ -102,8 +104,10 @@ class Study:
         Returns:
             The recipe with nothing left open, the inverse temperatures of its banks, and its `held_out_scores`.
         """
+        say(self.told_reference())
         if not self.folds:
-            say("every class has one observation: there is nothing to judge by, and so no score of this run")
+            kept = f", and nothing is chosen: {', '.join(self.recipe.choose)}" if self.recipe.choose else ""
+            say(f"{self.told_folds()}: this run has no score{kept}")
             return self.recipe, (), {}
         is_macro = self.recipe.monitor == "macro_f1"
         search = Search(self.embed, self.recipe.fit, self.folds, self.guesses, self.reference, self.ask_prior, is_macro)
@@ -124,13 +128,41 @@ class Study:
         truth = self.labelled.class_ids[search.queries]
         scores = held_out_scores(truth, guesses, search.weights, is_macro, self.recipe.seed)
         if np.allclose(search.weights, 1):
-            say(f"{len(guesses)} held-out observations: {describe(scores, self.guesses)}")
+            say(f"{self.told_folds()}: {describe(scores, self.guesses)}")
         else:
             how = "every class weighted the same" if is_macro else "weighted to the shots of the whole reference"
-            say(f"{len(guesses)} held-out observations, {how}: {describe(scores, self.guesses)}")
+            say(f"{self.told_folds()}, {how}: {describe(scores, self.guesses)}")
             say(f"the same, unweighted: {describe(scores, self.guesses, 'unweighted_')}")
         self.keep_answers(search, chosen, folder / VALIDATION_FILE)
         return chosen, outcome.scales, scores
+
+    def told_reference(self) -> str:
+        """Which observations the bank is made of."""
+        train, val = int(self.is_fit.sum()), int((~self.is_fit).sum())
+        if self.keeps_val_out:
+            return f"bank: made of the {counted(train, 'observation')} of train, without the {val:,} of val"
+        if self.has_val:
+            return f"bank: made of {counted(train + val, 'observation')}, {train:,} of train and {val:,} of val"
+        return f"bank: made of the {counted(train + val, 'observation')} of train"
+
+    def told_folds(self) -> str:
+        """Which observations judge the run, in counts that add up."""
+        train, val = int(self.is_fit.sum()), int((~self.is_fit).sum())
+        held_out = sum(int(queries.sum()) for _, queries in self.folds)
+        told = counted(held_out, "held-out observation")
+        if self.keeps_val_out:
+            foreign = int((self.places < 0).sum())
+            return f"{told} (val" + (f"; {foreign:,} of classes that the bank lacks)" if foreign else ")")
+        alone = int((self.asked & (np.bincount(self.places)[self.places] == 1)).sum())
+        left_out = {
+            "used for training": 0 if self.asked.all() else train,
+            f"alone in {'its' if alone == 1 else 'their'} class": alone,
+            "not drawn": int(self.asked.sum()) - alone - held_out,
+        }
+        why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
+        folds = f"in {counted(len(self.folds), 'fold')} over " if self.folds else "of "
+        of = f"the {train:,} of train and {val:,} of val" if self.has_val else f"the {train + val:,} of train"
+        return f"{told}, {folds}{of}{f' (left out: {why})' if why else ''}"
 
     def keep_answers(self, search: Search, chosen: Recipe, path: Path) -> None:
         """Write the log-probabilities of every held-out observation, by which an ensemble is weighted later."""

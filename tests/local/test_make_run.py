@@ -1,5 +1,6 @@
 """A run is complete or not there, and a training that is killed goes on as if nothing had been."""
 
+import errno
 import json
 import os
 import random
@@ -17,12 +18,14 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from kernel.mounts import InputError
-from local.competition import read_competition
-from local.make_run import commit, train_run
+from local.competition import read_competition, split_for_validation
+from local.make_run import commit, told_data, told_subset, told_training, train_run
 from local.matching.choice import compare
 from local.matching.ensemble import VALIDATION_FILE, read_answers
+from local.pretrained import load_encoder
 from local.recipe import make_recipe
 from tests.conftest import LEARNING, ROOT, TINY, command
 
@@ -331,3 +334,96 @@ def test_an_out_that_cannot_be_written_is_one_line_before_the_work(drawn, tmp_pa
     with pytest.raises(InputError, match=r"cannot be written \(.*embeddings.*: Not a directory\)"):
         train_run(make_recipe(TINY, "the test"), drawn.competition, tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".embeddings", "file"]
+
+
+def test_an_encoder_that_the_gpu_has_no_room_for_is_one_line_and_leaves_nothing(drawn, tmp_path, monkeypatch):
+    class NoRoom(nn.Identity):
+        """A stand-in for an encoder on a GPU that is full."""
+
+        def to(self, *given, **named):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    entry = load_encoder("timm:test_resnet", False, 64)[1]
+    monkeypatch.setattr("local.make_run.load_encoder", lambda *given: (NoRoom(), entry))
+    with pytest.raises(InputError, match=r"^the GPU is out of memory while moving the encoder to cpu: close .*smaller"):
+        train_run(make_recipe(TINY, "the test"), drawn.competition, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_at_the_end_loses_nothing_of_a_training(drawn, whole, tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = make_recipe(SETTINGS, "the test")
+    with monkeypatch.context() as patched:
+        patched.setattr("local.make_run.write_manifest", full)
+        with pytest.raises(InputError, match=r"the disk is full: .* keeps what was learnt .* with --resume$"):
+            train_run(recipe, drawn.competition, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train_run(recipe, drawn.competition, tmp_path / "run", resumes=True)
+    for name in ("encoder.safetensors", "bank.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_disk_that_is_too_small_for_a_run_without_training_is_one_line(drawn, tmp_path):
+    """In a small file system of its own, which takes a namespace."""
+    inside = " ".join(map(str, [sys.executable, *train(tmp_path / "small/run", drawn, epochs=0)]))
+    small = tmp_path / "small"
+    mount = f"mount -t tmpfs -o size=300k none {small} && {inside}; code=$?; ls -A {small}; exit $code"
+    small.mkdir()
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=ROOT, capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount" in done.stderr:
+        pytest.skip(f"no file system of its own to fill: {done.stderr.strip()}")
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"error: the disk is full: .* run the command again, with --resume\n", done.stderr)
+    assert done.stdout.splitlines()[-1] == ".embeddings"
+
+
+def labelled_rows(competition, rows):
+    """The competition with these rows, of split, observation and class, in place of its own."""
+    photos = competition.photos.head(len(rows)).assign(
+        **{name: [row[place] for row in rows] for place, name in enumerate(("split", "observation", "class_id"))}
+    )
+    return replace(competition, photos=photos)
+
+
+def test_the_first_lines_count_what_there_is_and_what_a_training_makes_of_it(drawn):
+    rows = [("train", f"t{number}", "ab"[number % 2]) for number in range(6)] + [("train", "t6", "c")]
+    rows += [("val", "v0", "a"), ("val", "v1", "b"), ("val", "v2", "d")]
+    competition = labelled_rows(read_competition(drawn.competition), rows)
+    recipe = make_recipe({"epochs": 1}, "the test")
+
+    def told(competition, recipe):
+        return told_training(competition, *split_for_validation(competition, 0), recipe)
+
+    assert told_data(competition).endswith("7 observations of 3 classes in train, 3 observations of 3 classes in val")
+    assert told(competition, recipe) == (
+        "training: learns from 7 observations of train, is validated on 3 of val; 1 of val is of classes that train "
+        "lacks, so never right"
+    )
+    assert told(competition, replace(recipe, classes=1)) == (
+        "training: learns from 3 observations of train, is validated on 1 of val; of 7 and 3 these are the 1 largest "
+        "class"
+    )
+    alone = competition.without_val()
+    assert told_data(alone).endswith("7 observations of 3 classes in train, no val")
+    assert told(alone, recipe) == (
+        "training: learns from 5 observations of train, is validated on 2 others, never the only one of a class"
+    )
+    with pytest.raises(InputError, match=r"no val, and every class has one observation in the subset of 3; set epochs"):
+        told(labelled_rows(competition, [rows[0], rows[1], rows[6]]), replace(recipe, subset=3))
+    with pytest.raises(InputError, match=r"no observation of val is of a class that train has; set epochs to 0$"):
+        told(labelled_rows(competition, [rows[0], rows[1], rows[9]]), recipe)
+
+
+@pytest.mark.parametrize(
+    ("subset", "says"),
+    [
+        (8, r"subset = 8: 8 of the 26 observations in train and 1 of the 9 observations in val"),
+        (300, r"subset = 300: all 26 observations in train and all 9 observations in val"),
+    ],
+)
+def test_a_subset_says_what_it_leaves(drawn, subset, says):
+    competition = read_competition(drawn.competition)
+    recipe = make_recipe({"subset": subset}, "the test")
+    assert told_subset(competition, competition.sample(subset, 0), recipe) == says

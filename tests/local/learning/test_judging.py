@@ -6,7 +6,7 @@ import pytest
 from kernel.bank import classify
 from kernel.embeddings import embed_observations
 from local.competition import read_competition, sort_ids, split_for_validation
-from local.learning.judging import Judged, best_of, choose_share, judge
+from local.learning.judging import Judged, best_of, choose_share, judge, told_choice
 from local.metrics import score
 from local.recipe import make_recipe
 
@@ -57,3 +57,27 @@ def test_the_best_epoch_is_the_best_by_the_monitored_score(monitor, best):
         {"recall_at_1": 0.1, "recall_at_5": 0.7, "recall_at_10": 0.9, "macro_f1": 0.4, "log_loss": 0.5},
     ]
     assert best_of(rows, make_recipe({"monitor": monitor}, "the test")) == best
+
+
+@pytest.mark.parametrize(
+    ("right", "of", "says"),
+    [
+        # 30 of 200 become right: a gain of .15, with the standard error of a proportion, sqrt(.15 * .85 / 199).
+        ([100, 110, 130, 120, 90], 200, "chosen: 50% of epoch 3: it gains +0.150 ± 0.025 on the encoder as it came"),
+        (
+            [100, 100, 101, 90, 90],
+            200,
+            "as it came: 50% of epoch 3 gains +0.005 ± 0.005, no more than its standard error",
+        ),
+        ([100, 80, 90, 70, 60], 200, "as it came: no mixture is better; the best, 50% of epoch 3, gains -0.050"),
+        ([0, 0, 1, 0, 0], 1, "as it came: 50% of epoch 3 gains +1.000, with no standard error to compare that with"),
+    ],
+)
+def test_what_is_kept_of_a_training_is_told_with_its_reason(right, of, says, recwarn):
+    judged = [judged_with(count, of) for count in right]
+    share = choose_share(judged)
+    assert share == (0.5 if says.startswith("chosen: 50%") else 0.0)
+    line = told_choice(judged, share, 3)
+    assert says in line
+    assert f"in the mean of Recall@1, 5 and 10 over {of} validation observation" in line
+    assert not list(recwarn)

@@ -1,5 +1,6 @@
 """Training learns what it is told to, keeps nothing that chance alone could explain, and loses nothing."""
 
+import copy
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import pytest
 import timm
 import torch
 from timm.utils import ModelEmaV3
+from torch import nn
 
 from kernel.encoders import Encoder, Preprocessing
 from kernel.mounts import InputError
@@ -68,9 +70,16 @@ def test_training_that_ruins_the_encoder_is_caught(fresh, parts, tmp_path):
     assert all(value.isfinite().all() for value in after.values())
 
 
-def test_it_stops_when_recall_has_not_risen_for_as_long_as_patience_says(fresh, parts, tmp_path):
+def test_it_stops_when_recall_has_not_risen_for_as_long_as_patience_says(fresh, parts, tmp_path, capsys):
     tuning = finetune(fresh, *parts, recipe(epochs=20, patience=2, learning_rate=1e-12, weight_decay=0.0), tmp_path)
     assert len(tuning.log) == 3
+    start = np.mean([tuning.log[0][f"recall_at_{count}"] for count in (1, 5, 10)])
+    said = capsys.readouterr().out
+    assert (
+        f"stopping after epoch 2 of 20: the mean of Recall@1, 5 and 10 has not been better than the {start:.3f} of "
+        "epoch 0 for 2 epochs (patience)"
+    ) in said
+    assert said.splitlines()[-1].startswith("chosen: the encoder as it came: ")
 
 
 WAYS = [
@@ -192,6 +201,72 @@ def test_memory_that_does_not_suffice_is_one_line_and_loses_nothing(fresh, parts
         finetune(fresh, *parts, recipe(unfreeze=-1, batch_size=8), tmp_path)
     tuning = finetune(fresh, *parts, recipe(unfreeze=-1, batch_size=4, accumulate=2), tmp_path)
     assert [row["epoch"] for row in tuning.log] == [0, 1, 2]
+
+
+class NoRoom(nn.Module):
+    """An encoder for which a device has no room: it fails as torch does, once `left` further copies are made."""
+
+    def __init__(self, module, left):
+        super().__init__()
+        self.module, self.left = module, left
+
+    def forward(self, photos):
+        return self.module(photos)
+
+    def group_matcher(self, coarse=False):
+        return {"stem": "^module"}
+
+    def __deepcopy__(self, memo):
+        if not self.left:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of 8 GiB")
+        return NoRoom(copy.deepcopy(self.module, memo), self.left - 1)
+
+
+@pytest.mark.parametrize(
+    ("copies", "settings", "doing"),
+    [
+        (0, {}, "copying the encoder"),
+        (1, {"ema": 0.9}, "copying the encoder"),
+        (1, {"probe": 1, "ema": 0.9}, "freeing"),
+    ],
+)
+def test_an_encoder_whose_copy_finds_no_room_is_one_line(fresh, parts, tmp_path, copies, settings, doing):
+    fresh.module = NoRoom(fresh.module, copies)
+    with pytest.raises(
+        InputError, match=f"^the GPU is out of memory while {doing}.*smaller encoder, or train on the CPU"
+    ):
+        finetune(fresh, *parts, recipe(unfreeze=-1, prototypes="learned", **settings), tmp_path)
+
+
+def test_an_epoch_that_finds_no_room_to_be_judged_loses_nothing(fresh, parts, tmp_path, monkeypatch):
+    start, judge, calls = copy_state(fresh.module), finetuning.judge, []
+
+    def cramped(*given):
+        calls.append(given)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+        return judge(*given)
+
+    finetune(fresh, *parts, recipe(unfreeze=-1), tmp_path / "whole")
+    ended = copy_state(fresh.module)
+    fresh.module.load_state_dict(start)
+    monkeypatch.setattr(finetuning, "judge", cramped)
+    with pytest.raises(
+        InputError, match=r"while judging epoch 2: .* keeps the last checkpoint, continue with --resume"
+    ):
+        finetune(fresh, *parts, recipe(unfreeze=-1), tmp_path / "cramped")
+    fresh.module.load_state_dict(start)
+    finetune(fresh, *parts, recipe(unfreeze=-1), tmp_path / "cramped")
+    assert same(copy_state(fresh.module), ended)
+
+
+def test_an_error_that_is_not_of_memory_stays_a_traceback(fresh, parts, tmp_path, monkeypatch):
+    def broken(*given):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(finetuning, "judge", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        finetune(fresh, *parts, recipe(), tmp_path)
 
 
 def test_nothing_to_learn_is_refused(fresh, parts, tmp_path):
