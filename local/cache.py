@@ -25,7 +25,7 @@ from kernel.embeddings import load_batches
 from kernel.encoders import Encoder
 from kernel.observations import Observation
 from kernel.views import VIEWS
-from local.console import progress
+from local.console import counted, progress
 from local.learning import team
 
 PART = 256  # photos between two writes
@@ -92,7 +92,7 @@ class EmbeddingCache:
         """
         digests, causes, (rank, world) = list(missing), {}, team.place()
         parts = [digests[start : start + PART] for start in range(0, len(digests), PART)][rank::world]
-        for part in progress(parts, f"embedding {len(digests)} photos in {len(views)} views"):
+        for part in progress(parts, f"embedding {counted(len(digests), 'photo')} in {counted(len(views), 'view')}"):
             single = [Observation(digest, (missing[digest],)) for digest in part]
             found: dict[str, np.ndarray] = {}
             for owners, batch in load_batches(self.encoder, single, failures := Counter()):

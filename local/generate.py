@@ -29,7 +29,7 @@ if not __package__:  # run as a script
 
 from kernel.mounts import InputError
 from kernel.observations import RESOLUTIONS
-from local.console import command_parser, run, say
+from local.console import command_parser, counted, run, say
 from local.fungi import HUES, Traits, contact_sheet, draw, traits
 
 SUBSET = "FungiTastic-FewShot"
@@ -427,7 +427,7 @@ def _report(drawn: Iterable[None], total: int) -> None:
         return
     for n, _ in enumerate(drawn, 1):
         if n * 10 // total != (n - 1) * 10 // total:
-            print(f"drawing: {n} of {total} photos", file=sys.stderr, flush=True)
+            print(f"drawing: {n} of {counted(total, 'photo')}", file=sys.stderr, flush=True)
 
 
 def _caption(species: Traits) -> str:

@@ -13,6 +13,7 @@ from PIL import ImageOps
 from kernel.observations import find_test_table
 from kernel.photos import read_photo
 from local.competition import read_competition
+from local.console import counted
 
 INK, ACCENT, MUTED = "#1b3a4b", "#c8553d", "#9aa5ab"
 
@@ -51,7 +52,7 @@ def plot_class_distribution(class_ids: np.ndarray, path: Path) -> None:
     tail.fill_between(np.arange(1, len(counts) + 1), counts, step="mid", color=INK)
     tail.set(xlabel="class, by number of observations", ylabel="observations", yscale="log", xlim=(1, len(counts)))
     tail.yaxis.set_major_formatter(ScalarFormatter())
-    tail.set_title(f"{len(counts)} classes, {counts.sum()} observations", loc="left")
+    tail.set_title(f"{counted(len(counts), 'class')}, {counted(int(counts.sum()), 'observation')}", loc="left")
     sizes, classes = np.unique(np.minimum(counts, 10), return_counts=True)
     bars = shots.bar([f"{size}" if size < 10 else "10+" for size in sizes], classes, color=ACCENT)
     shots.bar_label(bars)

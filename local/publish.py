@@ -14,7 +14,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from kernel.mounts import InputError
-from local.console import command_parser, run, say
+from local.console import command_parser, counted, run, say
 from local.publishing.ledger import LEDGER
 from local.publishing.metadata import PLACEHOLDER, has_owner, write_metadata
 from local.publishing.preflight import Bundle, check_owner, find_credentials, find_owner, find_secret, inspect
@@ -76,10 +76,11 @@ def describe(bundle: Bundle, is_public: bool) -> None:
     if not has_owner(bundle.metadata):
         say(f"owner        {PLACEHOLDER} stands for your Kaggle name, which is known once you are signed in")
     say(f"kernel       {bundle.metadata['id']}, {seen}: {bundle.script}, {bundle.script.stat().st_size:,} bytes")
-    say(f"dataset      {bundle.dataset}, {seen}: {len(bundle.files) - 1} files, {size / 1e6:.1f} MB")
+    say(f"dataset      {bundle.dataset}, {seen}: {counted(len(bundle.files) - 1, 'file')}, {size / 1e6:.1f} MB")
     for path in bundle.files[1:]:
         say(f"               {path.relative_to(bundle.weights)}, {path.stat().st_size:,} bytes")
-    say(f"competition  {bundle.competition}, {len(bundle.table.observations)} observations in the table as rehearsed")
+    rows = counted(len(bundle.table.observations), "observation")
+    say(f"competition  {bundle.competition}, {rows} in the table as rehearsed")
     say(f"runs         {', '.join(bundle.runs)}, bundled from commit {bundle.commit}")
     say(f"rehearsal    {bundle.record['when']} UTC, passed: {', '.join(bundle.record['scenarios'])}")
 

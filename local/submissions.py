@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import command_parser, run, say
+from local.console import command_parser, counted, run, say
 from local.publishing.ledger import LEDGER, compare, noise, number, read_ledger, table
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         say(line)
     picture = options.ledger.with_suffix(".png")
     drawn = plot_submissions(rows, picture)
-    say(f"{picture}: {drawn} submissions with both scores" if drawn else "no submission has both scores yet")
+    say(f"{picture}: {counted(drawn, 'submission')} with both scores" if drawn else "no submission has both scores yet")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from kernel.observations import RESOLUTIONS, Observation, read_test
 from kernel.prior import weighted_prior
 from local.cache import EmbeddingCache, PhotoEmbeddings
 from local.competition import Labelled, find_layout, labelled, places_of, read_competition
-from local.console import say
+from local.console import counted, say
 from local.files import write_json
 from local.generate import generate
 from local.make_run import CACHE, train_run
@@ -357,9 +357,10 @@ def row_of(rung: Rung, truth: Sequence[str], hits: dict[str, np.ndarray]) -> dic
 
 def tell_ladder(report: dict) -> list[str]:
     """The ladder as a table, best at the bottom."""
+    asked, reference = (counted(report[key], "observation") for key in ("observations", "reference_observations"))
     lines = [
-        f"{report['data']}: {report['observations']} observations of {report['scored_on']}, 95% intervals; reference: "
-        f"{report['reference']}, {report['reference_observations']} observations of {report['classes']} classes",
+        f"{report['data']}: {asked} of {report['scored_on']}, 95% intervals; reference: "
+        f"{report['reference']}, {reference} of {counted(report['classes'], 'class')}",
         "",
         *heading("rung", *COLUMNS.values(), "log-loss", "gain in Recall@5"),
     ]

@@ -14,7 +14,7 @@ from kernel.encoders import open_encoder, pick_devices
 from kernel.mounts import InputError, read_weights
 from kernel.observations import Observation
 from local.cache import EmbeddingCache
-from local.console import progress, say
+from local.console import counted, progress, say
 from local.make_run import CACHE, train_run
 from local.matching.banks import unit
 from local.recipe import read_recipe
@@ -41,7 +41,9 @@ def omniglot(folder: Path, settings: list[str]) -> dict:
     """
     alphabets = sorted({drawing.parents[1] for drawing in folder.rglob("*/*/*.png")})
     if len(alphabets) < 2:
-        raise InputError(f"{folder} holds {len(alphabets)} alphabets: give a folder of alphabet/character/drawing.png")
+        raise InputError(
+            f"{folder} holds {counted(len(alphabets), 'alphabet')}: give a folder of alphabet/character/drawing.png"
+        )
     *learnt, asked = alphabets
     with tempfile.TemporaryDirectory() as temporary:
         data, run = Path(temporary) / "data", Path(temporary) / "run"
@@ -51,7 +53,7 @@ def omniglot(folder: Path, settings: list[str]) -> dict:
         (data / "test").mkdir()
         train_run(read_recipe("omniglot", settings), data, run)
         embeddings, classes = embed_alphabet(asked, run)
-    say(f"{asked.name}, {classes.max() + 1} characters that were never learnt from, {EPISODES} episodes:\n")
+    say(f"{asked.name}, {counted(classes.max() + 1, 'character')} never learnt from, {EPISODES:,} episodes:\n")
     say("| ways | shots | accuracy | Snell et al. 2017 |\n|---|---|---|---|")
     rows = []
     for ways, shots in (task for task in TASKS if task[0] <= classes.max() + 1):

@@ -31,9 +31,9 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     opened = [open_run(run) for run in runs]
     first = opened[0].manifest
     for weights in opened[1:]:
-        for key, of in (("class_ids", "classes"), ("competition", "competition settings")):
+        for key, other in (("class_ids", "other classes"), ("competition", "another competition")):
             if _comparable(weights.manifest[key]) != _comparable(first[key]):
-                raise InputError(f"{weights.folder} has other {of} than {runs[0]}: train both with the same --data")
+                raise InputError(f"{weights.folder} has {other} than {runs[0]}: train both with the same --data")
     needed_wheels(opened)  # what cannot be bundled is refused before the runs are weighed
     shares = weigh(runs, guesses_of(first["competition"]["layout"]))
     # The best alone comes first, since a kernel short of time drops the last.

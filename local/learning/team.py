@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from kernel.mounts import InputError
-from local.console import tell
+from local.console import counted, tell
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # that the others wait while the first chooses a bank
@@ -32,7 +32,8 @@ def join() -> None:
     if torch.cuda.is_available():
         devices, processes = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
         if processes > devices:
-            raise InputError(f"{processes} processes for {devices} GPUs: give torchrun --nproc-per-node {devices}")
+            found = f"{counted(processes, 'process')} for {counted(devices, 'GPU')}"
+            raise InputError(f"{found}: give torchrun --nproc-per-node {devices}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(distributed.rendezvous("env://"))
     # Without a prefix, those who were restarted on one machine look for the addresses of those who are dead.

@@ -20,7 +20,7 @@ from requests import HTTPError, RequestException, Response
 from requests.adapters import HTTPAdapter
 
 from kernel.mounts import InputError, shorten
-from local.console import say
+from local.console import counted, say
 from local.publishing.preflight import DATASET_METADATA, TOKENS
 
 ATTEMPTS = 6
@@ -87,7 +87,7 @@ class StrictApi(KaggleApi):
                 Path(upload_context.get_upload_info_file_path(path)).unlink(missing_ok=True)
         expected = sum(path.name != DATASET_METADATA for path in Path(folder).iterdir())
         if len(request.files) < expected:
-            raise Interrupted(f"{expected - len(request.files)} of {expected} files did not arrive")
+            raise Interrupted(f"{expected - len(request.files)} of {counted(expected, 'file')} did not arrive")
 
 
 class Kaggle:

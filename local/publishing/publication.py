@@ -10,7 +10,7 @@ from pathlib import Path
 from kernel.mounts import InputError, shorten
 from kernel.observations import TestTable, read_table
 from kernel.submission import check_submission
-from local.console import say
+from local.console import counted, say
 from local.files import write_json
 from local.publishing.client import Kaggle, accept_rules
 from local.publishing.ledger import note, row_of
@@ -116,7 +116,8 @@ class Publication:
             raise InputError(f"{what}: the log is of a run with other weights: run the same command again in a minute")
         check_submission(output, self.bundle.table, self.bundle.manifest["class_ids"])
         share = agreement(self.bundle.rehearsed, output, self.bundle.table)
-        say(f"{output}: {len(self.bundle.table.observations)} rows, {share:.1%} with the rehearsal's first guess")
+        rows = counted(len(self.bundle.table.observations), "row")
+        say(f"{output}: {rows}, {share:.1%} with the rehearsal's first guess")
         if share < LEAST_AGREEMENT:
             raise InputError(
                 f"{output} agrees with {self.bundle.rehearsed} in {share:.1%} of the first guesses alone: "
@@ -138,7 +139,7 @@ class Publication:
             left = self.kaggle.submissions_left(name)
             if left < 1:
                 raise InputError(f"{name} allows no further submission today: run the same command after midnight UTC")
-            say(f"{name}: {left} submissions left today, one of which is made now")
+            say(f"{name}: {counted(left, 'submission')} left today, one of which is made now")
             takes_kernels = self.competition.is_kernels_submissions_only
             self.kaggle.submit(name, description, output, kernel if takes_kernels else None, version)
         note(row, ledger)

@@ -20,6 +20,7 @@ from typing import Any
 
 from kernel.budget import MARGIN
 from kernel.mounts import InputError, shorten
+from local.console import counted
 from local.image import IMAGE
 from local.metrics import GUESSES, hit_matrix
 from local.rehearsal.sandbox import duty_cycle, kill_after
@@ -348,20 +349,23 @@ def must_predict(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) -> 
     """Kaggle would score the run, and it had time for every observation."""
     must_be_scored(rehearsal, runs, changed)
     done = last_word(runs[-1])
+    observations = counted(int(done["observations"]), "observation")
     if int(done["late"]):
-        raise Failed(f"{done['late']} of {done['observations']} observations were too late, with time enough")
-    return f"{done['photos']} photos of {done['observations']} observations, {done['views']} views"
+        raise Failed(f"{done['late']} of {observations} too late, with time enough")
+    photos = counted(int(done["photos"]), "photo")
+    return f"{photos} of {observations}, {done['views']} view{'' if done['views'] == '1' else 's'}"
 
 
 def must_count_unreadable(rehearsal: Rehearsal, runs: Sequence[Ran], counts: dict[str, int]) -> str:
     """The log counts every photo that cannot be read, and no other; what is merely strange may be read or not."""
-    note, counted = must_predict(rehearsal, runs, counts), int(last_word(runs[0])["unreadable"])
+    note, found = must_predict(rehearsal, runs, counts), int(last_word(runs[0])["unreadable"])
     least, most = sum(counts[kind] for kind in counts if kind in UNREADABLE), sum(counts.values())
     if not most:
         raise Skipped("too few photos to spoil any")
-    if not least <= counted <= most:
-        raise Failed(f"{counted} photos are counted as unreadable: {least} are, and {most} are hostile")
-    return f"{note}; {most} hostile, {counted} of them unreadable"
+    if not least <= found <= most:
+        are = "is" if found == 1 else "are"
+        raise Failed(f"{counted(found, 'photo')} {are} counted as unreadable: {least} are, and {most} are hostile")
+    return f"{note}; {most} hostile, {found} of them unreadable"
 
 
 def must_miss_only(rehearsal: Rehearsal, runs: Sequence[Ran], gone: set[str]) -> str:
@@ -379,7 +383,7 @@ def must_miss_only(rehearsal: Rehearsal, runs: Sequence[Ran], gone: set[str]) ->
         differing = sum(new != old for new, old in zip(row, before[observation], strict=True))
         if observation not in gone and differing > allowed:
             raise Failed(f"observation {observation} has all its photos, and yet its row changed")
-    return f"{len(gone)} of {len(after)} observations without photos hold the fallback, no other changed"
+    return f"{len(gone)} of {counted(len(after), 'observation')} without photos, on the fallback; no other changed"
 
 
 def must_beat_the_fallback_in_time(rehearsal: Rehearsal, runs: Sequence[Ran], stretched: Stretched) -> str:
@@ -388,9 +392,8 @@ def must_beat_the_fallback_in_time(rehearsal: Rehearsal, runs: Sequence[Ran], st
     ran, done, base = runs[-1], last_word(runs[-1]), reference(rehearsal)
     if ran.moment(DONE) > ran.limit:
         raise Failed(f"done after {ran.moment(DONE):.1f} s, the limit was {ran.limit:.1f} s")
-    told = (
-        f"{done['late']} of {done['observations']} observations; views {done['views']} in place of {base.done['views']}"
-    )
+    observations = counted(int(done["observations"]), "observation")
+    told = f"{done['late']} of {observations}; views {done['views']} in place of {base.done['views']}"
     if rehearsal.truth:
         truth = [class_of(rehearsal, stretched.originals[observation]) for observation in ran.guesses]
         place = 1 if ran.table.layout.guesses >= GUESSES[1] else 0
@@ -400,7 +403,8 @@ def must_beat_the_fallback_in_time(rehearsal: Rehearsal, runs: Sequence[Ran], st
         if reached <= floor:
             raise Failed(f"no better than the fallback: {told}")
     if not has_shed(ran, base):
-        raise Skipped(f"nothing had to be shed in {len(runs)} attempts, the machine's pace changes too much: {told}")
+        tried = counted(len(runs), "attempt")
+        raise Skipped(f"nothing had to be shed in {tried}, the machine's pace changes too much: {told}")
     return f"shed {told}"
 
 
@@ -411,7 +415,7 @@ def must_not_grow(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) ->
     more = (TIMES - 1) * sum(len(observation.photos) for observation in runs[0].table.observations)
     side = max(member["encoder"]["preprocessing"]["size"] for member in rehearsal.manifest["members"])
     allowed = NOISE + min(more, QUEUED) * 3 * side**2 / 1e6
-    told = f"{small:.0f} MB, with {more} photos more {large:.0f} MB; {allowed:.0f} MB more are allowed"
+    told = f"{small:.0f} MB, with {counted(more, 'more photo')} {large:.0f} MB; {allowed:.0f} MB more are allowed"
     if large > small + allowed:
         raise Failed(f"memory grows with the number of photos: {told}")
     return told
@@ -424,7 +428,8 @@ def must_refuse(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) -> s
     if visible.outcome.timed_out or visible.outcome.code != 2:
         raise Failed(f"the visible run ended with exit code {visible.outcome.code}, and must end with 2")
     if len(errors) != 1 or any(line.startswith("Traceback") for line in visible.lines):
-        raise Failed(f"the visible run says {len(errors)} lines of error, and must say one, and no traceback")
+        found = counted(len(errors), "line")
+        raise Failed(f"the visible run says {found} of error, and must say one, and no traceback")
     if set(visible.left) - {"submission.csv"}:
         raise Failed(f"the visible run left {', '.join(visible.left)} behind")
     if visible.left and visible.damage:
@@ -456,7 +461,7 @@ def must_not_call(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) ->
     """It attempted no connection, whether or not it took the refusal well."""
     calls = [line.removeprefix(CALL) for line in runs[0].lines if line.startswith(CALL)]
     if calls:
-        raise Failed(f"{len(calls)} attempts to connect, the first: {shorten(calls[0], 160)}")
+        raise Failed(f"{counted(len(calls), 'attempt')} to connect, the first: {shorten(calls[0], 160)}")
     must_be_scored(rehearsal, runs, changed)
     return "no attempt to connect"
 

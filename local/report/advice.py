@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from local.console import counted
 from local.report.evidence import Evidence
 
 Advice = dict | None  # what: what was found; then: what to do; observations: that it concerns
@@ -59,7 +60,7 @@ def one_shot(evidence: Evidence, figures: dict) -> Advice:
     if draws_on_relatives or len(evidence.ranks) < 2 or alone.sum() * 3 < missed.sum():
         return None
     return note(
-        f"{alone.sum()} of {missed.sum()} misses are of classes with one observation to learn from.",
+        f"Of {counted(missed.sum(), 'miss')}, {alone.sum()} in classes with one observation to learn from.",
         "Draw them towards their relatives: `--set genus=0.5`, or `--recipe fungiclef-best`, which chooses how far.",
         alone.sum(),
     )
@@ -72,7 +73,7 @@ def views(evidence: Evidence, figures: dict) -> Advice:
     if len(evidence.recipe.views) > 4:
         return None
     return note(
-        f"In {split} observations views of one photo see different classes.",
+        f"In {counted(split, 'observation')} views of one photo see different classes.",
         "Average over more of them: `--set views=plain,hflip,rotate90,rotate270,rotate15,rotate345,centre`",
         split,
     )
@@ -84,7 +85,7 @@ def metadata(evidence: Evidence, figures: dict) -> Advice:
     if evidence.recipe.metadata or "metadata" in evidence.recipe.choose:
         return None
     return note(
-        f"{said} observations come with place, season or substrate, which this run leaves aside.",
+        f"{counted(said, 'observation')} with place, season or substrate, which this run leaves aside.",
         "Give it a weight: `--set metadata=0.5`, or `--set choose=metadata`.",
         said,
     )
@@ -97,7 +98,7 @@ def reference(evidence: Evidence, figures: dict) -> Advice:
         return None
     left = photos.loc[photos["split"] == "val", "observation"].nunique()
     return note(
-        f"The bank is made of train alone; val has {left} labelled observations more.",
+        f"The bank is made of train alone; val has {counted(left, 'more labelled observation')}.",
         "For a submission, train the same recipe with `--set reference=train+val`.",
         left,
     )
@@ -140,7 +141,7 @@ def caution(evidence: Evidence, figures: dict) -> Advice:
         return None
     missed, careful = deadly["kinds"]["poisonous taken for edible"], deadly["careful"]
     return note(
-        f"{missed} observations of poisonous species were taken for edible ones.",
+        f"{counted(missed, 'observation')} of poisonous species {'was' if missed == 1 else 'were'} taken for edible.",
         "Where eating is decided, warn by the summed probability of poisonous species above "
         f"{careful['threshold']:.3f}, not by the first guess: the cost falls from {deadly['cost']['value']:.2f} to "
         f"{careful['cost']['value']:.2f} an observation.",
@@ -152,7 +153,7 @@ def unreadable(evidence: Evidence, figures: dict) -> Advice:
     """Photos that failed."""
     failed = figures["photos"]["unreadable"]
     return note(
-        f"{len(failed)} photos could not be read; they are listed under Photos.",
+        f"{counted(len(failed), 'photo')} could not be read: see the list under Photos.",
         "Download them again: a class of one observation has nothing else.",
         len({one["observation"] for one in failed}),
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kernel.mounts import InputError, shorten
-from local.console import CLOSED, run, say
+from local.console import CLOSED, counted, run, say
 from tests.conftest import ROOT, command
 
 COMMANDS = [
@@ -140,3 +140,26 @@ def test_a_line_that_is_too_long_ends_after_a_whole_word(words, width, short):
 def test_no_message_is_cut_anywhere_else():
     for path in [*Path(ROOT, "kernel").rglob("*.py"), *Path(ROOT, "local").rglob("*.py"), ROOT / "bundle.py"]:
         assert ".split())[:" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "says"),
+    [
+        (0, "photo", "0 photos"),
+        (1, "photo", "1 photo"),
+        (2, "photo", "2 photos"),
+        (1, "class", "1 class"),
+        (3, "class", "3 classes"),
+        (2, "process", "2 processes"),
+        (5, "epoch", "5 epochs"),
+        (2, "batch", "2 batches"),
+        (12015, "observation", "12,015 observations"),
+    ],
+)
+def test_a_count_has_its_noun_in_the_right_number(count, noun, says):
+    assert counted(count, noun) == says
+
+
+def test_a_plural_that_no_rule_gives_is_given():
+    assert counted(1, "query", "queries") == "1 query"
+    assert counted(2, "query", "queries") == "2 queries"

@@ -137,7 +137,7 @@ def test_the_command_prints_the_ledger_warns_and_draws(tmp_path: Path) -> None:
     assert header.split()[-4:] == ["local", "public", "private", "status"]
     assert "0.5200 [0.4900, 0.5500]  0.5000  0.4880" in first
     assert "run2 (v2) is +0.010 on run1 (v1); warning" in result.stdout
-    assert "1 submissions with both scores" in result.stdout
+    assert "1 submission with both scores" in result.stdout
     assert Image.open(tmp_path / "submissions.png").size[0] > 300
 
 

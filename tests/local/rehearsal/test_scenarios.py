@@ -231,7 +231,7 @@ def test_the_unbroken_miniature_passes(miniature, drawn):
         ("takes any weights", "weights-other", "exit code 0, and must end with 2"),
         ("writes in place", "killed", "killed after"),
         ("announces nothing", "killed", "never said"),
-        ("connects", "network", "1 attempts to connect, the first: socket.connect ('127.0.0.1', 9)"),
+        ("connects", "network", "1 attempt to connect, the first: socket.connect ('127.0.0.1', 9)"),
         ("asks for an address", "network", "socket.getaddrinfo huggingface.co"),
         ("writes a short CSV", "slow-disk", "nothing to compare with"),
     ],
