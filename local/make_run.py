@@ -263,7 +263,7 @@ def told_training(competition: Competition, fit: Labelled, validation: Labelled,
     told += "of val" if competition.has_val else "others, never the only one of a class"
     if recipe.classes:
         largest = counted(recipe.classes, "largest class", "largest classes")
-        told += f"; of {len(fit):,} and {len(validation):,} these are the {largest}"
+        told += f"; of {len(fit):,} and {len(validation):,}, those of the {largest}"
     if foreign:
         told += f"; {foreign:,} of val {'is' if foreign == 1 else 'are'} of classes that train lacks, so never right"
     return told

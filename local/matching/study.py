@@ -106,7 +106,7 @@ class Study:
         """
         say(self.told_reference())
         if not self.folds:
-            kept = f", and nothing is chosen: {', '.join(self.recipe.choose)}" if self.recipe.choose else ""
+            kept = f", and cannot choose {', '.join(self.recipe.choose)}" if self.recipe.choose else ""
             say(f"{self.told_folds()}: this run has no score{kept}")
             return self.recipe, (), {}
         is_macro = self.recipe.monitor == "macro_f1"
@@ -155,7 +155,7 @@ class Study:
             return f"{told} (val" + (f"; {foreign:,} of classes that the bank lacks)" if foreign else ")")
         alone = int((self.asked & (np.bincount(self.places)[self.places] == 1)).sum())
         left_out = {
-            "used for training": 0 if self.asked.all() else train,
+            "kept for training": 0 if self.asked.all() else train,
             f"alone in {'its' if alone == 1 else 'their'} class": alone,
             "not drawn": int(self.asked.sum()) - alone - held_out,
         }

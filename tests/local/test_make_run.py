@@ -402,8 +402,8 @@ def test_the_first_lines_count_what_there_is_and_what_a_training_makes_of_it(dra
         "lacks, so never right"
     )
     assert told(competition, replace(recipe, classes=1)) == (
-        "training: learns from 3 observations of train, is validated on 1 of val; of 7 and 3 these are the 1 largest "
-        "class"
+        "training: learns from 3 observations of train, is validated on 1 of val; of 7 and 3, those of the 1 "
+        "largest class"
     )
     alone = competition.without_val()
     assert told_data(alone).endswith("7 observations of 3 classes in train, no val")

@@ -33,7 +33,7 @@ def test_observations_held_out_and_left_out_are_those_of_train_and_val(drawn, en
     of = f"the {train} of train and {val} of val" if has_val else f"the {train + val} of train"
     assert line.startswith(f"{held_out} held-out observations, in {len(own.folds)} folds over {of} (left out: ")
     assert held_out + sum(numbers(line.partition("left out")[2])) == train + val
-    assert (f"{train} used for training" in line) == is_tuned
+    assert (f"{train} kept for training" in line) == is_tuned
     assert sum(numbers(own.told_reference())) == (2 if has_val else 1) * (train + val)
 
 
@@ -69,5 +69,5 @@ def test_a_run_that_nothing_can_judge_says_why_and_what_it_does_not_choose(drawn
     assert capsys.readouterr().out.splitlines() == [
         "bank: made of the 2 observations of train",
         "0 held-out observations, of the 2 of train (left out: 2 alone in their class): this run has no score, and "
-        "nothing is chosen: whitening",
+        "cannot choose whitening",
     ]
