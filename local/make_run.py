@@ -107,7 +107,8 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     encoder = Encoder(module, preprocessing, entry["features"], [device])
 
     if team.is_first():
-        prepare(partial, out)
+        with full_disk_named(partial / CHECKPOINTS):
+            prepare(partial, out)
     team.wait()
     try:
         checkpoints = partial / CHECKPOINTS
@@ -206,10 +207,13 @@ def prepare(partial: Path, out: Path) -> None:
         return
     kept = out.with_name(f".{out.name}.kept")
     shutil.rmtree(kept, ignore_errors=True)
-    for name in (CHECKPOINTS, EVENTS):
-        if (out / name).is_dir():
-            shutil.copytree(out / name, kept / name)
-    os.replace(kept, partial)
+    try:
+        for name in (CHECKPOINTS, EVENTS):
+            if (out / name).is_dir():
+                shutil.copytree(out / name, kept / name)
+        os.replace(kept, partial)
+    finally:
+        shutil.rmtree(kept, ignore_errors=True)
 
 
 def put_in_place(partial: Path, out: Path) -> None:

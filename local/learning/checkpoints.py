@@ -72,9 +72,10 @@ def full_disk_named(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         for path in folder.glob(".*"):
             path.unlink()
-        # safetensors says so in its message alone
         full = (errno.ENOSPC, errno.EDQUOT)
-        if getattr(error, "errno", None) not in full and not any(f"os error {code})" in str(error) for code in full):
+        # safetensors and shutil.copytree say so in their messages alone
+        told = any(f"os error {code})" in str(error) or f"[Errno {code}]" in str(error) for code in full)
+        if not told and getattr(error, "errno", None) not in full:
             raise
         if not has_checkpoint(folder):
             raise InputError(

@@ -365,6 +365,20 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing_of_a_training(drawn, whole
         assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
 
 
+def test_a_disk_without_room_for_the_checkpoints_to_continue_from_leaves_the_run_as_it_was(
+    drawn, whole, tmp_path, monkeypatch
+):
+    def full(source, target):
+        Path(target).mkdir(parents=True)
+        raise shutil.Error([(str(source), str(target), f"[Errno {errno.ENOSPC}] No space left on device")])
+
+    shutil.copytree(whole, tmp_path / "run")
+    monkeypatch.setattr(shutil, "copytree", full)
+    with pytest.raises(InputError, match="the disk is full: "):
+        train_run(make_recipe(SETTINGS | {"epochs": 4}, "x"), drawn.competition, tmp_path / "run", resumes=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_disk_that_is_too_small_for_a_run_without_training_is_one_line(drawn, tmp_path):
     """In a small file system of its own, which takes a namespace."""
     inside = " ".join(map(str, [sys.executable, *train(tmp_path / "small/run", drawn, epochs=0)]))
