@@ -71,7 +71,7 @@ def test_a_training_ends_with_the_weighted_scores_and_then_the_unweighted_ones(d
     scores = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]["validation"]
     assert scores["recall_at_5"] == pytest.approx((answers.weights * hits).sum() / answers.weights.sum())
     assert scores["unweighted_recall_at_5"] == pytest.approx(hits.mean())
-    assert f"held-out observations, {how}: " in weighted
+    assert f"held-out observations (val), {how}: " in weighted
     assert f"Recall@5 {scores['recall_at_5']:.3f}" in weighted
     assert unweighted.startswith("the same, unweighted: ")
     assert f"Recall@5 {scores['unweighted_recall_at_5']:.3f}" in unweighted
