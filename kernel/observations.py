@@ -448,6 +448,12 @@ def _holds_test_photos(folder: Path) -> bool:
     return test.is_dir() and not {path.name for path in test.iterdir()} & {*RESOLUTIONS, *SPLITS}
 
 
+def _holds_test(folder: Path) -> bool:
+    """Whether a folder is a competition's with a test set; class folders alone may be anything that is mounted."""
+    found = recognise(folder)
+    return found is not None and found[1].exists()
+
+
 def read_test(folder: Path, layout: Layout, table: Path, resolution: str = RESOLUTIONS[0]) -> TestTable:
     """The test observations of a folder that was recognised, their ids as the sample submission spells them.
 
@@ -482,11 +488,11 @@ def find_test_table(root: Path, manifest: dict | None) -> TestTable:
     competition = (manifest or {}).get("competition", {})
     wanted = [layout for layout in LAYOUTS if layout.name == competition.get("layout", layout.name)]
     others = []
-    for folder in find_folders(root, lambda folder: recognise(folder) is not None):
+    for folder in find_folders(root, _holds_test):
         found = recognise(folder, wanted)
-        if found and found[1].exists():
+        if found:
             return read_test(folder, *found, competition.get("resolution", RESOLUTIONS[0]))
-        others.append(f"{folder} ({recognise(folder)[0].name}{' without test photos' if found else ''})")
+        others.append(f"{folder} ({recognise(folder)[0].name})")
     looked_for = " or ".join(layout.marker for layout in wanted)
     if others:
         raise InputError(

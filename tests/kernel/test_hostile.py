@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -210,11 +211,11 @@ def test_a_photo_that_hangs_does_not_keep_the_kernel_from_ending(hidden, tmp_pat
     assert "10 too late" in result.stdout
 
 
-def test_a_table_without_rows_gives_a_submission_without_rows(hidden, tmp_path):
+def test_a_table_without_rows_is_refused_in_one_line(hidden, tmp_path):
     table_of(tmp_path / "input" / "fungi", "observationID,filename\n")
     result = predict(tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "working" / "submission.csv").read_text() == "observationId,predictions\n"
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: .*-Test\.csv has no test observation: [^\n]*\n", result.stderr)
 
 
 READ_AS_SOMEBODY = """

@@ -252,7 +252,7 @@ def test_weights_for_one_kind_of_competition_do_not_answer_another(tmp_path, fun
     with pytest.raises(InputError, match=r"layout class-folders .* \(fungiclef\) is attached"):
         find_test_table(tmp_path, FOLDERS)
     photo(tmp_path / "competitions" / "folders" / "train" / "elm" / "b.jpg")
-    with pytest.raises(InputError, match=r"folders \(class-folders without test photos\)"):
+    with pytest.raises(InputError, match=r"no competition under .* looked for test"):
         find_test_table(tmp_path / "competitions" / "folders", FOLDERS)
     test_folder(tmp_path / "competitions" / "folders", "a.jpg")
     assert ids_of(tmp_path, FOLDERS) == ["a"]
@@ -266,3 +266,9 @@ def test_the_folders_of_resolutions_are_no_class_folders(tmp_path, fungi):
     assert recognise(photos) is None
     assert recognise(photos / "test") is None
     assert recognise(fungi)[0].name == "fungiclef"
+
+
+def test_folders_of_pictures_beside_the_competition_are_not_taken_for_it(tmp_path, fungi):
+    for name in ("weights", "more"):
+        photo(tmp_path / name / "curve.png")
+    assert ids_of(tmp_path, FUNGI) == ["7", "3", "5"]
