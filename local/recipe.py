@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -249,6 +250,9 @@ def _check(key: str, value: object, default: object, where: str) -> object:
         len(value) in (0, 5) and all(isinstance(weight, float) and weight >= 0 for weight in value)
     ):
         raise InputError(f"rank_weights = {list(value)} in {where}: give five numbers, none negative, or none")
+    numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, float)]
+    if not all(map(math.isfinite, numbers)):
+        raise InputError(f"{key} = {value!r} in {where}: expected finite numbers, not inf or nan")
     if not isinstance(value, (int, float)):
         return value
     if key in POSITIVE and not value > 0:

@@ -134,6 +134,18 @@ def test_a_wrong_choice_is_refused_with_those_that_there_are(key: str) -> None:
     assert getattr(Recipe(), key) in message
 
 
+@pytest.mark.parametrize("number", ["inf", "-inf", "nan"])
+@pytest.mark.parametrize("key", [field.name for field in fields(Recipe) if type(field.default) is float])
+def test_no_number_of_a_recipe_is_infinite_or_nan(key: str, number: str) -> None:
+    message = refusal("demo", f"{key}={number}")
+    assert message.startswith(f"{key} = {number} in ")
+    assert "finite" in message
+
+
+def test_no_number_of_a_list_is_infinite() -> None:
+    assert "finite" in refusal("demo", "rank_weights=[0.1, 0.1, 0.1, 0.1, inf]")
+
+
 @pytest.mark.parametrize(
     "views", ["sideways", "plain,sideways", "plain,plain", "[]", "plain,", "[1]", '[["plain"]]', "[{a = 1}]"]
 )
