@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import TypeVar
 
@@ -34,16 +35,21 @@ class Embeddings:
     Attributes:
         values: (observations, features) float32, each row of length 1, or zero where no photo was seen.
         photos: (observations,) photos that went into each row.
-        failures: photos that could not be read, by cause.
+        unreadable: path and cause of every photo that could not be read.
         late: observations left out because the budget was spent.
         views: photos by the number of their views.
     """
 
     values: torch.Tensor
     photos: torch.Tensor
-    failures: Counter
+    unreadable: list[tuple[Path, str]]
     late: int
     views: Counter
+
+    @property
+    def failures(self) -> Counter:
+        """Photos that could not be read, by cause."""
+        return Counter(cause for _, cause in self.unreadable)
 
     @property
     def seen(self) -> torch.Tensor:
@@ -101,7 +107,7 @@ def embed_observations(
             come, and not those that are done.
         name: of the encoder, to tell the plan and every tenth of the way; empty is silent.
     """
-    budget, failures = budget or Budget(math.inf, 0.0), Counter()
+    budget, failures = budget or Budget(math.inf, 0.0), []
     # Beside a GPU decoding runs ahead; on a CPU it would take cores from the forward pass, whose threads then wait.
     overlaps, batches = encoder.device.type != "cpu", load_batches(encoder, observations, failures, budget.left)
     if overlaps:
@@ -125,7 +131,7 @@ def embed_observations(
                 if is_optional and pace.seconds(total, 1) > budget.left():
                     break
             # As if there were one batch more: a batch that takes longer than the last then costs views, not photos.
-            rest = total - done - failures.total() + len(owners)
+            rest = total - done - len(failures) + len(owners)
             count = pace.affordable(rest, len(views), end - budget.elapsed())
             incomplete = owners[0]
             if budget.left() <= max(0, pace.seconds(len(owners), count)):
@@ -147,7 +153,7 @@ def embed_observations(
         traceback.print_exc()
     finally:
         batches.close()
-    late = pool.leave_out(incomplete) if done + failures.total() < total else 0
+    late = pool.leave_out(incomplete) if done + len(failures) < total else 0
     return Embeddings(pool.values(), pool.counts, failures, late, used)
 
 
@@ -173,13 +179,13 @@ def decoding_threads() -> Iterator[ThreadPoolExecutor]:
 def load_batches(
     encoder: Encoder,
     observations: Sequence[Observation],
-    failures: Counter,
+    failures: list[tuple[Path, str]],
     left: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
     """Readable photos in order, as (index of the observation of each, (batch, 3, decoded, decoded) uint8).
 
     Args:
-        failures: counts by cause the photos that could not be read.
+        failures: gets the path of every photo that could not be read, and the cause.
         left: seconds that a batch may take; when it takes longer, as when a disk hangs, there are no more batches.
     """
     photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
@@ -193,10 +199,12 @@ def load_batches(
                 decoded = decode_all(paths, encoder.preprocessing, threads, timeout)
             except TimeoutError:
                 return
-            failures.update(photo for photo in decoded if isinstance(photo, str))
-            readable = [
-                (owner, photo) for (owner, _), photo in zip(part, decoded, strict=True) if not isinstance(photo, str)
-            ]
+            readable = []
+            for (owner, path), photo in zip(part, decoded, strict=True):
+                if isinstance(photo, str):
+                    failures.append((path, photo))
+                else:
+                    readable.append((owner, photo))
             if readable:
                 owners, batch = zip(*readable, strict=True)
                 yield owners, stack(batch, encoder)

@@ -12,6 +12,8 @@ from torch import nn
 
 from kernel.encoders import Preprocessing
 
+# Raise it when a photo or a view of it comes out in other pixels than before, so that cached embeddings are made anew.
+PIXELS_VERSION = 1
 DRAFT = 1.75  # keeps what the resize makes of a photo within a third of a grey level of the exact result, on average
 
 

@@ -5,7 +5,6 @@ processes may share a cache, and one that is killed loses only the part it was a
 """
 
 import hashlib
-import inspect
 import json
 import os
 import uuid
@@ -13,17 +12,20 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import PIL
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-import kernel
 from kernel.embeddings import load_batches
 from kernel.encoders import Encoder
 from kernel.observations import Observation
+from kernel.photos import PIXELS_VERSION
 from kernel.views import VIEWS
 from local.console import counted, progress
 from local.learning import team
@@ -38,12 +40,17 @@ class PhotoEmbeddings:
     Attributes:
         values: (photos, views, features) float16, of length 1.
         observations: (photos,) place in the list of the observation of each.
-        failures: photos that could not be read, by cause.
+        unreadable: path and cause of each photo that could not be read.
     """
 
     values: np.ndarray
     observations: np.ndarray
-    failures: Counter
+    unreadable: list[tuple[Path, str]]
+
+    @property
+    def failures(self) -> Counter:
+        """How many photos could not be read, by cause."""
+        return Counter(cause for _, cause in self.unreadable)
 
 
 class EmbeddingCache:
@@ -68,7 +75,7 @@ class EmbeddingCache:
             if any(digest not in known[view] for view in views)
         }
         missing = team.from_first(missing)  # another run may have filled some in between
-        failures = self._fill(missing, views, known) if missing else {}
+        causes = team.merged(self._fill(missing, views, known)) if missing else {}
         if team.place()[1] > 1:
             team.wait()
             known = {view: self._read(view) for view in views}
@@ -81,7 +88,7 @@ class EmbeddingCache:
         return PhotoEmbeddings(
             values,
             np.array([photos[place][0] for place in kept], dtype=np.int64),
-            Counter(failures[digest] for digest in digests if digest in failures),
+            [(path, causes[digest]) for digest, (_, path) in zip(digests, photos, strict=True) if digest in causes],
         )
 
     def _fill(self, missing: dict[str, Path], views: Sequence[str], known: dict[str, dict]) -> dict[str, str]:
@@ -95,11 +102,12 @@ class EmbeddingCache:
         for part in progress(parts, f"embedding {counted(len(digests), 'photo')} in {counted(len(views), 'view')}"):
             single = [Observation(digest, (missing[digest],)) for digest in part]
             found: dict[str, np.ndarray] = {}
-            for owners, batch in load_batches(self.encoder, single, failures := Counter()):
+            unreadable: list[tuple[Path, str]] = []
+            for owners, batch in load_batches(self.encoder, single, unreadable):
                 embedded = self.encoder.embed(batch, [VIEWS[view] for view in views]).half().numpy()
                 found |= {part[owner]: row for owner, row in zip(owners, embedded, strict=True)}
-            left = [digest for digest in part if digest not in found]
-            causes |= dict(zip(left, failures.elements(), strict=True))
+            digest_of = {missing[digest]: digest for digest in part}
+            causes |= {digest_of[path]: cause for path, cause in unreadable}
             for column, view in enumerate(views):
                 rows = {digest: row[column] for digest, row in found.items()}
                 known[view] |= rows
@@ -141,12 +149,17 @@ def content_digest(path: Path) -> str:
 
 
 def encoder_digest(encoder: Encoder) -> str:
-    """Of all that an embedding depends on beside the photo: weights, preprocessing, device and code."""
+    """Of all that an embedding depends on beside the photo and the view.
+
+    The weights with their types, the layers, the preprocessing, the kind of device, and the versions of what computes.
+    """
     digest = hashlib.sha256()
     for name, value in encoder.module.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     how = {**asdict(encoder.preprocessing), "device": encoder.device.type, "module": str(encoder.module)}
-    how["code"] = [inspect.getsource(module) for module in (kernel.photos, kernel.views, kernel.encoders)]
+    how |= {"pixels": PIXELS_VERSION, "torch": torch.__version__, "timm": timm.__version__, "pillow": PIL.__version__}
+    if type(encoder.module).__module__.startswith("open_clip"):
+        how["open_clip"] = version("open_clip_torch")
     digest.update(json.dumps(how, sort_keys=True).encode())
     return digest.hexdigest()[:32]

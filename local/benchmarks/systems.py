@@ -5,7 +5,6 @@ observations, one view, the last epoch, and so on. Same photos, same encoder, bo
 """
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +153,7 @@ def photo_means(encoder: Encoder, part: Labelled, classes: np.ndarray) -> torch.
     encoder.module.eval()
     totals = torch.zeros(int(classes.max()) + 1, encoder.features)
     counts = torch.zeros(len(totals), 1)
-    for owners, photos in load_batches(encoder, part.observations, Counter()):
+    for owners, photos in load_batches(encoder, part.observations, []):
         index = torch.tensor(classes[list(owners)])
         totals.index_add_(0, index, raw(encoder, photos).cpu())
         counts.index_add_(0, index, torch.ones(len(index), 1))
@@ -167,7 +166,7 @@ def answer(
 ) -> list[torch.Tensor]:
     """Per head (queries, classes) probabilities, averaged over photos, of one view."""
     totals = [torch.zeros(len(queries), size) for size in sizes]
-    for owners, photos in load_batches(encoder, queries, Counter()):
+    for owners, photos in load_batches(encoder, queries, []):
         embedded = raw(encoder, photos)
         for total, head in zip(totals, heads, strict=True):
             total.index_add_(0, torch.tensor(owners), head(embedded).softmax(dim=1).cpu())

@@ -99,6 +99,15 @@ def from_first(value: T) -> T:
     return box[0]
 
 
+def merged(entries: dict) -> dict:
+    """The entries that all of them have."""
+    if place()[1] == 1:
+        return entries
+    parts = [{}] * place()[1]
+    distributed.all_gather_object(parts, entries)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def any_of(value: bool, device: torch.device) -> bool:
     """Whether it is true of one of them."""
     if place()[1] == 1:

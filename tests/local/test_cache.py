@@ -72,12 +72,44 @@ def test_other_views_weights_or_preprocessing_are_other_embeddings(encoder, obse
     assert sum(passes) == 28
 
 
+@pytest.mark.parametrize("what", ["torch.__version__", "timm.__version__", "PIL.__version__"])
+def test_another_version_of_what_computes_is_another_cache(encoder, observations, passes, monkeypatch, tmp_path, what):
+    EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert sum(passes) == 7
+    monkeypatch.setattr(what, "0.0.1")
+    EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert sum(passes) == 14
+
+
+def test_another_version_of_the_pixels_is_another_cache_and_other_source_text_is_not(encoder, monkeypatch):
+    digest = module.encoder_digest(encoder)
+    monkeypatch.setattr("inspect.getsource", lambda _: "with a comment")
+    assert module.encoder_digest(encoder) == digest
+    monkeypatch.setattr(module, "PIXELS_VERSION", module.PIXELS_VERSION + 1)
+    assert module.encoder_digest(encoder) != digest
+
+
 def test_an_unreadable_photo_costs_only_itself(encoder, observations, tmp_path):
     observations[0].photos[1].write_bytes(b"no photo")
     missing = Observation("c", (tmp_path / "missing.jpg",))
     photos = EmbeddingCache(tmp_path / "cache", encoder).embed([*observations, missing], VIEWS)
     assert photos.observations.tolist() == [0, 0, 1, 1, 1, 1]
     assert photos.failures == {"UnidentifiedImageError": 1, "FileNotFoundError": 1}
+
+
+def test_every_unreadable_photo_is_named_with_its_own_cause(encoder, observations, tmp_path):
+    first, second, third = observations[0].photos
+    first.write_bytes(b"no photo")
+    second.unlink()
+    third.write_bytes(b"nor is this")
+    photos = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert photos.unreadable == [
+        (first, "UnidentifiedImageError"),
+        (second, "FileNotFoundError"),
+        (third, "UnidentifiedImageError"),
+    ]
+    assert photos.failures == {"UnidentifiedImageError": 2, "FileNotFoundError": 1}
 
 
 def test_a_damaged_part_is_embedded_again(encoder, observations, passes, tmp_path):
