@@ -113,6 +113,7 @@ class Encoder:
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
     ) -> torch.Tensor:
         """All views of one batch on one device; in a frame of its own, which takes along what fills the memory."""
+        forget_cached(module)
         decoded = self.normalise(photos, device)
         pixels = shrink(decoded, self.preprocessing.size)
         made = (decoded if view is larger else view(pixels) for view in views)
@@ -140,6 +141,18 @@ class Encoder:
         self.batch_size = min(self.batch_size, half * len(self.replicas))
         print(f"out of memory: going on with batches of {self.batch_size} photos", flush=True)
         return torch.cat([self._embed_part(part, views, module, device) for part in photos.split(half)])
+
+
+def forget_cached(module: nn.Module) -> None:
+    """Let layers compute anew what they keep of their weights in evaluation mode.
+
+    The attention biases of timm's LeViT, TinyViT and EfficientFormer are kept until `train()` is called. Loading
+    weights, changing them in place or casting them does not clear them.
+    """
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.train()
+    for layer, mode in modes:
+        layer.training = mode
 
 
 def pick_devices() -> list[torch.device]:

@@ -49,6 +49,38 @@ def test_an_encoder_embeds_as_the_module_it_was_saved_from(tmp_path):
     assert not any(parameter.requires_grad for parameter in encoder.module.parameters())
 
 
+@pytest.mark.parametrize("architecture", ["levit_128s", "tiny_vit_5m_224"])
+def test_an_encoder_whose_weights_have_changed_embeds_as_the_one_opened_from_them(tmp_path, architecture):
+    """These keep attention biases in evaluation mode, which must be those of the present weights."""
+    torch.manual_seed(0)
+    module = build_module("timm", architecture, {}).requires_grad_(False).eval()
+    entry = {**ENTRY, "architecture": architecture, "features": module.num_features}
+    entry["preprocessing"] = {**ENTRY["preprocessing"], "size": 224}
+    preprocessing = read_preprocessing(entry["preprocessing"])
+    encoder = Encoder(module, preprocessing, module.num_features, [torch.device("cpu")])
+    photos, views = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8), [VIEWS["plain"]]
+    start = encoder.embed(photos, views)
+
+    def load(state):
+        module.load_state_dict(state)
+
+    def change_in_place(state):
+        for name, value in module.state_dict().items():
+            value.copy_(state[name])
+
+    for change in (load, change_in_place):
+        moved = {
+            name: value + 3 * torch.randn_like(value) if "attention_biases" in name else value.clone()
+            for name, value in module.state_dict().items()
+        }
+        change(moved)
+        found = encoder.embed(photos, views)
+        opened = open_encoder(saved(tmp_path, module), entry, [torch.device("cpu")], tmp_path / "packages")
+        assert torch.allclose(found, opened.embed(photos, views), atol=1e-6)
+        assert not torch.allclose(found, start, atol=1e-3)
+    assert not any(layer.training for layer in module.modules())
+
+
 def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path):
     weights = saved(tmp_path, build_module("timm", "test_vit", {}))
     with pytest.raises(InputError, match="does not fit test_resnet") as error:
