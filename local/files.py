@@ -33,11 +33,19 @@ def write_table(rows: Sequence[dict], path: Path, columns: Sequence[str] = ()) -
 
 
 def write_tensors(tensors: "dict[str, torch.Tensor]", path: Path, notes: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, wherever they are and however they lie in memory."""
+    """Write tensors as safetensors, wherever they are and however they lie in memory.
+
+    Tensors that share memory, such as tied weights, are written one by one: the format has no sharing.
+    """
     from safetensors.torch import save_file  # imports torch, which takes seconds that publishing need not pay
 
-    partial = begin(path)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, notes)
+    partial, own, taken = begin(path), {}, set()
+    for name, tensor in tensors.items():
+        own[name] = tensor.detach().cpu().contiguous()
+        if own[name].untyped_storage().data_ptr() in taken:
+            own[name] = own[name].clone()
+        taken.add(own[name].untyped_storage().data_ptr())
+    save_file(own, partial, notes)
     partial.replace(path)
 
 

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessing
-from kernel.mounts import FORMAT, MANIFEST, InputError, sha256
+from kernel.encoders import Encoder, open_encoder, pick_devices, pick_dtype, read_preprocessing
+from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, sha256, shorten
 from kernel.observations import RESOLUTIONS
 from kernel.photos import shorter_side
+from kernel.views import VIEWS
 from local.competition import (
     TIME_LIMITS,
     Competition,
@@ -101,6 +103,8 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     notes = read_notes(begun) if begun else None
     if begun and notes:
         refuse_other(begun, notes, recipe, competition.digest())
+    if team.is_first():
+        rehearse_opening(Encoder(module, preprocessing, entry["features"], [torch.device("cpu")]), entry, recipe, out)
     device = team.device_of(pick_devices())
     with memory_named(f"moving the encoder to {device}", partial / CHECKPOINTS):
         module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
@@ -120,6 +124,53 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
         if team.is_first() and not has_checkpoint(partial / CHECKPOINTS):
             shutil.rmtree(partial, ignore_errors=True)
     say(f"{out}: done")
+
+
+def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -> None:
+    """Save the encoder beside `out`, open it as the kernel will, and compare the embeddings of one photo.
+
+    What would fail after the last photo fails before the first one.
+
+    Args:
+        encoder: on the CPU, in full precision.
+
+    Raises:
+        InputError: the disk has no room for the encoder, or the kernel cannot open it as it is.
+    """
+    folder = out.with_name(f".{out.name}.check")
+    photo = torch.randint(
+        0, 256, (1, 3, *[encoder.preprocessing.decoded] * 2), generator=torch.Generator().manual_seed(0)
+    )
+    views = [VIEWS[view] for view in recipe.views]
+    encoder.module.eval()
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        write_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
+        weights = Weights(folder, {"files": {ENCODER_FILE: sha256(folder / ENCODER_FILE)}})
+        kept = json.loads(json.dumps(entry | {"file": ENCODER_FILE, "precision": "full"}))
+        with torch.random.fork_rng(devices=[]):  # the weights that opening draws must not change what comes after
+            opened = open_encoder(weights, kept, encoder.devices)
+        expected, found = (each.embed(photo.to(torch.uint8), views) for each in (encoder, opened))
+    except (OSError, SafetensorError) as error:
+        # safetensors says so in its message alone
+        if getattr(error, "errno", None) != errno.ENOSPC and f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise InputError(f"the disk of {out.parent} has no room for the encoder: free some space") from error
+    except Exception as error:
+        reason = shorten(f"{type(error).__name__}: {error}")
+        raise InputError(
+            f"{recipe.encoder}: the kernel could not open {entry['architecture']} as it is here ({reason}); "
+            "choose another encoder"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not expected.isfinite().all():
+        raise InputError(f"{recipe.encoder} gives embeddings that are not finite: its weights are damaged")
+    if not torch.allclose(found, expected, atol=1e-3):
+        raise InputError(
+            f"{recipe.encoder}: the kernel would build {entry['architecture']} otherwise than it is here, with other "
+            "embeddings; choose another encoder"
+        )
 
 
 def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool, resumes: bool) -> bool:

@@ -34,4 +34,9 @@ def test_what_is_written_reads_the_same(tmp_path):
     turned = torch.arange(6.0).view(2, 3).T
     write_tensors({"a": turned}, tmp_path / "a.safetensors")
     assert torch.equal(load_file(tmp_path / "a.safetensors")["a"], turned)
+    shared = torch.arange(6.0)
+    tied = {"a": shared, "b": shared, "part": shared[2:], "rows": shared.view(2, 3)}
+    write_tensors(tied, tmp_path / "a.safetensors")
+    written = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in tied.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.json", "a.safetensors"]

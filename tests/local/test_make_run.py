@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from kernel.encoders import Encoder, read_preprocessing
 from kernel.mounts import InputError
 from local.competition import read_competition, split_for_validation
-from local.make_run import commit, told_data, told_subset, told_training, train_run
+from local.make_run import commit, rehearse_opening, told_data, told_subset, told_training, train_run
 from local.matching.choice import compare
 from local.matching.ensemble import VALIDATION_FILE, read_answers
 from local.pretrained import load_encoder
@@ -48,6 +49,36 @@ def whole(drawn, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     train_run(make_recipe(SETTINGS, "the test"), drawn.competition, out)
     return out
+
+
+def opening(architecture, out, size=64, **arguments):
+    """Rehearse the opening of a random encoder by a description with other arguments than it was built with."""
+    module, entry = load_encoder(f"timm:{architecture}", pretrained=False, image_size=size)
+    preprocessing = read_preprocessing(entry["preprocessing"])
+    encoder = Encoder(module, preprocessing, entry["features"], [torch.device("cpu")])
+    rehearse_opening(encoder, entry | {"arguments": arguments}, make_recipe(TINY, "the test"), out)
+
+
+def test_weights_that_layers_share_are_saved_and_opened_again(tmp_path):
+    opening("coat_lite_tiny", tmp_path / "run", 224)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments"),
+    [
+        ("test_resnet", {"act_layer": "gelu"}),  # the same weights, another function
+        ("test_vit", {"class_token": False, "global_pool": "avg"}),  # other weights
+        ("test_vit", {"no_such_argument": 1}),
+        ("test_vit", {"img_size": {1, 2}}),  # not JSON
+    ],
+)
+def test_an_encoder_that_the_kernel_would_build_otherwise_is_refused_before_the_work(tmp_path, architecture, arguments):
+    size = 64 if architecture == "test_resnet" else 0
+    with pytest.raises(InputError, match=f"the kernel .* {architecture} .*choose another encoder") as error:
+        opening(architecture, tmp_path / "run", size, **arguments)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("views", "larger"), [(["plain", "larger"], 96), (["plain", "hflip"], 0)])
@@ -172,16 +203,23 @@ def test_without_val_an_encoder_that_learnt_here_keeps_its_seed(drawn, tmp_path)
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="no program that makes a namespace")
-def test_a_full_disk_costs_one_line_and_not_what_was_learnt(drawn, tmp_path):
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("700k", "the disk of .* has no room for the encoder: free some space"),  # before anything is embedded
+        ("4m", "the disk is full: .* --resume"),  # the encoder fits, its checkpoint does not
+    ],
+)
+def test_a_full_disk_costs_one_line_and_not_what_was_learnt(drawn, tmp_path, size, said):
     """In a small file system of its own, which takes a namespace."""
     inside = " ".join(map(str, [sys.executable, *train(tmp_path / "small/run", drawn)]))
-    mount = f"mount -t tmpfs -o size=700k none {tmp_path / 'small'} && {inside}; code=$?; find {tmp_path}; exit $code"
+    mount = f"mount -t tmpfs -o size={size} none {tmp_path / 'small'} && {inside}; code=$?; find {tmp_path}; exit $code"
     (tmp_path / "small").mkdir()
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=ROOT, capture_output=True, text=True)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"no file system of its own to fill: {done.stderr.strip()}")
     assert done.returncode == 2, done.stderr
-    assert re.fullmatch(r"error: the disk is full: .* --resume\n", done.stderr)
+    assert re.fullmatch(f"error: {said}\n", done.stderr)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the git of this test is a shell script")
