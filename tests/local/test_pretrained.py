@@ -3,6 +3,7 @@
 python -m pytest tests/local/test_pretrained.py
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import nn
 from kernel.encoders import Encoder, build_module, read_preprocessing
 from kernel.mounts import InputError
 from kernel.photos import decode
-from local.pretrained import load_encoder, take_larger
+from local.pretrained import load_encoder, same_weights, take_larger
 from tests.conftest import photo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -218,6 +219,129 @@ def test_another_image_size_is_another_preparation_of_the_same_weights(tmp_path:
     assert_same(embed(module, entry, paths), embed_timm(original, {**RESNET, "input_size": [3, 96, 96]}, paths))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "preprocessing"),
+    [
+        (None, {"input_size": [3, 64, 64], "fixed_input_size": True}),
+        (None, {"input_size": [3, 64, 64]}),  # that it is fixed is the architecture's
+        ({"img_size": 64}, {"input_size": [3, 160, 160], "fixed_input_size": True}),
+    ],
+)
+def test_a_transformer_tuned_at_another_size_is_built_at_that_size(
+    tmp_path: Path, arguments: dict | None, preprocessing: dict
+) -> None:
+    folder = tmp_path / "vit"
+    original = write_timm(folder / "model.safetensors", folder / "config.json", "test_vit", {"img_size": 64})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_args": arguments or {}, "pretrained_cfg": RESNET | preprocessing}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    module, entry = load_encoder(str(folder))
+    assert entry["arguments"] == {"img_size": 64}
+    assert entry["preprocessing"]["size"] == 64
+    paths = photos(tmp_path)
+    assert_same(embed(module, entry, paths), embed_timm(original, RESNET, paths))
+    assert_rebuilds(module, entry, paths)
+
+
+@pytest.mark.parametrize("classes", [1000, 0, None])
+def test_the_head_need_not_have_the_classes_of_the_configuration(tmp_path: Path, classes: int | None) -> None:
+    original = write_timm(tmp_path / "a.safetensors", tmp_path / "a.json")  # with a head of five classes
+    config = json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) | {"num_classes": classes}
+    (tmp_path / "a.json").write_text(json.dumps(config), encoding="utf-8")
+    paths = photos(tmp_path)
+    assert_same(embed(*load_encoder(str(tmp_path / "a")), paths), embed_timm(original, RESNET, paths))
+    save_file({k: v for k, v in original.state_dict().items() if not k.startswith("fc.")}, tmp_path / "a.safetensors")
+    assert_same(embed(*load_encoder(str(tmp_path / "a")), paths), embed_timm(original, RESNET, paths))
+
+
+def test_a_configuration_of_one_table_is_read_as_timm_reads_it(tmp_path: Path) -> None:
+    original = write_timm(tmp_path / "a.safetensors", tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 5, **RESNET}))
+    paths = photos(tmp_path)
+    assert_same(embed(*load_encoder(str(tmp_path / "a")), paths), embed_timm(original, RESNET, paths))
+
+
+# Checkpoints of a training.
+
+
+def damaged(state: dict) -> dict:
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+CHECKPOINTS = {
+    "state_dict": lambda state: {"epoch": 3, "state_dict": state},
+    "module.": lambda state: {f"module.{key}": value for key, value in state.items()},
+    "both": lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}, "arch": "a"},
+    "compiled": lambda state: {"model": {f"_orig_mod.{key}": value for key, value in state.items()}},
+    "moving average": lambda state: {"state_dict": damaged(state), "state_dict_ema": state},
+    "options": lambda state: {"state_dict": state, "args": argparse.Namespace(model="a", lr=0.1)},
+}
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model_best.pth.tar", "last.pth"])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS.values(), ids=CHECKPOINTS.keys())
+def test_a_checkpoint_of_a_training_is_read_as_its_model(tmp_path: Path, checkpoint: Callable, name: str) -> None:
+    folder = tmp_path / "timm"
+    original = write_timm(folder / "model.safetensors", folder / "config.json")
+    (folder / "model.safetensors").unlink()
+    torch.save(checkpoint(original.state_dict()), folder / name)
+    paths = photos(tmp_path)
+    assert_same(embed(*load_encoder(str(folder)), paths), embed_timm(original, RESNET, paths))
+
+
+@pytest.mark.parametrize("form", ["state_dict", "module.", "both"])
+def test_a_checkpoint_of_open_clips_training_is_read_as_its_model(tmp_path: Path, form: str) -> None:
+    paths = photos(tmp_path)
+    expected = embed(*load_encoder(str(write_clip(tmp_path / "clip"))), paths)
+    state = load_file(tmp_path / "clip" / "open_clip_model.safetensors")
+    (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
+    torch.save(CHECKPOINTS[form](state), tmp_path / "clip" / "epoch_3.pt")
+    assert_same(embed(*load_encoder(str(tmp_path / "clip")), paths), expected)
+
+
+# Towers that give more than one vector of a photo.
+
+
+def test_of_a_coca_tower_the_vector_is_taken_and_not_the_tokens(tmp_path: Path) -> None:
+    vision = {**CLIP["vision_cfg"], "attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    folder = write_clip(tmp_path / "coca", vision_cfg=vision)
+    original = build_module("open_clip", "", {"embed_dim": CLIP["embed_dim"], "vision_cfg": vision}).eval()
+    state = load_file(folder / "open_clip_model.safetensors")
+    original.load_state_dict({k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")})
+    module, entry = load_encoder(str(folder))
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        pooled, tokens = original(pixels)
+        assert tokens.ndim == 3
+        assert torch.equal(module.eval()(pixels), pooled)
+    assert_rebuilds(module, entry, photos(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "arguments", "said"),
+    [
+        ("test_resnet", {"global_pool": ""}, "shape (1, 96, 2, 2)"),
+        ("test_vit", {"img_size": 64, "global_pool": ""}, "shape (1, 17, 64)"),
+        ("test_resnet", {"features_only": True}, "a list"),
+    ],
+)
+def test_what_is_not_one_vector_of_a_photo_is_refused(
+    tmp_path: Path, architecture: str, arguments: dict, said: str
+) -> None:
+    module = timm.create_model(architecture, num_classes=5, **arguments)
+    save_file(module.state_dict(), tmp_path / "a.safetensors")
+    config = {"architecture": architecture, "num_classes": 5, "model_args": arguments, "pretrained_cfg": RESNET}
+    (tmp_path / "a.json").write_text(json.dumps(config), encoding="utf-8")
+    message = refusal(tmp_path / "a")
+    assert said in message
+    assert "expected one vector" in message
+
+
+def test_a_tower_without_pooling_is_refused(tmp_path: Path) -> None:
+    message = refusal(write_clip(tmp_path / "clip", vision_cfg={**CLIP["vision_cfg"], "pool_type": "none"}))
+    assert "expected one vector" in message
+
+
 # The view `larger`.
 
 
@@ -389,7 +513,7 @@ class Hub(BaseHTTPRequestHandler):
         self.requests.append(f"{self.command} {self.path}")
         owner, name, *rest = self.path.strip("/").split("/")
         path = self.root / owner / name / rest[-1]
-        if name == "gated":
+        if name.endswith("gated"):
             self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
         elif rest[:2] != ["resolve", "main"] and rest[:2] != ["resolve", COMMIT]:
             self.answer(404, b"", {})
@@ -447,14 +571,35 @@ for number, spec in enumerate(sys.argv[2:]):
 with open(f"{sys.argv[1]}/answers.json", "w") as file:
     json.dump(answers, file)
 """
-SERVED = ("hf-hub:owner/clip", "hf-hub:owner/clip-bin", "hf-hub:owner/resnet")
-UNSERVED = ("hf-hub:owner/none", "hf-hub:owner/gated", "hf-hub:owner/texts", "hf-hub:a/b/c", "hf-hub:")
+SERVED = ("hf-hub:owner/clip", "hf-hub:owner/clip-bin", "hf-hub:owner/resnet", "timm:hf-hub:owner/resnet")
+UNSERVED = (
+    "hf-hub:owner/none",
+    "hf-hub:owner/gated",
+    "hf-hub:owner/dinov3-gated",
+    "hf-hub:owner/texts",
+    "hf-hub:owner/transformers",
+    "timm:hf-hub:owner/clip",
+    "hf-hub:a/b/c",
+    "hf-hub:",
+)
+
+
+def ask(out: Path, specs: Sequence[str], address: str, offline: bool = False) -> dict[str, dict]:
+    """What a process of its own, which finds the hub's cache beside `out`, answers to each spec."""
+    out.mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    settings = {"HF_ENDPOINT": address, "HF_HOME": str(out.parent / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    settings |= {"HF_HUB_OFFLINE": str(int(offline)), "TRANSFORMERS_OFFLINE": "0", "HF_TOKEN": ""}
+    start = [sys.executable, "-c", PROBE, str(out), *specs]
+    done = subprocess.run(start, cwd=ROOT, env=kept | settings, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "answers.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, dict], list[str]]:
     """What is served, what was saved, the answers by spec, and the requests; one process asks for all, as a user's."""
-    root, out = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("out")
+    root, out = tmp_path_factory.mktemp("hub"), tmp_path_factory.mktemp("out") / "online"
     write_clip(root / "owner" / "clip", {"resize_mode": "squash"})
     (root / "owner" / "clip" / "open_clip_pytorch_model.bin").write_bytes(b"never asked for")
     write_clip(root / "owner" / "clip-bin", suffix=".bin")
@@ -462,21 +607,13 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str,
     write_timm(folder / "model.safetensors", folder / "config.json", arguments={"act_layer": "gelu"})
     (root / "owner" / "texts").mkdir()
     (root / "owner" / "texts" / "README.md").write_text("no model", encoding="utf-8")
+    (root / "owner" / "transformers").mkdir()
+    (root / "owner" / "transformers" / "config.json").write_text(json.dumps({"model_type": "siglip"}))
+    (root / "owner" / "transformers" / "model.safetensors").write_bytes(b"never asked for")
     requests: list[str] = []
     with serve(root, requests) as address:
-        kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-        settings = {"HF_ENDPOINT": address, "HF_HOME": str(out / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        environment = {**kept, **settings, "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_TOKEN": ""}
-        done = subprocess.run(
-            [sys.executable, "-c", PROBE, str(out), *SERVED, *UNSERVED],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert done.returncode == 0, done.stderr
-    return root, out, json.loads((out / "answers.json").read_text(encoding="utf-8")), requests
+        answers = ask(out, (*SERVED, *UNSERVED), address)
+    return root, out, answers, requests
 
 
 @pytest.mark.parametrize("spec", SERVED)
@@ -484,10 +621,33 @@ def test_a_model_of_the_hub_is_that_of_its_folder(hub: tuple, spec: str, tmp_pat
     root, out, answers, _ = hub
     assert "entry" in answers[spec], answers[spec]
     entry, paths = answers[spec]["entry"], photos(tmp_path)
-    expected = load_encoder(str(root / spec.removeprefix("hf-hub:")))
+    expected = load_encoder(str(root / spec.removeprefix("timm:").removeprefix("hf-hub:")))
     module = build_module(entry["library"], entry["architecture"], entry["arguments"])
     module.load_state_dict(load_file(out / answers[spec]["weights"]))
     assert_same(embed(module, entry, paths), embed(*expected, paths))
+
+
+def test_what_was_fetched_once_is_loaded_from_the_cache_without_a_network(hub: tuple) -> None:
+    out, answers = hub[1], hub[2]
+    nowhere, offline = "http://127.0.0.1:9", out.parent / "offline"
+    again = ask(offline, (*SERVED, "hf-hub:owner/other"), nowhere, offline=True)
+    unreachable = ask(out.parent / "unreachable", SERVED, nowhere)
+    for spec in SERVED:
+        assert again[spec]["entry"] == unreachable[spec]["entry"] == answers[spec]["entry"]
+        first, second = (load_file(folder / answers[spec]["weights"]) for folder in (out, offline))
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert "fetch it once without HF_HUB_OFFLINE=1" in again["hf-hub:owner/other"]["error"]
+
+
+def test_of_gated_weights_of_dinov3_the_copies_that_are_not_are_named(hub: tuple) -> None:
+    assert "not gated: timm:vit_small_patch16_dinov3.lvd1689m" in hub[2]["hf-hub:owner/dinov3-gated"]["error"]
+    assert "log in" in hub[2]["hf-hub:owner/gated"]["error"]
+
+
+def test_of_a_repository_of_transformers_no_weights_are_fetched(hub: tuple) -> None:
+    answer, fetched = hub[2]["hf-hub:owner/transformers"], hub[3]
+    assert "the same weights are among timm:vit_base_patch16_siglip_224.webli" in answer["error"]
+    assert not [request for request in fetched if "transformers" in request and "safetensors" in request]
 
 
 def test_a_model_of_the_hub_is_called_by_its_name_and_not_by_its_commit(hub: tuple) -> None:
@@ -507,6 +667,75 @@ def test_what_the_hub_does_not_give_is_refused_in_one_line_with_its_name(hub: tu
     assert set(answer) == {"error"}, answer
     assert spec in answer["error"]
     assert "\n" not in answer["error"]
+
+
+# Configurations of transformers, which leave out what is their family's default.
+SIGLIP2 = {"text_config": {"vocab_size": 256000}}
+TRANSFORMERS = {
+    "timm:vit_small_patch16_dinov3.lvd1689m": {"model_type": "dinov3_vit", "hidden_size": 384},
+    "timm:vit_small_plus_patch16_dinov3.lvd1689m": {
+        "model_type": "dinov3_vit",
+        "hidden_size": 384,
+        "use_gated_mlp": True,
+    },
+    "timm:vit_huge_plus_patch16_dinov3.lvd1689m": {
+        "model_type": "dinov3_vit",
+        "hidden_size": 1280,
+        "use_gated_mlp": True,
+    },
+    "timm:vit_7b_patch16_dinov3.lvd1689m": {"model_type": "dinov3_vit", "hidden_size": 4096, "use_gated_mlp": True},
+    "timm:convnext_tiny.dinov3_lvd1689m": {"model_type": "dinov3_convnext"},
+    "timm:vit_large_patch14_dinov2.lvd142m": {"model_type": "dinov2", "hidden_size": 1024, "patch_size": 14},
+    "timm:vit_giant_patch14_reg4_dinov2.lvd142m": {"model_type": "dinov2_with_registers", "hidden_size": 1536},
+    "timm:vit_so400m_patch14_siglip_384.webli": {
+        "model_type": "siglip",
+        "vision_config": {"hidden_size": 1152, "image_size": 384, "patch_size": 14},
+    },
+    "timm:vit_base_patch16_siglip_224.v2_webli": {"model_type": "siglip", **SIGLIP2},
+    "timm:vit_giantopt_patch16_siglip_384.v2_webli": {
+        "model_type": "siglip",
+        "vision_config": {"hidden_size": 1536, "image_size": 384},
+        **SIGLIP2,
+    },
+    "timm:naflexvit_base_patch16_siglip.v2_webli": {"model_type": "siglip2"},
+    "open_clip:ViT-B-32/openai": {"model_type": "clip"},
+    "open_clip:ViT-L-14-336/openai": {
+        "model_type": "clip",
+        "vision_config": {"hidden_size": 1024, "image_size": 336, "patch_size": 14},
+    },
+    "timm:vit_base_patch16_224.augreg_in21k": {"model_type": "vit"},
+    "timm:vit_large_patch16_224.mae": {"model_type": "vit_mae", "hidden_size": 1024},
+    "timm:beit_base_patch16_224.in22k_ft_in22k": {"model_type": "beit"},
+    "timm:deit_small_distilled_patch16_224.fb_in1k": {"model_type": "deit", "hidden_size": 384},
+    "timm:convnext_base.fb_in22k": {"model_type": "convnext", "hidden_sizes": [128, 256], "depths": [3, 3, 27, 3]},
+    "timm:convnextv2_nano.fcmae": {"model_type": "convnextv2", "hidden_sizes": [80, 160], "depths": [2, 2, 8, 2]},
+    "timm:swin_tiny_patch4_window7_224.ms_in1k": {"model_type": "swin"},
+    "timm:swinv2_tiny_window8_256.ms_in1k": {"model_type": "swinv2", "window_size": 8, "image_size": 256},
+    "timm:resnet50.tv_in1k": {"model_type": "resnet"},
+    "timm:hiera_tiny_224.mae": {"model_type": "hiera"},
+}
+
+
+@pytest.mark.parametrize(("name", "config"), TRANSFORMERS.items(), ids=TRANSFORMERS.keys())
+def test_the_names_of_the_weights_of_a_transformers_repository_are_those_of_the_libraries(
+    name: str, config: dict
+) -> None:
+    found = same_weights(config)
+    assert name in found
+    known = {f"timm:{name}" for name in timm.list_pretrained()}
+    known |= {f"open_clip:{'/'.join(pair)}" for pair in open_clip.list_pretrained()}
+    assert known.issuperset(found)
+
+
+@pytest.mark.parametrize("model_type", ["dinov3_vit", "siglip2", "bert", None, 5])
+def test_a_folder_of_transformers_is_refused_with_what_to_take_instead(tmp_path: Path, model_type: object) -> None:
+    config = {"model_type": model_type, "architectures": ["SomeModel"], "hidden_size": 384}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    message = refusal(tmp_path)
+    assert f"{tmp_path} is in the format of transformers (model_type {model_type})" in message
+    assert ("timm:vit_small_patch16_dinov3.lvd1689m" in message) == (model_type == "dinov3_vit")
+    assert ("not gated" in message) == (model_type == "dinov3_vit")
+    assert "timm" in message
 
 
 # What cannot be opened.
@@ -617,7 +846,6 @@ def test_an_unknown_architecture_is_refused_with_its_file(tmp_path: Path) -> Non
         "architecture: test_resnet",
         "[]",
         '"test_resnet"',
-        '{"architecture": "test_resnet"}',
         '{"num_classes": 5}',
         '{"architecture": "test_resnet", "num_classes": 5, "model_args": {"no_such_argument": 1}}',
         '{"architecture": "test_resnet", "num_classes": 5, "model_args": [1]}',
