@@ -242,11 +242,12 @@ def _refuse_transformers(config: dict, where: str) -> None:
         return
     kind = str(config.get("model_type", "unknown"))
     names = same_weights(config, where)
-    advice = (
-        f"the same weights are among {', '.join(names[:4])}{' and others' * (len(names) > 4)}"
-        if names
-        else "look for the same weights in timm.list_pretrained() and open_clip.list_pretrained()"
-    )
+    if names:
+        advice = f"the same weights are among {', '.join(names[:4])}{' and others' * (len(names) > 4)}"
+    elif kind in FAMILIES:
+        advice = f"timm {timm.__version__} has no such weights; a newer one may: pip install --upgrade timm"
+    else:
+        advice = "look for the same weights in timm.list_pretrained() and open_clip.list_pretrained()"
     mirror = DINOV3.partition(":")[0] if kind.startswith("dinov3") else ""
     raise InputError(f"{where} is in the format of transformers (model_type {kind}): {advice}{mirror}")
 
@@ -445,8 +446,9 @@ def _timm_entry(config: dict, weights: Path, image_size: int) -> tuple[nn.Module
             f"{weights} does not match its architecture: {shorten(error)}; give the file that belongs to it"
         ) from error
     del module.pretrained_cfg["state_dict"]  # as large as the model
-    if classes and hasattr(module, "reset_classifier"):
-        module.reset_classifier(0)
+    if classes:  # reset_classifier(0) would be nearer, but in some versions it sets another pooling
+        state, module = module.state_dict(), build_module("timm", architecture, arguments)
+        _load(module, {name: state[name] for name in module.state_dict() if name in state}, weights)
     return module, _describe_timm(module, architecture, arguments, source, image_size)
 
 

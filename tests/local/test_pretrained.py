@@ -147,10 +147,18 @@ def refusal(spec: object, **options) -> str:
         ("test_resnet", None),
         ("test_resnet", {}),
         ("test_resnet", {"act_layer": "gelu", "output_stride": 16}),
+        ("test_resnet", {"global_pool": "max"}),
         ("test_vit", {"img_size": 64, "class_token": False, "global_pool": "avg", "act_layer": "relu"}),
         ("test_convnext", {"head_hidden_size": 20}),
     ],
-    ids=["resnet", "resnet with no arguments", "resnet with arguments", "vit with arguments", "convnext with a head"],
+    ids=[
+        "resnet",
+        "resnet with no arguments",
+        "resnet with arguments",
+        "resnet that pools the maximum",
+        "vit with arguments",
+        "convnext with a head",
+    ],
 )
 def test_a_stem_embeds_as_timm_does_with_the_arguments_that_it_was_made_with(
     tmp_path: Path, architecture: str, arguments: dict | None
