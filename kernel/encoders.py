@@ -149,10 +149,13 @@ def forget_cached(module: nn.Module) -> None:
     The attention biases of timm's LeViT, TinyViT and EfficientFormer are kept until `train()` is called. Loading
     weights, changing them in place or casting them does not clear them.
     """
-    modes = [(layer, layer.training) for layer in module.modules()]
-    module.train()
-    for layer, mode in modes:
-        layer.training = mode
+    for layer in module.modules():
+        if type(layer).train is nn.Module.train:
+            continue
+        modes = [(part, part.training) for part in layer.modules()]
+        layer.train()
+        for part, mode in modes:
+            part.training = mode
 
 
 def pick_devices() -> list[torch.device]:

@@ -157,7 +157,8 @@ def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -
             raise
         raise InputError(f"the disk of {out.parent} has no room for the encoder: free some space") from error
     except Exception as error:
-        reason = shorten(f"{type(error).__name__}: {error}")
+        cause = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        reason = shorten(cause)
         raise InputError(
             f"{recipe.encoder}: the kernel could not open {entry['architecture']} as it is here ({reason}); "
             "choose another encoder"

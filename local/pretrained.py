@@ -5,13 +5,12 @@ The description is all that the kernel gets: from it and a safetensors file it r
 
 import argparse
 import difflib
-import hashlib
 import fnmatch
+import hashlib
 import itertools
 import json
 import math
 import pickle
-import textwrap
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -245,7 +244,7 @@ def _refuse_transformers(config: dict, where: str) -> None:
     if names:
         advice = f"the same weights are among {', '.join(names[:4])}{' and others' * (len(names) > 4)}"
     elif kind in FAMILIES:
-        advice = f"timm {timm.__version__} has no such weights; a newer one may: pip install --upgrade timm"
+        advice = f"no name in timm {timm.__version__} or open_clip fits; a newer version may have the same weights"
     else:
         advice = "look for the same weights in timm.list_pretrained() and open_clip.list_pretrained()"
     mirror = DINOV3.partition(":")[0] if kind.startswith("dinov3") else ""
@@ -259,14 +258,19 @@ def same_weights(config: dict, where: str = "") -> list[str]:
         where: its repository, whose name says what the configuration does not.
     """
     kind = str(config.get("model_type", "")).removesuffix("_vision_model")
-    vision = config.get("vision_config") or config
-    vision = vision if isinstance(vision, dict) else {}
-    # transformers leaves out what is a family's default.
-    width, image = vision.get("hidden_size", 768), vision.get("image_size", 224)
-    patch = vision.get("patch_size", {"clip": 32, "dinov2": 14, "dinov2_with_registers": 14}.get(kind, 16))
-    depths = vision.get("depths") or [3, 3, 9, 3]
-    widths = vision.get("hidden_sizes") or [96]
-    is_second = "siglip2" in where or (config.get("text_config") or {}).get("vocab_size") == 256000
+    vision, text = (config.get(f"{part}_config") for part in ("vision", "text"))
+    vision = vision if isinstance(vision, dict) else config
+
+    def number(key: str, default: int, index: int = 0) -> object:
+        """A value, or one of a list of values; transformers leaves out what is a family's default."""
+        value = vision.get(key, default)
+        value = value[index] if isinstance(value, list) and len(value) > index else value
+        return value if isinstance(value, int) else default
+
+    width, image = number("hidden_size", 768), number("image_size", 224)
+    patch = number("patch_size", {"clip": 32, "dinov2": 14, "dinov2_with_registers": 14}.get(kind, 16))
+    stage = (number("hidden_sizes", 96), number("depths", 9, 2))
+    is_second = "siglip2" in where or (isinstance(text, dict) and text.get("vocab_size") == 256000)
     small = {(40, 6): "atto", (48, 6): "femto", (64, 6): "pico", (80, 8): "nano", (96, 9): "tiny", (96, 27): "small"}
     wide = {128: "base", 192: "large", 256: "xlarge", 352: "huge"}
     words = {
@@ -276,8 +280,8 @@ def same_weights(config: dict, where: str = "") -> list[str]:
         "plus": "_plus" * (width in (384, 1280) and bool(vision.get("use_gated_mlp"))),
         "data": "sat493m" if "sat493m" in where else "lvd1689m",
         "webli": "v2_webli" if is_second else "webli*",
-        "window": vision.get("window_size", 7),
-        "depths": small.get((widths[0], depths[2] if len(depths) > 2 else 0)) or wide.get(widths[0], "*"),
+        "window": number("window_size", 7),
+        "depths": small.get(stage) or wide.get(stage[0], "*"),
         "clip": CLIPS.get((width, patch, image), "*"),
     }
     library, _, pattern = FAMILIES.get(kind, "").partition(":")
@@ -364,6 +368,8 @@ def _from_open_clip(name: str) -> tuple[nn.Module, dict]:
         raise InputError(f"open_clip has no {architecture}/{tag}: the weights for {architecture} are {tags}")
     try:
         visual = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True).visual
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(f"open_clip:{name} cannot be loaded: {shorten(error)}; check the network") from error
     config = open_clip.get_model_config(architecture)
     # Some weights switch the activation on by their tag; the module knows what it became.
     quick = any(isinstance(layer, open_clip.transformer.QuickGELU) for layer in visual.modules())
@@ -404,6 +410,9 @@ def _from_timm(name: str, pretrained: bool, image_size: int) -> tuple[nn.Module,
     try:
         module = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as error:
+        raise InputError(f"timm:{name} cannot be loaded: {shorten(error)}; check the name and the network") from error
+    arguments = _fixed_size(architecture, {}, module.pretrained_cfg)
+    return module, _describe_timm(module, architecture, arguments, module.pretrained_cfg, image_size)
 
 
 def _timm_entry(config: dict, weights: Path, image_size: int) -> tuple[nn.Module, dict]:
@@ -543,6 +552,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their options
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = shorten(error) if str(error) else "it is empty"
         raise InputError(f"{path} cannot be read as weights: {reason}; download it again") from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

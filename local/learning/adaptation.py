@@ -99,7 +99,7 @@ def interpolate(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor],
 def copy_state(module: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the weights in memory, under their own names; low-rank additions are added to theirs."""
     own = {name: value for name, value in module.state_dict().items() if ".parametrizations." not in name}
-    for path, layer in module.named_modules():
+    for path, layer in module.named_modules(remove_duplicate=False):  # a layer may have two names
         if parametrize.is_parametrized(layer):
             own |= {f"{path}.{name}": getattr(layer, name) for name in layer.parametrizations}
     return {name: value.detach().clone() for name, value in own.items()}

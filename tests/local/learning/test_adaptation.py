@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from torch import nn
 
 from local.learning.adaptation import (
     add_low_rank,
@@ -136,3 +137,15 @@ def test_a_pretrained_encoder_keeps_its_batch_statistics(module):
     set_training(module, pretrained=False)
     module(photos)
     assert any(not torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_layer_of_two_names_is_copied_under_both_with_its_low_rank_addition():
+    layer = nn.Linear(8, 8)
+    module = nn.Sequential(layer, nn.ReLU(), layer)
+    names = set(module.state_dict())
+    add_low_rank(module, 2)
+    layer.parametrizations.weight[0].up.data.fill_(1.0)
+    copied = copy_state(module)
+    assert set(copied) == names
+    assert torch.equal(copied["0.weight"], layer.weight)
+    assert torch.equal(copied["2.weight"], layer.weight)
