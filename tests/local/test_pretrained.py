@@ -735,6 +735,13 @@ def test_the_names_of_the_weights_of_a_transformers_repository_are_those_of_the_
     assert known.issuperset(found)
 
 
+@pytest.mark.parametrize("family", ["clip", "convnext", "dinov3_vit", "siglip", "swin"])
+@pytest.mark.parametrize("value", [None, [], [1], "a", {}, 1.5])
+def test_a_strange_configuration_of_transformers_is_no_defect(family: str, value: object) -> None:
+    keys = ("hidden_size", "image_size", "patch_size", "depths", "hidden_sizes", "window_size", "text_config")
+    same_weights({"model_type": family, "vision_config": value, **dict.fromkeys(keys, value)})
+
+
 @pytest.mark.parametrize("model_type", ["dinov3_vit", "siglip2", "bert", None, 5])
 def test_a_folder_of_transformers_is_refused_with_what_to_take_instead(tmp_path: Path, model_type: object) -> None:
     config = {"model_type": model_type, "architectures": ["SomeModel"], "hidden_size": 384}
