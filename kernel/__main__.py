@@ -95,10 +95,12 @@ import torch
 
 from kernel.encoders import describe_versions, open_encoder, pick_devices
 from kernel.budget import Budget
+from kernel.photos import name_unreadable, write_unreadable
 from kernel.embeddings import Embeddings, embed_observations
 from kernel.prior import weighted_prior
 from kernel.bank import rank, read_banks
 
+UNREADABLE_FILE = "unreadable.csv"
 UNREADABLE_LIMIT = 0.25  # share of unreadable photos above which something is wrong with the mount, not with the photos
 
 
@@ -178,6 +180,7 @@ def predict(options: argparse.Namespace, weights: Weights, table: TestTable, bud
         for row, is_answered in zip(ranked.tolist(), answered.tolist(), strict=True)
     ]
     write_submission(options.working / "submission.csv", table, guesses, class_ids)
+    write_unreadable(embedded[0].unreadable, options.working / UNREADABLE_FILE)
     return Prediction(embedded, len(guesses) - int(answered.sum()), seconds)
 
 
@@ -189,6 +192,9 @@ def summarise(prediction: Prediction, table: TestTable, budget: Budget) -> None:
     """
     photos = sum(len(observation.photos) for observation in table.observations)
     failures, late = prediction.embedded[0].failures, prediction.embedded[0].late
+    named = name_unreadable(prediction.embedded[0].unreadable)
+    if named:
+        print(f"unreadable: {named}; all in {UNREADABLE_FILE}", flush=True)
     causes = "".join(f", {count} {cause}" for cause, count in failures.most_common())
     views = " + ".join(
         "/".join(str(count) for count in sorted(embeddings.views, reverse=True)) or "0"
@@ -201,7 +207,7 @@ def summarise(prediction: Prediction, table: TestTable, budget: Budget) -> None:
         flush=True,
     )
     if failures.total() > UNREADABLE_LIMIT * photos:
-        raise InputError(f"{failures.total()} of {photos} photos cannot be read{causes}: look at the mounted images")
+        raise InputError(f"{failures.total()} of {photos} photos cannot be read{causes}, such as {named}: look there")
 
 
 def has_busy_thread(patience: float = 1.0) -> bool:

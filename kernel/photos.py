@@ -1,6 +1,7 @@
 """Decode photos in threads, each behind its own guard: a photo that cannot be read costs only itself."""
 
-from collections.abc import Iterable
+import csv
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
@@ -97,3 +98,16 @@ def decode_all(
         TimeoutError: they took longer.
     """
     return list(threads.map(lambda path: decode(path, preprocessing), paths, timeout=timeout))
+
+
+def name_unreadable(unreadable: Sequence[tuple[Path, str]], named: int = 3) -> str:
+    """The first of the photos that could not be read, each with its cause: `a.jpg (OSError), b.jpg (OSError), ...`."""
+    names = [f"{path} ({cause})" for path, cause in unreadable[:named]]
+    return ", ".join(names + ["..."] * (len(unreadable) > named))
+
+
+def write_unreadable(unreadable: Sequence[tuple[Path, str]], path: Path) -> None:
+    """Write all photos that could not be read, with their causes, as CSV; nothing where there is none."""
+    if unreadable:
+        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([("photo", "cause"), *unreadable])

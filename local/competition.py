@@ -36,13 +36,15 @@ from kernel.observations import (
     tell_left_out,
     visible,
 )
+from kernel.photos import name_unreadable
 from kernel.prior import BLANKS, names_nothing
-from local.console import say_once
+from local.console import counted, say_once
 from local.matching.banks import Taxonomy
 
 COLUMNS = ("split", "observation", "class_id", "photo")
 TAXONOMY = ("phylum", "class", "order", "family", "genus")  # the columns above the species, the widest first
 NAMES = ("species", "poisonous")  # what people want to know of a class; nothing is learnt from it
+UNREADABLE_FILE = "unreadable.csv"  # in a run's folder
 UNREADABLE_LIMIT = 0.25  # fraction of unreadable photos above which something is wrong with all, as in the kernel
 TIME_LIMITS = {layout.name: 9 * 3600 for layout in LAYOUTS} | {"fungiclef": 12 * 3600}  # seconds, of a GPU kernel
 
@@ -187,6 +189,20 @@ def refuse_missing(competition: Competition) -> None:
                 f"{len(missing)} of {len(photos)} photos of {split} are missing, such as {missing[0]}: look where the "
                 "photos lie, or download them again"
             )
+
+
+def check_readable(unreadable: Sequence[tuple[Path, str]], photos: int) -> None:
+    """Name the photos that could not be read, with their causes.
+
+    Raises:
+        InputError: they are more than UNREADABLE_LIMIT of all.
+    """
+    if not unreadable:
+        return
+    found = f"{len(unreadable)} of {counted(photos, 'photo')} could not be read: {name_unreadable(unreadable)}"
+    if len(unreadable) > UNREADABLE_LIMIT * photos:
+        raise InputError(f"{found}; download them again, or look at what they are")
+    say_once(f"{found}; left out, and listed in {UNREADABLE_FILE}")
 
 
 def labelled(competition: Competition, *splits: str) -> Labelled:

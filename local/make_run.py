@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from kernel.encoders import Encoder, open_encoder, pick_devices, pick_dtype, read_preprocessing
 from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, sha256, shorten
 from kernel.observations import RESOLUTIONS
-from kernel.photos import shorter_side
+from kernel.photos import shorter_side, write_unreadable
 from kernel.views import VIEWS
 from local.competition import (
     TIME_LIMITS,
+    UNREADABLE_FILE,
     Competition,
     Labelled,
     find_layout,
@@ -376,6 +377,7 @@ def fill_run(
     study.embed_together()
     if not team.is_first():
         return
+    write_unreadable(list(study.unreadable.items()), folder / UNREADABLE_FILE)
     write_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
     chosen, scales, scores = study.choose(folder)
     save_banks(fit_banks(chosen, study.embed(chosen.fit), study.reference, scales), folder / BANK_FILE)

@@ -14,8 +14,8 @@ from kernel.bank import CHUNK, Bank, classify
 from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder
 from kernel.observations import Observation
-from local.competition import Labelled, places_of, sort_ids
-from local.console import counted, say
+from local.competition import Labelled, check_readable, places_of, sort_ids
+from local.console import counted
 from local.learning import team
 from local.matching.banks import centroids
 from local.matching.choice import compare
@@ -89,8 +89,7 @@ def embed_together(
     """(observations, features): every process of the team embeds its share."""
     rank, world = team.place()
     embeddings = embed_observations(encoder, observations[rank::world], views, pooling)
-    for cause, count in embeddings.failures.items():
-        say(f"{counted(count, 'photo')} could not be read ({cause}): left out")
+    check_readable(embeddings.unreadable, sum(len(observation.photos) for observation in observations[rank::world]))
     return team.gather(embeddings.values, len(observations), encoder.device)
 
 

@@ -13,7 +13,7 @@ from kernel.encoders import Encoder
 from kernel.mounts import shorten
 from kernel.prior import Prior
 from local.cache import EmbeddingCache
-from local.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
+from local.competition import Competition, Labelled, check_readable, lineages, places_of, read_taxonomy, sort_ids
 from local.console import counted, say
 from local.files import write_table, write_tensors
 from local.matching.banks import spread_over
@@ -31,6 +31,7 @@ class Study:
     """What a bank is fitted to and chosen by.
 
     Attributes:
+        unreadable: the cause of each photo that could not be read.
         labelled: all labelled observations, those of val after those of train.
         reference: (observations,) bool, of which the bank is made.
         classes: the bank's class ids, in order.
@@ -52,6 +53,7 @@ class Study:
         head_classes: Sequence[str] = (),
     ):
         self.recipe, self.encoder, self.cache, self.embedded = recipe, encoder, cache, {}
+        self.unreadable: dict[Path, str] = {}
         self.guesses, self.lineages = competition.layout.guesses, lineages(competition)
         class_ids = np.concatenate([fit.class_ids, validation.class_ids])
         self.is_fit = np.arange(len(class_ids)) < len(fit)
@@ -73,17 +75,22 @@ class Study:
             preprocessing = dataclasses.replace(self.encoder.preprocessing, fit=fit)
             encoder = Encoder(self.encoder.module, preprocessing, self.encoder.features, self.encoder.devices)
             photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.recipe.views)
-            for cause, count in photos.failures.items():
-                say(f"{counted(count, 'photo')} could not be read ({cause}): left out")
+            self.unreadable |= dict(photos.unreadable)
             self.embedded[fit] = Embedded(
                 photos.values, self.recipe.views, photos.observations, self.places, self.taxonomy, self.head
             )
         return self.embedded[fit]
 
     def embed_together(self) -> None:
-        """Embed all that the choice may ask for, every process of the team its share."""
+        """Embed all that the choice may ask for, every process of the team its share.
+
+        Raises:
+            InputError: too many photos cannot be read.
+        """
         for fit in CANDIDATES["fit"] if "fit" in self.recipe.choose else (self.recipe.fit,):
             self.embed(fit)
+        photos = sum(len(observation.photos) for observation in self.labelled.observations)
+        check_readable(list(self.unreadable.items()), photos)
 
     def fit_prior(self, reference: np.ndarray) -> Prior:
         """What place, season and substrate say of the classes, learnt from some of the observations."""

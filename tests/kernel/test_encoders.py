@@ -75,7 +75,7 @@ def test_an_encoder_whose_weights_have_changed_embeds_as_the_one_opened_from_the
         }
         change(moved)
         found = encoder.embed(photos, views)
-        opened = open_encoder(saved(tmp_path, module), entry, [torch.device("cpu")], tmp_path / "packages")
+        opened = open_encoder(saved(tmp_path, module), entry, [torch.device("cpu")])
         assert torch.allclose(found, opened.embed(photos, views), atol=1e-6)
         assert not torch.allclose(found, start, atol=1e-3)
     assert not any(layer.training for layer in module.modules())

@@ -183,6 +183,14 @@ def test_unreadable_photos_are_counted_by_cause_and_cost_only_themselves(hidden,
     result = predict(tmp_path)
     assert result.returncode == 0, result.stderr
     assert "10 photos (2 unreadable, 1 UnidentifiedImageError, 1 FileNotFoundError)" in result.stdout
+    named = f"unreadable: {hidden[2]} (UnidentifiedImageError), {hidden[5]} (FileNotFoundError); all in unreadable.csv"
+    assert named in result.stdout.splitlines()
+    with (tmp_path / "working" / "unreadable.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["photo", "cause"],
+            [str(hidden[2]), "UnidentifiedImageError"],
+            [str(hidden[5]), "FileNotFoundError"],
+        ]
     with (tmp_path / "working" / "submission.csv").open(newline="") as file:
         rows = list(csv.reader(file))[1:]
     prior = " ".join(json.loads((trained / "manifest.json").read_text())["prior"])

@@ -18,7 +18,6 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from kernel.encoders import Encoder, read_preprocessing
 from kernel.mounts import InputError
@@ -375,14 +374,16 @@ def test_an_out_that_cannot_be_written_is_one_line_before_the_work(drawn, tmp_pa
 
 
 def test_an_encoder_that_the_gpu_has_no_room_for_is_one_line_and_leaves_nothing(drawn, tmp_path, monkeypatch):
-    class NoRoom(nn.Identity):
+    module, entry = load_encoder("timm:test_resnet", False, 64)
+
+    class NoRoom(type(module)):
         """A stand-in for an encoder on a GPU that is full."""
 
         def to(self, *given, **named):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    entry = load_encoder("timm:test_resnet", False, 64)[1]
-    monkeypatch.setattr("local.make_run.load_encoder", lambda *given: (NoRoom(), entry))
+    module.__class__ = NoRoom
+    monkeypatch.setattr("local.make_run.load_encoder", lambda *given: (module, entry))
     with pytest.raises(InputError, match=r"^the GPU is out of memory while moving the encoder to cpu: close .*smaller"):
         train_run(make_recipe(TINY, "the test"), drawn.competition, tmp_path / "run")
     assert not list(tmp_path.iterdir())
@@ -421,7 +422,7 @@ def test_a_disk_that_is_too_small_for_a_run_without_training_is_one_line(drawn, 
     """In a small file system of its own, which takes a namespace."""
     inside = " ".join(map(str, [sys.executable, *train(tmp_path / "small/run", drawn, epochs=0)]))
     small = tmp_path / "small"
-    mount = f"mount -t tmpfs -o size=300k none {small} && {inside}; code=$?; ls -A {small}; exit $code"
+    mount = f"mount -t tmpfs -o size=1620k none {small} && {inside}; code=$?; ls -A {small}; exit $code"
     small.mkdir()
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=ROOT, capture_output=True, text=True)
     if "unshare" in done.stderr or "mount" in done.stderr:
@@ -479,3 +480,20 @@ def test_a_subset_says_what_it_leaves(drawn, subset, says):
     competition = read_competition(drawn.competition)
     recipe = make_recipe({"subset": subset}, "the test")
     assert told_subset(competition, competition.sample(subset, 0), recipe) == says
+
+
+def test_photos_that_cannot_be_read_are_named_and_listed_and_beyond_a_quarter_end_the_work(drawn, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(drawn.competition, data)
+    photos = sorted(data.glob("images/*/train/300p/*"))
+    photos[3].write_bytes(b"<html>")
+    recipe = make_recipe({**TINY, "epochs": 0, "views": ["plain"]}, "the test")
+    train_run(recipe, data, tmp_path / "run")
+    line = f"photos could not be read: {photos[3]} (UnidentifiedImageError); left out, and listed in unreadable.csv"
+    assert line in capsys.readouterr().out
+    assert (tmp_path / "run" / "unreadable.csv").read_text() == f"photo,cause\n{photos[3]},UnidentifiedImageError\n"
+    for path in photos[: len(photos) // 2]:
+        path.write_bytes(b"<html>")
+    with pytest.raises(InputError, match=r"photos could not be read: .*, \.\.\.; download them again"):
+        train_run(recipe, data, tmp_path / "second")
+    assert not (tmp_path / "second").exists()
