@@ -15,8 +15,8 @@ from bundle import bundle
 from kernel.mounts import InputError
 from local.competition import labelled, read_competition, sort_ids
 from local.console import command_parser, run, say
+from local.drawing.competition import generate
 from local.evaluate import report
-from local.generate import generate
 from local.make_run import train_run
 from local.metrics import describe
 from local.plots import plot_predictions

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from kernel.encoders import Encoder, Preprocessing
-from local.generate import generate
+from local.drawing.competition import generate
 from local.make_run import train_run
 from local.recipe import make_recipe
 

@@ -22,8 +22,8 @@ from kernel.prior import weighted_prior
 from local.cache import EmbeddingCache, PhotoEmbeddings
 from local.competition import Labelled, find_layout, labelled, places_of, read_competition
 from local.console import counted, say
+from local.drawing.competition import generate
 from local.files import write_json
-from local.generate import generate
 from local.make_run import CACHE, train_run
 from local.matching.banks import group_means, pool, unit
 from local.matching.choice import compare

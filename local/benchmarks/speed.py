@@ -24,7 +24,7 @@ from kernel.observations import Observation
 from kernel.photos import decode_all, shorter_side
 from kernel.views import VIEWS
 from local.console import progress, say
-from local.fungi import draw, traits
+from local.drawing.fungi import draw, traits
 from local.pretrained import load_encoder
 
 # Width and height, pixels, and how many photos are measured; the few large ones are read several times.

@@ -15,7 +15,7 @@ from kernel.mounts import read_weights
 from kernel.observations import Observation
 from kernel.photos import DRAFT, decode
 from kernel.views import VIEWS
-from local.fungi import draw, traits
+from local.drawing.fungi import draw, traits
 from tests.conftest import photo
 
 

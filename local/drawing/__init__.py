@@ -1,0 +1,1 @@
+"""Drawn fungi, and drawn competitions in FungiCLEF's layout: data for the demo, the tests and full-size runs."""
