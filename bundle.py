@@ -9,12 +9,11 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from kernel.mounts import MANIFEST, InputError, sha256
+from kernel.inputs import MANIFEST, InputError, sha256
+from local.base.console import command_parser, run, say
+from local.base.files import write_json
 from local.bundling.flatten import flatten
 from local.bundling.weights import gather_weights
-from local.console import command_parser, run, say
-from local.files import write_json
-from local.make_run import commit
 from local.publishing.metadata import (
     DATASET_METADATA,
     KERNEL_METADATA,
@@ -26,10 +25,11 @@ from local.publishing.metadata import (
     write_metadata,
 )
 from local.publishing.preflight import find_owner
+from local.training.run import commit
 
 ROOT = Path(__file__).resolve().parent
 BEFORE = ".weights.before"  # the weights that are being replaced
-DIGEST_LINE = 'MANIFEST_SHA256 = ""'  # of kernel/mounts.py
+DIGEST_LINE = 'MANIFEST_SHA256 = ""'  # of kernel/inputs.py
 
 
 def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_METADATA) -> None:
@@ -41,7 +41,7 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
     metadata = with_owner(read_kernel_metadata(metadata_path), find_owner())
     body = flatten(ROOT / "kernel")
     if body.count(DIGEST_LINE) != 1:
-        raise InputError(f"kernel/mounts.py must hold the line {DIGEST_LINE} once: the script's digest goes there")
+        raise InputError(f"kernel/inputs.py must hold the line {DIGEST_LINE} once: the script's digest goes there")
     weights, partial, script = out / "weights", out / ".weights.partial", out / ".kernel.py.partial"
     try:
         tidy(out)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kernel.mounts import (
+from kernel.inputs import (
     MANIFEST_SHA256,
     InputError,
     Weights,
@@ -97,7 +97,7 @@ from kernel.encoders import describe_versions, open_encoder, pick_devices
 from kernel.budget import Budget
 from kernel.photos import name_unreadable, write_unreadable
 from kernel.embeddings import Embeddings, embed_observations
-from kernel.prior import weighted_prior
+from kernel.metadata_prior import weighted_prior
 from kernel.bank import rank, read_banks
 
 UNREADABLE_FILE = "unreadable.csv"

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kernel.mounts import InputError, Weights, shorten
+from kernel.inputs import InputError, Weights, shorten
 from kernel.views import VIEWS, larger, shrink
 
 # As CUDA, its libraries, and a CPU on Linux and on Windows say it.

@@ -1,7 +1,7 @@
 """Read the test table: which observations are to be predicted, from which photos, and how the answer is written.
 
 A `Layout` is all that differs from one kind of competition to another. To support another one, add its layout here
-(and the reading of its training table in `local/competition.py`, where its form is a new one).
+(and the reading of its training table in `local/data/competition.py`, where its form is a new one).
 """
 
 import csv
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 
-from kernel.mounts import InputError, find_folders
+from kernel.inputs import InputError, find_folders
 
 RESOLUTIONS = ("300p", "500p", "720p", "fullsize")  # FungiCLEF's folders, by the shorter side in pixels
 # FungiCLEF's columns that say something of an observation beside its photos, and are there in the test table too.

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from kernel.observations import TestTable, read_table, visible
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from local.base.console import command_parser, run
 from local.benchmarks.accuracy import accuracy
 from local.benchmarks.omniglot import omniglot
 from local.benchmarks.speed import speed
 from local.benchmarks.systems import systems
-from local.console import command_parser, run
 
 
 def parse_options() -> argparse.Namespace:

@@ -12,16 +12,16 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bundle import bundle
-from kernel.mounts import InputError
-from local.competition import labelled, read_competition, sort_ids
-from local.console import command_parser, run, say
+from kernel.inputs import InputError
+from local.base.console import command_parser, run, say
+from local.base.metrics import describe
+from local.data.competition import labelled, read_competition, sort_ids
 from local.drawing.competition import generate
 from local.evaluate import report
-from local.make_run import train_run
-from local.metrics import describe
-from local.plots import plot_predictions
-from local.recipe import read_recipe
+from local.recipes.recipe import read_recipe
 from local.rehearse import rehearse
+from local.training.plots import plot_predictions
+from local.training.run import train_run
 
 
 def demonstrate(out: Path, species: int, seed: int) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import command_parser, run, say
-from local.files import write_json, write_text
+from local.base.console import command_parser, run, say
+from local.base.files import write_json, write_text
 from local.report.evidence import read_evidence
 from local.report.figures import evaluate
 from local.report.page import render

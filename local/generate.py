@@ -14,7 +14,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from kernel.observations import RESOLUTIONS
-from local.console import command_parser, run
+from local.base.console import command_parser, run
 from local.drawing.competition import generate, generate_from_metadata
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from kernel.mounts import InputError
-from local.console import command_parser, counted, run, say
+from kernel.inputs import InputError
+from local.base.console import command_parser, counted, run, say
 from local.publishing.ledger import LEDGER
 from local.publishing.metadata import PLACEHOLDER, has_owner, write_metadata
 from local.publishing.preflight import Bundle, check_owner, find_credentials, find_owner, find_secret, inspect

@@ -15,8 +15,8 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import command_parser, run, say
-from local.metrics import describe, score
+from local.base.console import command_parser, run, say
+from local.base.metrics import describe, score
 from local.rehearsal.record import write_record
 from local.rehearsal.scenarios import BY_NAME, SCENARIOS, class_of, conduct
 from local.rehearsal.trial import Ran, Rehearsal

@@ -14,8 +14,8 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from kernel.mounts import MANIFEST, InputError, Weights, read_weights
-from local.console import aligned, command_parser, run, say
+from kernel.inputs import MANIFEST, InputError, Weights, read_weights
+from local.base.console import aligned, command_parser, run, say
 
 NAMED = 8  # runs that a message lists
 SCORES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import command_parser, counted, run, say
+from local.base.console import command_parser, counted, run, say
 from local.publishing.ledger import LEDGER, compare, noise, number, read_ledger, table
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.console import command_parser, run
-from local.learning import team
-from local.make_run import train_run
-from local.recipe import read_recipe
+from local.base.console import command_parser, run
+from local.recipes.recipe import read_recipe
+from local.training import distributed
+from local.training.run import train_run
 
 
 def parse_options() -> argparse.Namespace:
@@ -33,8 +33,8 @@ def main() -> None:
     options = parse_options()
     recipe = read_recipe(options.recipe, options.set, options.encoder)
     out = options.out or Path("runs") / Path(options.recipe).stem
-    with team.joined():
-        train_run(recipe, options.data, out, resumes=options.resume or team.is_restarted())
+    with distributed.joined():
+        train_run(recipe, options.data, out, resumes=options.resume or distributed.is_restarted())
 
 
 if __name__ == "__main__":

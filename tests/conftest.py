@@ -13,8 +13,8 @@ from PIL import Image
 
 from kernel.encoders import Encoder, Preprocessing
 from local.drawing.competition import generate
-from local.make_run import train_run
-from local.recipe import make_recipe
+from local.recipes.recipe import make_recipe
+from local.training.run import train_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bundle import bundle
-from kernel.mounts import MANIFEST, InputError, sha256
+from kernel.inputs import MANIFEST, InputError, sha256
 from local import train
-from local.console import run
-from local.image import IMAGE, is_newer
-from local.make_run import train_run
-from local.recipe import make_recipe
+from local.base.console import run
+from local.base.kaggle_image import IMAGE, is_newer
+from local.recipes.recipe import make_recipe
 from local.rehearse import rehearse
+from local.training.run import train_run
 from tests.conftest import ROOT, TINY, command, photo
 from tests.layouts import SPECIES, fungitastic, herbarium
 

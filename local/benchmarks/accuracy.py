@@ -16,21 +16,21 @@ import torch
 
 from kernel.bank import classify, read_banks
 from kernel.encoders import open_encoder, pick_devices
-from kernel.mounts import InputError, read_weights
+from kernel.inputs import InputError, read_weights
+from kernel.metadata_prior import weighted_prior
 from kernel.observations import RESOLUTIONS, Observation, read_test
-from kernel.prior import weighted_prior
-from local.cache import EmbeddingCache, PhotoEmbeddings
-from local.competition import Labelled, find_layout, labelled, places_of, read_competition
-from local.console import counted, say
+from local.banks.ensemble import weigh
+from local.banks.estimators import group_means, pool, unit
+from local.banks.search import compare
+from local.base.console import counted, say
+from local.base.files import write_json
+from local.base.metrics import GUESSES, bounded, gained, hit_matrix, interval_of, score
+from local.data.cache import EmbeddingCache, PhotoEmbeddings
+from local.data.competition import Labelled, find_layout, labelled, places_of, read_competition
 from local.drawing.competition import generate
-from local.files import write_json
-from local.make_run import CACHE, train_run
-from local.matching.banks import group_means, pool, unit
-from local.matching.choice import compare
-from local.matching.ensemble import weigh
-from local.metrics import GUESSES, bounded, gained, hit_matrix, interval_of, score
-from local.recipe import read_recipe
+from local.recipes.recipe import read_recipe
 from local.rehearsal.trial import read_solution
+from local.training.run import CACHE, train_run
 
 RECIPES = ("fungiclef-baseline", "fungiclef-protonet", "fungiclef-best")
 SPECIES = 60  # of the competition that is drawn where none is given

@@ -11,13 +11,13 @@ import numpy as np
 from PIL import Image
 
 from kernel.encoders import open_encoder, pick_devices
-from kernel.mounts import InputError, read_weights
+from kernel.inputs import InputError, read_weights
 from kernel.observations import Observation
-from local.cache import EmbeddingCache
-from local.console import counted, progress, say
-from local.make_run import CACHE, train_run
-from local.matching.banks import unit
-from local.recipe import read_recipe
+from local.banks.estimators import unit
+from local.base.console import counted, progress, say
+from local.data.cache import EmbeddingCache
+from local.recipes.recipe import read_recipe
+from local.training.run import CACHE, train_run
 
 TURNS = (0, 90, 180, 270)  # a turned character is another class to learn from (Snell et al. 2017)
 TASKS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways, shots

@@ -23,9 +23,9 @@ from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessin
 from kernel.observations import Observation
 from kernel.photos import decode_all, shorter_side
 from kernel.views import VIEWS
-from local.console import progress, say
+from local.base.console import progress, say
 from local.drawing.fungi import draw, traits
-from local.pretrained import load_encoder
+from local.encoders.load import load_encoder
 
 # Width and height, pixels, and how many photos are measured; the few large ones are read several times.
 SIZES = {"300p": ((400, 300), 96), "500p": ((750, 500), 96), "fullsize": ((3000, 2000), 24)}

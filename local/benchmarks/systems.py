@@ -18,17 +18,17 @@ from torchvision.transforms import v2
 
 from kernel.embeddings import load_batches
 from kernel.encoders import Encoder, pick_devices, read_preprocessing
-from kernel.mounts import InputError, read_weights
+from kernel.inputs import InputError, read_weights
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
+from local.base.console import progress, say
+from local.base.metrics import bounded, describe, gained, hit_matrix, interval_of, score
 from local.benchmarks.accuracy import Rung, Task, bundle_answers, cell, heading, rank_rung, read_task
-from local.competition import Labelled, places_of, read_competition, read_ranks
-from local.console import progress, say
-from local.learning.adaptation import set_training, unfreeze
-from local.make_run import CACHE, train_run
-from local.metrics import bounded, describe, gained, hit_matrix, interval_of, score
-from local.pretrained import load_encoder
-from local.recipe import Recipe, read_recipe
+from local.data.competition import Labelled, places_of, read_competition, read_ranks
+from local.encoders.load import load_encoder
+from local.recipes.recipe import Recipe, read_recipe
+from local.training.adaptation import set_training, unfreeze
+from local.training.run import CACHE, train_run
 
 COLUMNS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 
 SIZE_LIMIT = 1_000_000  # bytes; Kaggle refuses larger scripts
 

@@ -4,13 +4,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kernel.mounts import FORMAT, MANIFEST, InputError, Weights, sha256
+from kernel.inputs import FORMAT, MANIFEST, InputError, Weights, sha256
 from kernel.observations import LAYOUTS, RESOLUTIONS
+from local.banks.ensemble import weigh
+from local.base.console import say
+from local.base.files import write_json
+from local.base.metrics import GUESSES
 from local.bundling.wheels import make_wheel, needed_wheels
-from local.console import say
-from local.files import write_json
-from local.matching.ensemble import weigh
-from local.metrics import GUESSES
 from local.runs import open_run
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-from kernel.mounts import InputError, Weights
-from local.image import IMAGE, is_newer
+from kernel.inputs import InputError, Weights
+from local.base.kaggle_image import IMAGE, is_newer
 
 # What installers write beside the files of a wheel.
 INSTALLERS_OWN = frozenset(

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from kernel.observations import RESOLUTIONS
-from local.console import progress
+from local.base.console import progress
 from local.drawing.fungi import Traits, draw, traits
 
 SUBSET = "FungiTastic-FewShot"

@@ -19,8 +19,8 @@ from kagglesdk.competitions.types.competition_api_service import ApiGetCompetiti
 from requests import HTTPError, RequestException, Response
 from requests.adapters import HTTPAdapter
 
-from kernel.mounts import InputError, shorten
-from local.console import counted, say
+from kernel.inputs import InputError, shorten
+from local.base.console import counted, say
 from local.publishing.preflight import DATASET_METADATA, TOKENS
 
 ATTEMPTS = 6

@@ -8,8 +8,8 @@ from math import isfinite, sqrt
 from pathlib import Path
 
 from kernel.observations import read_table
-from local.console import aligned
-from local.files import write_table
+from local.base.console import aligned
+from local.base.files import write_table
 from local.publishing.preflight import Bundle
 from local.rehearsal.record import now
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from slugify import slugify
 
-from kernel.mounts import InputError
-from local.files import write_json
+from kernel.inputs import InputError
+from local.base.files import write_json
 
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[a-z0-9][a-z0-9-]{4,}")  # owner/slug

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kernel.mounts import MANIFEST, InputError, read_weights, sha256
+from kernel.inputs import MANIFEST, InputError, read_weights, sha256
 from kernel.observations import LAYOUTS, Observation, TestTable, read_table
 from kernel.submission import check_submission
 from local.publishing.metadata import (

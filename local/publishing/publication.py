@@ -7,11 +7,11 @@ goes on where the last one stopped, and sends nothing twice.
 import json
 from pathlib import Path
 
-from kernel.mounts import InputError, shorten
+from kernel.inputs import InputError, shorten
 from kernel.observations import TestTable, read_table
 from kernel.submission import check_submission
-from local.console import counted, say
-from local.files import write_json
+from local.base.console import counted, say
+from local.base.files import write_json
 from local.publishing.client import Kaggle, accept_rules
 from local.publishing.ledger import note, row_of
 from local.publishing.preflight import Bundle

@@ -8,8 +8,8 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kernel.mounts import MANIFEST, InputError, sha256
-from local.files import write_json
+from kernel.inputs import MANIFEST, InputError, sha256
+from local.base.files import write_json
 
 RECORD = Path("rehearsal", "record.json")
 PLAIN = Path("rehearsal", "plain", "submission.csv")  # of the scenario that sees the whole test set

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from kernel.budget import MARGIN
-from kernel.mounts import InputError, shorten
-from local.console import counted
-from local.image import IMAGE
-from local.metrics import GUESSES, hit_matrix
+from kernel.inputs import InputError, shorten
+from local.base.console import counted
+from local.base.kaggle_image import IMAGE
+from local.base.metrics import GUESSES, hit_matrix
 from local.rehearsal.sandbox import duty_cycle, kill_after
 from local.rehearsal.staging import Stage
 from local.rehearsal.trial import ANNOUNCED, DONE, PLANNED, Ran, Rehearsal

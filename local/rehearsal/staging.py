@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.observations import read_table
-from local.competition import TAXONOMY, find_layout
+from local.data.competition import TAXONOMY, find_layout
 
 LABELS = (
     "category_id", "scientificName", "species", "specificEpithet", *TAXONOMY, "kingdom", "poisonous",

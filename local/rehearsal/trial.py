@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.mounts import InputError, read_weights
+from kernel.inputs import InputError, read_weights
 from kernel.observations import LAYOUTS, TestTable, clean_id, find_test_table, read_table, recognise
 from kernel.submission import check_submission, fallback_guesses
-from local.competition import find_layout, read_competition
-from local.console import say
+from local.base.console import say
+from local.data.competition import find_layout, read_competition
 from local.publishing.metadata import read_kernel_metadata
 from local.rehearsal.record import check_bundle
 from local.rehearsal.sandbox import Outcome, find_isolation, run_isolated

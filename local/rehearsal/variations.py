@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kernel.mounts import MANIFEST
+from kernel.inputs import MANIFEST
 from kernel.observations import (
     PHOTO_SUFFIXES,
     RESOLUTIONS,
@@ -29,7 +29,7 @@ from kernel.observations import (
     read_sample,
     read_table,
 )
-from local.competition import find_layout
+from local.data.competition import find_layout
 from local.rehearsal.staging import place, replace_file, write_csv
 
 

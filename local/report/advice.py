@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from local.console import counted
+from local.base.console import counted
 from local.report.evidence import Evidence
 
 Advice = dict | None  # what: what was found; then: what to do; observations: that it concerns

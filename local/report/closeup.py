@@ -9,7 +9,7 @@ from sklearn.manifold import TSNE
 
 from kernel.encoders import read_preprocessing
 from kernel.photos import decode
-from local.matching.banks import group_means, unit
+from local.banks.estimators import group_means, unit
 from local.report.evidence import Evidence
 
 SHOWN = 8  # photos of a class

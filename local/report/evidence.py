@@ -10,11 +10,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
+from kernel.metadata_prior import names_nothing
 from kernel.observations import Observation
-from kernel.prior import names_nothing
+from local.banks.ensemble import VALIDATION_FILE, Answers, read_answers
+from local.banks.estimators import pool, unit
+from local.banks.search import Outcome, compare
 from local.benchmarks.accuracy import embed
-from local.competition import (
+from local.data.competition import (
     NAMES,
     TAXONOMY,
     Competition,
@@ -24,12 +27,9 @@ from local.competition import (
     read_competition,
     sort_ids,
 )
-from local.make_run import CACHE
-from local.matching.banks import pool, unit
-from local.matching.choice import Outcome, compare
-from local.matching.ensemble import VALIDATION_FILE, Answers, read_answers
-from local.recipe import Recipe, make_recipe
+from local.recipes.recipe import Recipe, make_recipe
 from local.runs import open_run
+from local.training.run import CACHE
 
 SPECIES = "species"  # the finest rank: the class itself
 
@@ -91,7 +91,7 @@ class Evidence:
         queries: the held-out observations.
         truth: (queries,) place in `classes`.
         log_probabilities: (queries, classes) float32; minus infinity for a class that the bank lacks.
-        weights: (queries,) by which the bank was chosen, of mean 1; see `local.metrics.held_out_scores`.
+        weights: (queries,) by which the bank was chosen, of mean 1; see `local.base.metrics.held_out_scores`.
         shots: (queries,) observations of the true class to learn from, the query itself left out. (So it is in every
             fold for classes of up to five observations; of more, a fold leaves out several, and four or more remain.)
         reference: (classes,) observations of each in the run's bank.

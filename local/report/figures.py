@@ -15,11 +15,11 @@ from scipy.sparse import csr_array
 from scipy.stats import norm
 from sklearn.metrics import f1_score
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from kernel.observations import Observation, find_test_table
-from local.competition import places_of, sort_ids
-from local.matching.choice import Outcome, compare
-from local.metrics import FEWEST, GUESSES, RESAMPLES, bounded, held_out_scores, interval_of, macro_f1_gain, score
+from local.banks.search import Outcome, compare
+from local.base.metrics import FEWEST, GUESSES, RESAMPLES, bounded, held_out_scores, interval_of, macro_f1_gain, score
+from local.data.competition import places_of, sort_ids
 from local.report.advice import advise
 from local.report.closeup import Closeup
 from local.report.evidence import Evidence, Rank, answers_of, asked, judge

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.mounts import MANIFEST, sha256
-from local.competition import labelled, places_of
-from local.make_run import VERSIONED, commit
+from kernel.inputs import MANIFEST, sha256
+from local.data.competition import labelled, places_of
 from local.report.evidence import Evidence
+from local.training.run import VERSIONED, commit
 
 
 def training(evidence: Evidence) -> dict:

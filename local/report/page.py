@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from PIL import Image, ImageOps
 
 from kernel.photos import read_photo
-from local.console import progress
+from local.base.console import progress
 from local.report import pictures
 
 TEMPLATES = Path(__file__).parent

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from local.plots import ACCENT, INK, MUTED
+from local.training.plots import ACCENT, INK, MUTED
 
 # Colours of the page, which the dark one changes.
 THEMED = {INK: "currentColor", ACCENT: "var(--accent)", MUTED: "var(--muted)"}

@@ -5,7 +5,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 
-from local.metrics import bounded
+from local.base.metrics import bounded
 from local.report.closeup import Closeup
 from local.report.evidence import Evidence
 

@@ -11,7 +11,7 @@ import torch
 from kernel.budget import Budget
 from kernel.embeddings import ahead, embed_observations, stack
 from kernel.encoders import Encoder, open_encoder
-from kernel.mounts import read_weights
+from kernel.inputs import read_weights
 from kernel.observations import Observation
 from kernel.photos import DRAFT, decode
 from kernel.views import VIEWS

@@ -15,7 +15,7 @@ from kernel.encoders import (
     pick_devices,
     read_preprocessing,
 )
-from kernel.mounts import InputError, Weights, sha256
+from kernel.inputs import InputError, Weights, sha256
 from kernel.views import VIEWS
 
 PREPROCESSING = {"size": 64, "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear"}

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from kernel.encoders import Preprocessing
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from kernel.observations import find_test_table
 from kernel.photos import decode
 from tests.conftest import command, photo

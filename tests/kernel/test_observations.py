@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFile
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from kernel.observations import (
     PHOTO_SUFFIXES,
     clean_id,

@@ -8,7 +8,7 @@ import torch
 
 import kernel.__main__ as story
 from kernel.budget import Budget
-from kernel.mounts import InputError, Weights, read_weights
+from kernel.inputs import InputError, Weights, read_weights
 from kernel.observations import find_test_table
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from kernel.observations import LAYOUTS, Observation, TestTable
 from kernel.submission import check_submission, fallback_guesses, write_submission
 

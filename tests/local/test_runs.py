@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from local.runs import open_run
 from tests.conftest import command
 

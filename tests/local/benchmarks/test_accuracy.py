@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bundle import bundle
-from kernel.mounts import InputError, read_weights
+from kernel.inputs import InputError, read_weights
 from local import benchmark
 from local.benchmarks import accuracy
 from local.benchmarks.accuracy import (
@@ -24,10 +24,10 @@ from local.benchmarks.accuracy import (
     tell_ladder,
     tell_shots,
 )
-from local.competition import labelled, read_competition
-from local.make_run import train_run
-from local.recipe import make_recipe
+from local.data.competition import labelled, read_competition
+from local.recipes.recipe import make_recipe
 from local.rehearse import rehearse
+from local.training.run import train_run
 from tests.conftest import TINY
 
 SCORES = [f"{name}{end}" for name in accuracy.COLUMNS for end in ("", "_low", "_high")]

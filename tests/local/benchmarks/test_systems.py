@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from local.benchmarks.accuracy import keep_encoder
 from local.benchmarks.systems import RULES, systems
-from local.recipe import read_recipe
+from local.recipes.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel.mounts import FORMAT, MANIFEST, InputError
+from kernel.inputs import FORMAT, MANIFEST, InputError
 from local.bundling.flatten import SIZE_LIMIT, flatten
 
 ROOT = Path(__file__).resolve().parents[3]

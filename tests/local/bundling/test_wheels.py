@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from kernel.mounts import InputError, Weights
+from kernel.inputs import InputError, Weights
+from local.base.kaggle_image import IMAGE, is_newer
 from local.bundling.wheels import make_wheel, needed_wheels
-from local.image import IMAGE, is_newer
 
 WHEEL = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py2-none-any\nTag: py3-none-any\n"
 INFO = "tiny_library-1.2.dist-info"

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from local.drawing.competition import Generated, generate, generate_from_metadata
 
 ROOT = Path(__file__).resolve().parents[3]

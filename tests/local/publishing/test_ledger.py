@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from kernel.observations import LAYOUTS, Layout, Observation, TestTable
 from local.publishing.ledger import COLUMNS, compare, noise, note, read_ledger, row_of
 from local.publishing.preflight import Bundle

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from slugify import slugify
 
-from kernel.mounts import InputError
+from kernel.inputs import InputError
 from local.publishing.metadata import (
     PLACEHOLDER,
     dataset_metadata,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from bundle import bundle
-from kernel.mounts import MANIFEST, InputError, sha256
+from kernel.inputs import MANIFEST, InputError, sha256
 from kernel.observations import find_test_table
-from local.competition import read_competition
-from local.image import IMAGE, is_newer
+from local.base.kaggle_image import IMAGE, is_newer
+from local.data.competition import read_competition
 from local.rehearsal.scenarios import BY_NAME, SCENARIOS, conduct
 from local.rehearsal.staging import fingerprint, stage_competition
 from local.rehearsal.trial import Rehearsal, refuse_other_competition

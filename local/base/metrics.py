@@ -1,0 +1,166 @@
+"""Scores over observations, each with a 95% interval."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.metrics import f1_score
+
+GUESSES = (1, 5, 10)
+RESAMPLES = 2000
+FEWEST = 6  # observations for a 95% interval of a gain: fewer than these may all agree by chance more than once in 20
+
+
+def score(
+    truth: Sequence[str], guesses: Sequence[Sequence[str]], seed: int = 0, weights: np.ndarray | None = None
+) -> dict[str, float]:
+    """Recall@1/5/10 and macro-F1, each with the bounds `_low` and `_high` of its 95% interval.
+
+    Recalls are bootstrapped over observations. Macro-F1 is the mean of an F1 per class, so its classes are resampled:
+    resampling observations loses classes and is biased low.
+
+    Args:
+        truth: the class id of each observation.
+        guesses: class ids, best first, of each observation.
+        weights: (observations,), not negative: recalls are weighted means, and F1 is scikit-learn's with
+            `sample_weight`. None gives all observations the same weight.
+    """
+    hits = hit_matrix(truth, guesses)
+    samples = {f"recall_at_{count}": (hits[:, index], weights) for index, count in enumerate(GUESSES)}
+    samples["macro_f1"] = (class_f1(truth, [row[0] for row in guesses], weights), None)
+    scores = {}
+    for name, (sample, own) in samples.items():
+        low, high = interval(sample, seed, own)
+        scores |= {name: float(np.average(sample, weights=own)), f"{name}_low": low, f"{name}_high": high}
+    return scores
+
+
+def held_out_scores(
+    truth: Sequence[str], guesses: Sequence[Sequence[str]], weights: np.ndarray, is_macro: bool, seed: int = 0
+) -> dict[str, float]:
+    """The scores of a run's answers to held-out observations, as the manifest keeps them.
+
+    Under the names of `score` they are weighted as the choice of the bank weighs them, which is what a test set of the
+    reference's classes should give; under `unweighted_` and these names every observation counts the same.
+
+    Args:
+        weights: (observations,), see `shot_weights` and `macro_weights` of `local.banks.folds`.
+        is_macro: whether the weights give every class the same part. Macro-F1 does so by itself, and then has none.
+    """
+    plain = score(truth, guesses, seed)
+    scores = score(truth, guesses, seed, weights)
+    if is_macro:
+        scores |= {name: value for name, value in plain.items() if name.startswith("macro_f1")}
+    return scores | {f"unweighted_{name}": value for name, value in plain.items()}
+
+
+def macro_f1(truth: Sequence, firsts: Sequence, weights: np.ndarray | None = None) -> float:
+    """The grader's macro-F1: the unweighted mean of F1 over the classes that are true or guessed.
+
+    This is `sklearn.metrics.f1_score(truth, firsts, average="macro")`, the metric of the Herbarium competitions. A
+    class that is guessed and never true counts as 0. It is the one macro-F1 of this kit.
+
+    Args:
+        truth: (observations,) class of each.
+        firsts: (observations,) first guess of each.
+        weights: as in `score`.
+    """
+    return float(class_f1(truth, firsts, weights).mean())
+
+
+def class_f1(truth: Sequence, firsts: Sequence, weights: np.ndarray | None = None) -> np.ndarray:
+    """(classes,) F1 of each class that is true or guessed, in sorted order; see `macro_f1`."""
+    truth, firsts = np.asarray(list(truth)), np.asarray(list(firsts))
+    if weights is not None:  # an observation of weight 0 brings no class
+        truth, firsts, weights = (values[weights > 0] for values in (truth, firsts, weights))
+    return f1_score(truth, firsts, average=None, sample_weight=weights, zero_division=0)
+
+
+def macro_f1_gain(truth: Sequence, new: Sequence, old: Sequence, seed: int = 0) -> dict[str, float]:
+    """The difference in `macro_f1` between the first guesses of two methods: `value`, `low`, `high`.
+
+    Classes are resampled, those that either method guesses included; each method's mean is over its own.
+    """
+    truth, new, old = (np.asarray(list(values)) for values in (truth, new, old))
+    classes = np.unique(np.concatenate([truth, new, old]))
+    counts = np.stack([np.isin(classes, np.concatenate([truth, firsts])) for firsts in (new, old)])
+    per_class = np.zeros(counts.shape)
+    for row, is_counted, firsts in zip(per_class, counts, (new, old), strict=True):
+        row[is_counted] = class_f1(truth, firsts)
+
+    def gain(drawn: np.ndarray) -> float:
+        return float(np.subtract(*(per_class[:, drawn].sum(axis=1) / np.maximum(counts[:, drawn].sum(axis=1), 1))))
+
+    rng, every = np.random.default_rng(seed), np.arange(len(classes))
+    low, high = np.percentile([gain(rng.choice(every, len(every))) for _ in range(RESAMPLES)], [2.5, 97.5])
+    return {"value": gain(every), "low": float(low), "high": float(high)}
+
+
+def hit_matrix(truth: Sequence[str], guesses: Sequence[Sequence[str]]) -> np.ndarray:
+    """(observations, len(GUESSES)) float: whether the true class is among the first 1, 5, 10 guesses."""
+    rows = [[answer in row[:count] for count in GUESSES] for answer, row in zip(truth, guesses, strict=True)]
+    return np.array(rows, dtype=float).reshape(-1, len(GUESSES))
+
+
+def interval(sample: np.ndarray, seed: int = 0, weights: np.ndarray | None = None) -> tuple[float, float]:
+    """The 95% bootstrap interval of a mean, or of a weighted one (percentiles; Efron 1979).
+
+    Args:
+        weights: as in `score`; they are drawn together with their observations.
+    """
+    rng = np.random.default_rng(seed)
+    if weights is None:
+        means = [rng.choice(sample, len(sample)).mean() for _ in range(RESAMPLES)]
+    else:
+        sample, weights = sample[weights > 0], weights[weights > 0]
+        drawn = [rng.integers(len(sample), size=len(sample)) for _ in range(RESAMPLES)]
+        means = [np.average(sample[one], weights=weights[one]) for one in drawn]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def bounded(sample: np.ndarray, seed: int = 0, weights: np.ndarray | None = None) -> dict[str, float]:
+    """A mean, weighted or not, with its 95% interval: `value`, `low`, `high`."""
+    low, high = interval(sample, seed, weights)
+    return {"value": float(np.average(sample, weights=weights)), "low": low, "high": high}
+
+
+def paired_gain(new: np.ndarray, old: np.ndarray) -> tuple[float, float]:
+    """The mean difference between two methods on the same observations, and its standard error.
+
+    The error is infinite where fewer than two observations leave it unknown, so that no gain is larger.
+    """
+    difference = np.asarray(new, dtype=float) - np.asarray(old, dtype=float)
+    if len(difference) < 2:
+        return float(difference.sum()), math.inf
+    return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))
+
+
+def gained(new: np.ndarray, old: np.ndarray) -> dict[str, float]:
+    """The mean difference of `paired_gain` with its 95% interval (normal approximation): `value`, `low`, `high`.
+
+    Of fewer than FEWEST observations the interval has no bounds: they are no evidence, even where all agree.
+    """
+    gain, error = paired_gain(new, old)
+    margin = 1.96 * error if len(new) >= FEWEST else math.inf
+    return {"value": gain, "low": gain - margin, "high": gain + margin}
+
+
+def interval_of(scores: dict[str, float], name: str) -> dict[str, float]:
+    """One of the scores of `score`: `value`, `low`, `high`."""
+    return {"value": scores[name], "low": scores[f"{name}_low"], "high": scores[f"{name}_high"]}
+
+
+def describe(scores: dict[str, float], guesses: int = max(GUESSES), prefix: str = "") -> str:
+    """One line: `Recall@1 .432 [.401, .463]  Recall@5 ...`.
+
+    Args:
+        prefix: of the names of the scores: `unweighted_`, or none.
+        guesses: in a row of what was scored; recalls at more than these would only repeat themselves.
+    """
+    counts = [count for count in GUESSES if count <= guesses]
+    names = {f"recall_at_{count}": f"Recall@{count}" for count in counts} | {"macro_f1": "macro-F1"}
+    return "  ".join(
+        f"{label} {scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]"
+        for name, label in ((prefix + name, label) for name, label in names.items())
+    )

@@ -1,0 +1,165 @@
+"""Embed every photo once: a cache on disk by content, encoder, preprocessing and view.
+
+Every part that was embedded is a file of its own, written in one step under a name that nobody else uses. So several
+processes may share a cache, and one that is killed loses only the part it was at.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import PIL
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from kernel.embeddings import load_batches
+from kernel.encoders import Encoder
+from kernel.observations import Observation
+from kernel.photos import PIXELS_VERSION
+from kernel.views import VIEWS
+from local.base.console import counted, progress
+from local.training import distributed
+
+PART = 256  # photos between two writes
+
+
+@dataclass(frozen=True)
+class PhotoEmbeddings:
+    """The readable photos of some observations, as an encoder sees them.
+
+    Attributes:
+        values: (photos, views, features) float16, of length 1.
+        observations: (photos,) place in the list of the observation of each.
+        unreadable: path and cause of each photo that could not be read.
+    """
+
+    values: np.ndarray
+    observations: np.ndarray
+    unreadable: list[tuple[Path, str]]
+
+    @property
+    def failures(self) -> Counter:
+        """How many photos could not be read, by cause."""
+        return Counter(cause for _, cause in self.unreadable)
+
+
+class EmbeddingCache:
+    """Embeddings of one encoder.
+
+    Args:
+        folder: of the cache, shared by all encoders.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder):
+        self.encoder, self.folder = encoder, folder / encoder_digest(encoder)
+
+    def embed(self, observations: Sequence[Observation], views: Sequence[str]) -> PhotoEmbeddings:
+        """All photos in all views, from the cache where it has them."""
+        photos = [(place, path) for place, observation in enumerate(observations) for path in observation.photos]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            digests = list(threads.map(content_digest, (path for _, path in photos)))
+        known = {view: self._read(view) for view in views}
+        missing = {
+            digest: path
+            for digest, (_, path) in zip(digests, photos, strict=True)
+            if any(digest not in known[view] for view in views)
+        }
+        missing = distributed.from_first(missing)  # another run may have filled some in between
+        causes = distributed.merged(self._fill(missing, views, known)) if missing else {}
+        if distributed.place()[1] > 1:
+            distributed.wait()
+            known = {view: self._read(view) for view in views}
+        kept = [place for place, digest in enumerate(digests) if all(digest in known[view] for view in views)]
+        shape = (len(kept), len(views), self.encoder.features)
+        values = np.empty(shape, dtype=np.float16)
+        for column, view in enumerate(views):
+            for row, place in enumerate(kept):
+                values[row, column] = known[view][digests[place]]
+        return PhotoEmbeddings(
+            values,
+            np.array([photos[place][0] for place in kept], dtype=np.int64),
+            [(path, causes[digest]) for digest, (_, path) in zip(digests, photos, strict=True) if digest in causes],
+        )
+
+    def _fill(self, missing: dict[str, Path], views: Sequence[str], known: dict[str, dict]) -> dict[str, str]:
+        """Embed the missing photos, part by part, every process of a team its share.
+
+        Returns:
+            The cause of each that this process could not read.
+        """
+        digests, causes, (rank, world) = list(missing), {}, distributed.place()
+        parts = [digests[start : start + PART] for start in range(0, len(digests), PART)][rank::world]
+        for part in progress(parts, f"embedding {counted(len(digests), 'photo')} in {counted(len(views), 'view')}"):
+            single = [Observation(digest, (missing[digest],)) for digest in part]
+            found: dict[str, np.ndarray] = {}
+            unreadable: list[tuple[Path, str]] = []
+            for owners, batch in load_batches(self.encoder, single, unreadable):
+                embedded = self.encoder.embed(batch, [VIEWS[view] for view in views]).half().numpy()
+                found |= {part[owner]: row for owner, row in zip(owners, embedded, strict=True)}
+            digest_of = {missing[digest]: digest for digest in part}
+            causes |= {digest_of[path]: cause for path, cause in unreadable}
+            for column, view in enumerate(views):
+                rows = {digest: row[column] for digest, row in found.items()}
+                known[view] |= rows
+                self._write(view, rows)
+        return causes
+
+    def _write(self, view: str, rows: dict[str, np.ndarray]) -> None:
+        if not rows:
+            return
+        folder = self.folder / view
+        folder.mkdir(parents=True, exist_ok=True)
+        digests = np.array([list(bytes.fromhex(digest)) for digest in rows], dtype=np.uint8)
+        partial = folder / f".{uuid.uuid4().hex}.partial"
+        try:
+            save_file({"photos": digests, "values": np.stack(list(rows.values()))}, partial)
+            os.replace(partial, folder / f"{partial.stem[1:]}.safetensors")
+        finally:
+            partial.unlink(missing_ok=True)  # on a full disk nobody else would remove it
+
+    def _read(self, view: str) -> dict[str, np.ndarray]:
+        """What is known of a view; a part that a power cut damaged is left alone, and embedded again."""
+        rows: dict[str, np.ndarray] = {}
+        for path in sorted((self.folder / view).glob("*.safetensors")):
+            try:
+                part = load_file(path)
+            except (SafetensorError, OSError):
+                continue
+            digests = [row.tobytes().hex() for row in part["photos"]]
+            rows |= {digest: row for digest, row in zip(digests, part["values"], strict=True) if digest not in rows}
+        return rows
+
+
+def content_digest(path: Path) -> str:
+    """SHA-256 of a photo's bytes; of its path, where it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return hashlib.sha256(str(path).encode()).hexdigest()
+
+
+def encoder_digest(encoder: Encoder) -> str:
+    """Of all that an embedding depends on beside the photo and the view.
+
+    The weights with their types, the layers, the preprocessing, the kind of device, and the versions of what computes.
+    """
+    digest = hashlib.sha256()
+    for name, value in encoder.module.state_dict().items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    how = {**asdict(encoder.preprocessing), "device": encoder.device.type, "module": str(encoder.module)}
+    how |= {"pixels": PIXELS_VERSION, "torch": torch.__version__, "timm": timm.__version__, "pillow": PIL.__version__}
+    if type(encoder.module).__module__.startswith("open_clip"):
+        how["open_clip"] = version("open_clip_torch")
+    digest.update(json.dumps(how, sort_keys=True).encode())
+    return digest.hexdigest()[:32]

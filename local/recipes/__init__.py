@@ -1,0 +1,1 @@
+"""How to train: one TOML file per recipe, and what its settings mean."""

@@ -1,0 +1,232 @@
+"""Fitting the metadata prior: back-off up the taxonomy, weights by past years, and the kernel's own application.
+
+python -m pytest tests/local/banks/test_metadata_prior.py
+"""
+
+import numpy as np
+import pytest
+import torch
+
+from kernel.metadata_prior import read_prior
+from kernel.observations import Observation
+from local.banks.metadata_prior import (
+    CONCENTRATIONS,
+    FEATURES,
+    RECENCY,
+    SHOTS,
+    PriorEstimator,
+    conditional_logit,
+    elevation_kernel,
+    folds,
+    log_ratios,
+    place_kernel,
+    season_kernel,
+    taxon_rings,
+    write_prior,
+)
+from local.base.metrics import score
+from local.data.competition import Labelled, labelled, lineages, read_competition, sort_ids
+from tests.conftest import ROOT
+
+REAL = ROOT / "data" / "fungi-clef-2025"  # as downloaded; the photos are not needed
+HABITATS = ("meadow", "bog", "dune", "oak wood")
+
+
+def grown(shots: int = 4, informative: bool = True, seed: int = 0) -> tuple[Labelled, list[str], dict]:
+    """Twenty classes in ten genera; a genus keeps to a habitat, and the substrate says nothing."""
+    rng = np.random.default_rng(seed)
+    classes = [str(number) for number in range(20)]
+    observations, class_ids = [], []
+    for class_id in classes:
+        for _ in range(shots):
+            home = HABITATS[int(class_id) // 2 % 4] if informative else rng.choice(HABITATS)
+            said = {
+                "year": f"{rng.integers(2016, 2022)}.0",
+                "habitat": str(home if rng.random() < 0.9 else rng.choice(HABITATS)),
+                "substrate": str(rng.choice(("soil", "wood"))),
+            }
+            observations.append(Observation(str(len(observations)), (), said))
+            class_ids.append(class_id)
+    ancestry = {class_id: ("order", "family", f"genus {int(class_id) // 2}") for class_id in classes}
+    return Labelled(observations, np.array(class_ids, dtype=object)), classes, ancestry
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[PriorEstimator, Labelled]:
+    reference, classes, ancestry = grown()
+    return PriorEstimator().fit(reference, classes, ancestry), reference
+
+
+def test_the_kernel_gives_after_writing_and_reading_what_the_fit_gives(fitted, tmp_path):
+    estimator, reference = fitted
+    write_prior(estimator.prior_, tmp_path / "prior.safetensors")
+    read = read_prior(tmp_path / "prior.safetensors")
+    expected = estimator.prior_.log_probabilities(reference.observations)
+    assert expected.shape == (80, 20)
+    assert torch.equal(read.log_probabilities(reference.observations), expected)
+    assert torch.equal(read.classes, estimator.prior_.classes)
+    write_prior(read, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "prior.safetensors").read_bytes()
+
+
+def test_a_feature_that_tells_gets_a_weight_and_one_that_does_not_gets_next_to_none():
+    reference, classes, ancestry = grown(shots=12)
+    estimator = PriorEstimator().fit(reference, classes, ancestry)
+    weights = estimator.weights_
+    assert set(weights) == {*FEATURES, RECENCY, SHOTS}
+    assert weights["habitat"] > 0.7
+    assert weights["substrate"] < 0.2
+    assert set(estimator.prior_.tables) <= {"habitat", "substrate"}
+
+
+def test_a_habitat_raises_the_classes_that_live_there(fitted):
+    query = Observation("new", (), {"habitat": "BOG"})
+    likeliest = fitted[0].prior_.log_likelihoods([query])[0].topk(4).indices.tolist()
+    assert {HABITATS[index // 2 % 4] for index in likeliest} == {"bog"}
+
+
+def test_without_metadata_the_prior_is_off_and_the_classes_go_by_their_shots():
+    reference, classes, ancestry = grown()
+    bare = Labelled([Observation(observation.id, ()) for observation in reference.observations], reference.class_ids)
+    bare = bare.subset(np.arange(80) > 1)  # class 0 has 2 observations, the others 4
+    prior = PriorEstimator().fit(bare, classes, ancestry).prior_
+    assert not prior.tables
+    assert prior.log_probabilities(reference.observations) is None
+    assert torch.allclose(prior.classes.exp(), torch.tensor([2.0] + [4.0] * 19) / 78)
+
+
+def test_a_class_that_came_lately_is_likelier_than_one_that_did_not():
+    reference, classes, ancestry = grown(informative=False)
+    late = [
+        Observation(one.id, (), one.metadata | {"year": "2021" if int(class_id) % 2 else "2010"})
+        for one, class_id in zip(reference.observations, reference.class_ids, strict=True)
+    ]
+    estimator = PriorEstimator()
+    tables = estimator._terms(Labelled(late, reference.class_ids), classes, ancestry)[1]
+    assert tables[RECENCY][0, 1::2].min() > 0 > tables[RECENCY][0, ::2].max()
+
+
+def test_a_class_without_an_observation_of_its_own_has_a_finite_chance():
+    reference, classes, ancestry = grown()
+    seen = reference.subset(reference.class_ids != "3")
+    found = PriorEstimator().fit(seen, classes, ancestry).prior_.log_probabilities(reference.observations)
+    assert found.isfinite().all()
+    in_genus, elsewhere = found[reference.class_ids == "2"][:, 3].mean(), found[reference.class_ids == "4"][:, 3].mean()
+    assert in_genus > elsewhere  # it borrows its sister species' habitat
+
+
+def test_every_observation_is_in_exactly_one_ring():
+    ancestry = [("o", "f", "g"), ("o", "f", "g"), ("o", "f", "h"), ("p", "q", "r")]
+    rings = taxon_rings(np.array([0, 0, 1, 2, 3]), ancestry, np.ones((5, 1)))
+    assert np.stack(rings)[:, :, 0].T.tolist() == [[0, 1, 1, 2], [0, 1, 2, 1], [0, 3, 0, 1], [0, 0, 0, 1]]
+
+
+def relatives_of(ancestry) -> list[list[set[int]]]:
+    """Of each ring, the class itself left out, the relatives of every class."""
+    classes = np.arange(len(ancestry))
+    rings = taxon_rings(classes, ancestry, np.eye(len(ancestry)))
+    return [[set(np.flatnonzero(row > 0.5).tolist()) for row in ring] for ring in rings[:-1]]
+
+
+def test_classes_without_a_named_taxon_are_no_relatives_of_each_other():
+    assert relatives_of([("", "", ""), ("", "", ""), ("o", "", ""), ("o", "", "g")]) == [
+        [set(), set(), {3}, {2}],
+        [set(), set(), set(), set()],
+        [set(), set(), set(), set()],
+    ]
+
+
+def test_a_genus_makes_relatives_of_classes_whose_family_is_blank_and_a_blank_family_makes_none():
+    ancestry = [("o", "f", "g"), ("o", "", "g"), ("o", "f", "h"), ("", "", "k"), ("", "", "k"), ("", "", "l")]
+    assert relatives_of(ancestry) == [
+        [set(), {2}, {1}, set(), set(), set()],
+        [{2}, set(), {0}, set(), set(), set()],
+        [{1}, {0}, set(), {4}, {3}, set()],
+    ]
+
+
+def test_blanks_in_an_order_or_family_hide_no_relative_of_a_genus():
+    assert relatives_of([("o", "f", "g"), ("", "f", "g"), ("o", "f", "")]) == [
+        [set(), set(), set()],
+        [{2}, {2}, {0, 1}],
+        [{1}, {0}, set()],
+    ]
+
+
+def test_rings_are_what_counting_pair_by_pair_gives():
+    rng = np.random.default_rng(0)
+    ancestry = [tuple(rng.choice(["", "a", "b", "c"], 3)) for _ in range(40)]
+
+    def closest(one, other):
+        return max((rank for rank in range(3) if one[rank] == other[rank] != ""), default=None)
+
+    for rank, ring in enumerate(relatives_of(ancestry)):
+        for index, line in enumerate(ancestry):
+            others = [place for place in range(40) if place != index and closest(line, ancestry[place]) == rank]
+            assert ring[index] == set(others)
+
+
+def test_a_ratio_backs_off_to_the_nearest_relatives():
+    ancestry = [("o", "f", "g"), ("o", "f", "g"), ("o", "f", "h"), ("p", "q", "r")]
+    mass = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    ratios = log_ratios(np.array([1, 2, 3]), ancestry, mass, CONCENTRATIONS)[:, 0]
+    assert ratios[1] > ratios[0] > 0 > ratios[2]  # itself, a genus like it, a genus apart
+
+
+def test_the_year_is_a_circle_and_heights_and_places_fade():
+    season = season_kernel([str(number) for number in range(36)])
+    assert season[0, 35] == pytest.approx(season[0, 1])
+    assert season[0, 18] < 0.02
+    elevation = elevation_kernel(["0", "1", "8"])
+    assert 1 > elevation[0, 1] > elevation[0, 2]
+    place = place_kernel(["1119,133", "1119,134", "760,133"])
+    assert np.allclose(np.diag(place), 1)
+    assert place[0, 1] > 0.2 > 1e-4 > place[0, 2] > 0
+
+
+def test_folds_ask_each_of_the_last_years_with_what_came_before():
+    years = np.array([2018, 2019, 2019, 2020, 2021, np.nan])
+    assert [(past.nonzero()[0].tolist(), asked.nonzero()[0].tolist()) for past, asked in folds(years, 2)] == [
+        ([0, 1, 2], [3]),
+        ([0, 1, 2, 3], [4]),
+    ]
+
+
+def test_where_years_are_unknown_the_folds_share_out_the_observations():
+    for years in (np.full(23, np.nan), np.full(23, 2021.0)):
+        asked = [fold[1] for fold in folds(years, 5)]
+        assert np.sum(asked, axis=0).tolist() == [1] * 23
+        assert all((past ^ asked).all() for past, asked in folds(years, 5))
+
+
+def test_the_conditional_logit_finds_the_weights_that_made_the_answers():
+    rng = np.random.default_rng(0)
+    design = rng.normal(size=(3, 4000, 10))
+    scores = np.tensordot([1.0, 0.5, 0.0], design, 1) + rng.gumbel(size=(4000, 10))
+    found = conditional_logit(
+        [(design[:, :2000], scores[:2000].argmax(1)), (design[:, 2000:], scores[2000:].argmax(1))], 3
+    )
+    assert np.allclose(found, [1.0, 0.5, 0.0], atol=0.07)
+
+
+def test_the_drawn_competition_carries_its_metadata_and_taxonomy(drawn):
+    competition = read_competition(drawn.competition)
+    train, ancestry = labelled(competition, "train"), lineages(competition)
+    assert all(observation.metadata["habitat"] for observation in train.observations)
+    assert set(ancestry) >= set(train.class_ids)
+    assert all(len(line) == 5 and all(line) for line in ancestry.values())
+    classes = sort_ids(train.class_ids)
+    found = PriorEstimator().fit(train, classes, ancestry).prior_.log_probabilities(train.observations)
+    assert torch.allclose(found.exp().sum(1), torch.ones(len(train)), atol=1e-5)
+
+
+@pytest.mark.skipif(not (REAL / "metadata").is_dir(), reason=f"needs FungiCLEF's own tables in {REAL}")
+def test_on_fungiclef_train_predicts_val_better_than_naive_bayes():
+    competition = read_competition(REAL)
+    train, val = labelled(competition, "train"), labelled(competition, "val")
+    classes = sort_ids(train.class_ids)
+    prior = PriorEstimator().fit(train, classes, lineages(competition)).prior_
+    order = prior.log_probabilities(val.observations).sort(dim=1, descending=True, stable=True).indices[:, :10]
+    scores = score(val.class_ids, [[classes[index] for index in row] for row in order.tolist()])
+    found = [scores[f"recall_at_{count}"] for count in (1, 5, 10)]
+    assert all(new > old for new, old in zip(found, (0.071, 0.182, 0.257), strict=True)), found

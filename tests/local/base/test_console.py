@@ -1,0 +1,165 @@
+"""What every command does at its border: its flags, its output, its messages.
+
+python -m pytest tests/local/base/test_console.py
+"""
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from kernel.inputs import InputError, shorten
+from local.base.console import CLOSED, counted, run, say
+from tests.conftest import ROOT, command
+
+COMMANDS = [
+    "bundle",
+    "kernel.__main__",
+    *(f"local.{path.stem}" for path in sorted((ROOT / "local").glob("*.py")) if "run(main)" in path.read_text("utf-8")),
+]
+
+
+class Parsed(Exception):
+    """Ends a command once its flags are known."""
+
+
+def parsers_of(name: str, monkeypatch) -> list[argparse.ArgumentParser]:
+    """The parser of a command, and those of its subcommands."""
+
+    def stop(parser: argparse.ArgumentParser, *_: object) -> None:
+        raise Parsed(parser)
+
+    module = importlib.import_module(name)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(Parsed) as stopped:
+        (module.main if hasattr(module, "main") else module.parse_options)()
+    parser = stopped.value.args[0]
+    subparsers = [action.choices.values() for action in parser._actions if isinstance(action.choices, dict)]
+    return [parser, *(one for choices in subparsers for one in choices)]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_flag_of_a_command_can_be_abbreviated(name, monkeypatch):
+    for parser in parsers_of(name, monkeypatch):
+        assert not parser.allow_abbrev, parser.prog
+
+
+def test_all_commands_are_looked_at():
+    assert {"bundle", "kernel.__main__", "local.publish", "local.benchmark"} <= set(COMMANDS)
+    assert len(COMMANDS) >= 11
+
+
+def test_an_abbreviated_submit_is_a_mistake_and_submits_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["publish.py", "--sub"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("local.publish").main()
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --sub" in capsys.readouterr().err
+
+
+def test_a_console_that_lacks_a_character_shows_its_escape(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    run(lambda: say("±0.065 … Tromsø \udcff"))
+    assert stream.buffer.getvalue() == b"\\xb10.065 \\u2026 Troms\\xf8 \\udcff\n"
+
+
+def test_the_kernel_too_goes_on_where_a_console_lacks_a_character(tmp_path):
+    (tmp_path / "Pilzblüte").mkdir()
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = command("-m", "kernel", "--input", tmp_path, "--working", tmp_path / "out", env=environment)
+    assert result.returncode == 2, result.stderr
+    assert "Pilzbl\\xfcte" in result.stdout
+    assert result.stderr.startswith("error: no weights under")
+
+
+@contextmanager
+def closed_output(monkeypatch) -> Iterator[None]:
+    """An output whose reader has gone, as `head` goes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        yield
+
+
+def test_a_reader_that_goes_ends_a_command_without_a_word(monkeypatch, capfd):
+    worked = []
+
+    def main() -> None:
+        say("the first line")
+        worked.append("after it")
+
+    with closed_output(monkeypatch), pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == CLOSED
+    assert not worked
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_left_in_the_buffer_is_lost_without_a_word_too(monkeypatch, capfd):
+    with closed_output(monkeypatch):
+        run(lambda: print("a line that waits in the buffer"))
+    assert capfd.readouterr().err == ""
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_defect_and_is_seen():
+    def main() -> None:
+        raise BrokenPipeError("a worker's pipe")
+
+    with pytest.raises(BrokenPipeError, match="a worker's pipe"):
+        run(main)
+
+
+@pytest.mark.parametrize(
+    ("words", "width", "short"),
+    [
+        ("one two three", 13, "one two three"),
+        ("one two three", 12, "one two …"),
+        ("one two three", 9, "one two …"),
+        ("one two three", 8, "one …"),
+        (" one\n  two\tthree ", 20, "one two three"),
+        ("unabbreviated", 5, "unabbreviated …"),
+        ("/a/path/that/must/stay whole", 10, "/a/path/that/must/stay …"),
+        (InputError("one two three"), 9, "one two …"),
+        (ValueError(), 9, "ValueError"),
+        ("", 9, ""),
+        (["a", "b"], 20, "['a', 'b']"),
+    ],
+)
+def test_a_line_that_is_too_long_ends_after_a_whole_word(words, width, short):
+    assert shorten(words, width) == short
+
+
+def test_no_message_is_cut_anywhere_else():
+    for path in [*Path(ROOT, "kernel").rglob("*.py"), *Path(ROOT, "local").rglob("*.py"), ROOT / "bundle.py"]:
+        assert ".split())[:" not in path.read_text(encoding="utf-8"), path
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "says"),
+    [
+        (0, "photo", "0 photos"),
+        (1, "photo", "1 photo"),
+        (2, "photo", "2 photos"),
+        (1, "class", "1 class"),
+        (3, "class", "3 classes"),
+        (2, "process", "2 processes"),
+        (5, "epoch", "5 epochs"),
+        (2, "batch", "2 batches"),
+        (12015, "observation", "12,015 observations"),
+    ],
+)
+def test_a_count_has_its_noun_in_the_right_number(count, noun, says):
+    assert counted(count, noun) == says
+
+
+def test_a_plural_that_no_rule_gives_is_given():
+    assert counted(1, "query", "queries") == "1 query"
+    assert counted(2, "query", "queries") == "2 queries"

@@ -1,0 +1,242 @@
+"""Scores are what they are called, and their intervals are honest.
+
+python -m pytest tests/local/base/test_metrics.py
+"""
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from local.base.metrics import (
+    FEWEST,
+    class_f1,
+    describe,
+    gained,
+    held_out_scores,
+    hit_matrix,
+    interval,
+    macro_f1,
+    macro_f1_gain,
+    paired_gain,
+    score,
+)
+
+
+def ranked(first: list[str], classes: list[str]) -> list[list[str]]:
+    """Guesses that begin with the given classes and go on with all others."""
+    return [[name, *(other for other in classes if other != name)] for name in first]
+
+
+def long_tail(seed: int, count: int = 400) -> tuple[list[str], list[list[str]]]:
+    """Few common and many rare classes, of which two thirds are guessed right."""
+    rng = np.random.default_rng(seed)
+    classes = [str(number) for number in range(120)]
+    weights = 1 / np.arange(1, 121) ** 1.2
+    truth = rng.choice(classes, count, p=weights / weights.sum())
+    first = np.where(rng.random(count) < 0.66, truth, rng.choice(classes, count))
+    return truth.tolist(), ranked(first.tolist(), classes)
+
+
+def test_a_recall_is_the_share_of_observations_whose_class_is_among_the_first_guesses() -> None:
+    order = [str(number) for number in range(12)]
+    truth = ["0", "1", "4", "5", "9", "10", "11", "never"]
+    scores = score(truth, [order] * len(truth))
+    assert scores["recall_at_1"] == 1 / 8
+    assert scores["recall_at_5"] == 3 / 8
+    assert scores["recall_at_10"] == 5 / 8
+
+
+def test_hits_are_told_for_each_observation() -> None:
+    guesses = [["a", "b", "c", "d", "e", "f"], ["f", "e", "d", "c", "b", "a"], ["b"], ["a"]]
+    assert hit_matrix(["a", "a", "a", "a"], guesses).tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 1]]
+    assert hit_matrix([], []).shape == (0, 3)
+
+
+def test_an_observation_too_many_is_no_score() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        score(["a", "b"], [["a"]])
+
+
+def test_a_class_id_is_never_found_within_another() -> None:
+    assert score(["1"], [["10", "11", "21"]])["recall_at_10"] == 0
+
+
+def test_macro_f1_of_a_case_worked_out_by_hand() -> None:
+    # a: precision 1/2, recall 1, F1 2/3; b: precision 1, recall 1/2, F1 2/3; c is guessed and never true: 0.
+    scores = score(["a", "b", "b"], [["a"], ["b"], ["a"]])
+    assert scores["macro_f1"] == pytest.approx(2 / 3)
+    scores = score(["a", "b", "b"], [["a"], ["b"], ["c"]])
+    assert scores["macro_f1"] == pytest.approx((1 + 2 / 3 + 0) / 3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_macro_f1_equals_that_of_scikit_learn(seed: int) -> None:
+    truth, guesses = long_tail(seed)
+    expected = f1_score(truth, [row[0] for row in guesses], average="macro", zero_division=0)
+    assert score(truth, guesses)["macro_f1"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_weighted_scores_are_weighted_means_and_the_f1_of_weighted_counts() -> None:
+    truth, guesses = long_tail(0)
+    weights = np.random.default_rng(1).choice([0.0, 0.5, 3.0], len(truth))
+    scores = score(truth, guesses, weights=weights)
+    for index, count in enumerate((1, 5, 10)):
+        hits = hit_matrix(truth, guesses)[:, index]
+        assert scores[f"recall_at_{count}"] == pytest.approx((weights * hits).sum() / weights.sum())
+        assert scores[f"recall_at_{count}_low"] <= scores[f"recall_at_{count}"] <= scores[f"recall_at_{count}_high"]
+    met, firsts = weights > 0, np.array([row[0] for row in guesses])
+    expected = f1_score(np.array(truth)[met], firsts[met], average="macro", sample_weight=weights[met], zero_division=0)
+    assert scores["macro_f1"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_equal_weights_change_no_score_and_no_interval() -> None:
+    truth, guesses = long_tail(0)
+    assert score(truth, guesses, weights=np.full(len(truth), 2.0)) == pytest.approx(score(truth, guesses))
+
+
+def test_a_whole_number_as_weight_is_the_observation_so_many_times() -> None:
+    truth, guesses = long_tail(0, 60)
+    times = np.random.default_rng(0).integers(0, 4, 60)
+    again = [place for place, count in enumerate(times) for _ in range(count)]
+    scores = score(truth, guesses, weights=times.astype(float))
+    repeated = score([truth[place] for place in again], [guesses[place] for place in again])
+    for name in ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1"):
+        assert scores[name] == pytest.approx(repeated[name])
+
+
+def test_the_interval_of_a_weighted_mean_has_the_width_that_its_weights_allow() -> None:
+    rng = np.random.default_rng(0)
+    sample, weights = (rng.random(500) < 0.4).astype(float), np.repeat([1.0, 9.0], [450, 50])
+    low, high = interval(sample, weights=weights)
+    mean = np.average(sample, weights=weights)
+    error = np.sqrt((weights**2 * (sample - mean) ** 2).sum()) / weights.sum()  # linearisation of the ratio
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    assert high - low > 1.3 * np.subtract(*interval(sample)[::-1])
+
+
+@pytest.mark.parametrize("is_macro", [False, True])
+def test_a_run_keeps_the_weighted_scores_first_and_the_unweighted_ones_under_their_own_names(is_macro: bool) -> None:
+    truth, guesses = long_tail(0)
+    weights = np.random.default_rng(1).random(len(truth))
+    scores, plain = held_out_scores(truth, guesses, weights, is_macro), score(truth, guesses)
+    assert {name: scores[f"unweighted_{name}"] for name in plain} == plain
+    weighted = score(truth, guesses, weights=weights)
+    for name, value in weighted.items():
+        # Macro-F1 gives every class the same part by itself.
+        assert scores[name] == (plain[name] if is_macro and name.startswith("macro_f1") else value)
+    assert scores["recall_at_1"] != plain["recall_at_1"]
+    assert "Recall@1 " + format(plain["recall_at_1"], ".3f") in describe(scores, prefix="unweighted_")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_there_is_one_macro_f1_and_a_class_that_is_only_guessed_counts_in_it(seed: int) -> None:
+    truth, guesses = long_tail(seed)
+    firsts = [row[0] for row in guesses]
+    assert set(firsts) - set(truth)
+    expected = f1_score(truth, firsts, average="macro", zero_division=0)
+    assert macro_f1(truth, firsts) == pytest.approx(expected, abs=1e-12)
+    assert len(class_f1(truth, firsts)) == len(set(truth) | set(firsts))
+    assert macro_f1(np.array(truth, dtype=object), np.array(firsts)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_gain_in_macro_f1_is_the_difference_of_the_two_scores() -> None:
+    truth, guesses = long_tail(0)
+    new = [row[0] for row in guesses]
+    old = [row[0] for row in long_tail(1)[1]]
+    found = macro_f1_gain(truth, new, old)
+    assert found["value"] == pytest.approx(macro_f1(truth, new) - macro_f1(truth, old), abs=1e-12)
+    assert found["low"] < found["value"] < found["high"]
+    assert macro_f1_gain(truth, new, new) == {"value": 0, "low": 0, "high": 0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_on_a_long_tail_every_interval_contains_its_score(seed: int) -> None:
+    scores = score(*long_tail(seed))
+    for name in ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1"):
+        assert scores[f"{name}_low"] < scores[name] < scores[f"{name}_high"]
+
+
+def test_macro_f1_over_classes_of_one_observation_lies_within_its_interval() -> None:
+    # Resampled observations would lose a third of such classes, and the interval with them.
+    classes = [str(number) for number in range(200)]
+    first = [name if number % 5 else "wrong" for number, name in enumerate(classes)]
+    scores = score(classes, [[name] for name in first])
+    assert scores["macro_f1"] == pytest.approx(160 / 201)
+    assert scores["macro_f1_low"] < 160 / 201 < scores["macro_f1_high"]
+    assert scores["macro_f1_high"] - scores["macro_f1_low"] < 0.15
+
+
+def test_an_interval_has_the_width_that_the_normal_law_gives_and_shrinks_as_its_sample_grows() -> None:
+    small = np.repeat([0.0, 1.0], [30, 70])
+    for sample in (small, np.tile(small, 4), np.tile(small, 16)):
+        low, high = interval(sample)
+        expected = 2 * 1.96 * sample.std() / np.sqrt(len(sample))
+        assert low < 0.7 < high
+        assert high - low == pytest.approx(expected, rel=0.1)
+
+
+def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(40):
+        low, high = interval((rng.random(100) < 0.4).astype(float))
+        covered += low <= 0.4 <= high
+    assert 34 <= covered <= 40  # 38 are expected; by chance it is under 34 once in fifty
+
+
+def test_where_all_agree_the_interval_is_a_point() -> None:
+    assert interval(np.ones(9)) == (1.0, 1.0)
+    assert interval(np.zeros(9)) == (0.0, 0.0)
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
+    sample = np.random.default_rng(1).random(50)
+    assert interval(sample, 3) == interval(sample, 3)
+    assert interval(sample, 3) != interval(sample, 4)
+
+
+def test_a_gain_is_the_mean_difference_with_its_paired_standard_error() -> None:
+    gain, error = paired_gain(np.array([1, 1, 0, 1]), np.array([0, 1, 0, 0]))
+    assert gain == 0.5
+    assert error == pytest.approx(np.sqrt(1 / 3) / 2)
+    assert paired_gain(np.array([0, 1, 0, 0]), np.array([1, 1, 0, 1]))[0] == -0.5
+    assert paired_gain(np.array([True, False, True]), np.array([True, False, True])) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("count", range(FEWEST))
+def test_too_few_observations_are_no_evidence_of_a_gain_even_where_all_agree(count: int) -> None:
+    found = gained(np.ones(count), np.zeros(count))
+    assert not found["low"] > 0
+    assert not np.isnan(list(found.values())).any()
+    if count < 2:
+        gain, error = paired_gain(np.ones(count), np.zeros(count))
+        assert not gain > error
+
+
+def test_enough_observations_that_all_agree_are_evidence() -> None:
+    assert gained(np.ones(FEWEST), np.zeros(FEWEST)) == {"value": 1, "low": 1, "high": 1}
+
+
+def test_pairing_makes_a_small_steady_gain_certain() -> None:
+    old = np.random.default_rng(0).random(100)
+    gain, error = paired_gain(old + 0.01, old)
+    assert gain == pytest.approx(0.01)
+    assert error < 1e-6
+
+
+def test_the_line_on_the_console_names_each_score_with_its_bounds() -> None:
+    names = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
+    scores = {f"{name}{end}": 0.1 * place for place, name in enumerate(names, 1) for end in ("", "_low", "_high")}
+    line = describe(scores | {"recall_at_5_low": 0.15, "recall_at_5_high": 0.25})
+    assert line.count("\n") == 0
+    assert "Recall@5 0.200 [0.150, 0.250]" in line
+    assert "macro-F1 0.400 [0.400, 0.400]" in line
+
+
+@pytest.mark.parametrize(
+    ("guesses", "told"),
+    [(1, ["Recall@1", "macro-F1"]), (5, ["Recall@1", "Recall@5", "macro-F1"])],
+)
+def test_the_line_tells_no_recall_at_more_guesses_than_were_made(guesses: int, told: list[str]) -> None:
+    scores = score(["a", "b"], [["a"] * guesses] * 2)
+    assert [word for word in describe(scores, guesses).split() if word[0] in "Rm"] == told

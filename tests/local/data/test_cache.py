@@ -1,0 +1,158 @@
+"""Every photo is embedded once, whatever happens to the process."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+
+from kernel.embeddings import embed_observations
+from kernel.observations import Observation
+from local.banks.estimators import pool
+from local.data import cache as module
+from local.data.cache import EmbeddingCache
+from tests.conftest import ROOT, photo
+
+VIEWS = ("plain", "hflip")
+
+
+@pytest.fixture
+def observations(tmp_path):
+    paths = [photo(tmp_path / "photos" / f"{number}.jpg", number) for number in range(7)]
+    return [Observation("a", tuple(paths[:3])), Observation("b", tuple(paths[3:]))]
+
+
+@pytest.fixture
+def passes(encoder, monkeypatch):
+    """Counts the photos that the encoder embeds."""
+    counted, embed = [], type(encoder).embed
+    monkeypatch.setattr(
+        type(encoder), "embed", lambda self, photos, views: counted.append(len(photos)) or embed(self, photos, views)
+    )
+    return counted
+
+
+def test_it_embeds_as_the_kernel_does(encoder, observations, tmp_path):
+    photos = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    kernel = embed_observations(encoder, observations, VIEWS).values.numpy()
+    assert np.allclose(pool(photos.values, photos.observations, 2), kernel, atol=1e-3)
+
+
+def test_a_photo_is_embedded_once_also_under_another_name(encoder, observations, passes, tmp_path):
+    first = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert sum(passes) == 7
+    moved = tmp_path / "moved.jpg"
+    shutil.copy(observations[0].photos[0], moved)
+    again = EmbeddingCache(tmp_path / "cache", encoder).embed([Observation("c", (moved,)), *observations], VIEWS)
+    assert sum(passes) == 7
+    assert np.array_equal(again.values[1:], first.values)
+    assert np.array_equal(again.values[0], first.values[0])
+
+
+def test_other_views_weights_or_preprocessing_are_other_embeddings(encoder, observations, passes, tmp_path):
+    import copy
+    import dataclasses
+
+    EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    EmbeddingCache(tmp_path / "cache", encoder).embed(observations, ("plain", "rotate90"))
+    assert sum(passes) == 14
+    squashed = copy.copy(encoder)
+    squashed.preprocessing = dataclasses.replace(encoder.preprocessing, fit="squash")
+    EmbeddingCache(tmp_path / "cache", squashed).embed(observations, VIEWS)
+    assert sum(passes) == 21
+    tuned = copy.copy(encoder)
+    tuned.module = copy.deepcopy(encoder.module)
+    next(tuned.module.parameters()).add_(0.01)
+    EmbeddingCache(tmp_path / "cache", tuned).embed(observations, VIEWS)
+    assert sum(passes) == 28
+
+
+@pytest.mark.parametrize("what", ["torch.__version__", "timm.__version__", "PIL.__version__"])
+def test_another_version_of_what_computes_is_another_cache(encoder, observations, passes, monkeypatch, tmp_path, what):
+    EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert sum(passes) == 7
+    monkeypatch.setattr(what, "0.0.1")
+    EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert sum(passes) == 14
+
+
+def test_another_version_of_the_pixels_is_another_cache_and_other_source_text_is_not(encoder, monkeypatch):
+    digest = module.encoder_digest(encoder)
+    monkeypatch.setattr("inspect.getsource", lambda _: "with a comment")
+    assert module.encoder_digest(encoder) == digest
+    monkeypatch.setattr(module, "PIXELS_VERSION", module.PIXELS_VERSION + 1)
+    assert module.encoder_digest(encoder) != digest
+
+
+def test_an_unreadable_photo_costs_only_itself(encoder, observations, tmp_path):
+    observations[0].photos[1].write_bytes(b"no photo")
+    missing = Observation("c", (tmp_path / "missing.jpg",))
+    photos = EmbeddingCache(tmp_path / "cache", encoder).embed([*observations, missing], VIEWS)
+    assert photos.observations.tolist() == [0, 0, 1, 1, 1, 1]
+    assert photos.failures == {"UnidentifiedImageError": 1, "FileNotFoundError": 1}
+
+
+def test_every_unreadable_photo_is_named_with_its_own_cause(encoder, observations, tmp_path):
+    first, second, third = observations[0].photos
+    first.write_bytes(b"no photo")
+    second.unlink()
+    third.write_bytes(b"nor is this")
+    photos = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert photos.unreadable == [
+        (first, "UnidentifiedImageError"),
+        (second, "FileNotFoundError"),
+        (third, "UnidentifiedImageError"),
+    ]
+    assert photos.failures == {"UnidentifiedImageError": 2, "FileNotFoundError": 1}
+
+
+def test_a_damaged_part_is_embedded_again(encoder, observations, passes, tmp_path):
+    first = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    part = next((tmp_path / "cache").rglob("plain/*.safetensors"))
+    part.write_bytes(part.read_bytes()[:100])
+    again = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert np.array_equal(first.values, again.values)
+    assert sum(passes) == 14
+
+
+SCRIPT = textwrap.dedent("""
+    import sys, torch, timm
+    from pathlib import Path
+    from kernel.encoders import Encoder, Preprocessing
+    from kernel.observations import Observation
+    from local.data import cache
+    torch.manual_seed(0)
+    module = timm.create_model("test_resnet", num_classes=0).eval().requires_grad_(False)
+    how = Preprocessing(64, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, "crop")
+    encoder = Encoder(module, how, module.num_features, [torch.device("cpu")])
+    cache.PART = 5
+    photos = [Observation(path.name, (path,)) for path in sorted(Path(sys.argv[1]).iterdir())]
+    print("begins", flush=True)
+    cache.EmbeddingCache(Path(sys.argv[2]), encoder).embed(photos, ("plain", "hflip"))
+""")
+
+
+def test_a_killed_process_loses_only_its_part_and_two_at_once_agree(encoder, passes, tmp_path):
+    paths = [photo(tmp_path / "photos" / f"{number:03}.jpg", number) for number in range(200)]
+    start = [sys.executable, "-c", SCRIPT, str(tmp_path / "photos"), str(tmp_path / "cache")]
+    killed = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE)
+    while not list((tmp_path / "cache").rglob("*.safetensors")) and killed.poll() is None:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    done = len(list((tmp_path / "cache").rglob("hflip/*.safetensors"))) * 5
+    assert done < 200
+    both = [subprocess.Popen(start, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    photos = EmbeddingCache(tmp_path / "cache", encoder).embed([Observation("all", tuple(paths))], VIEWS)
+    assert sum(passes) == 0
+    fresh = EmbeddingCache(tmp_path / "fresh", encoder).embed([Observation("all", tuple(paths))], VIEWS)
+    assert np.allclose(photos.values, fresh.values, atol=2e-3)
+    assert module.PART > 5
+    assert os.listdir(tmp_path / "cache")

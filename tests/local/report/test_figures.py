@@ -1,0 +1,386 @@
+"""A report says what the held-out answers say, and nothing that is not in metrics.json.
+
+python -m pytest tests/local/report/test_figures.py
+"""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from kernel.inputs import InputError
+from kernel.observations import LAYOUTS
+from local.base.metrics import GUESSES
+from local.data.competition import read_competition
+from local.evaluate import report
+from local.recipes.recipe import make_recipe
+from local.report import page
+from local.report.advice import together
+from local.report.closeup import Closeup
+from local.report.evidence import Rank, names_of, read_evidence
+from local.report.figures import (
+    against,
+    chance,
+    deadly,
+    draws,
+    find_species,
+    hierarchical,
+    leaderboard,
+    pairs,
+    resampled_f1,
+    weighted_f1,
+)
+from local.report.trust import best_temperature, calibration, risk_coverage
+from local.training.run import train_run
+from tests.conftest import TINY, command, photo
+from tests.layouts import fungitastic, herbarium
+
+
+@pytest.fixture(scope="module")
+def run(trained, tmp_path_factory) -> Path:
+    """A copy of the trained run, whose val judged it, to write into."""
+    return Path(shutil.copytree(trained, tmp_path_factory.mktemp("reported") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def folded(drawn, tmp_path_factory) -> Path:
+    """A run whose bank is made of train and val, so that its queries were held out in folds."""
+    out = tmp_path_factory.mktemp("folded") / "folded"
+    train_run(make_recipe({**TINY, "epochs": 0, "reference": "train+val"}, "the tests"), drawn.competition, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def evidence(run, drawn):
+    return read_evidence(run, drawn.competition)
+
+
+@pytest.fixture(scope="module")
+def from_folds(folded, drawn):
+    return read_evidence(folded, drawn.competition)
+
+
+@pytest.fixture(scope="module")
+def written(run, folded, drawn, evidence) -> tuple[dict, str]:
+    """metrics.json and report.html of a run with everything that can be asked for."""
+    html = report(run, drawn.competition, [folded], [evidence.names[0]])
+    return json.loads((run / "metrics.json").read_text()), html.read_text(encoding="utf-8")
+
+
+def test_the_headline_is_the_score_that_training_found(written):
+    metrics, _ = written
+    found = metrics["evaluation"]["headline"]
+    for count in GUESSES:
+        assert found[f"recall_at_{count}"]["value"] == pytest.approx(metrics["validation"][f"recall_at_{count}"])
+    assert found["macro_f1"]["low"] <= found["macro_f1"]["value"] <= found["macro_f1"]["high"]
+
+
+def test_the_unweighted_scores_stand_beside_the_weighted_ones(written):
+    metrics, html = written
+    found, validation = metrics["evaluation"]["unweighted"], metrics["validation"]
+    for count in GUESSES:
+        assert found[f"recall_at_{count}"]["value"] == pytest.approx(validation[f"unweighted_recall_at_{count}"])
+    assert any(validation[f"unweighted_recall_at_{count}"] != validation[f"recall_at_{count}"] for count in GUESSES)
+    assert "Unweighted they are" in html
+
+
+def test_what_training_left_in_the_metrics_stays_there(written, trained):
+    by_training = json.loads((trained / "metrics.json").read_text())
+    assert by_training.items() <= written[0].items()
+
+
+def test_the_page_is_made_of_the_metrics_alone(written, drawn):
+    metrics, html = written
+    assert page.render(metrics["evaluation"], drawn.competition) == html
+
+
+def test_a_second_report_is_the_same_and_leaves_nothing_half_written(written, run, folded, drawn, evidence):
+    report(run, drawn.competition, [folded], [evidence.names[0]])
+    assert json.loads((run / "metrics.json").read_text()) == written[0]
+    assert not list(run.glob(".*.partial"))
+
+
+def test_every_held_out_observation_is_in_the_groups_and_in_the_classes(written):
+    figures = written[0]["evaluation"]
+    for rows in (figures["groups"]["shots"], figures["groups"]["photos"]):
+        assert sum(row["observations"] for row in rows) == figures["observations"]
+    assert sum(row["asked"] for row in figures["species"]) == figures["observations"]
+    assert sum(row["guessed"] for row in figures["species"]) == figures["observations"]
+    for confusion in figures["confusions"]:
+        assert sum(cell[2] for cell in confusion["cells"]) == figures["observations"]
+
+
+def test_a_group_is_as_probable_as_its_species_together():
+    rank = Rank("genus", ["a", "b", "c"], np.array([2, 0, 2, 1]), np.ones(3, dtype=bool))
+    pooled = rank.pooled(np.array([[0.1, 0.2, 0.3, 0.4], [1.0, 0.0, 0.0, 0.0]]))
+    assert pooled == pytest.approx(np.array([[0.2, 0.4, 0.4], [0.0, 0.0, 1.0]]))
+
+
+def test_ranks_end_with_the_species_and_relatives_are_neighbours(evidence):
+    assert evidence.ranks[-1].names[evidence.ranks[-1].groups[0]] == evidence.names[0]
+    order = np.argsort(evidence.ranks[-1].groups)
+    for rank in evidence.ranks:
+        assert (np.diff(rank.groups[order]) >= 0).all()
+
+
+def test_all_ranks_are_right_no_oftener_than_the_worst_of_them(evidence, written):
+    ranks = written[0]["evaluation"]["ranks"]
+    assert hierarchical(evidence)["accuracy"]["value"] <= min(rank["recall_at_1"]["value"] for rank in ranks) + 1e-9
+
+
+def test_two_classes_of_one_name_are_told_apart_and_found_together(evidence):
+    photos = evidence.competition.photos.copy()
+    twins = photos["class_id"].isin(evidence.classes[:2])
+    photos.loc[twins, "species"] = "Twin"
+    names, _ = names_of(dataclasses.replace(evidence.competition, photos=photos), evidence.classes)
+    assert names[:2] == [f"Twin #{one}" for one in evidence.classes[:2]]
+    assert find_species(dataclasses.replace(evidence, names=names), "twin") == [0, 1]
+
+
+def test_weighted_f1_is_the_usual_one_within_its_interval():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 30, 300)
+    guesses = np.where(rng.random(300) < 0.6, truth, rng.integers(0, 30, 300))
+    value, drawn = weighted_f1(truth, guesses)
+    assert value == pytest.approx(f1_score(truth, guesses, average="weighted"))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    assert low < value < high < value + 0.1
+
+
+def test_weighted_f1_of_weighted_observations_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    truth, weights = rng.integers(0, 30, 300), rng.choice([0.0, 0.1, 2.0], 300)
+    guesses = np.where(rng.random(300) < 0.6, truth, rng.integers(0, 30, 300))
+    value, drawn = weighted_f1(truth, guesses, weights)
+    expected = f1_score(truth, guesses, average="weighted", sample_weight=weights, zero_division=0)
+    assert value == pytest.approx(expected, abs=1e-6)
+    assert np.isfinite(drawn).all()
+
+
+def test_macro_f1_over_drawn_observations_is_scikit_learns():
+    rng = np.random.default_rng(1)
+    truth, guesses = rng.integers(0, 9, 40), rng.integers(0, 12, 40)
+    (weights,) = draws(len(truth), 25)
+    assert (weights.sum(axis=1) == 25).all()
+    found = resampled_f1("macro", truth, guesses, 25)
+    for counts, value in list(zip(weights.astype(int), found, strict=True))[:50]:
+        drawn = np.repeat(np.arange(40), counts)
+        assert value == pytest.approx(f1_score(truth[drawn], guesses[drawn], average="macro", zero_division=0))
+
+
+@pytest.mark.parametrize("observations", [150, 600])
+def test_the_noise_of_macro_f1_is_how_far_it_scatters_over_leaderboards_of_that_size(evidence, observations):
+    """Twenty classes, some of them easy; leaderboards are drawn from the same world as the held-out observations."""
+    rng = np.random.default_rng(2)
+    skill = rng.uniform(0.2, 0.9, 20)
+
+    def world(count: int) -> tuple[np.ndarray, np.ndarray]:
+        truth = rng.integers(0, 20, count)
+        return truth, np.where(rng.random(count) < skill[truth], truth, rng.integers(0, 20, count))
+
+    truth, guesses = world(4000)
+    answers = np.full((4000, 20), -9.0, dtype=np.float32)
+    answers[np.arange(4000), guesses] = 0.0
+    held_out = dataclasses.replace(evidence, truth=truth, log_probabilities=answers)
+    boards = [f1_score(*world(observations), average="macro") for _ in range(400)]
+    assert chance(held_out, "macro_f1", observations) == pytest.approx(1.96 * np.std(boards), rel=0.12)
+    recall = (truth == guesses).mean()
+    assert chance(held_out, "recall_at_1", 226) == pytest.approx(1.96 * np.sqrt(recall * (1 - recall) / 226))
+
+
+def smallest(folder: Path, layout: str) -> Path:
+    """A competition's folder with 12 test observations and nothing else that matters here."""
+    if layout == "class-folders":
+        for number in range(12):
+            photo(folder / "train" / f"class {number % 3}" / f"{number}.png", number)
+            photo(folder / "test" / f"{number}.png", number)
+    elif layout.startswith("fungitastic"):
+        fungitastic(folder, "FungiTastic-Mini")
+    else:
+        herbarium(folder, int(layout.partition("-")[2] or 2020))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layout", "metric"),
+    [
+        ("class-folders", "recall_at_1"),
+        ("fungitastic-mini", "recall_at_1"),
+        ("herbarium", "macro_f1"),
+        ("herbarium-2021", "macro_f1"),
+        ("herbarium-2022", "macro_f1"),
+    ],
+)
+def test_the_leaderboard_is_told_of_by_its_metric_and_size_in_every_layout(evidence, tmp_path, layout, metric):
+    competition = read_competition(smallest(tmp_path, layout))
+    manifest = {**evidence.manifest, "competition": {"layout": layout}}
+    found = leaderboard(dataclasses.replace(evidence, competition=competition, manifest=manifest), [])
+    assert found["score"] == metric
+    [board] = found["boards"]
+    assert (board["part"], board["observations"]) == ("whole test", 12)
+    guesses = evidence.log_probabilities.argmax(axis=1)
+    expected = {
+        "recall_at_1": (guesses == evidence.truth).mean(),
+        "macro_f1": f1_score(evidence.truth, guesses, average="macro", zero_division=0),
+    }
+    assert board["expected"]["value"] == pytest.approx(expected[metric])
+
+
+def test_fungiclefs_leaderboard_has_two_parts_and_a_drawn_tests_has_one(evidence):
+    layout = next(layout for layout in LAYOUTS if layout.name == "fungiclef")
+    assert layout.boards(999) == {"public": 226, "private": 773}
+    assert layout.boards(24) == {"whole test": 24}
+    found = leaderboard(evidence, [])
+    assert (found["score"], [board["part"] for board in found["boards"]]) == ("recall_at_5", ["whole test"])
+
+
+def test_a_folder_without_a_test_set_has_no_leaderboard(evidence, tmp_path):
+    competition = dataclasses.replace(evidence.competition, folder=tmp_path)
+    assert leaderboard(dataclasses.replace(evidence, competition=competition), [])["boards"] == []
+
+
+def test_a_run_gains_nothing_on_itself(evidence, run):
+    found = against(evidence, run)
+    assert found["observations"] == len(evidence.queries)
+    assert all(gain == {"value": 0, "low": 0, "high": 0} for gain in found["gain"].values())
+
+
+def test_one_common_observation_says_nothing_of_two_runs(evidence, run):
+    alone = {name: getattr(evidence, name)[:1] for name in ("queries", "truth", "log_probabilities")}
+    single = dataclasses.replace(evidence, **alone, memory={})
+    found = against(single, run)
+    assert (found["observations"], found["is_evidence"]) == (1, False)
+    lucky = found | {"run": "lucky", "together": {"recall_at_5": {"value": 1.0, "low": 1.0, "high": 1.0}}}
+    lucky["gain"] = {name: {"value": 1.0, "low": 1.0, "high": 1.0} for name in found["gain"]}
+    assert together(single, {"against": [lucky]}) is None
+    assert together(single, {"against": [lucky | {"is_evidence": True}]})
+    boards = leaderboard(single, [lucky])["boards"]
+    assert [board["wrong_order"]["lucky"] for board in boards] == [0.5] * len(boards)
+
+
+def test_runs_are_compared_on_the_observations_that_both_were_judged_by(written, evidence, from_folds):
+    (found,) = written[0]["evaluation"]["against"]
+    common = {query.id for query in evidence.queries} & {query.id for query in from_folds.queries}
+    assert found["observations"] == len(common) > 0
+    places = {query.id: place for query, place in zip(evidence.queries, evidence.outcome.places, strict=True)}
+    other = {query.id: place for query, place in zip(from_folds.queries, from_folds.outcome.places, strict=True)}
+    gain = np.mean([(places[one] < 5) - float(other[one] < 5) for one in common])
+    assert found["gain"]["recall_at_5"]["value"] == pytest.approx(gain)
+
+
+def test_a_query_is_no_part_of_what_it_is_compared_with(from_folds):
+    closeup = Closeup(from_folds)
+    sizes = Counter(from_folds.embedded.classes[from_folds.embedded.is_reference])
+    assert list(from_folds.shots) == [sizes[place] - 1 for place in from_folds.truth]
+    for query, place in enumerate(from_folds.truth):
+        assert closeup.nearest(query, place)["observation"] != from_folds.queries[query].id
+
+
+def test_views_vote_for_the_nearest_mean_of_the_other_observations(from_folds):
+    closeup, embedded = Closeup(from_folds), from_folds.embedded
+    query = int(np.argmax(embedded.readable[: len(from_folds.queries)] > 1))
+    others = embedded.is_reference & (np.arange(len(embedded.classes)) != query)
+    classes = range(len(from_folds.classes))
+    means = np.stack([embedded.pooled[others & (embedded.classes == one)].mean(axis=0) for one in classes])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    said = (embedded.photos[embedded.owners == query] @ means.T).argmax(axis=2)
+    assert closeup.votes(query) == Counter(said.ravel().tolist())
+    assert 0 < closeup.agreement[query] <= 1
+
+
+def test_a_poisonous_species_taken_for_an_edible_one_costs_a_hundred(evidence):
+    poisonous = np.zeros(len(evidence.classes))
+    poisonous[evidence.truth[evidence.guesses != evidence.truth][0]] = 1
+    marked = dataclasses.replace(evidence, poisonous=poisonous, memory={})
+    found = deadly(marked, Closeup(marked))
+    true, guessed = poisonous[marked.truth] == 1, poisonous[marked.guesses] == 1
+    cost = 100 * (true & ~guessed).sum() + (guessed & ~true).sum()
+    assert found["cost"]["value"] == pytest.approx(cost / len(true))
+    assert found["kinds"]["poisonous taken for edible"] == (true & ~guessed).sum()
+    assert (true & ~guessed).any()
+
+
+def test_without_poisonous_species_nothing_is_said_of_them(evidence):
+    harmless = dataclasses.replace(evidence, poisonous=np.full(len(evidence.classes), np.nan))
+    assert deadly(harmless, Closeup(harmless)) is None
+
+
+def test_the_commonest_confusions_come_first(evidence):
+    found = pairs(evidence, Closeup(evidence))
+    counts = [one["observations"] for one in found]
+    assert counts == sorted(counts, reverse=True)
+    assert all(one["true"] != one["guessed"] and 0 < one["share"] <= 1 for one in found)
+
+
+def test_calibration_tells_a_run_that_boasts_from_one_that_does_not():
+    rng = np.random.default_rng(1)
+    confidence = rng.random(2000)
+    honest = calibration(confidence, rng.random(2000) < confidence)
+    boaster = calibration(confidence, rng.random(2000) < confidence**3)
+    assert honest["error"] <= honest["chance"] < boaster["error"]
+    assert boaster["confidence"] > boaster["right"]
+
+
+def test_the_best_temperature_undoes_what_was_done_to_the_logits(evidence):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3000, 10)) * 2
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    truth = (chances.cumsum(axis=1) > rng.random((3000, 1))).argmax(axis=1)
+    shouted = dataclasses.replace(evidence, truth=truth, log_probabilities=(logits * 3).astype(np.float32))
+    assert best_temperature(shouted)["value"] == pytest.approx(3, rel=0.1)
+
+
+def test_risk_falls_when_only_the_sure_answers_count():
+    curve = risk_coverage(np.linspace(1, 0, 100), np.arange(100) < 60)
+    assert curve["points"][0]["risk"] == 0
+    assert curve["points"][-1] == {"coverage": 1.0, "risk": 0.4, "confidence": 0.0}
+
+
+def test_a_photo_that_cannot_be_read_is_listed_and_costs_only_itself(run, drawn, tmp_path, written):
+    data = shutil.copytree(drawn.competition, tmp_path / "fungi")
+    query = read_evidence(run, data).queries[0]
+    spoilt = query.photos[0]
+    spoilt.write_bytes(spoilt.read_bytes()[:200])
+    copy = shutil.copytree(run, tmp_path / "run")
+    html = report(copy, data).read_text(encoding="utf-8")
+    figures = json.loads((copy / "metrics.json").read_text())["evaluation"]
+    (failed,) = figures["photos"]["unreadable"]
+    assert failed["observation"] == query.id
+    assert failed["photo"] in html
+    assert figures["headline"] == written[0]["evaluation"]["headline"]
+
+
+def test_photos_stop_at_the_size_of_the_page(evidence, monkeypatch):
+    monkeypatch.setattr(page, "PHOTOS_MOST", 3000)
+    album = page.Album(evidence.competition.folder)
+    places = [album.add(evidence.photo(query.photos[0])) for query in evidence.queries[:8]]
+    assert places[0] == 0
+    assert places[-1] is None
+    assert album.size < 20_000
+
+
+def test_text_of_the_tables_cannot_become_part_of_the_page():
+    assert "</script" not in page.embedded_json({"name": "</script><script>alert(1)"})
+    assert str(page.code("`<b>`")) == "<code>&lt;b&gt;</code>"
+
+
+def test_a_species_that_is_unknown_is_one_line_with_the_nearest_names(evidence):
+    with pytest.raises(InputError, match=f"nearest are.*{evidence.names[0]}"):
+        find_species(evidence, evidence.names[0][:-1])
+
+
+def test_other_data_and_a_run_without_answers_are_one_line(run, drawn, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "validation.safetensors").unlink()
+    result = command("local/evaluate.py", copy, "--data", drawn.competition)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and "train the run again" in result.stderr
+    data = shutil.copytree(drawn.competition, tmp_path / "fungi")
+    next(data.glob("metadata/*/*-Val.csv")).unlink()
+    with pytest.raises(InputError, match="give the data of the run"):
+        read_evidence(run, data)

@@ -1,0 +1,136 @@
+"""The page in a real browser: from the keyboard, on a phone, in the dark, and with nothing from elsewhere.
+
+python -m pytest tests/local/report/test_page.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from local.evaluate import report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no Chromium with its chromedriver: apt-get install chromium chromium-driver"
+)
+
+
+@pytest.fixture(scope="module")
+def html(trained, drawn, tmp_path_factory) -> Path:
+    run = shutil.copytree(trained, tmp_path_factory.mktemp("shown") / "tiny")
+    return report(run, drawn.competition)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def shown(browser, html):
+    browser.get(html.as_uri())
+    WebDriverWait(browser, 60).until(rows)  # which the page's script makes, on a busy machine a moment later
+    return browser
+
+
+def rows(browser) -> list[list[str]]:
+    """The cells of the table of classes, as they are read."""
+    script = "return [...document.querySelectorAll('#classes tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+    return browser.execute_script(script)
+
+
+def press(browser, *keys: str) -> None:
+    webdriver.ActionChains(browser).send_keys(*keys).perform()
+
+
+def test_the_page_asks_for_nothing_and_complains_of_nothing(browser, html):
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(html.as_uri())
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert html.as_uri() in asked
+    assert [url for url in asked if url != html.as_uri() and not url.startswith("data:")] == []
+    assert browser.get_log("browser") == []
+
+
+def test_every_photo_is_there(shown):
+    loaded = "return [...document.images].map(image => image.complete && image.naturalWidth > 0)"
+    assert len(shown.execute_script(loaded)) > 20
+    assert all(shown.execute_script(loaded))
+
+
+def test_a_head_sorts_the_classes_one_way_and_then_the_other(shown):
+    heads = shown.find_elements(By.CSS_SELECTOR, "#classes thead button")
+    column = [head.text for head in heads].index("shots")
+    orders = []
+    for _ in range(2):
+        heads[column].click()
+        orders.append([int(row[column]) for row in rows(shown)])
+    assert orders[0] == sorted(orders[0], reverse=True)
+    assert orders[1] == sorted(orders[0])
+    assert orders[0] != orders[1]
+    assert heads[column].find_element(By.XPATH, "..").get_attribute("aria-sort") == "ascending"
+
+
+def test_a_slash_searches_and_enter_opens_a_class(shown):
+    everything = rows(shown)
+    name = everything[-1][0].split(" ☠")[0]
+    press(shown, "/", name)
+    found = rows(shown)
+    assert 0 < len(found) < len(everything)
+    assert all(name in row[0] for row in found)
+    shown.find_element(By.CSS_SELECTOR, "#classes tbody button").send_keys(Keys.ENTER)
+    sheet = shown.find_element(By.CSS_SELECTOR, "dialog[open]")
+    assert sheet.find_element(By.TAG_NAME, "h2").text == name
+    assert sheet.find_element(By.TAG_NAME, "img").is_displayed()
+    press(shown, Keys.ESCAPE)
+    assert not shown.find_elements(By.CSS_SELECTOR, "dialog[open]")
+
+
+def test_what_is_not_there_is_not_found(shown):
+    press(shown, "/", "no such species")
+    assert rows(shown) == []
+    assert shown.find_element(By.CSS_SELECTOR, "#classes [role=status]").text.startswith("0 of ")
+
+
+def test_a_matrix_can_be_enlarged(shown):
+    plot = shown.find_element(By.CLASS_NAME, "zoom")
+    plot.send_keys(Keys.ENTER)
+    large = shown.find_element(By.CSS_SELECTOR, "dialog[open] svg")
+    assert large.size["width"] > 2 * plot.size["width"]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_never_scrolls_sideways(shown, width):
+    phone = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    shown.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        assert shown.execute_script("return document.documentElement.scrollWidth") <= width
+    finally:
+        shown.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_dark_page_has_light_text_in_its_plots_too(shown):
+    colour = "return getComputedStyle(document.querySelector(arguments[0])).fill.match(/\\d+/g).map(Number)"
+    brightness = {}
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        shown.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        brightness[scheme] = sum(shown.execute_script(colour, ".plot svg text"))
+    shown.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert brightness["light"] < 250 < 550 < brightness["dark"]

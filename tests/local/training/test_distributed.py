@@ -1,0 +1,69 @@
+"""Two processes under torchrun train what one would."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from local.recipes.recipe import make_recipe
+from local.training.run import train_run
+from tests.conftest import LEARNING, ROOT, TINY
+from tests.local.training.test_run import train
+
+# Without batch statistics, which each process has of its own share.
+ENCODER = "timm:test_convnext"
+SETTINGS = {"epochs": 2, "batch_size": 8, "colour_jitter": 0.0, "crop_scale": 1.0}
+
+
+@pytest.fixture(scope="module")
+def alone(drawn, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone") / "run"
+    settings = {**TINY, **LEARNING, "ema": 0.9, "patience": 9, **SETTINGS, "encoder": ENCODER}
+    train_run(make_recipe(settings, "the test"), drawn.competition, out)
+    return out
+
+
+def torchrun(processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    return subprocess.run([*map(str, command), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_give_the_metrics_of_one(drawn, alone, tmp_path):
+    done = torchrun(2, *train(tmp_path / "run", drawn, "--encoder", ENCODER, **SETTINGS))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nepoch 1:") == 1  # only one of them speaks
+    one, two = (json.loads((run / "metrics.json").read_text())["validation"] for run in (alone, tmp_path / "run"))
+    for name in ("recall_at_1", "recall_at_5", "macro_f1"):
+        assert two[name] == pytest.approx(one[name], abs=0.25)
+    logs = [
+        [line.split(",") for line in (run / "log.csv").read_text().splitlines()] for run in (alone, tmp_path / "run")
+    ]
+    assert float(logs[0][2][1]) == pytest.approx(float(logs[1][2][1]), rel=1e-3)  # the loss of the first epoch
+    weights = [load_file(run / "encoder.safetensors") for run in (alone, tmp_path / "run")]
+    assert weights[0].keys() == weights[1].keys()
+
+
+def test_a_team_whose_member_dies_is_restarted_and_ends(drawn, alone, tmp_path):
+    """The second process fails once, after the first checkpoint; torchrun then starts both again."""
+    script = tmp_path / "fragile.py"
+    script.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from local.training.trainer import Training\n"
+        "follow = Training.follow\n"
+        "def fragile(self, *given):\n"
+        "    if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and self.epoch == 2:\n"
+        "        raise RuntimeError('this device is lost')\n"
+        "    return follow(self, *given)\n"
+        "Training.follow = fragile\n"
+        "from local.train import main\n"
+        "main()\n"
+    )
+    _, *arguments = train(tmp_path / "run", drawn, "--encoder", ENCODER, **SETTINGS)
+    done = torchrun(2, "--max-restarts", "1", str(script), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeError: this device is lost" in done.stderr
+    assert "going on in epoch 1 after batch" in done.stdout
+    assert (tmp_path / "run" / "manifest.json").is_file()
