@@ -160,7 +160,7 @@ def find_layout(folder: Path) -> tuple[Layout, Path]:
     found = recognise(folder)
     if found:
         return found
-    near = next((place for place in _nearby(folder) if recognise(place)), None)
+    near = next((place for place in _nearby(folder) if _looks_meant(place)), None)
     if near:
         raise InputError(f"no supported competition found in {folder}: did you mean {near}?")
     looked_for = ", ".join(f"{layout.marker} ({layout.name})" for layout in LAYOUTS)
@@ -173,7 +173,13 @@ def find_layout(folder: Path) -> tuple[Layout, Path]:
 def _nearby(folder: Path) -> Iterable[Path]:
     """The folders above and below one that the user may have meant."""
     yield from folder.resolve().parents[:4]
-    yield from find_folders(folder, lambda below: below != folder and recognise(below) is not None, depth=2)
+    yield from find_folders(folder, lambda below: below != folder and _looks_meant(below), depth=2)
+
+
+def _looks_meant(folder: Path) -> bool:
+    """Whether a folder is a competition's; pictures in folders alone may be anything."""
+    found = recognise(folder)
+    return found is not None and (found[0].name != "class-folders" or (folder / "train").is_dir())
 
 
 def refuse_missing(competition: Competition) -> None:
