@@ -1,6 +1,7 @@
 """What several tests share: generated photos, a tiny encoder, a small competition, and a run trained on it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from kernel.encoders import Encoder, Preprocessing
+from kernel.inputs import MANIFEST
 from local.drawing.competition import generate
 from local.recipes.recipe import make_recipe
 from local.training.run import train_run
@@ -87,3 +89,12 @@ def trained(drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "tiny"
     train_run(make_recipe({**TINY, **LEARNING}, "the tests"), drawn.competition, out)
     return out
+
+
+def trained_with(trained: Path, run: Path, timm: str) -> Path:
+    """A copy of a run that says that it was trained with another timm."""
+    shutil.copytree(trained, run)
+    manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
+    manifest["members"][0]["versions"]["timm"] = manifest["members"][0]["encoder"]["packages"]["timm"] = timm
+    (run / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    return run

@@ -275,7 +275,7 @@ def spoil(competition: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("mistake", "says"),
     [
-        ("no layout", "no competition's folder: looked for"),
+        ("no layout", "looked for metadata"),
         ("no column", "lacks the column 'category_id'"),
         ("unknown key", "nearest known one is 'temperature'"),
         ("unknown recipe", "known are"),

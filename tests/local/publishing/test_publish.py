@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from bundle import bundle
 from kernel.inputs import MANIFEST, InputError, sha256
 from local.base.files import write_json
+from local.base.kaggle_image import IMAGE
 from local.publish import publish
 from local.publishing.metadata import PLACEHOLDER, write_metadata
 from local.publishing.preflight import SECRETS, find_credentials
 from local.rehearsal.record import PLAIN, RECORD, write_record
 from local.rehearse import rehearse
-from tests.conftest import command, kernel_metadata
+from tests.conftest import command, kernel_metadata, trained_with
 from tests.loopback import KEY, OWNER, TOKEN, Loopback, http, saying
 
 DATASET, KERNEL = f"{OWNER}/few-shot-species-weights", f"{OWNER}/few-shot-species"
@@ -38,7 +39,8 @@ OTHERS = {"slug": "autumn-fungi", "title": "Autumn fungi", "competition": "plant
 def rehearsed(trained, drawn, tmp_path_factory) -> Path:
     """A folder with a kernel-metadata.json of the tester's and a bundle that was really rehearsed."""
     folder = tmp_path_factory.mktemp("publish")
-    bundle([trained], folder / "build", kernel_metadata(folder / "kernel-metadata.json", OWNER))
+    run = trained_with(trained, folder / "runs" / trained.name, IMAGE["timm"])  # so that no wheel travels
+    bundle([run], folder / "build", kernel_metadata(folder / "kernel-metadata.json", OWNER))
     assert rehearse(drawn.competition, folder / "build", drawn.solution)["scenarios"][0]["ok"]
     return folder
 

@@ -21,7 +21,7 @@ from local.rehearsal.staging import fingerprint, stage_competition
 from local.rehearsal.trial import Rehearsal, refuse_other_competition
 from local.rehearsal.variations import keep_observations, keep_one_row, remove_photos, repeat_observations, spoil_photos
 from local.rehearse import conclude, report_on
-from tests.conftest import command, photo
+from tests.conftest import command, photo, trained_with
 from tests.layouts import fungitastic, herbarium
 
 
@@ -58,7 +58,7 @@ def test_the_report_tells_what_happened(report):
     assert list(reasons) == [scenario.name for scenario in SCENARIOS]
     assert "24 observations" in reasons["new-mounts"]
     assert "72 observations" in reasons["larger"]
-    assert "1 photos of 1 observations" in reasons["one-row"]
+    assert "1 photo of 1 observation" in reasons["one-row"]
     assert "8 hostile" in reasons["hostile"]
     assert "2 of 24 observations" in reasons["gone"]
     assert reasons["throttled"].startswith(("shed", "skipped: nothing had to be shed"))
@@ -265,15 +265,6 @@ def index(tmp_path, monkeypatch):
 OLD_TIMM = "def create_model(name, **arguments): raise RuntimeError(f'Unknown model ({name})')\n"
 
 
-def trained_with(trained: Path, run: Path, timm: str) -> Path:
-    """A copy of a run that says that it was trained with another timm."""
-    shutil.copytree(trained, run)
-    manifest = json.loads((run / MANIFEST).read_text())
-    manifest["members"][0]["versions"]["timm"] = manifest["members"][0]["encoder"]["packages"]["timm"] = timm
-    (run / MANIFEST).write_text(json.dumps(manifest))
-    return run
-
-
 @pytest.mark.skipif(version("timm") == IMAGE["timm"], reason="here is the timm of Kaggle's image")
 def test_a_bundle_without_a_timm_of_its_own_is_run_with_that_of_kaggles_image(trained, drawn, index, tmp_path):
     bundle([trained_with(trained, tmp_path / "run", IMAGE["timm"])], tmp_path / "build")
@@ -300,7 +291,7 @@ def test_the_last_line_can_be_trusted():
     skipped = [{**results[0], "reason": "skipped: no such signal"}, *results[1:]]
     assert conclude(skipped) == "ready to push (skipped: plain)"
     failed = [*results[:-1], {**results[-1], "ok": False}]
-    assert conclude(failed) == "not ready to push: network failed"
+    assert conclude(failed) == f"not ready to push: {results[-1]['name']} failed"
 
 
 def test_the_command_writes_the_report_and_ends_with_1_when_a_scenario_failed(miniature, drawn, tmp_path):
