@@ -341,16 +341,15 @@ def spread_over(bank: Bank, own: Sequence[str], classes: Sequence[str]) -> Bank:
     return replace(bank, owners=places[bank.owners], bias=bias)
 
 
-def centroids(embeddings: np.ndarray, classes: np.ndarray, count: int, centre: bool) -> Bank:
-    """The plainest bank, of class means.
+def centroids(embeddings: np.ndarray, classes: np.ndarray, count: int) -> Bank:
+    """The plainest bank: class means, after the mean embedding is subtracted.
 
     Args:
         embeddings: (observations, features), rows of length 1.
         classes: (observations,) index of the class of each, of `count` classes.
-        centre: whether to subtract the mean embedding first.
     """
     observations, taxonomy = np.arange(len(classes)), Taxonomy.unknown(count)
-    transform = Centring().fit(embeddings[:, None], observations, classes, taxonomy).layers_ if centre else []
+    transform = Centring().fit(embeddings[:, None], observations, classes, taxonomy).layers_
     space = apply(transform, embeddings)
     return make_bank(transform, ClassMeans().fit(space, observations, classes, taxonomy))
 

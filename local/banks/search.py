@@ -24,35 +24,13 @@ from local.banks.estimators import (
 from local.banks.folds import FOLDS, macro_weights, shot_weights
 from local.banks.projection import ProjectionEnsemble
 from local.base.metrics import GUESSES, gained
-from local.recipes.recipe import Recipe
+from local.recipes.settings import CANDIDATES, VIEW_GROUPS, BankSettings
 
 SCALE_QUERIES = 1000
 # Multiples of the inverse temperature that a matcher was fitted at; its own comes first, and stays unless another is
 # better.
 SCALES = 2.0 ** np.array(sorted(np.arange(-3, 4.5, 0.5), key=abs))
 LINEAR = ("ridge", "random-ridge", "logistic")  # their columns are no places among the observations, and never move
-
-# What each key that a recipe lets choose may become, the simplest first: it stays unless another is better.
-CANDIDATES: dict[str, Sequence] = {
-    "fit": ("crop", "squash"),
-    "whitening": (0.0, 0.25, 0.5, 0.75, 1.0),
-    "genus": (0.0, 0.25, 0.5, 1.0),
-    "family": (0.0, 0.25, 0.5),
-    "matcher": ("means", "several", *LINEAR, "projection"),
-    "nearest": (0.0, 0.2, 0.4),
-    "shots": (0.0, 0.25, 0.5),
-    "transduction": (0.0, 0.125, 0.25, 0.5, 1.0),
-    "metadata": (0.0, 0.25, 0.5, 0.75, 1.0),
-}
-# Views join in groups: a turn to the left without the one to the right would favour a side.
-VIEW_GROUPS = (
-    ("hflip",),
-    ("rotate90", "rotate270"),
-    ("rotate15", "rotate345"),
-    ("centre",),
-    ("top-left", "top-right", "bottom-left", "bottom-right"),
-    ("larger",),
-)
 
 
 @dataclass(frozen=True)
@@ -89,20 +67,20 @@ class Embedded:
             spaces={},
         )
 
-    def pooled(self, recipe: Recipe) -> np.ndarray:
-        """(observations, features), of length 1 or 0, from the recipe's views; the last two asked for are kept."""
-        key = (recipe.views, recipe.pooling)
+    def pooled(self, settings: BankSettings) -> np.ndarray:
+        """(observations, features), of length 1 or 0, from the settings' views; the last two results are kept."""
+        key = (settings.views, settings.pooling)
         if key not in self.memory:
             if len(self.memory) > 1:
                 del self.memory[next(iter(self.memory))]
-            columns = [self.views.index(view) for view in recipe.views]
-            self.memory[key] = pool(self.values[:, columns], self.observations, len(self.classes), recipe.pooling)
+            columns = [self.views.index(view) for view in settings.views]
+            self.memory[key] = pool(self.values[:, columns], self.observations, len(self.classes), settings.pooling)
         return self.memory[key]
 
     def space(
-        self, recipe: Recipe, seen: np.ndarray, spread: Whitening | None = None
+        self, settings: BankSettings, seen: np.ndarray, spread: Whitening | None = None
     ) -> tuple[list[Layer], np.ndarray]:
-        """The layers of a recipe before its matcher, fitted to a reference, and where they put its observations.
+        """The layers before the matcher, fitted to a reference, and the reference's embeddings after them.
 
         Candidates in a row share them, and nothing takes longer: they are kept until other views or another whitening
         are asked for.
@@ -114,13 +92,13 @@ class Embedded:
         Returns:
             The layers, and (reference observations, features), of length 1.
         """
-        asked, reference = (recipe.views, recipe.pooling, recipe.whitening, recipe.centre), seen.tobytes()
+        asked, reference = (settings.views, settings.pooling, settings.whitening), seen.tobytes()
         if asked not in self.spaces:
             self.spaces.clear()
             self.spaces[asked] = {}
         if reference not in self.spaces[asked]:
-            layers = fit_transform(recipe, self, seen, spread)
-            self.spaces[asked][reference] = layers, apply(layers, self.pooled(recipe)[seen])
+            layers = fit_transform(settings, self, seen, spread)
+            self.spaces[asked][reference] = layers, apply(layers, self.pooled(settings)[seen])
         return self.spaces[asked][reference]
 
 
@@ -132,93 +110,98 @@ def fit_spread(reference: Embedded) -> Whitening:
 
 
 def fit_banks(
-    recipe: Recipe,
+    settings: BankSettings,
     embedded: Embedded,
     reference: np.ndarray,
     scales: Sequence[float] = (),
-    spread: Whitening | None = None,
+    seed: int = 0,
 ) -> list[Bank]:
-    """The banks that a recipe asks for.
+    """The banks of some settings.
 
     Args:
         reference: (observations,) bool, of which to make them.
         scales: inverse temperatures, of the matcher's banks and of the nearest observation's; unless given, those that
             they were fitted at.
-        spread: of the reference, to spare fitting it again.
+        seed: of matchers that draw at random.
     """
     # An observation none of whose photos could be read has no place.
     seen = reference & np.isin(np.arange(len(reference)), embedded.observations)
-    return finish(recipe, fit_matched(recipe, embedded, seen, spread), class_prior(recipe, embedded, seen), scales)
+    banks = fit_matched(settings, embedded, seen, None, seed)
+    return finish(settings, banks, class_prior(settings, embedded, seen), scales)
 
 
-def fit_matched(recipe: Recipe, embedded: Embedded, seen: np.ndarray, spread: Whitening | None) -> list[Bank]:
-    """The banks of a recipe at the temperatures that they were fitted at, and without the class prior."""
+def fit_matched(
+    settings: BankSettings, embedded: Embedded, seen: np.ndarray, spread: Whitening | None, seed: int
+) -> list[Bank]:
+    """The banks at the temperatures that they were fitted at, and without the class prior."""
     classes = embedded.classes[seen]
     given = (np.arange(len(classes)), classes, embedded.taxonomy)
-    if recipe.matcher == "head":
+    if settings.matcher == "head":
         banks = [embedded.head]
-    elif recipe.matcher == "projection":
-        banks = fit_projection(recipe, embedded.of(seen), embedded.pooled(recipe)[seen])
+    elif settings.matcher == "projection":
+        banks = fit_projection(settings, embedded.of(seen), embedded.pooled(settings)[seen], seed)
     else:
-        transform, space = embedded.space(recipe, seen, spread)
-        banks = [make_bank(transform, make_matcher(recipe).fit(space, *given))]
-    banks = [replace(bank, share=bank.share * (1 - recipe.nearest)) for bank in banks]
-    if recipe.nearest:
-        transform, space = embedded.space(recipe, seen, spread)
+        transform, space = embedded.space(settings, seen, spread)
+        banks = [make_bank(transform, make_matcher(settings, seed).fit(space, *given))]
+    banks = [replace(bank, share=bank.share * (1 - settings.nearest_neighbour_weight)) for bank in banks]
+    if settings.nearest_neighbour_weight:
+        transform, space = embedded.space(settings, seen, spread)
         matcher = SeveralPrototypes(most=len(classes)).fit(space, *given)
-        banks.append(make_bank(transform, matcher, share=recipe.nearest))
-    strength = torch.tensor(0.0 if recipe.matcher in LINEAR else recipe.transduction)
+        banks.append(make_bank(transform, matcher, share=settings.nearest_neighbour_weight))
+    strength = torch.tensor(0.0 if settings.matcher in LINEAR else settings.transduction)
     return [replace(bank, transduction=strength) for bank in banks]
 
 
-def class_prior(recipe: Recipe, embedded: Embedded, seen: np.ndarray) -> torch.Tensor:
+def class_prior(settings: BankSettings, embedded: Embedded, seen: np.ndarray) -> torch.Tensor:
     """(classes,) to add to the logits: how much likelier a class is by its number of observations."""
     sizes = torch.bincount(torch.tensor(embedded.classes[seen]), minlength=len(embedded.taxonomy.genus))
-    return recipe.shots * sizes.clamp(min=1).log()
+    return settings.class_prior_exponent * sizes.clamp(min=1).log()
 
 
-def finish(recipe: Recipe, banks: Sequence[Bank], prior: torch.Tensor, scales: Sequence[float] = ()) -> list[Bank]:
+def finish(
+    settings: BankSettings, banks: Sequence[Bank], prior: torch.Tensor, scales: Sequence[float] = ()
+) -> list[Bank]:
     """Banks at some inverse temperatures, one of each group of `in_scales`, with the class prior, which has none."""
-    groups = [banks[group] for group in in_scales(recipe)]
+    groups = [banks[group] for group in in_scales(settings)]
     scales = scales or [float(group[0].scale) for group in groups]
     scaled = [rescale(bank, scale) for group, scale in zip(groups, scales, strict=True) for bank in group]
     return [replace(bank, bias=bank.bias + prior) for bank in scaled]
 
 
-def fit_transform(recipe: Recipe, embedded: Embedded, seen: np.ndarray, spread: Whitening | None) -> list[Layer]:
-    """The layers of a recipe before its matcher; see `fit_banks`."""
-    pooled = embedded.pooled(recipe)[seen]
-    if recipe.whitening:
-        return (spread or fit_spread(embedded.of(seen))).layers(recipe.whitening, pooled.mean(axis=0))
-    if recipe.centre:
-        given = (np.arange(len(pooled)), embedded.classes[seen], embedded.taxonomy)
-        return Centring().fit(pooled[:, None], *given).layers_
-    return []
+def fit_transform(
+    settings: BankSettings, embedded: Embedded, seen: np.ndarray, spread: Whitening | None
+) -> list[Layer]:
+    """The layers before the matcher; see `fit_banks`."""
+    pooled = embedded.pooled(settings)[seen]
+    if settings.whitening:
+        return (spread or fit_spread(embedded.of(seen))).layers(settings.whitening, pooled.mean(axis=0))
+    given = (np.arange(len(pooled)), embedded.classes[seen], embedded.taxonomy)
+    return Centring().fit(pooled[:, None], *given).layers_
 
 
-def fit_projection(recipe: Recipe, reference: Embedded, pooled: np.ndarray) -> list[Bank]:
+def fit_projection(settings: BankSettings, reference: Embedded, pooled: np.ndarray, seed: int) -> list[Bank]:
     """The members of a projection ensemble, which learn a transform each; `pooled` as the kernel will see it."""
-    start = Whitening(recipe.whitening) if recipe.whitening else Centring()
-    ensemble = ProjectionEnsemble(start, genus=recipe.genus, family=recipe.family, seed=recipe.seed)
+    start = Whitening(settings.whitening) if settings.whitening else Centring()
+    ensemble = ProjectionEnsemble(start, genus=settings.genus_weight, family=settings.family_weight, seed=seed)
     classes = reference.classes[reference.observations]
     return ensemble.fit(reference.values, reference.observations, classes, reference.taxonomy, pooled=pooled).banks_
 
 
-def in_scales(recipe: Recipe) -> list[slice]:
-    """Which of a recipe's banks have one scale: those of its matcher, and that of the nearest observation."""
-    return [slice(-1), slice(-1, None)] if recipe.nearest else [slice(None)]
+def in_scales(settings: BankSettings) -> list[slice]:
+    """Which of the banks have one scale: those of its matcher, and that of the nearest observation."""
+    return [slice(-1), slice(-1, None)] if settings.nearest_neighbour_weight else [slice(None)]
 
 
-def make_matcher(recipe: Recipe):
-    """The unfitted estimator that a recipe names."""
+def make_matcher(settings: BankSettings, seed: int):
+    """The unfitted estimator that `matcher` names."""
     matchers = {
-        "means": lambda: ClassMeans(recipe.genus, recipe.family),
-        "several": lambda: SeveralPrototypes(seed=recipe.seed),
+        "means": lambda: ClassMeans(settings.genus_weight, settings.family_weight),
+        "several": lambda: SeveralPrototypes(seed=seed),
         "ridge": Ridge,
-        "random-ridge": lambda: Ridge(width=4096, seed=recipe.seed),
+        "random-ridge": lambda: Ridge(width=4096, seed=seed),
         "logistic": Logistic,
     }
-    return matchers[recipe.matcher]()
+    return matchers[settings.matcher]()
 
 
 @dataclass(frozen=True)
@@ -242,28 +225,30 @@ class Search:
     """Judges candidates on held-out observations, each candidate once.
 
     Args:
-        embed: maps a `fit` ("crop", "squash") to the labelled observations in all views.
-        fit: any that will do to read classes from.
+        embed: maps a resize mode ("crop", "squash") to the labelled observations in all views.
+        resize_mode: any, to read classes from.
         folds: (reference, queries), each (observations,) bool.
         guesses: of a row of the submission.
         reference: (observations,) bool, of which the bank will be made in the end.
         ask_prior: maps a fold's (reference, queries) to the log-probabilities of the queries' metadata, (queries,
             classes), or None.
         is_macro: whether every class counts alike, as for a macro-F1, and not every observation.
+        seed: of matchers that draw at random, and of the parts of `cross_validated`.
     """
 
     def __init__(
         self,
         embed: Callable[[str], Embedded],
-        fit: str,
+        resize_mode: str,
         folds: Sequence[tuple[np.ndarray, np.ndarray]],
         guesses: int,
         reference: np.ndarray,
         ask_prior: Callable[[np.ndarray, np.ndarray], torch.Tensor | None] = lambda *fold: None,
         is_macro: bool = False,
+        seed: int = 0,
     ):
-        self.embed, self.folds, self.ask_prior, self.priors = embed, folds, ask_prior, {}
-        classes, count = embed(fit).classes, len(embed(fit).taxonomy.genus)
+        self.embed, self.folds, self.ask_prior, self.priors, self.seed = embed, folds, ask_prior, {}, seed
+        classes, count = embed(resize_mode).classes, len(embed(resize_mode).taxonomy.genus)
         self.queries = np.concatenate([np.flatnonzero(queries) for _, queries in folds])
         self.truth = classes[self.queries]
         shots = [np.bincount(classes[known], minlength=count + 1)[classes[queries]] for known, queries in folds]
@@ -272,39 +257,39 @@ class Search:
         )
         self.guesses = guesses
         self.spreads: dict[tuple[str, int], Whitening] = {}
-        self.outcomes: dict[Recipe, Outcome] = {}
+        self.outcomes: dict[BankSettings, Outcome] = {}
 
-    def judge(self, recipe: Recipe) -> Outcome:
+    def judge(self, settings: BankSettings) -> Outcome:
         """The outcome of one candidate."""
-        if recipe not in self.outcomes:
-            log_probabilities, scales = self.log_probabilities(recipe)
-            self.outcomes[recipe] = compare(log_probabilities, self.truth, scales)
-        return self.outcomes[recipe]
+        if settings not in self.outcomes:
+            log_probabilities, scales = self.log_probabilities(settings)
+            self.outcomes[settings] = compare(log_probabilities, self.truth, scales)
+        return self.outcomes[settings]
 
-    def worth(self, recipe: Recipe) -> np.ndarray:
+    def worth(self, settings: BankSettings) -> np.ndarray:
         """(queries,) what each answer is worth, weighted by shots."""
-        return self.weights * worth(self.judge(recipe).places, self.guesses)
+        return self.weights * worth(self.judge(settings).places, self.guesses)
 
-    def log_probabilities(self, recipe: Recipe) -> tuple[torch.Tensor, tuple[float, ...]]:
+    def log_probabilities(self, settings: BankSettings) -> tuple[torch.Tensor, tuple[float, ...]]:
         """(queries, classes), fold after fold, and the scales that they were made with."""
-        embedded, fitted, priors, asked = self.embed(recipe.fit), [], [], []
+        embedded, fitted, priors, asked = self.embed(settings.resize_mode), [], [], []
         for number, (known, queries) in enumerate(self.folds):
-            place = (recipe.fit, number)
-            if recipe.whitening and place not in self.spreads:
+            place = (settings.resize_mode, number)
+            if settings.whitening and place not in self.spreads:
                 self.spreads[place] = fit_spread(embedded.of(known))
             seen = known & np.isin(np.arange(len(known)), embedded.observations)
-            fitted.append(fit_matched(recipe, embedded, seen, self.spreads.get(place)))
-            priors.append(class_prior(recipe, embedded, seen))
-            asked.append(torch.tensor(embedded.pooled(recipe)[queries], dtype=torch.float32))
+            fitted.append(fit_matched(settings, embedded, seen, self.spreads.get(place), self.seed))
+            priors.append(class_prior(settings, embedded, seen))
+            asked.append(torch.tensor(embedded.pooled(settings)[queries], dtype=torch.float32))
         # One scale over all folds, without transduction.
         scales = tuple(
-            fit_scale([banks[group] for banks in fitted], priors, asked, self.truth) for group in in_scales(recipe)
+            fit_scale([banks[group] for banks in fitted], priors, asked, self.truth) for group in in_scales(settings)
         )
         parts = []
         for number, (banks, prior, queries) in enumerate(zip(fitted, priors, asked, strict=True)):
-            answers = torch.cat(list(classify(finish(recipe, banks, prior, scales), queries)))
-            if recipe.metadata:
-                answers = fused(answers, self.prior(number), recipe.metadata).log_softmax(dim=1)
+            answers = torch.cat(list(classify(finish(settings, banks, prior, scales), queries)))
+            if settings.metadata_weight:
+                answers = fused(answers, self.prior(number), settings.metadata_weight).log_softmax(dim=1)
             parts.append(answers)
         return torch.cat(parts), scales
 
@@ -366,58 +351,65 @@ def compare(log_probabilities: torch.Tensor, truth: np.ndarray, scales: tuple[fl
     return Outcome(top.numpy(), places.numpy(), losses.numpy(), scales)
 
 
-def walk(search: Search, recipe: Recipe, queries: np.ndarray, note: Callable[[dict], None] | None = None) -> Recipe:
-    """Improve one key after another, twice over; a candidate must gain on the present value to take its place.
+def walk(
+    search: Search,
+    settings: BankSettings,
+    choose: Sequence[str],
+    queries: np.ndarray,
+    note: Callable[[dict], None] | None = None,
+) -> BankSettings:
+    """Improve one setting after another, twice over; a candidate must gain on the present value to replace it.
 
     A head that was trained and class means compete when all else has been chosen for each of them.
 
     Args:
-        recipe: with the keys to choose in `choose`, and in `views` all that may be used.
+        settings: to start from; `views` are all that may be used.
+        choose: the settings to improve, in this order.
         queries: (queries,) bool, those that may choose.
         note: is given a row of the table for every candidate, as soon as it is judged.
     """
 
-    def best_of(key: str, present: Recipe, candidates: Sequence[Recipe]) -> Recipe:
+    def best_of(key: str, present: BankSettings, candidates: Sequence[BankSettings]) -> BankSettings:
         chosen = present
         for candidate in candidates:
             if note:
                 note(row(search, key, candidate, present))
-            # Sums, since there may be no query, and then nothing takes its place.
+            # Sums, since there may be no query, and then nothing is replaced.
             if search.worth(candidate)[queries].sum() > search.worth(chosen)[queries].sum() + 1e-9:
                 chosen = candidate
         return chosen
 
-    if recipe.matcher == "head" and "matcher" in recipe.choose:
-        keys = tuple(key for key in recipe.choose if key != "matcher")
-        starts = [replace(recipe, matcher=matcher, choose=keys) for matcher in ("means", "head")]
-        means, head = (walk(search, start, queries, note) for start in starts)
-        return replace(best_of("matcher", means, [head]), choose=recipe.choose)
-    every = recipe.views
-    if "views" in recipe.choose:
-        recipe = replace(recipe, views=every[:1])
+    if settings.matcher == "head" and "matcher" in choose:
+        others = [key for key in choose if key != "matcher"]
+        starts = [replace(settings, matcher=matcher) for matcher in ("means", "head")]
+        means, head = (walk(search, start, others, queries, note) for start in starts)
+        return best_of("matcher", means, [head])
+    every = settings.views
+    if "views" in choose:
+        settings = replace(settings, views=every[:1])
     for _ in range(2):
-        before = recipe
-        for key in recipe.choose:
+        before = settings
+        for key in choose:
             if key == "views":
-                recipe = more_views(recipe, every, best_of)
+                settings = more_views(settings, every, best_of)
             else:
-                recipe = best_of(key, recipe, [replace(recipe, **{key: value}) for value in CANDIDATES[key]])
-        if recipe == before:
+                settings = best_of(key, settings, [replace(settings, **{key: value}) for value in CANDIDATES[key]])
+        if settings == before:
             break
-    return recipe
+    return settings
 
 
-def more_views(recipe: Recipe, every: Sequence[str], best_of: Callable) -> Recipe:
+def more_views(settings: BankSettings, every: Sequence[str], best_of: Callable) -> BankSettings:
     """Add the group of views that gains most, then the next, until none gains: that is their order of worth too."""
     while True:
-        left = [group for group in VIEW_GROUPS if set(group) <= set(every) - set(recipe.views)]
-        more = best_of("views", recipe, [replace(recipe, views=(*recipe.views, *group)) for group in left])
-        if more == recipe:
-            return recipe
-        recipe = more
+        left = [group for group in VIEW_GROUPS if set(group) <= set(every) - set(settings.views)]
+        more = best_of("views", settings, [replace(settings, views=(*settings.views, *group)) for group in left])
+        if more == settings:
+            return settings
+        settings = more
 
 
-def row(search: Search, key: str, candidate: Recipe, present: Recipe) -> dict:
+def row(search: Search, key: str, candidate: BankSettings, present: BankSettings) -> dict:
     """A row of the table of candidates: its scores, and the paired gain in worth over what it would replace.
 
     All are weighted as the choice is.
@@ -438,12 +430,12 @@ def row(search: Search, key: str, candidate: Recipe, present: Recipe) -> dict:
     }
 
 
-def cross_validated(search: Search, recipe: Recipe) -> np.ndarray:
+def cross_validated(search: Search, settings: BankSettings, choose: Sequence[str]) -> np.ndarray:
     """(queries, 10) guesses, each by what the other four fifths of the queries choose, so unbiased by the choice."""
-    rng = np.random.default_rng(recipe.seed)
+    rng = np.random.default_rng(search.seed)
     part = rng.permutation(len(search.truth)) % FOLDS
-    top = np.zeros_like(search.judge(recipe).top)
+    top = np.zeros_like(search.judge(settings).top)
     for number in range(FOLDS):
-        chosen = walk(search, recipe, part != number)
+        chosen = walk(search, settings, choose, part != number)
         top[part == number] = search.judge(chosen).top[part == number]
     return top

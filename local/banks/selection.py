@@ -16,19 +16,25 @@ from local.banks.ensemble import VALIDATION_FILE
 from local.banks.estimators import spread_over
 from local.banks.folds import make_folds
 from local.banks.metadata_prior import PriorEstimator
-from local.banks.search import CANDIDATES, Embedded, Search, cross_validated, walk
+from local.banks.search import Embedded, Search, cross_validated, walk
 from local.base.console import counted, say
 from local.base.files import write_table, write_tensors
 from local.base.metrics import describe, held_out_scores
 from local.data.cache import EmbeddingCache
 from local.data.competition import Competition, Labelled, check_readable, lineages, places_of, read_taxonomy, sort_ids
-from local.recipes.recipe import Recipe
+from local.recipes.settings import CANDIDATES, BankSettings
 
 CANDIDATES_FILE = "candidates.csv"
 
 
 class Study:
     """What a bank is fitted to and chosen by.
+
+    Args:
+        settings: of the bank; `views` are all that may be used.
+        choose: the settings that `choose` selects.
+        is_macro: see `Search`.
+        seed: of the folds, and of all else that is drawn at random.
 
     Attributes:
         unreadable: the cause of each photo that could not be read.
@@ -42,7 +48,8 @@ class Study:
 
     def __init__(
         self,
-        recipe: Recipe,
+        settings: BankSettings,
+        choose: Sequence[str],
         competition: Competition,
         fit: Labelled,
         validation: Labelled,
@@ -51,15 +58,18 @@ class Study:
         is_tuned: bool,
         head: Bank | None = None,
         head_classes: Sequence[str] = (),
+        is_macro: bool = False,
+        seed: int = 0,
     ):
-        self.recipe, self.encoder, self.cache, self.embedded = recipe, encoder, cache, {}
+        self.settings, self.keys, self.is_macro, self.seed = settings, tuple(choose), is_macro, seed
+        self.encoder, self.cache, self.embedded = encoder, cache, {}
         self.unreadable: dict[Path, str] = {}
         self.guesses, self.lineages = competition.layout.guesses, lineages(competition)
         class_ids = np.concatenate([fit.class_ids, validation.class_ids])
         self.is_fit = np.arange(len(class_ids)) < len(fit)
         self.labelled = Labelled([*fit.observations, *validation.observations], class_ids)
         is_fit = self.is_fit
-        keeps_val_out = recipe.reference == "train" and competition.has_val
+        keeps_val_out = settings.reference == "train" and competition.has_val
         self.has_val, self.keeps_val_out = competition.has_val, keeps_val_out
         self.reference = is_fit if keeps_val_out else np.ones_like(is_fit)
         self.classes = sort_ids(class_ids[self.reference])
@@ -67,19 +77,19 @@ class Study:
         self.places = places_of(class_ids, self.classes)
         self.taxonomy = read_taxonomy(competition, self.classes)
         self.asked = asked = ~is_fit if is_tuned else np.ones_like(is_fit)
-        self.folds = [(is_fit, ~is_fit)] if keeps_val_out else make_folds(self.places, recipe.seed, asked)
+        self.folds = [(is_fit, ~is_fit)] if keeps_val_out else make_folds(self.places, seed, asked)
 
-    def embed(self, fit: str) -> Embedded:
-        """All labelled observations in all of the recipe's views, photos cropped or squashed."""
-        if fit not in self.embedded:
-            preprocessing = dataclasses.replace(self.encoder.preprocessing, fit=fit)
+    def embed(self, resize_mode: str) -> Embedded:
+        """All labelled observations in all views that may be used."""
+        if resize_mode not in self.embedded:
+            preprocessing = dataclasses.replace(self.encoder.preprocessing, fit=resize_mode)
             encoder = Encoder(self.encoder.module, preprocessing, self.encoder.features, self.encoder.devices)
-            photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.recipe.views)
+            photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.settings.views)
             self.unreadable |= dict(photos.unreadable)
-            self.embedded[fit] = Embedded(
-                photos.values, self.recipe.views, photos.observations, self.places, self.taxonomy, self.head
+            self.embedded[resize_mode] = Embedded(
+                photos.values, self.settings.views, photos.observations, self.places, self.taxonomy, self.head
             )
-        return self.embedded[fit]
+        return self.embedded[resize_mode]
 
     def embed_together(self) -> None:
         """Embed all that the choice may ask for, every process of the team its share.
@@ -87,8 +97,9 @@ class Study:
         Raises:
             InputError: too many photos cannot be read.
         """
-        for fit in CANDIDATES["fit"] if "fit" in self.recipe.choose else (self.recipe.fit,):
-            self.embed(fit)
+        own = (self.settings.resize_mode,)
+        for resize_mode in CANDIDATES["resize_mode"] if "resize_mode" in self.keys else own:
+            self.embed(resize_mode)
         photos = sum(len(observation.photos) for observation in self.labelled.observations)
         check_readable(list(self.unreadable.items()), photos)
 
@@ -102,42 +113,50 @@ class Study:
             return None
         return self.fit_prior(reference).log_probabilities(self.labelled.subset(queries).observations)
 
-    def choose(self, folder: Path) -> tuple[Recipe, tuple[float, ...], dict[str, float]]:
-        """Choose what the recipe leaves open, and judge it by observations that had no part in the choice.
+    def choose(self, folder: Path) -> tuple[BankSettings, tuple[float, ...], dict[str, float]]:
+        """Choose the settings that are left open, and judge them by observations that had no part in the choice.
 
         Args:
             folder: to leave the table of candidates and the answers to the held-out observations in.
 
         Returns:
-            The recipe with nothing left open, the inverse temperatures of its banks, and its `held_out_scores`.
+            The chosen settings, the inverse temperatures of their banks, and their `held_out_scores`.
         """
         say(self.told_reference())
         if not self.folds:
-            kept = f", and cannot choose {', '.join(self.recipe.choose)}" if self.recipe.choose else ""
+            kept = f", and cannot choose {', '.join(self.keys)}" if self.keys else ""
             say(f"{self.told_folds()}: this run has no score{kept}")
-            return self.recipe, (), {}
-        is_macro = self.recipe.monitor == "macro_f1"
-        search = Search(self.embed, self.recipe.fit, self.folds, self.guesses, self.reference, self.ask_prior, is_macro)
-        chosen, top = self.recipe, None
-        if self.recipe.choose:
+            return self.settings, (), {}
+        search = Search(
+            self.embed,
+            self.settings.resize_mode,
+            self.folds,
+            self.guesses,
+            self.reference,
+            self.ask_prior,
+            self.is_macro,
+            self.seed,
+        )
+        chosen, top = self.settings, None
+        if self.keys:
             table: list[dict] = []
 
             def note(row: dict) -> None:
                 table.append(row)
                 say(told(row))  # at once, since with thousands of classes the choice takes minutes
 
-            chosen = walk(search, self.recipe, np.ones(len(search.truth), dtype=bool), note)
-            say("chosen: " + "  ".join(f"{key} = {getattr(chosen, key)}" for key in chosen.choose))
-            top = cross_validated(search, self.recipe)
+            chosen = walk(search, self.settings, self.keys, np.ones(len(search.truth), dtype=bool), note)
+            say("chosen: " + "  ".join(f"{key} = {getattr(chosen, key)}" for key in self.keys))
+            top = cross_validated(search, self.settings, self.keys)
             write_table(table, folder / CANDIDATES_FILE)
         outcome = search.judge(chosen)
         guesses = [[self.classes[place] for place in row] for row in (outcome.top if top is None else top)]
         truth = self.labelled.class_ids[search.queries]
-        scores = held_out_scores(truth, guesses, search.weights, is_macro, self.recipe.seed)
+        scores = held_out_scores(truth, guesses, search.weights, self.is_macro, self.seed)
         if np.allclose(search.weights, 1):
             say(f"{self.told_folds()}: {describe(scores, self.guesses)}")
         else:
-            how = "every class weighted the same" if is_macro else "weighted to the shots of the whole reference"
+            how = "every class weighted the same" if self.is_macro else "weighted to the shots of the whole reference"
             say(f"{self.told_folds()}, {how}: {describe(scores, self.guesses)}")
             say(f"the same, unweighted: {describe(scores, self.guesses, 'unweighted_')}")
         self.keep_answers(search, chosen, folder / VALIDATION_FILE)
@@ -171,7 +190,7 @@ class Study:
         of = f"the {train:,} of train and {val:,} of val" if self.has_val else f"the {train + val:,} of train"
         return f"{told}, {folds}{of}{f' (left out: {why})' if why else ''}"
 
-    def keep_answers(self, search: Search, chosen: Recipe, path: Path) -> None:
+    def keep_answers(self, search: Search, chosen: BankSettings, path: Path) -> None:
         """Write the log-probabilities of every held-out observation, by which an ensemble is weighted later."""
         observations = [self.labelled.observations[query].id for query in search.queries]
         said = {"observations": json.dumps(observations), "classes": json.dumps(self.classes)}

@@ -110,7 +110,7 @@ def accuracy(folders: Sequence[Path], encoders: Sequence[str], reference: str, o
         tasks = [read_task(data.resolve(), reference) for data in folders]
         reports = []
         for task in tasks:
-            rungs = climb(task, encoders or [read_recipe(RECIPES[0]).encoder], Path(kept))
+            rungs = climb(task, encoders or [read_recipe(RECIPES[0]).encoder.encoder], Path(kept))
             reports.append(report_on(task, rungs))
             say("\n" + "\n".join([*tell_ladder(reports[-1]), "", *tell_shots(reports[-1]), ""]))
     return {"datasets": reports}

@@ -238,14 +238,14 @@ def by_rules(
     task: Task, rules: Rules, recipe: Recipe, manifest: dict, ranks: Sequence[np.ndarray], queries: list[Observation]
 ) -> list[torch.Tensor]:
     """Per rank (queries, groups) scores of a system's rules, over the encoder as it comes; see `follow`."""
-    module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
+    module, entry = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
     device = pick_devices()[0]
     module.to(device, memory_format=torch.channels_last)
     encoder = Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], [device])
     part = task.support(manifest["competition"]["resolution"])
     species = places_of(part.class_ids, manifest["class_ids"])
     targets = np.stack([groups[species] for groups in ranks], axis=1)
-    return follow(rules, recipe.epochs, encoder, part, targets, queries)
+    return follow(rules, recipe.train.epochs, encoder, part, targets, queries)
 
 
 def rank_row(label: str, groups: np.ndarray, heads: torch.Tensor, ours: torch.Tensor, places: np.ndarray) -> dict:

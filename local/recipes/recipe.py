@@ -1,152 +1,78 @@
-"""Recipes: how to train, as a TOML file of differences from the defaults below."""
+"""Recipes: how to train, as a TOML file of differences from the defaults in `settings.py`."""
 
 import dataclasses
 import difflib
 import json
-import math
+import textwrap
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernel.embeddings import POOLINGS
 from kernel.inputs import InputError
-from kernel.observations import RESOLUTIONS
-from kernel.views import VIEWS
+from local.recipes.settings import (
+    AugmentSettings,
+    BankSettings,
+    EncoderSettings,
+    OptimSettings,
+    SearchSettings,
+    Setting,
+    TrainSettings,
+)
 
 FOLDER = Path(__file__).parent
+# Settings had other names in recipes and runs made before there were tables.
+FORMER_NAMES = {
+    "fit": "resize_mode",
+    "most_parameters": "max_parameters",
+    "genus": "genus_weight",
+    "family": "family_weight",
+    "nearest": "nearest_neighbour_weight",
+    "shots": "class_prior_exponent",
+    "metadata": "metadata_weight",
+    "classes": "max_classes",
+    "lora": "lora_rank",
+    "probe": "head_only_epochs",
+    "hidden": "hidden_features",
+    "arcface": "arcface_margin",
+    "class_weights": "class_weight_exponent",
+    "optimiser": "optimizer",
+    "clip": "grad_clip_norm",
+    "decay": "plateau_factor",
+    "decay_patience": "plateau_patience",
+    "ema": "ema_decay",
+}
+# Settings that are gone, at the values that changed nothing.
+REMOVED = {"centre": True, "restarts": 0, "cosface": 0.0, "subcentres": 1}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of a run; each is a key of the TOML file and of `--set key=value`."""
+    """Every setting of a run, in one table per room."""
 
-    # What sees the photos.
-    encoder: str = "hf-hub:imageomics/bioclip"
-    pretrained: bool = True  # false: the architecture with random weights, to train from scratch
-    image_size: int = 0  # pixels; 0: the encoder's own
-    resolution: str = "auto"  # one of FungiCLEF's folders; auto: the smallest that the encoder does not enlarge
-    fit: str = "encoder"  # "crop", "squash", or what the encoder was trained with
-    precision: str = "half"  # of the encoder on a GPU; "full" for one that loses by it
-    views: tuple[str, ...] = ("plain", "hflip")
-    pooling: str = "mean"  # over an observation's photos
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    bank: BankSettings = field(default_factory=BankSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
 
-    # What the bank is made of.
-    reference: str = "train+val"  # "train" keeps val out of the bank, so that a score on val or test compares
-    centre: bool = True  # subtract the reference's mean before cosines
-    whitening: float = 0.0  # exponent: 0 only centres, 1 evens out all variation within classes
-    matcher: str = "means"  # a class's mean, "several" prototypes, a linear classifier, or trained networks
-    genus: float = 0.0  # a class's relatives in its genus weigh as much as so many of its observations
-    family: float = 0.0  # the same of the other genera of its family, each the mean of its classes
-    nearest: float = 0.0  # share of the nearest observation in the probabilities
-    shots: float = 0.0  # a class is likelier by its number of observations to this power
-    transduction: float = 0.0  # how much the test's own observations move the prototypes
-    metadata: float = 0.0  # weight of what place, season and substrate say, against what the photos say
-    choose: tuple[str, ...] = ()  # keys of this part, and views, that cross-validation chooses: matching/choice.py
-
-    # Training; none with epochs = 0.
-    epochs: int = 0
-    unfreeze: int = 2  # groups of layers from the top that learn, as timm and open_clip group them; 0: none; -1: all
-    lora: int = 0  # rank of what their matrices learn; 0: they learn in full
-    gradient_checkpointing: bool = False  # a third slower, with a fraction of the memory
-    classes: int = 0  # learn from so many classes of the most observations alone; 0: all
-    subset: int = 0  # of so many observations, drawn at random, to try a recipe in a minute; 0: all
-    most_parameters: int = 0  # an encoder and head with more are refused; 0: no limit
-    # The head, which is a bank: `matcher = "head"` keeps it, any other makes a bank of the tuned embeddings.
-    prototypes: str = "fixed"  # at the class means as they came; "updated" every epoch; "learned"; "episodic"
-    subcentres: int = 1  # prototypes of each class, of which the nearest counts
-    hidden: int = 0  # units of a layer in between; 0: none
-    dropout: float = 0.0  # of the embedding
-    hidden_dropout: float = 0.0
-    temperature: float = 0.1  # of squared distances between unit vectors
-    probe: int = 0  # epochs before the others in which the head learns alone
-    # The loss.
-    label_smoothing: float = 0.0
-    arcface: float = 0.0  # margin in radians by which the true class must be nearer
-    cosface: float = 0.0  # the same in cosine
-    class_weights: float = 0.0  # a class's part in the loss falls with its observations to this power; 1: all equal
-    rank_weights: tuple[float, ...] = ()  # of the coarser ranks beside the species' 1, the widest first
-    # What is seen.
-    batch_size: int = 32  # observations
-    accumulate: int = 1  # batches to a step
-    photos_per_observation: int = 4  # seen of one observation in one step
-    balance: float = 0.0  # classes are drawn as often as their observations to the power of 1 minus this
-    ways: int = 20  # classes of an episode
-    support: int = 1  # observations of each that make its prototype, and ...
-    queries: int = 3  # ... that are asked; of a smaller class as many as there are
-    crop_scale: float = 0.6  # smallest share of a photo's area in a random crop
-    flip: bool = True  # left and right alike
-    rotate: float = 0.0  # degrees, at most
-    translate: float = 0.0  # share of the side, at most; also by which a photo shrinks or grows
-    colour_jitter: float = 0.1
-    hue: float = 0.0
-    rand_augment: int = 0  # magnitude of RandAugment's two random operations, up to 10
-    erase: float = 0.0  # share of photos of which a random rectangle is erased
-    mixup: float = 0.0  # alpha; 0: none
-    cutmix: float = 0.0
-    # How it learns.
-    optimiser: str = "adamw"
-    learning_rate: float = 1e-4
-    layer_decay: float = 1.0  # factor of the learning rate from one layer to the one below
-    weight_decay: float = 0.05
-    clip: float = 1.0  # length of the gradient, at most; 0: no limit
-    schedule: str = "cosine"  # down to 0; "plateau": down by `decay` when validation stands still; "constant"
-    warmup: float = 0.1  # share of the steps
-    restarts: int = 0  # of the cosine
-    decay: float = 0.2
-    decay_patience: int = 3  # epochs
-    ema: float = 0.0  # decay per step of the moving average of the weights that is judged and kept; 0: none
-    monitor: str = "recalls"  # of the validation: their mean, or a column of log.csv; by macro_f1 banks are chosen too
-    patience: int = 4  # epochs without a better one
-    seed: int = 0
+    @property
+    def keeps_head(self) -> bool:
+        """Whether the bank is the head that was trained with the encoder."""
+        return self.bank.matcher == "head"
 
 
-MONITORS = ("recalls", "recall_at_1", "recall_at_5", "recall_at_10", "macro_f1", "weighted_f1", "log_loss")
-CHOICES = {
-    "resolution": ("auto", *RESOLUTIONS),
-    "fit": ("encoder", "crop", "squash"),
-    "precision": ("half", "full"),
-    "pooling": POOLINGS,
-    "reference": ("train", "train+val"),
-    "prototypes": ("fixed", "updated", "learned", "episodic"),
-    "matcher": ("means", "several", "ridge", "random-ridge", "logistic", "projection", "head"),
-    "optimiser": ("adamw", "adam", "sgd"),
-    "schedule": ("cosine", "plateau", "constant"),
-    "monitor": MONITORS,
-}
-BANK = ("whitening", "genus", "family", "nearest", "shots", "transduction", "metadata")
-CHOOSABLE = ("fit", "views", "matcher", *BANK)
-POSITIVE = (
-    "subcentres",
-    "temperature",
-    "batch_size",
-    "accumulate",
-    "photos_per_observation",
-    "support",
-    "queries",
-    "crop_scale",
-    "learning_rate",
-    "layer_decay",
-    "decay",
-    "patience",
-)
-SHARES = (
-    "nearest",
-    "dropout",
-    "hidden_dropout",
-    "label_smoothing",
-    "balance",
-    "crop_scale",
-    "translate",
-    "erase",
-    "layer_decay",
-    "warmup",
-    "decay",
-    "ema",
-)
-BELOW_ONE = ("dropout", "hidden_dropout", "ema")  # at 1 nothing would be left to learn
-MOST = {"rand_augment": 10, "hue": 0.5}
-SIGNED = ("unfreeze",)
+TABLES: dict[str, type] = {table.name: table.default_factory for table in dataclasses.fields(Recipe)}
+TABLE_OF = {setting.name: name for name, table in TABLES.items() for setting in dataclasses.fields(table)}
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value that a recipe or a command line gives to a setting, and where: a path, `--set epochs=3`, ..."""
+
+    value: object
+    source: str
 
 
 def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> Recipe:
@@ -155,63 +81,104 @@ def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = N
     Raises:
         InputError: no such recipe; an unknown key; a value of the wrong type or out of range.
     """
+    return build_recipe(read_given(name, settings, encoder))
+
+
+def make_recipe(values: Mapping, where: str, ignores_removed: bool = False) -> Recipe:
+    """A validated recipe from settings, in tables or without.
+
+    Args:
+        where: the settings come from, to be named in errors.
+        ignores_removed: for a finished run, of which other settings are to be read.
+
+    Raises:
+        InputError: see `read_recipe`.
+    """
+    if ignores_removed:
+        values = {name: value for name, value in values.items() if name not in REMOVED}
+    return build_recipe(_flatten(values, where))
+
+
+def read_given(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> dict[str, Given]:
+    """What a recipe's file, `--set` and `--encoder` give, by setting. Of two values of a setting the last counts.
+
+    Raises:
+        InputError: no such recipe; an unknown key; a setting without a value.
+    """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
-        known = ", ".join(sorted(recipe.stem for recipe in FOLDER.glob("*.toml")))
+        known = ", ".join(recipe.stem for recipe in sorted(FOLDER.glob("*.toml")))
         raise InputError(f"no recipe {name}: known are {known}, or the path of a .toml file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not TOML: {error}") from error
-    sources = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        key = key.strip()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
+    given = _flatten(values, str(path))
+    for text in settings:
+        source = f"--set {text}"
+        key, equals, value = text.partition("=")
         if not equals:
-            raise InputError(f"--set {setting} has no value: write --set key=value")
-        values[key], sources[key] = _parse(text.strip()), f"--set {setting}"
+            raise InputError(f"{source} has no value: write --set key=value")
+        given[_resolve(key.strip(), source)] = Given(_parse(value.strip()), source)
     if encoder:
-        values["encoder"], sources["encoder"] = encoder, f"--encoder {encoder}"
-    return make_recipe(values, str(path), sources)
+        given["encoder"] = Given(encoder, f"--encoder {encoder}")
+    return given
 
 
-def make_recipe(values: dict, where: str, sources: Mapping[str, str] | None = None) -> Recipe:
-    """A validated recipe from settings.
-
-    Args:
-        where: the settings come from, to be named in errors.
-        sources: where single settings come from instead, by key, such as `--set epochs=3`.
+def build_recipe(given: Mapping[str, Given]) -> Recipe:
+    """A validated recipe.
 
     Raises:
-        InputError: see `read_recipe`.
+        InputError: a value of the wrong type or out of range; two settings that do not go together.
     """
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    sources = {key: where for key in values} | dict(sources or {})
-    checked = {}
-    for key, value in values.items():
-        if key not in fields:
-            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-            raise InputError(f"unknown key {key!r} in {sources[key]}: the nearest known one is {nearest!r}")
-        checked[key] = _check(key, value, fields[key].default, sources[key])
-    recipe = Recipe(**checked)
-    is_learned, is_episodic = recipe.prototypes == "learned", recipe.prototypes == "episodic"
-    mixes = recipe.mixup or recipe.cutmix
-    for wrong, keys, why in (
-        (recipe.probe and not is_learned, "probe prototypes", 'probe: nothing learns, set prototypes = "learned"'),
-        (recipe.hidden and not is_learned, "hidden prototypes", 'hidden: it needs prototypes = "learned"'),
-        (recipe.subcentres > 1 and not is_learned, "subcentres prototypes", 'subcentres: set prototypes = "learned"'),
+    tables: dict[str, dict] = {name: {} for name in TABLES}
+    for name, (one, default) in settings_by_name().items():
+        if name in given:
+            tables[TABLE_OF[name]][name] = one.check(name, given[name].value, default, given[name].source)
+    recipe = Recipe(**{name: table(**tables[name]) for name, table in TABLES.items()})
+    _check_together(recipe, given)
+    return recipe
+
+
+def settings_by_name() -> dict[str, tuple[Setting, object]]:
+    """Every setting with its default."""
+    return {
+        one.name: (one.metadata["setting"], one.default)
+        for table in TABLES.values()
+        for one in dataclasses.fields(table)
+    }
+
+
+def _check_together(recipe: Recipe, given: Mapping[str, Given]) -> None:
+    train, augment = recipe.train, recipe.augment
+    is_learned, is_episodic = train.prototypes == "learned", train.prototypes == "episodic"
+    mixes = augment.mixup or augment.cutmix
+    for is_wrong, names, why in (
         (
-            recipe.matcher == "head" and is_episodic,
+            train.head_only_epochs and not is_learned,
+            "head_only_epochs prototypes",
+            'head_only_epochs needs a head that is trained: set prototypes = "learned"',
+        ),
+        (
+            train.hidden_features and not is_learned,
+            "hidden_features prototypes",
+            'hidden_features needs a head that is trained: set prototypes = "learned"',
+        ),
+        (
+            recipe.keeps_head and is_episodic,
             "matcher prototypes",
-            'matcher = "head": episodes leave no head, set prototypes = "learned" or another matcher',
+            'matcher = "head" does not work with episodes, which train no head: set prototypes = "learned" or another '
+            "matcher",
         ),
         (
-            recipe.matcher == "head" and not recipe.epochs,
+            recipe.keeps_head and not train.epochs,
             "matcher epochs",
-            'matcher = "head": with epochs = 0 there is no head, set epochs or another matcher',
+            'matcher = "head" needs a head that is trained: set epochs, or another matcher',
         ),
         (
-            mixes and recipe.photos_per_observation > 1,
+            mixes and train.photos_per_observation > 1,
             "mixup cutmix photos_per_observation",
             "mixup and cutmix mix photos, not observations: set photos_per_observation = 1",
         ),
@@ -220,52 +187,60 @@ def make_recipe(values: dict, where: str, sources: Mapping[str, str] | None = No
             "mixup cutmix prototypes",
             "mixup and cutmix do not work with episodes: set them to 0, or other prototypes",
         ),
-        (is_episodic and recipe.ways < 2, "ways prototypes", "ways: an episode needs at least two classes"),
+        (is_episodic and train.ways < 2, "ways prototypes", "expected ways >= 2 for episodes"),
     ):
-        if wrong:
-            given = dict.fromkeys(sources[key] for key in keys.split() if key in sources)
-            raise InputError(f"{why} (in {' and '.join(given)})")
-    return recipe
+        if is_wrong:
+            sources = dict.fromkeys(given[name].source for name in names.split() if name in given)
+            raise InputError(f"{why} (in {' and '.join(sources)})")
 
 
-def _check(key: str, value: object, default: object, where: str) -> object:
-    if isinstance(default, tuple):
-        if isinstance(value, (str, list)):
-            value = tuple(value.split(",") if isinstance(value, str) else value)
-        if key == "rank_weights" and isinstance(value, tuple):
-            value = tuple(float(weight) if type(weight) is int else weight for weight in value)
-    elif isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(default):
-        kinds = {tuple: "a list", int: "an int", float: "a float", bool: "true or false", str: "a str"}
-        raise InputError(f"expected {kinds[type(default)]} for {key}, got {value!r} (in {where})")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise InputError(f"{key} = {value!r} in {where}: choose from {', '.join(CHOICES[key])}")
-    if key == "views" and (not value or len([view for view in VIEWS if view in value]) < len(value)):
-        raise InputError(f"views = {list(value)} in {where}: choose some of {', '.join(VIEWS)}, each once")
-    for name in value if key == "choose" else ():
-        if name not in CHOOSABLE:
-            raise InputError(f"choose = {list(value)} in {where}: {name!r} cannot be; {', '.join(CHOOSABLE)} can")
-    if key == "rank_weights" and not (
-        len(value) in (0, 5) and all(isinstance(weight, float) and weight >= 0 for weight in value)
-    ):
-        raise InputError(f"rank_weights = {list(value)} in {where}: give five numbers, none negative, or none")
-    numbers = [number for number in (value if isinstance(value, tuple) else (value,)) if isinstance(number, float)]
-    if not all(map(math.isfinite, numbers)):
-        raise InputError(f"{key} = {value!r} in {where}: expected finite numbers, not inf or nan")
-    if not isinstance(value, (int, float)):
+def _flatten(values: Mapping, where: str) -> dict[str, Given]:
+    """The settings of tables, and of a file without tables under their present names."""
+    given = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            if key not in TABLES:
+                raise InputError(
+                    f"unknown table [{key}] (in {where}): the nearest known one is [{_nearest(key, TABLES)}]"
+                )
+            given |= {_resolve(f"{key}.{name}", where): Given(one, where) for name, one in value.items()}
+        elif key in REMOVED:
+            if value != REMOVED[key]:
+                raise InputError(f"{key} = {value!r} is no longer supported (in {where}): remove it")
+        else:
+            given[_resolve(FORMER_NAMES.get(key, key), where)] = Given(_renamed(key, value), where)
+    return given
+
+
+def _renamed(key: str, value: object) -> object:
+    """The value of `choose`, a list of settings, under their present names; any other value as it is."""
+    if key != "choose" or not isinstance(value, (list, tuple)):
         return value
-    if key in POSITIVE and not value > 0:
-        raise InputError(f"{key} = {value} in {where}: it must be larger than 0")
-    if key not in SIGNED and not value >= 0:
-        raise InputError(f"{key} = {value} in {where}: it must not be negative")
-    if key in SHARES and value > 1:
-        raise InputError(f"{key} = {value} in {where}: it is a share, at most 1")
-    if key in BELOW_ONE and value == 1:
-        raise InputError(f"{key} = {value} in {where}: it must be smaller than 1, or nothing is learnt")
-    if key in MOST and value > MOST[key]:
-        raise InputError(f"{key} = {value} in {where}: its scale ends at {MOST[key]}")
-    return value
+    return [FORMER_NAMES.get(name, name) if isinstance(name, str) else name for name in value]
+
+
+def _resolve(key: str, where: str) -> str:
+    """The name of a setting written as `name` or `table.name`.
+
+    Raises:
+        InputError: there is none.
+    """
+    table, dot, name = key.rpartition(".")
+    if dot and table not in TABLES:
+        raise InputError(f"unknown table {table!r} (in {where}): the nearest known one is {_nearest(table, TABLES)!r}")
+    if name not in TABLE_OF:
+        if name in FORMER_NAMES:
+            raise InputError(f"unknown key {name!r} (in {where}): it is now called {FORMER_NAMES[name]!r}")
+        if name in REMOVED:
+            raise InputError(f"unknown key {name!r} (in {where}): it is no longer supported")
+        raise InputError(f"unknown key {name!r} (in {where}): the nearest known one is {_nearest(name, TABLE_OF)!r}")
+    if dot and TABLE_OF[name] != table:
+        raise InputError(f"unknown key {key!r} (in {where}): {name} is in the table {TABLE_OF[name]!r}")
+    return name
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def _parse(text: str) -> object:
@@ -276,31 +251,81 @@ def _parse(text: str) -> object:
         return text
 
 
+def list_recipes() -> str:
+    """The recipes of local/recipes, each with the first line of its comment."""
+    paths = sorted(FOLDER.glob("*.toml"))
+    width = max(len(path.stem) for path in paths)
+    first_lines = (path.read_text(encoding="utf-8").partition("\n")[0] for path in paths)
+    lines = [f"  {path.stem:{width}}  {line.lstrip('# ')}" for path, line in zip(paths, first_lines, strict=True)]
+    return "\n".join(["recipes:", *lines])
+
+
+def explain(given: Mapping[str, Given]) -> str:
+    """Every setting of the recipe that `given` makes: its value, where that comes from, and what it means."""
+    lines, recipe = [], build_recipe(given)
+    for name, table in TABLES.items():
+        lines += ["", f"[{name}]  {table.__doc__.partition(chr(10))[0]}"]
+        for one in dataclasses.fields(table):
+            value = json.dumps(getattr(getattr(recipe, name), one.name), ensure_ascii=False)
+            source = given[one.name].source if one.name in given else "default"
+            source = source if source == "default" or source.startswith("--") else "recipe"
+            lines.append(f"{one.name} = {value}  ({source})")
+            lines += textwrap.wrap(_meaning(one), 100, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines[1:])
+
+
+def _meaning(one: dataclasses.Field) -> str:
+    """What a setting means, and which values it takes."""
+    setting = one.metadata["setting"]
+    known = ", ".join(setting.choices)
+    if setting.choices:
+        return f"{setting.meaning} {'Some' if isinstance(one.default, tuple) else 'One'} of: {known}."
+    limits = setting.limits(one.name)
+    # That a size or a weight is not negative goes without saying.
+    return setting.meaning if limits in (one.name, f"{one.name} >= 0") else f"{setting.meaning} {limits}."
+
+
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write every setting as TOML; `read_recipe` gives the same recipe back."""
-    # JSON's strings, numbers, booleans and lists are TOML's too.
-    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in dataclasses.asdict(recipe).items()]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = []
+    for name, values in dataclasses.asdict(recipe).items():
+        # JSON's strings, numbers, booleans and lists are TOML's too.
+        lines += [
+            f"[{name}]",
+            *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()),
+            "",
+        ]
+    path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
 
 
 def settings_of(recipe: Recipe, but: Collection[str] = ()) -> dict:
-    """Every setting as JSON gives it back, but for some keys."""
-    settings = {key: value for key, value in dataclasses.asdict(recipe).items() if key not in but}
-    return json.loads(json.dumps(settings))
+    """Every setting by its name alone, without tables, as JSON gives it back, but for some names."""
+    settings = {name: value for table in dataclasses.asdict(recipe).values() for name, value in table.items()}
+    return json.loads(json.dumps({name: value for name, value in settings.items() if name not in but}))
+
+
+def current_names(settings: Mapping) -> dict:
+    """The settings that a run recorded, see `settings_of`, under their present names."""
+    return {FORMER_NAMES.get(name, name): _renamed(name, value) for name, value in settings.items()}
 
 
 def differences(was: Mapping, now: Mapping, weights: tuple[str, str] = ("", "")) -> dict[str, str]:
-    """What differs between the settings of two runs: by key, `KEY was X, is Y`.
+    """What differs between the settings of two runs: by name, `NAME was X, is Y`.
 
     Args:
-        was, now: by key, as `settings_of` gives them; a key that one of them lacks is not compared.
+        was, now: by name, as `settings_of` gives them; a name that one of them lacks is not compared.
         weights: digests of both encoders' files, where they are known. Then these are compared, since one file has many
             paths, and other weights may lie at the same one.
     """
     found = {
-        key: f"{key} was {json.dumps(was[key], ensure_ascii=False)}, is {json.dumps(now[key], ensure_ascii=False)}"
-        for key in was
-        if key in now and was[key] != now[key]
+        name: f"{name} was {json.dumps(was[name], ensure_ascii=False)}, is {json.dumps(now[name], ensure_ascii=False)}"
+        for name in was
+        if name in now and was[name] != now[name]
+    }
+    found |= {
+        name: f"{name} was {json.dumps(was[name])}, which is no longer supported"
+        for name in REMOVED
+        if was.get(name, REMOVED[name]) != REMOVED[name]
     }
     if all(weights):
         found.pop("encoder", None)

@@ -24,7 +24,7 @@ def reorder(evidence: Evidence, figures: dict) -> Advice:
     """The right class is among the ten, but not the first."""
     places = evidence.outcome.places
     near = ((places > 0) & (places < 10)).sum()
-    if evidence.recipe.choose:
+    if evidence.recipe.search.choose:
         then = "A stronger encoder, or a second run with other weights; `python bundle.py runs/A runs/B` weighs them."
     else:
         then = "Let cross-validation choose whitening, views, transduction and metadata: `--recipe fungiclef-best`"
@@ -56,12 +56,13 @@ def one_shot(evidence: Evidence, figures: dict) -> Advice:
     """Classes of a single observation."""
     missed = evidence.guesses != evidence.truth
     alone = missed & (evidence.shots <= 1)
-    draws_on_relatives = evidence.recipe.genus or evidence.recipe.family or "genus" in evidence.recipe.choose
+    bank = evidence.recipe.bank
+    draws_on_relatives = bank.genus_weight or bank.family_weight or "genus_weight" in evidence.recipe.search.choose
     if draws_on_relatives or len(evidence.ranks) < 2 or alone.sum() * 3 < missed.sum():
         return None
     return note(
         f"Of {counted(missed.sum(), 'miss')}, {alone.sum()} in classes with one observation to learn from.",
-        "Draw them towards their relatives: `--set genus=0.5`, or `--recipe fungiclef-best`, which chooses how far.",
+        "Draw them towards their relatives: `--set genus_weight=0.5`, or `--recipe fungiclef-best`, which chooses it.",
         alone.sum(),
     )
 
@@ -70,7 +71,7 @@ def views(evidence: Evidence, figures: dict) -> Advice:
     """Views that disagree are an average worth making."""
     rows = figures["trust"]["agreement"]
     split = sum(row["observations"] for row in rows if row["least"] < 1)
-    if len(evidence.recipe.views) > 4:
+    if len(evidence.recipe.bank.views) > 4:
         return None
     return note(
         f"In {counted(split, 'observation')} views of one photo see different classes.",
@@ -82,11 +83,11 @@ def views(evidence: Evidence, figures: dict) -> Advice:
 def metadata(evidence: Evidence, figures: dict) -> Advice:
     """Place and season that nobody asked."""
     said = sum(bool(set(query.metadata) - {"year"}) for query in evidence.queries)
-    if evidence.recipe.metadata or "metadata" in evidence.recipe.choose:
+    if evidence.recipe.bank.metadata_weight or "metadata_weight" in evidence.recipe.search.choose:
         return None
     return note(
         f"{counted(said, 'observation')} with place, season or substrate, which this run leaves aside.",
-        "Give it a weight: `--set metadata=0.5`, or `--set choose=metadata`.",
+        "Give it a weight: `--set metadata_weight=0.5`, or `--set choose=metadata_weight`.",
         said,
     )
 
@@ -94,7 +95,7 @@ def metadata(evidence: Evidence, figures: dict) -> Advice:
 def reference(evidence: Evidence, figures: dict) -> Advice:
     """A validation split that the bank leaves out."""
     photos = evidence.competition.photos
-    if evidence.recipe.reference != "train" or not evidence.competition.has_val:
+    if evidence.recipe.bank.reference != "train" or not evidence.competition.has_val:
         return None
     left = photos.loc[photos["split"] == "val", "observation"].nunique()
     return note(

@@ -151,10 +151,10 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         InputError: `run` is no run or kept no answers; `data` is not the competition that they are about.
     """
     manifest, answers = open_run(run).manifest, answers_of(run)
-    recipe = make_recipe(manifest["members"][0]["recipe"], str(run))
+    recipe = make_recipe(manifest["members"][0]["recipe"], str(run), ignores_removed=True)
     competition = read_competition(data, manifest["competition"]["resolution"])
-    if recipe.subset:
-        competition = competition.sample(recipe.subset, recipe.seed)
+    if recipe.train.subset:
+        competition = competition.sample(recipe.train.subset, recipe.train.seed)
     known = labelled(competition, "train", "val")
     place = {observation.id: number for number, observation in enumerate(known.observations)}
     ids, bank = asked(answers)
@@ -170,7 +170,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     lacking = np.full((len(ids), len(classes) - len(bank)), -np.inf, dtype=np.float32)
     names, poisonous = names_of(competition, classes)
     truth = places_of(class_ids, classes)
-    reference = labelled(competition, *recipe.reference.split("+"))
+    reference = labelled(competition, *recipe.bank.reference.split("+"))
     sizes = np.bincount(places_of(reference.class_ids, classes) + 1, minlength=len(classes) + 1)[1:]
     own = np.isin(ids, [observation.id for observation in reference.observations])
     return Evidence(
@@ -239,17 +239,17 @@ def name_ranks(competition: Competition, classes: Sequence[str], names: Sequence
 
 def read_embeddings(evidence: Evidence) -> Embedded:
     """The photos of the reference and of the queries, embedded already unless the cache was removed."""
-    reference = labelled(evidence.competition, *evidence.recipe.reference.split("+")).observations
+    reference = labelled(evidence.competition, *evidence.recipe.bank.reference.split("+")).observations
     # Queries first, so that their places are those of the evidence.
     known = {observation.id: observation for observation in [*evidence.queries, *reference]}
     observations = list(known.values())
-    found = embed(evidence.run, observations, evidence.recipe.views, evidence.run.parent / CACHE)
+    found = embed(evidence.run, observations, evidence.recipe.bank.views, evidence.run.parent / CACHE)
     everything = labelled(evidence.competition, "train", "val")
     ids = [observation.id for observation in everything.observations]
     class_of = dict(zip(ids, everything.class_ids, strict=True))
     readable = np.bincount(found.observations, minlength=len(observations))
     is_reference = np.isin(list(known), [observation.id for observation in reference])
-    pooled = pool(found.values, found.observations, len(observations), evidence.recipe.pooling)
+    pooled = pool(found.values, found.observations, len(observations), evidence.recipe.bank.pooling)
     mean = pooled[(readable > 0) & is_reference].mean(axis=0)
     is_query = found.observations < len(evidence.queries)
     return Embedded(

@@ -52,7 +52,7 @@ def evaluate(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -
     """
     wanted = [place for name in focus for place in find_species(evidence, name)]
     closeup = Closeup(evidence)
-    is_macro, is_even = evidence.recipe.monitor == "macro_f1", np.allclose(evidence.weights, 1)
+    is_macro, is_even = evidence.recipe.train.monitor == "macro_f1", np.allclose(evidence.weights, 1)
     figures = {
         "run": evidence.run.name,
         "data": evidence.competition.folder.name,
@@ -65,7 +65,7 @@ def evaluate(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -
         "unweighted": None if is_even else headline(evidence.truth, evidence.log_probabilities),
         "is_macro": is_macro,
         "by_training": evidence.manifest["members"][0]["validation"],
-        "chosen": list(evidence.recipe.choose),
+        "chosen": list(evidence.recipe.search.choose),
         "against": [against(evidence, run) for run in others],
     }
     expected = figures["headline"][evidence.competition.layout.metric]["value"]

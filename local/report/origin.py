@@ -38,12 +38,12 @@ def distribution(evidence: Evidence) -> dict:
 
     An epoch shows at most `photos_per_observation` of each observation; a bank takes each observation once.
     """
-    known = labelled(evidence.competition, *evidence.recipe.reference.split("+"))
+    known = labelled(evidence.competition, *evidence.recipe.bank.reference.split("+"))
     places = places_of(known.class_ids, evidence.classes)
     photos = np.array([len(observation.photos) for observation in known.observations])
-    seen = np.minimum(photos, evidence.recipe.photos_per_observation)
+    seen = np.minimum(photos, evidence.recipe.train.photos_per_observation)
     counts = {"photos": photos, "seen in an epoch": seen, "observations": np.ones_like(photos)}
-    if not evidence.recipe.epochs:
+    if not evidence.recipe.train.epochs:
         del counts["seen in an epoch"]
     return {
         name: sorted(np.bincount(places, each, minlength=len(evidence.classes)).astype(int).tolist(), reverse=True)

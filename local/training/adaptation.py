@@ -8,7 +8,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torch.nn.utils import parametrize
 
-from local.recipes.recipe import Recipe
+from local.recipes.settings import OptimSettings
 
 
 def unfreeze(module: nn.Module, groups: int) -> list[nn.Parameter]:
@@ -64,7 +64,7 @@ def add_low_rank(module: nn.Module, rank: int) -> None:
         parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), rank))
 
 
-def group_by_layer(module: nn.Module, recipe: Recipe) -> list[dict]:
+def group_by_layer(module: nn.Module, optim: OptimSettings) -> list[dict]:
     """What learns of an encoder as parameter groups, the learning rate smaller by `layer_decay` from layer to layer."""
     if hasattr(getattr(module, "transformer", None), "resblocks"):  # open_clip's transformers, in timm's terms
         blocks = [(r"^transformer\.resblocks\.(\d+)", None), (r"^(?:ln_post|proj)", (99999,))]
@@ -72,8 +72,8 @@ def group_by_layer(module: nn.Module, recipe: Recipe) -> list[dict]:
             "stem": r"^(?:conv1|class_embedding|positional|ln_pre)",
             "blocks": blocks,
         }
-    groups = param_groups_layer_decay(module, recipe.weight_decay, layer_decay=recipe.layer_decay)
-    return [{**group, "lr": recipe.learning_rate * group.pop("lr_scale")} for group in groups if group["params"]]
+    groups = param_groups_layer_decay(module, optim.weight_decay, layer_decay=optim.layer_decay)
+    return [{**group, "lr": optim.learning_rate * group.pop("lr_scale")} for group in groups if group["params"]]
 
 
 def set_training(module: nn.Module, pretrained: bool) -> None:

@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 from kernel.encoders import Preprocessing
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
-from local.recipes.recipe import Recipe
+from local.recipes.settings import AugmentSettings, TrainSettings
 
 ERASED = (0.02, 0.1)  # of a photo's area
 
@@ -70,10 +70,10 @@ class Draws:
             one alone would.
     """
 
-    def __init__(self, classes: np.ndarray, recipe: Recipe, share: tuple[int, int] = (0, 1)):
-        self.classes, self.recipe, self.share, self.epoch, self.first = classes, recipe, share, 1, 0
-        self.is_episodic = recipe.prototypes == "episodic"
-        self.size = recipe.ways * (recipe.support + recipe.queries) if self.is_episodic else recipe.batch_size
+    def __init__(self, classes: np.ndarray, train: TrainSettings, share: tuple[int, int] = (0, 1)):
+        self.classes, self.train, self.share, self.epoch, self.first = classes, train, share, 1, 0
+        self.is_episodic = train.prototypes == "episodic"
+        self.size = train.ways * (train.support + train.queries) if self.is_episodic else train.batch_size
 
     def __len__(self) -> int:
         return math.ceil(len(self.classes) / self.size)
@@ -89,7 +89,7 @@ class Draws:
         for number, batch in enumerate(batches):
             if number >= self.first:
                 draws = [
-                    Draw(int(index), bool(asked), seed_of(self.recipe.seed, self.epoch, number, place))
+                    Draw(int(index), bool(asked), seed_of(self.train.seed, self.epoch, number, place))
                     for place, (index, asked) in enumerate(batch)
                 ]
                 # Every process has a part in every step, since they wait for each other.
@@ -97,7 +97,7 @@ class Draws:
 
     def _shuffled(self) -> Iterator[list[tuple[int, bool]]]:
         """Every observation once; with `balance` as often as its class asks for, in as many draws."""
-        rng, balance = np.random.default_rng((self.recipe.seed, self.epoch)), self.recipe.balance
+        rng, balance = np.random.default_rng((self.train.seed, self.epoch)), self.train.balance
         order = rng.permutation(len(self.classes))
         if balance:
             chances = np.bincount(self.classes)[self.classes] ** -float(balance)
@@ -111,19 +111,19 @@ class Draws:
         A class of fewer keeps one at least to be asked; a class of one observation only makes the others' episode
         harder. An episode without a question is drawn again.
         """
-        recipe, (rank, world) = self.recipe, self.share
+        train, (rank, world) = self.train, self.share
         members = [np.flatnonzero(self.classes == index) for index in np.unique(self.classes)]
         for number in range(len(self)):
             # Each process has episodes of its own: half of one would be another task.
-            rng = np.random.default_rng((recipe.seed, self.epoch, number * world + rank))
+            rng = np.random.default_rng((train.seed, self.epoch, number * world + rank))
             episode: list[tuple[int, bool]] = []
             while not any(asked for _, asked in episode):
                 episode = []
-                for place in rng.permutation(len(members))[: recipe.ways]:
+                for place in rng.permutation(len(members))[: train.ways]:
                     own = rng.permutation(members[place])
-                    support = min(recipe.support, max(1, len(own) - 1))
+                    support = min(train.support, max(1, len(own) - 1))
                     episode += [(index, False) for index in own[:support]]
-                    episode += [(index, True) for index in own[support : support + recipe.queries]]
+                    episode += [(index, True) for index in own[support : support + train.queries]]
             yield episode
 
 
@@ -132,12 +132,15 @@ class Photos(Dataset):
 
     Args:
         observations: each with at least one readable photo.
+        limit: of photos of one observation, drawn at random.
     """
 
-    def __init__(self, observations: Sequence[Observation], preprocessing: Preprocessing, recipe: Recipe):
-        self.observations, self.limit = observations, recipe.photos_per_observation
+    def __init__(
+        self, observations: Sequence[Observation], preprocessing: Preprocessing, augment: AugmentSettings, limit: int
+    ):
+        self.observations, self.limit = observations, limit
         self.decoded, self.size = shorter_side(preprocessing), preprocessing.size
-        self.augment = augmentation(preprocessing, recipe)
+        self.augment = augmentation(preprocessing, augment)
 
     def __len__(self) -> int:
         return len(self.observations)
@@ -156,24 +159,24 @@ class Photos(Dataset):
         return torch.stack(views) if views else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8), draw
 
 
-def augmentation(preprocessing: Preprocessing, recipe: Recipe) -> v2.Compose:
-    """A photo -> (3, size, size) uint8, varied as a recipe says."""
+def augmentation(preprocessing: Preprocessing, augment: AugmentSettings) -> v2.Compose:
+    """A photo -> (3, size, size) uint8, randomly varied."""
     interpolation = v2.InterpolationMode[preprocessing.interpolation.upper()]
     fill = [round(255 * value) for value in preprocessing.mean]
-    jitter, side = recipe.colour_jitter, preprocessing.size
+    jitter, side = augment.colour_jitter, preprocessing.size
     steps = [
-        v2.RandomResizedCrop(side, scale=(recipe.crop_scale, 1.0), interpolation=interpolation, antialias=True),
-        v2.RandomHorizontalFlip(0.5 if recipe.flip else 0.0),
+        v2.RandomResizedCrop(side, scale=(augment.crop_scale, 1.0), interpolation=interpolation, antialias=True),
+        v2.RandomHorizontalFlip(0.5 if augment.flip else 0.0),
     ]
-    if recipe.rand_augment:
-        policy = f"rand-m{recipe.rand_augment}-n2-mstd0.5-inc1"
+    if augment.rand_augment:
+        policy = f"rand-m{augment.rand_augment}-n2-mstd0.5-inc1"
         steps.append(rand_augment_transform(policy, {"img_mean": tuple(fill)}))
-    if recipe.rotate or recipe.translate:
-        zoom = (1 - recipe.translate, 1 + recipe.translate)
-        moves = {"translate": (recipe.translate,) * 2, "scale": zoom} if recipe.translate else {}
+    if augment.rotate or augment.translate:
+        zoom = (1 - augment.translate, 1 + augment.translate)
+        moves = {"translate": (augment.translate,) * 2, "scale": zoom} if augment.translate else {}
         bilinear = v2.InterpolationMode.BILINEAR
-        steps.append(v2.RandomAffine(recipe.rotate, interpolation=bilinear, fill=fill, **moves))
-    return v2.Compose([*steps, v2.ColorJitter(jitter, jitter, jitter, recipe.hue), v2.PILToTensor()])
+        steps.append(v2.RandomAffine(augment.rotate, interpolation=bilinear, fill=fill, **moves))
+    return v2.Compose([*steps, v2.ColorJitter(jitter, jitter, jitter, augment.hue), v2.PILToTensor()])
 
 
 def collate(items: Sequence[tuple[torch.Tensor, Draw]]) -> Batch:
@@ -191,11 +194,11 @@ def collate(items: Sequence[tuple[torch.Tensor, Draw]]) -> Batch:
 class Mixing:
     """What is done to a batch on the device: rectangles erased, photos mixed with their targets, as timm does both."""
 
-    def __init__(self, classes: int, recipe: Recipe, device: torch.device):
-        self.erase = RandomErasing(recipe.erase, *ERASED, mode="pixel", device=device.type) if recipe.erase else None
+    def __init__(self, classes: int, augment: AugmentSettings, device: torch.device):
+        self.erase = RandomErasing(augment.erase, *ERASED, mode="pixel", device=device.type) if augment.erase else None
         self.mix = None
-        if recipe.mixup or recipe.cutmix:
-            self.mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=0.0, num_classes=classes)
+        if augment.mixup or augment.cutmix:
+            self.mix = Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=classes)
         self.classes = classes
 
     def __call__(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from local.banks.search import compare
 from local.base.console import counted
 from local.base.metrics import GUESSES, macro_f1, paired_gain
 from local.data.competition import Labelled, check_readable, places_of, sort_ids
-from local.recipes.recipe import MONITORS, Recipe
+from local.recipes.settings import MONITORS
 from local.training import distributed
 
 MONITORED = {"recalls": "the mean of Recall@1, 5 and 10"}  # what a monitor is called where its own name says too little
@@ -52,19 +52,19 @@ def judge(
     encoder: Encoder,
     fit: Labelled,
     validation: Labelled,
-    recipe: Recipe,
     views: Sequence[str],
+    pooling: str,
     bank: Bank | None = None,
 ) -> Judged:
     """Rank the validation by a bank, of the class means of the other part unless one is given, as the kernel would."""
     encoder.module.eval()
     classes, seen = sort_ids(fit.class_ids), None
     if bank is None:
-        reference = embed_together(encoder, fit.observations, views, recipe.pooling)
+        reference = embed_together(encoder, fit.observations, views, pooling)
         seen = (reference.norm(dim=1) > 0).numpy()
         places = places_of(fit.class_ids[seen], classes)
-        bank = centroids(reference.double().numpy()[seen], places, len(classes), recipe.centre)
-    queries = embed_together(encoder, validation.observations, views, recipe.pooling)
+        bank = centroids(reference.double().numpy()[seen], places, len(classes))
+    queries = embed_together(encoder, validation.observations, views, pooling)
     truth = places_of(validation.class_ids, classes)
     # Chunk by chunk, since the scores of all observations over 32,000 classes would fill the memory.
     parts = torch.tensor(truth).split(CHUNK)
@@ -93,17 +93,17 @@ def embed_together(
     return distributed.gather(embeddings.values, len(observations), encoder.device)
 
 
-def monitored(scores: dict[str, float], recipe: Recipe) -> float:
-    """The score that a recipe goes by."""
-    if recipe.monitor == "recalls":
+def monitored(scores: dict[str, float], monitor: str) -> float:
+    """The score that `monitor` names, one of MONITORS."""
+    if monitor == "recalls":
         return float(np.mean([scores[f"recall_at_{count}"] for count in GUESSES]))
-    return scores[recipe.monitor]
+    return scores[monitor]
 
 
-def best_of(rows: Sequence[dict], recipe: Recipe) -> int:
-    """The place of the best score, the first of equals."""
-    sign = -1 if recipe.monitor == "log_loss" else 1
-    return int(np.argmax([sign * monitored(row, recipe) for row in rows]))
+def best_of(rows: Sequence[dict], monitor: str) -> int:
+    """The index of the row with the best score, the first of equals."""
+    sign = -1 if monitor == "log_loss" else 1
+    return int(np.argmax([sign * monitored(row, monitor) for row in rows]))
 
 
 def choose_share(judged: Sequence[Judged]) -> float:

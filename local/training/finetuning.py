@@ -21,6 +21,7 @@ from local.base.console import counted, say
 from local.base.files import write_tensors
 from local.data.competition import Labelled, places_of, sort_ids
 from local.recipes.recipe import Recipe
+from local.recipes.settings import EncoderSettings, TrainSettings
 from local.training import distributed
 from local.training.adaptation import copy_state, interpolate
 from local.training.checkpoints import Checkpoint, full_disk_named, memory_named
@@ -83,10 +84,10 @@ def finetune(
         InputError: the checkpoint is of another training; memory or disk do not suffice.
         Stopped: by the user or the system.
     """
-    views, keeps_head = recipe.views[:1], recipe.matcher == "head"  # one view is enough to compare
+    train, views, keeps_head = recipe.train, recipe.bank.views[:1], recipe.keeps_head  # one view is enough to compare
 
     def judged(candidate: Encoder, head: Head | None = None) -> Judged:
-        return judge(candidate, fit, validation, recipe, views, head.bank() if head else None)
+        return judge(candidate, fit, validation, views, recipe.bank.pooling, head.bank() if head else None)
 
     encoder.module.requires_grad_(False).eval()
     with memory_named("judging the encoder as it came", folder):
@@ -97,13 +98,13 @@ def finetune(
     classes = sort_ids(fit.class_ids)  # a class none of whose photos can be read is not learnt
     kept = places_of(np.array(classes, dtype=object), before)
     prototypes, ranks = start.bank.prototypes[kept], [groups if groups is None else groups[kept] for groups in ranks]
-    centre = -start.bank.layers[0].bias if recipe.centre else torch.zeros(prototypes.shape[1])
-    torch.manual_seed(recipe.seed)
+    centre = -start.bank.layers[0].bias
+    torch.manual_seed(train.seed)
     sizes = np.bincount(places_of(fit.class_ids, classes), minlength=len(classes))
     with memory_named("making the head", folder):
-        head = Head(centre, prototypes, sizes, recipe, ranks).to(encoder.device)
-    refuse_large(recipe, encoder.module, head)
-    if recipe.prototypes == "episodic" and sizes.max() < 2:
+        head = Head(centre, prototypes, sizes, train, ranks, recipe.bank.pooling).to(encoder.device)
+    refuse_large(recipe.encoder, encoder.module, head)
+    if train.prototypes == "episodic" and sizes.max() < 2:
         raise InputError("no class has two observations: an episode needs one to learn from and one to ask")
     with memory_named("copying the encoder to train it", folder):
         training = Training(encoder, head, fit, recipe, data_sha256, folder)
@@ -112,7 +113,7 @@ def finetune(
     say(f"epoch 0: {log_line(training.log[0])}")
 
     with Signals() as signals, events(folder.parent / "tensorboard") as note:
-        while training.epoch <= recipe.epochs and not is_over(training.log, recipe, training.since):
+        while training.epoch <= train.epochs and not is_over(training.log, train, keeps_head, training.since):
             began = time.monotonic()
             with signals.held(), memory_named(f"training epoch {training.epoch}", folder):
                 mean_loss = training.train_epoch(signals)
@@ -123,7 +124,7 @@ def finetune(
                 )
                 break
             if training.epoch < 1:
-                say(f"probe {training.epoch + recipe.probe}: loss {mean_loss:.4f}")
+                say(f"head-only epoch {training.epoch + train.head_only_epochs}: loss {mean_loss:.4f}")
                 with memory_named("freeing the encoder's weights to learn", folder):
                     training.next_epoch()
                 continue
@@ -134,47 +135,47 @@ def finetune(
             training.log.append(row)
             say(f"epoch {training.epoch}: loss {mean_loss:.4f}  {log_line(row)}")
             note(row)
-            if best_of(training.log[1:], recipe) == training.epoch - 1:
+            if best_of(training.log[1:], train.monitor) == training.epoch - 1:
                 keep_best(folder, training, present)
             if isinstance(training.schedule, ReduceLROnPlateau):
-                training.schedule.step(monitored(row, recipe))
-            if recipe.prototypes == "updated":
+                training.schedule.step(monitored(row, train.monitor))
+            if train.prototypes == "updated":
                 head.prototypes.copy_(present.bank.prototypes)
-                head.centre.copy_(-present.bank.layers[0].bias if recipe.centre else head.centre)
+                head.centre.copy_(-present.bank.layers[0].bias)
             training.next_epoch()
     with memory_named("mixing the trained weights with those that the encoder came with", folder):
         return settle(encoder, training, start, judged)
 
 
-def refuse_large(recipe: Recipe, *modules: nn.Module) -> None:
-    """Keep to the recipe's limit of parameters.
+def refuse_large(settings: EncoderSettings, *modules: nn.Module) -> None:
+    """Check the limit of parameters.
 
     Raises:
         InputError: there are more.
     """
     count = sum(parameter.numel() for module in modules for parameter in module.parameters())
-    if recipe.most_parameters and count > recipe.most_parameters:
+    if settings.max_parameters and count > settings.max_parameters:
         raise InputError(
-            f"{recipe.encoder} with its head has {count:,} parameters, most_parameters allows "
-            f"{recipe.most_parameters:,}: take a smaller encoder"
+            f"{settings.encoder} with its head has {count:,} parameters, max_parameters allows "
+            f"{settings.max_parameters:,}: use a smaller encoder"
         )
 
 
-def is_over(log: Sequence[dict], recipe: Recipe, since: int) -> bool:
+def is_over(log: Sequence[dict], train: TrainSettings, keeps_head: bool, since: int) -> bool:
     """Whether validation has stood still for as long as patience says. A head is not compared with the start.
 
     Args:
         since: rows of the log that were there when the present course began.
     """
-    first = 1 if recipe.matcher == "head" and len(log) > 1 else 0
-    best = first + best_of(log[first:], recipe)
-    over = min(len(log) - since, len(log) - 1 - best) >= recipe.patience
+    first = 1 if keeps_head and len(log) > 1 else 0
+    best = first + best_of(log[first:], train.monitor)
+    over = min(len(log) - since, len(log) - 1 - best) >= train.patience
     if over:
-        monitor = MONITORED.get(recipe.monitor, recipe.monitor)
+        monitor = MONITORED.get(train.monitor, train.monitor)
         say(
-            f"stopping after epoch {log[-1]['epoch']} of {recipe.epochs}: {monitor} has not been better than the "
-            f"{monitored(log[best], recipe):.3f} of epoch {log[best]['epoch']} for {counted(recipe.patience, 'epoch')} "
-            "(patience)"
+            f"stopping after epoch {log[-1]['epoch']} of {train.epochs}: {monitor} has not been better than the "
+            f"{monitored(log[best], train.monitor):.3f} of epoch {log[best]['epoch']} for "
+            f"{counted(train.patience, 'epoch')} (patience)"
         )
     return over
 
@@ -194,14 +195,13 @@ def keep_best(folder: Path, training: Training, judged: Judged) -> None:
 
 def settle(encoder: Encoder, training: Training, start: Judged, judged: Callable[[Encoder], Judged]) -> Tuning:
     """Put into the encoder what is worth keeping of a training that is over."""
-    log, recipe = training.log, training.recipe
-    keeps_head = recipe.matcher == "head"
+    log, monitor, keeps_head = training.log, training.recipe.train.monitor, training.recipe.keeps_head
     if len(log) == 1:
         if keeps_head:
             raise InputError("nothing was learnt, so that there is no head to keep: try a smaller learning_rate")
         say("chosen: the encoder as it came: no epoch was finished")
         return Tuning(log, 0, 0.0)
-    epoch = best_of(log[1:], recipe) + 1
+    epoch = best_of(log[1:], monitor) + 1
     distributed.wait()  # until it is written
     path = training.folder / f"best-{epoch:06}.safetensors"
     try:
@@ -212,9 +212,9 @@ def settle(encoder: Encoder, training: Training, start: Judged, judged: Callable
     if keeps_head:
         encoder.module.load_state_dict(after)
         training.head.load_state_dict(best.part("head"))
-        monitor = MONITORED.get(recipe.monitor, recipe.monitor)
         say(
-            f"chosen: epoch {epoch}, with its head: {monitor} is {monitored(log[epoch], recipe):.3f}, the best of "
+            f"chosen: epoch {epoch}, with its head: {MONITORED.get(monitor, monitor)} is "
+            f"{monitored(log[epoch], monitor):.3f}, the best of "
             f"{counted(len(log) - 1, 'epoch')}; a trained head is not compared with the encoder as it came"
         )
         return Tuning(log, epoch, 1.0, training.head.bank(), training.classes)

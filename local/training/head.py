@@ -13,9 +13,7 @@ from torch.nn.functional import normalize
 
 from kernel.bank import Bank, Layer
 from local.banks.estimators import NEVER
-from local.recipes.recipe import Recipe
-
-SPREAD = 0.1  # of a class's sub-centres around its mean at the start, in lengths of a prototype
+from local.recipes.settings import TrainSettings
 
 
 class RowNorm(nn.BatchNorm1d):
@@ -39,6 +37,7 @@ class Head(nn.Module):
         prototypes: (classes, features), fixed where they are, or where learning starts; a hidden layer has its own.
         sizes: (classes,) observations of each class.
         ranks: per coarser rank (classes,) int, the group of each class; None where the competition names none.
+        pooling: over an observation's photos, "mean" or "max".
     """
 
     def __init__(
@@ -46,29 +45,28 @@ class Head(nn.Module):
         centre: torch.Tensor,
         prototypes: torch.Tensor,
         sizes: np.ndarray,
-        recipe: Recipe,
+        train: TrainSettings,
         ranks: Sequence[np.ndarray | None] = (),
+        pooling: str = "mean",
     ):
         super().__init__()
-        self.recipe, self.scale = recipe, 2 / recipe.temperature
+        self.settings, self.scale, self.pooling = train, 2 / train.temperature, pooling
         self.register_buffer("centre", centre.float())
         classes, features = prototypes.shape
-        layers = [nn.Dropout(recipe.dropout)]
-        if recipe.hidden:
-            layers += [nn.Linear(features, recipe.hidden), nn.ReLU(), RowNorm(recipe.hidden)]
-            layers += [nn.Dropout(recipe.hidden_dropout)]
-            prototypes = torch.randn(classes, recipe.hidden)
+        layers = [nn.Dropout(train.dropout)]
+        if train.hidden_features:
+            layers += [nn.Linear(features, train.hidden_features), nn.ReLU(), RowNorm(train.hidden_features)]
+            layers += [nn.Dropout(train.hidden_dropout)]
+            prototypes = torch.randn(classes, train.hidden_features)
         self.layers = nn.Sequential(*layers)
-        prototypes = normalize(prototypes.float(), dim=1).repeat_interleave(recipe.subcentres, dim=0)
-        if recipe.subcentres > 1:
-            prototypes = prototypes + SPREAD * normalize(torch.randn_like(prototypes), dim=1)
-        self.prototypes = nn.Parameter(prototypes, requires_grad=recipe.prototypes == "learned")
-        self.layers.requires_grad_(recipe.prototypes == "learned")
+        is_learned = train.prototypes == "learned"
+        self.prototypes = nn.Parameter(normalize(prototypes.float(), dim=1), requires_grad=is_learned)
+        self.layers.requires_grad_(is_learned)
         self.register_buffer("sizes", torch.tensor(sizes, dtype=torch.float32))
-        weights = self.sizes.clamp(min=1) ** -recipe.class_weights
+        weights = self.sizes.clamp(min=1) ** -train.class_weight_exponent
         self.register_buffer("weights", weights / weights.mean())
         self.ranks = []
-        for place, (weight, groups) in enumerate(zip(recipe.rank_weights, ranks, strict=bool(recipe.rank_weights))):
+        for place, (weight, groups) in enumerate(zip(train.rank_weights, ranks, strict=bool(train.rank_weights))):
             if weight and groups is not None:
                 members = nn.functional.one_hot(torch.tensor(np.unique(groups, return_inverse=True)[1]))
                 self.register_buffer(f"members{place}", members.float())
@@ -86,10 +84,10 @@ class Head(nn.Module):
             asked: (observations,) bool; in an episode the others make the prototypes.
         """
         pooled = self.space(self.pool(embeddings, owners, len(targets)))
-        if self.recipe.prototypes == "episodic":
+        if self.settings.prototypes == "episodic":
             return self.episode(pooled, targets, asked)
         weights = targets @ self.weights
-        smoothed = targets.lerp(torch.full_like(targets, 1 / targets.shape[1]), self.recipe.label_smoothing)
+        smoothed = targets.lerp(torch.full_like(targets, 1 / targets.shape[1]), self.settings.label_smoothing)
         losses, total = self.losses(self.logits(pooled, targets).log_softmax(dim=1), smoothed)
         return (losses * weights).sum() / (weights.sum() * total)
 
@@ -107,7 +105,7 @@ class Head(nn.Module):
 
     def pool(self, embeddings: torch.Tensor, owners: torch.Tensor, observations: int) -> torch.Tensor:
         """(photos, features) -> (observations, features), as `kernel.embeddings.Pool`, but for gradients."""
-        if self.recipe.pooling == "mean":
+        if self.pooling == "mean":
             return embeddings.new_zeros(observations, embeddings.shape[1]).index_add(0, owners, embeddings)
         lowest = embeddings.new_full((observations, embeddings.shape[1]), -torch.inf)
         return lowest.scatter_reduce(0, owners[:, None].expand_as(embeddings), embeddings, "amax")
@@ -117,24 +115,19 @@ class Head(nn.Module):
         return normalize(self.layers(normalize(pooled, dim=1) - self.centre), dim=1)
 
     def logits(self, spaced: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """(observations, classes), the true class's lessened by the margins.
-
-        ArcFace with sub-centres (Deng et al. 2020, https://doi.org/10.1007/978-3-030-58621-8_43) and CosFace (Wang et
-        al. 2018, https://arxiv.org/abs/1801.09414).
-        """
+        """(observations, classes), the true class's reduced by the margin of ArcFace (Deng et al. 2019, https://arxiv.org/abs/1801.07698)."""
         cosines = spaced @ normalize(self.prototypes, dim=1).T
-        cosines = cosines.unflatten(1, (-1, self.recipe.subcentres)).amax(dim=2)
-        if self.recipe.arcface:
+        if self.settings.arcface_margin:
             angles = cosines.clamp(-1 + 1e-6, 1 - 1e-6).acos()
-            cosines = (angles + self.recipe.arcface * targets).clamp(max=torch.pi).cos()
-        return self.scale * (cosines - self.recipe.cosface * targets)
+            cosines = (angles + self.settings.arcface_margin * targets).clamp(max=torch.pi).cos()
+        return self.scale * cosines
 
     def episode(self, spaced: torch.Tensor, targets: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
         """The loss of an episode: those asked against the means of the others, class by class."""
         present = (targets[~asked].sum(dim=0) > 0).nonzero()[:, 0]
         prototypes = normalize(targets[~asked][:, present].T @ spaced[~asked], dim=1)
         logits = self.scale * spaced[asked] @ prototypes.T
-        smoothing = self.recipe.label_smoothing
+        smoothing = self.settings.label_smoothing
         return nn.functional.cross_entropy(logits, targets[asked][:, present], label_smoothing=smoothing)
 
     @torch.no_grad()
@@ -142,17 +135,16 @@ class Head(nn.Module):
         """The head as the kernel applies it."""
         head = copy.deepcopy(self).cpu().requires_grad_(False)
         layers = [Layer(torch.eye(len(head.centre)), -head.centre, torch.tensor(0.0))]
-        if self.recipe.hidden:
+        if self.settings.hidden_features:
             _, linear, _, norm, _ = head.layers
             factor = norm.weight / (norm.running_var + norm.eps).sqrt()
             layers.append(Layer(linear.weight.T, linear.bias, torch.tensor(1.0)))
             layers.append(Layer(factor.diag(), norm.bias - norm.running_mean * factor, torch.tensor(0.0)))
-        classes, each = len(head.sizes), self.recipe.subcentres
         return Bank(
             layers=tuple(layers),
             prototypes=normalize(head.prototypes, dim=1),
-            owners=torch.arange(classes).repeat_interleave(each),
-            counts=(head.sizes / each).repeat_interleave(each),
+            owners=torch.arange(len(head.sizes)),
+            counts=head.sizes,
             bias=torch.where(head.sizes > 0, 0.0, NEVER),
             scale=torch.tensor(float(self.scale)),
             share=torch.tensor(1.0),

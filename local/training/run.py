@@ -45,7 +45,8 @@ from local.data.competition import (
     split_for_validation,
 )
 from local.encoders.load import load_encoder, take_larger, weights_digest
-from local.recipes.recipe import Recipe, differences, settings_of, write_recipe
+from local.recipes.recipe import Recipe, current_names, differences, settings_of, write_recipe
+from local.recipes.settings import TrainSettings
 from local.training import distributed
 from local.training.checkpoints import full_disk_named, has_checkpoint, memory_named, read_notes, tidy
 from local.training.evaluation import log_row, peak_memory_gb
@@ -82,24 +83,29 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     if has_checkpoint(partial / CHECKPOINTS) and not resumes:
         raise InputError(f"{out} was interrupted: continue with --resume, or remove {partial}")
     find_layout(data)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.train.seed)
     with memory_named("loading the encoder", partial / CHECKPOINTS):
-        module, entry = load_encoder(recipe.encoder, recipe.pretrained, recipe.image_size)
-        refuse_large(recipe, module)
-        if "larger" in recipe.views:
+        module, entry = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
+        refuse_large(recipe.encoder, module)
+        if "larger" in recipe.bank.views:
             module, entry = take_larger(module, entry)
-    if recipe.fit != "encoder":
-        entry["preprocessing"]["fit"] = recipe.fit
-    recipe = dataclasses.replace(recipe, fit=entry["preprocessing"]["fit"])
+    if recipe.bank.resize_mode != "encoder":
+        entry["preprocessing"]["fit"] = recipe.bank.resize_mode
     preprocessing = read_preprocessing(entry["preprocessing"])
-    resolution = smallest_sufficient(shorter_side(preprocessing)) if recipe.resolution == "auto" else recipe.resolution
+    resolution = recipe.encoder.resolution
+    if resolution == "auto":
+        resolution = smallest_sufficient(shorter_side(preprocessing))
     competition = read_competition(data, resolution)
     refuse_missing(competition)
     source = competition.observations_digest()
-    recipe = dataclasses.replace(recipe, resolution=resolution)
-    whole, competition = competition, part_of(competition, uses_val, recipe.subset, recipe.seed)
-    if recipe.subset:
-        say(told_subset(whole, competition, recipe))
+    recipe = dataclasses.replace(
+        recipe,
+        encoder=dataclasses.replace(recipe.encoder, resolution=resolution),
+        bank=dataclasses.replace(recipe.bank, resize_mode=preprocessing.fit),
+    )
+    whole, competition = competition, part_of(competition, uses_val, recipe.train.subset, recipe.train.seed)
+    if recipe.train.subset:
+        say(told_subset(whole, competition, recipe.train.subset))
     begun = next(filter(has_checkpoint, (partial / CHECKPOINTS, out / CHECKPOINTS)), None)
     notes = read_notes(begun) if begun else None
     if begun and notes:
@@ -145,7 +151,7 @@ def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -
     photo = torch.randint(
         0, 256, (1, 3, *[encoder.preprocessing.decoded] * 2), generator=torch.Generator().manual_seed(0)
     )
-    views = [VIEWS[view] for view in recipe.views]
+    views = [VIEWS[view] for view in recipe.bank.views]
     encoder.module.eval()
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -161,17 +167,17 @@ def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -
         cause = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         reason = shorten(cause)
         raise InputError(
-            f"{recipe.encoder}: the kernel could not open {entry['architecture']} as it is here ({reason}); "
+            f"{recipe.encoder.encoder}: the kernel could not open {entry['architecture']} as it is here ({reason}); "
             "choose another encoder"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if not expected.isfinite().all():
-        raise InputError(f"{recipe.encoder} gives embeddings that are not finite: its weights are damaged")
+        raise InputError(f"{recipe.encoder.encoder} gives embeddings that are not finite: its weights are damaged")
     if not torch.allclose(found, expected, atol=1e-3):
         raise InputError(
-            f"{recipe.encoder}: the kernel would build {entry['architecture']} otherwise than it is here, with other "
-            "embeddings; choose another encoder"
+            f"{recipe.encoder.encoder}: the kernel would build {entry['architecture']} otherwise than it is here, "
+            "with other embeddings; choose another encoder"
         )
 
 
@@ -187,14 +193,14 @@ def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool, resumes: bool
         raise InputError(f"{out} exists already: give another --out, continue it with --resume, or remove it")
     try:
         member = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["members"][0]
-        trained = settings_of(Recipe()) | member["recipe"]
+        trained = settings_of(Recipe()) | current_names(member["recipe"])
         given = member.get("given", {"recipe": {}, "weights": ""})
-        old, digest = trained | given["recipe"], member["data_sha256"]
+        old, digest = trained | current_names(given["recipe"]), member["data_sha256"]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise InputError(f"{out} is not a run, or a damaged one: remove it, or give another --out") from error
     now, chosen = settings_of(recipe), trained["choose"]
-    found = differences(old, now, (given["weights"], weights_digest(recipe.encoder)))
-    for key in ("fit", "resolution"):  # "encoder" and "auto" are recorded as what they came to
+    found = differences(old, now, (given["weights"], weights_digest(recipe.encoder.encoder)))
+    for key in ("resize_mode", "resolution"):  # "encoder" and "auto" are recorded as what they came to
         if key not in chosen and (
             now[key] == trained[key] or (not given["recipe"] and now[key] in ("encoder", "auto"))
         ):
@@ -206,7 +212,7 @@ def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool, resumes: bool
         found["data"] = f"{data} is not the data that it was made of, or has changed since"
     if not found:
         return True
-    notes = read_notes(out / CHECKPOINTS) if old["epochs"] and recipe.epochs else None
+    notes = read_notes(out / CHECKPOINTS) if old["epochs"] and recipe.train.epochs else None
     fixed = [said for key, said in found.items() if not notes or key not in FREE]
     if fixed:
         why = "cannot be continued" if notes else "is finished and holds no training that could be continued"
@@ -291,25 +297,25 @@ def told_data(competition: Competition) -> str:
     return f"{competition.folder} ({competition.layout.name}): {splits}"
 
 
-def told_subset(whole: Competition, part: Competition, recipe: Recipe) -> str:
-    """What a recipe's subset leaves of a competition."""
+def told_subset(whole: Competition, part: Competition, subset: int) -> str:
+    """What a subset leaves of a competition."""
     kept = []
     for split in ("train", "val") if part.has_val else ("train",):
         own, of = (one.photos.loc[one.photos["split"] == split, "observation"].nunique() for one in (part, whole))
         kept.append(f"{own:,} of the {counted(of, 'observation')}" if own < of else f"all {counted(of, 'observation')}")
         kept[-1] += f" in {split}"
-    return f"subset = {recipe.subset}: {' and '.join(kept)}"
+    return f"subset = {subset}: {' and '.join(kept)}"
 
 
-def told_training(competition: Competition, fit: Labelled, validation: Labelled, recipe: Recipe) -> str:
+def told_training(competition: Competition, fit: Labelled, validation: Labelled, train: TrainSettings) -> str:
     """Which observations a training learns from and is validated on, of those in `told_data`.
 
     Raises:
         InputError: there is nothing to validate it on.
     """
-    of = f" in the subset of {recipe.subset}" if recipe.subset else ""
-    change = "set epochs to 0" + (" or take a larger subset" if recipe.subset else "")
-    learnt, judges = (largest_classes(part, fit, recipe.classes) for part in (fit, validation))
+    of = f" in the subset of {train.subset}" if train.subset else ""
+    change = "set epochs to 0" + (" or take a larger subset" if train.subset else "")
+    learnt, judges = (largest_classes(part, fit, train.max_classes) for part in (fit, validation))
     foreign = int((~np.isin(judges.class_ids, learnt.class_ids)).sum())
     if foreign == len(judges):
         why = "there is no val, and every class has one observation"
@@ -318,8 +324,8 @@ def told_training(competition: Competition, fit: Labelled, validation: Labelled,
         raise InputError(f"{competition.folder} has nothing to validate a training on: {why}{of}; {change}")
     told = f"training: learns from {counted(len(learnt), 'observation')} of train, is validated on {len(judges):,} "
     told += "of val" if competition.has_val else "others, never the only one of a class"
-    if recipe.classes:
-        largest = counted(recipe.classes, "largest class", "largest classes")
+    if train.max_classes:
+        largest = counted(train.max_classes, "largest class", "largest classes")
         told += f"; of {len(fit):,} and {len(validation):,}, those of the {largest}"
     if foreign:
         told += f"; {foreign:,} of val {'is' if foreign == 1 else 'are'} of classes that train lacks, so never right"
@@ -353,35 +359,50 @@ def fill_run(
         InputError: nothing is left to judge by, or what is left the encoder has learnt from.
     """
     started = time.monotonic()
-    fit, validation = split_for_validation(competition, recipe.seed)
-    say(f"{told_data(competition)}; {recipe.encoder} on {encoder.device.type}")
-    if recipe.epochs:
-        say(told_training(competition, fit, validation, recipe))
+    fit, validation = split_for_validation(competition, recipe.train.seed)
+    say(f"{told_data(competition)}; {recipe.encoder.encoder} on {encoder.device.type}")
+    if recipe.train.epochs:
+        say(told_training(competition, fit, validation, recipe.train))
     digest = competition.digest()
-    learnt_from, part = dict(entry.get("learnt_from", {})), [digest, recipe.seed]
+    learnt_from, part = dict(entry.get("learnt_from", {})), [digest, recipe.train.seed]
     if learnt_from.get(source, part) != part and not competition.has_val:
         raise InputError(
-            f"{recipe.encoder} was trained on what would judge it here: take the seed and the subset of its training"
+            f"{recipe.encoder.encoder} was trained on what would judge it here: take the seed and the subset of its "
+            "training"
         )
     tuning = Tuning([], 0, 0.0)
-    if recipe.epochs:
-        learnt, judges = (largest_classes(part, fit, recipe.classes) for part in (fit, validation))
+    if recipe.train.epochs:
+        learnt, judges = (largest_classes(part, fit, recipe.train.max_classes) for part in (fit, validation))
         ranks = read_ranks(competition, sort_ids(learnt.class_ids))
         tuning = finetune(encoder, learnt, judges, recipe, folder / CHECKPOINTS, ranks, digest)
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
-    encoder.module.to(pick_dtype(encoder.device, recipe.precision))
+    encoder.module.to(pick_dtype(encoder.device, recipe.encoder.precision))
     if tuning.share:
         learnt_from[source] = part
     is_tuned = source in learnt_from
-    study = Study(recipe, competition, fit, validation, encoder, cache, is_tuned, tuning.head, tuning.classes)
+    study = Study(
+        recipe.bank,
+        recipe.search.choose,
+        competition,
+        fit,
+        validation,
+        encoder,
+        cache,
+        is_tuned,
+        tuning.head,
+        tuning.classes,
+        is_macro=recipe.train.monitor == "macro_f1",
+        seed=recipe.train.seed,
+    )
     study.embed_together()
     if not distributed.is_first():
         return
     write_unreadable(list(study.unreadable.items()), folder / UNREADABLE_FILE)
     write_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
-    chosen, scales, scores = study.choose(folder)
-    save_banks(fit_banks(chosen, study.embed(chosen.fit), study.reference, scales), folder / BANK_FILE)
-    if chosen.metadata:
+    bank, scales, scores = study.choose(folder)
+    chosen, embedded = dataclasses.replace(recipe, bank=bank), study.embed(bank.resize_mode)
+    save_banks(fit_banks(bank, embedded, study.reference, scales, recipe.train.seed), folder / BANK_FILE)
+    if bank.metadata_weight:
         write_prior(study.fit_prior(study.reference), folder / PRIOR_FILE)
 
     class_ids = study.labelled.class_ids[study.reference]
@@ -399,26 +420,26 @@ def fill_run(
     }
     write_json(metrics, folder / "metrics.json")
     plot_class_distribution(class_ids, folder / "class-distribution.png")
-    preprocessing = {**entry["preprocessing"], "fit": chosen.fit}
+    preprocessing = {**entry["preprocessing"], "fit": bank.resize_mode}
     member = {
         "name": entry["architecture"],
         "encoder": {
             **entry,
             "preprocessing": preprocessing,
-            "precision": recipe.precision,
+            "precision": recipe.encoder.precision,
             "packages": {name: version(name) for name in entry["packages"]},  # a run goes on from an older one
             "learnt_from": learnt_from,
             "file": ENCODER_FILE,
         },
-        "views": list(chosen.views),
-        "pooling": chosen.pooling,
+        "views": list(bank.views),
+        "pooling": bank.pooling,
         "bank": BANK_FILE,
-        "prior": PRIOR_FILE if chosen.metadata else None,
-        "prior_weight": chosen.metadata,
+        "prior": PRIOR_FILE if bank.metadata_weight else None,
+        "prior_weight": bank.metadata_weight,
         "weight": 1.0,
         "validation": scores,
-        "recipe": dataclasses.asdict(chosen),
-        "given": {"recipe": settings_of(given), "weights": weights_digest(given.encoder)},
+        "recipe": settings_of(chosen),
+        "given": {"recipe": settings_of(given), "weights": weights_digest(given.encoder.encoder)},
         "data_sha256": digest,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
     }

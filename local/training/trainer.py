@@ -24,7 +24,8 @@ from kernel.inputs import InputError
 from local.base.console import counted, progress, say
 from local.data.competition import Labelled, places_of, sort_ids
 from local.encoders.load import weights_digest
-from local.recipes.recipe import BANK, Recipe, differences, settings_of
+from local.recipes.recipe import Recipe, current_names, differences, settings_of
+from local.recipes.settings import CANDIDATES
 from local.training import distributed
 from local.training.adaptation import add_low_rank, group_by_layer, learning_state, set_training, unfreeze
 from local.training.batches import Batch, Draws, Mixing, Photos, collate, seed_all, seed_of
@@ -38,14 +39,14 @@ from local.training.checkpoints import (
 from local.training.evaluation import monitored
 from local.training.head import Head
 
-PROBE_RATE = 10.0  # times the learning rate: a head alone may go faster than an encoder that has much to lose
+HEAD_ONLY_RATE = 10.0  # times the learning rate: a head alone may go faster than an encoder that has much to lose
 SAVE_SECONDS = 600  # between two checkpoints within an epoch
 MOMENTUM = 0.9  # of SGD
 KEEP = "give another --out, or keep the old settings"
 # What may change when a training goes on; with anything else changed it would be another training.
 FREE = (
     *("epochs", "patience", "learning_rate", "batch_size", "accumulate", "gradient_checkpointing"),
-    *("views", "reference", "choose", *BANK),
+    *("reference", "choose", *(name for name in CANDIDATES if name not in ("resize_mode", "matcher"))),
 )
 
 
@@ -120,7 +121,7 @@ class Learner(nn.Module):
 class Training:
     """A training as it stands, which goes on from the newest checkpoint in its folder, if there is one.
 
-    Epochs below 1 are the probe's, in which the head learns alone, so that its first large errors do not distort the
+    In epochs below 1 the head alone is trained (`head_only_epochs`), so that its first large errors do not distort the
     features: LP-FT (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
 
     Attributes:
@@ -136,9 +137,9 @@ class Training:
         self.encoder = self.kept = with_module(encoder, copy.deepcopy(encoder.module))
         self.classes = sort_ids(fit.class_ids)
         self.targets = places_of(fit.class_ids, self.classes)
-        self.draws = Draws(self.targets, recipe, distributed.place())
+        self.draws = Draws(self.targets, recipe.train, distributed.place())
         self.loader = DataLoader(
-            Photos(fit.observations, encoder.preprocessing, recipe),
+            Photos(fit.observations, encoder.preprocessing, recipe.augment, recipe.train.photos_per_observation),
             batch_sampler=self.draws,
             collate_fn=collate,
             num_workers=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
@@ -147,9 +148,10 @@ class Training:
             pin_memory=encoder.device.type == "cuda",
             generator=torch.Generator(),  # of its own, since every draw is seeded
         )
-        self.mixing = Mixing(len(head.sizes), recipe, encoder.device)
-        self.weights = weights_digest(recipe.encoder)
-        self.epoch, self.batch, self.losses, self.log, self.since = 1 - recipe.probe, 0, [0.0, 0.0], [], 1
+        self.mixing = Mixing(len(head.sizes), recipe.augment, encoder.device)
+        self.weights = weights_digest(recipe.encoder.encoder)
+        self.epoch, self.batch, self.losses = 1 - recipe.train.head_only_epochs, 0, [0.0, 0.0]
+        self.log, self.since = [], 1
         self.average: ModelEmaV3 | None = None
         checkpoint = read_checkpoint(folder)
         if checkpoint:
@@ -159,29 +161,29 @@ class Training:
 
     def begin_phase(self) -> None:
         """Free what learns from here on, the head alone or the encoder with it, under an optimiser of its own."""
-        recipe, module = self.recipe, self.encoder.module
-        is_probe = self.epoch < 1
-        rate = recipe.learning_rate * (PROBE_RATE if is_probe else 1)
+        train, optim, module = self.recipe.train, self.recipe.optim, self.encoder.module
+        is_head_only = self.epoch < 1
+        rate = optim.learning_rate * (HEAD_ONLY_RATE if is_head_only else 1)
         own = [parameter for parameter in self.head.parameters() if parameter.requires_grad]
         groups = [{"params": own, "lr": rate, "weight_decay": 0.0}] if own else []
         module.requires_grad_(False)
-        if not is_probe:
-            unfreeze(module, recipe.unfreeze)
-            if recipe.lora:
-                add_low_rank(module, recipe.lora)
-            if recipe.gradient_checkpointing:
+        if not is_head_only:
+            unfreeze(module, train.unfreeze)
+            if train.lora_rank:
+                add_low_rank(module, train.lora_rank)
+            if train.gradient_checkpointing:
                 module.set_grad_checkpointing(True)
-            groups = [*group_by_layer(module, recipe), *groups]
-            if recipe.ema:
+            groups = [*group_by_layer(module, optim), *groups]
+            if optim.ema_decay:
                 # The average starts short and lengthens, since a few shots make few steps.
-                self.average = ModelEmaV3(module, recipe.ema, use_warmup=True)
+                self.average = ModelEmaV3(module, optim.ema_decay, use_warmup=True)
                 self.kept = with_module(self.encoder, self.average.module)
         if not groups:
             raise InputError('nothing learns: unfreeze = 0 needs prototypes = "learned"')
         self.parameters = [parameter for group in groups for parameter in group["params"]]
-        more = {"momentum": MOMENTUM} if recipe.optimiser == "sgd" else {}
+        more = {"momentum": MOMENTUM} if optim.optimizer == "sgd" else {}
         self.optimiser = create_optimizer_v2(
-            groups, opt=recipe.optimiser, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, **more
+            groups, opt=optim.optimizer, lr=optim.learning_rate, weight_decay=optim.weight_decay, **more
         )
         device = self.encoder.device
         uses_fp16 = device.type == "cuda" and pick_dtype(device) == torch.float16
@@ -189,32 +191,31 @@ class Training:
         self.learner: nn.Module = Learner(self.encoder, self.head)
         if distributed.place()[1] > 1:
             self.learner = DistributedDataParallel(self.learner)
-        self.schedule = self.make_schedule(recipe.probe if is_probe else recipe.epochs)
+        self.schedule = self.make_schedule(train.head_only_epochs if is_head_only else train.epochs)
 
     def make_schedule(self, epochs: int) -> Scheduler | ReduceLROnPlateau:
         """How the learning rate goes, over so many epochs; a plateau is told again what the log knows of its course."""
-        recipe = self.recipe
-        if recipe.schedule == "plateau":
-            mode = "min" if recipe.monitor == "log_loss" else "max"
-            plateau = ReduceLROnPlateau(self.optimiser, mode, recipe.decay, recipe.decay_patience)
+        optim, monitor = self.recipe.optim, self.recipe.train.monitor
+        if optim.schedule == "plateau":
+            mode = "min" if monitor == "log_loss" else "max"
+            plateau = ReduceLROnPlateau(self.optimiser, mode, optim.plateau_factor, optim.plateau_patience)
             for row in self.log[self.since :]:
-                plateau.step(monitored(row, recipe))
+                plateau.step(monitored(row, monitor))
             return plateau
         steps = epochs * self.steps
-        ramp = round(steps * recipe.warmup)
-        if recipe.schedule == "constant":
+        ramp = round(steps * optim.warmup)
+        if optim.schedule == "constant":
             return StepLRScheduler(
                 self.optimiser, steps, decay_rate=1.0, warmup_t=ramp, warmup_prefix=True, t_in_epochs=False
             )
-        cycle = max(1, math.ceil((steps - ramp) / (recipe.restarts + 1)))
         return CosineLRScheduler(
-            self.optimiser, cycle, warmup_t=ramp, warmup_prefix=True, cycle_limit=recipe.restarts + 1, t_in_epochs=False
+            self.optimiser, max(1, steps - ramp), warmup_t=ramp, warmup_prefix=True, t_in_epochs=False
         )
 
     @property
     def steps(self) -> int:
         """Of an epoch."""
-        return math.ceil(len(self.draws) / self.recipe.accumulate)
+        return math.ceil(len(self.draws) / self.recipe.train.accumulate)
 
     @property
     def learning_rate(self) -> float:
@@ -227,10 +228,10 @@ class Training:
         Returns:
             The mean loss; NaN, or infinity, where it became that, before it was followed.
         """
-        set_training(self.encoder.module, self.recipe.pretrained)
+        set_training(self.encoder.module, self.recipe.encoder.pretrained)
         self.head.train()
-        self.draws.start(self.epoch + self.recipe.probe, self.batch)
-        saved, group = time.monotonic(), self.recipe.accumulate
+        self.draws.start(self.epoch + self.recipe.train.head_only_epochs, self.batch)
+        saved, group = time.monotonic(), self.recipe.train.accumulate
         batches = progress(self.loader, f"epoch {self.epoch}", len(self.draws) - self.batch)
         for number, batch in enumerate(batches, self.batch):
             is_last = number + 1 == len(self.draws)
@@ -252,8 +253,8 @@ class Training:
 
     def follow(self, batch: Batch, number: int, size: int, is_step: bool) -> float:
         """One batch, one of `size` of a step. Returns its loss."""
-        device, recipe = self.encoder.device, self.recipe
-        seed_all(seed_of(recipe.seed, self.epoch + recipe.probe, number, distributed.place()[0]))
+        device, train = self.encoder.device, self.recipe.train
+        seed_all(seed_of(train.seed, self.epoch + train.head_only_epochs, number, distributed.place()[0]))
         pixels = self.encoder.normalise(batch.photos, device)
         targets = torch.tensor(self.targets[batch.index.numpy()], device=device)
         pixels, targets = self.mixing(pixels, targets)
@@ -266,17 +267,17 @@ class Training:
             self.scaler.scale(loss / size).backward()
         self.losses = [self.losses[0] + value * len(batch.index), self.losses[1] + len(batch.index)]
         if is_step:
-            self.step(number // recipe.accumulate + 1)
+            self.step(number // train.accumulate + 1)
         return value
 
     def step(self, done: int) -> None:
         """Follow the gradient; `done` steps of the epoch are then done."""
-        first = 1 - self.recipe.probe if self.epoch < 1 else 1
+        first = 1 - self.recipe.train.head_only_epochs if self.epoch < 1 else 1
         if isinstance(self.schedule, Scheduler):
             self.schedule.step_update((self.epoch - first) * self.steps + done)
         self.scaler.unscale_(self.optimiser)
-        if self.recipe.clip:
-            nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        if self.recipe.optim.grad_clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.optim.grad_clip_norm)
         self.scaler.step(self.optimiser)
         self.scaler.update()
         self.optimiser.zero_grad(set_to_none=True)
@@ -298,10 +299,10 @@ class Training:
             if not is_out_of_memory(error):
                 raise
             self.save()
-            size, change = self.recipe.batch_size, "--set gradient_checkpointing=true"
-            if size > 1 and not self.draws.is_episodic:
-                change = f"--set batch_size={size // 2} --set accumulate={self.recipe.accumulate * 2}"
-            elif self.recipe.gradient_checkpointing:
+            train, change = self.recipe.train, "--set gradient_checkpointing=true"
+            if train.batch_size > 1 and not self.draws.is_episodic:
+                change = f"--set batch_size={train.batch_size // 2} --set accumulate={train.accumulate * 2}"
+            elif train.gradient_checkpointing:
                 change = "on a larger device, or begin again with another encoder or smaller photos"
             where = f"epoch {self.epoch}, batch {number}"
             raise InputError(f"out of memory in {where}: go on with --resume {change}") from error
@@ -349,14 +350,14 @@ class Training:
         notes = checkpoint.notes
         refuse_other(self.folder, notes, self.recipe, self.data_sha256)
         self.epoch, self.log, self.losses = notes["epoch"], notes["log"], notes["losses"]
-        group, seen = self.recipe.accumulate, notes["batch"] * notes["batch_size"]
+        group, seen = self.recipe.train.accumulate, notes["batch"] * notes["batch_size"]
         is_done = seen >= len(self.targets)
         is_same = notes["course"] == course_of(self.recipe)
         self.since = notes["since"] if is_same else max(1, len(self.log) + is_done)  # a done epoch is yet to be judged
         self.batch = len(self.draws) if is_done else seen // (self.draws.size * group) * group
-        if self.epoch > self.recipe.epochs:
-            say(f"{counted(self.recipe.epochs, 'epoch')} trained already; what was begun of the next is left out")
-        elif is_done and self.epoch == self.recipe.epochs:
+        if self.epoch > self.recipe.train.epochs:
+            say(f"{counted(self.recipe.train.epochs, 'epoch')} trained already; what was begun of the next is left out")
+        elif is_done and self.epoch == self.recipe.train.epochs:
             say(f"{counted(self.epoch, 'epoch')} trained already; judging the last again")
         else:
             say(f"going on in epoch {self.epoch} after batch {self.batch} of {len(self.draws)}")
@@ -380,8 +381,8 @@ def refuse_other(folder: Path, notes: dict, recipe: Recipe, data_sha256: str) ->
     Raises:
         InputError: it was made with others, or has more epochs than are asked for.
     """
-    settings = settings_of(recipe, FREE)
-    found = differences(notes["settings"], settings, (notes.get("weights", ""), weights_digest(recipe.encoder)))
+    was, now = current_names(notes["settings"]), settings_of(recipe, FREE)
+    found = differences(was, now, (notes.get("weights", ""), weights_digest(recipe.encoder.encoder)))
     different = [*found.values(), *([] if notes["data_sha256"] == data_sha256 else ["the data have changed"])]
     if different:
         raise InputError(f"{folder} is of another training: {'; '.join(different)}; {KEEP}")
@@ -391,16 +392,16 @@ def refuse_other(folder: Path, notes: dict, recipe: Recipe, data_sha256: str) ->
 def refuse_fewer_epochs(folder: Path, notes: dict, recipe: Recipe) -> None:
     """See `refuse_other`."""
     trained = max(0, notes.get("trained", notes["epoch"] - 1))
-    if recipe.epochs < max(1, trained):
+    if recipe.train.epochs < max(1, trained):
         raise InputError(
-            f"{folder} holds a training of {counted(trained, 'finished epoch')}, and epochs is {recipe.epochs}: "
+            f"{folder} holds a training of {counted(trained, 'finished epoch')}, and epochs is {recipe.train.epochs}: "
             f"--resume cannot undo epochs; set epochs to {max(1, trained)} or more, or give another --out"
         )
 
 
 def course_of(recipe: Recipe) -> list[float]:
     """What says how a training goes on from where it stands."""
-    return [recipe.epochs, recipe.learning_rate]
+    return [recipe.train.epochs, recipe.optim.learning_rate]
 
 
 def with_module(encoder: Encoder, module: nn.Module) -> Encoder:

@@ -55,15 +55,15 @@ def hits(transform, matcher, queries, truth):
 
 def test_a_prototype_is_the_direction_of_its_classs_mean():
     values, classes = unit(RNG.normal(size=(6, 4))), np.array([1, 0, 1, 0, 1, 2])
-    bank = centroids(values, classes, 3, centre=False)
-    assert np.allclose(bank.prototypes[1], unit(values[[0, 2, 4]].mean(axis=0)), atol=1e-6)
-    centred = centroids(values, classes, 3, centre=True)
-    assert np.allclose(centred.layers[0].bias, -values.mean(axis=0), atol=1e-6)
+    bank, centred = centroids(values, classes, 3), unit(values - values.mean(axis=0))
+    assert np.allclose(bank.prototypes[1], unit(centred[[0, 2, 4]].mean(axis=0)), atol=1e-6)
+    assert np.allclose(bank.layers[0].bias, -values.mean(axis=0), atol=1e-6)
 
 
 def test_a_class_that_the_reference_lacks_is_never_guessed_first():
-    bank = centroids(np.array([[1.0, 0.0]]), np.array([0]), 2, centre=False)
-    assert torch.cat(list(classify([bank], torch.tensor([[-1.0, 0.0]])))).argmax() == 0
+    bank = centroids(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1]), 3)
+    answers = torch.cat(list(classify([bank], torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))))
+    assert set(answers.argmax(dim=1).tolist()) == {0, 1}
 
 
 def test_an_observation_pools_its_photos_after_their_views():

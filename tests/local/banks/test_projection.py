@@ -3,6 +3,8 @@
 python -m pytest tests/local/banks/test_projection.py
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from local.banks.estimators import Centring, ClassMeans, Taxonomy, make_bank, po
 from local.banks.folds import make_folds
 from local.banks.projection import Member, ProjectionEnsemble, Reference, contrastive_loss, surely_better
 from local.banks.search import Embedded, Search, fit_banks
-from local.recipes.recipe import Recipe
+from local.recipes.settings import BankSettings
 
 CLASSES, FEATURES, VIEWS = 12, 24, 3
 SMALL = {"members": 3, "hidden": 64, "width": 16, "steps": 60, "batch_size": 64}
@@ -186,7 +188,9 @@ def test_a_recipe_may_ask_for_networks_and_all_members_have_one_scale(problem, m
         "local.banks.search.ProjectionEnsemble", lambda start, **given: ProjectionEnsemble(start, **given, **SMALL)
     )
     embedded = Embedded(embeddings, ("plain", "hflip", "rotate90"), observations, classes[::2], taxonomy)
-    recipe = Recipe(matcher="projection", views=("plain", "hflip"), nearest=0.25, shots=0.5)
+    recipe = BankSettings(
+        matcher="projection", views=("plain", "hflip"), nearest_neighbour_weight=0.25, class_prior_exponent=0.5
+    )
     everyone = np.ones(len(embedded.classes), dtype=bool)
     banks = fit_banks(recipe, embedded, everyone, scales=(8.0, 32.0))
     assert [bank.scale.item() for bank in banks] == [8, 8, 8, 32]
@@ -195,7 +199,7 @@ def test_a_recipe_may_ask_for_networks_and_all_members_have_one_scale(problem, m
     search = Search(lambda fit: embedded, "encoder", make_folds(embedded.classes, 0), 10, everyone)
     outcome = search.judge(recipe)
     assert len(outcome.scales) == 2
-    centred = search.judge(Recipe(views=("plain", "hflip"), nearest=0.25, shots=0.5))
+    centred = search.judge(replace(recipe, matcher="means"))
     assert (outcome.places == 0).mean() > (centred.places == 0).mean()
 
 

@@ -13,7 +13,6 @@ from kernel.bank import classify
 from local.banks.estimators import Taxonomy, unit
 from local.banks.folds import make_folds, shot_weights
 from local.banks.search import (
-    CANDIDATES,
     SCALES,
     Embedded,
     Search,
@@ -23,10 +22,11 @@ from local.banks.search import (
     walk,
     worth,
 )
-from local.recipes.recipe import Recipe
+from local.recipes.settings import CANDIDATES, BankSettings
 
 VIEWS = ("plain", "hflip", "rotate90", "rotate270")
-KEYS = ("whitening", "views", "genus", "transduction")
+KEYS = ("whitening", "views", "genus_weight", "transduction")
+OPEN = BankSettings(views=VIEWS, resize_mode="crop")
 
 
 def specimens(shots=(1, 2, 3, 4), repeats=8, seed=0) -> Embedded:
@@ -50,11 +50,7 @@ def specimens(shots=(1, 2, 3, 4), repeats=8, seed=0) -> Embedded:
 
 def search_over(embedded, seed=0) -> Search:
     everyone = np.ones(len(embedded.classes), dtype=bool)
-    return Search(lambda fit: embedded, "crop", make_folds(embedded.classes, seed), 10, everyone)
-
-
-def open_recipe(*keys) -> Recipe:
-    return Recipe(views=VIEWS, fit="crop", choose=keys or KEYS)
+    return Search(lambda mode: embedded, "crop", make_folds(embedded.classes, seed), 10, everyone)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +75,7 @@ def test_for_a_macro_score_every_class_that_is_asked_counts_alike():
     embedded = specimens()
     everyone = np.ones(len(embedded.classes), dtype=bool)
     folds = make_folds(embedded.classes, 0)
-    search = Search(lambda fit: embedded, "crop", folds, 10, everyone, is_macro=True)
+    search = Search(lambda mode: embedded, "crop", folds, 10, everyone, is_macro=True)
     shares = np.bincount(search.truth, search.weights)
     assert search.weights.mean() == pytest.approx(1)
     assert np.unique(shares[shares > 0].round(9)).size == 1
@@ -127,11 +123,11 @@ def test_what_an_answer_is_worth_depends_on_the_room_in_the_submission():
 
 def test_it_whitens_where_photos_vary_most_in_what_classes_do_not(search):
     table = []
-    chosen = walk(search, open_recipe(), np.ones(len(search.truth), dtype=bool), table.append)
+    chosen = walk(search, OPEN, KEYS, np.ones(len(search.truth), dtype=bool), table.append)
     assert chosen.whitening > 0
     assert chosen.views[0] == "plain"
     assert not {"rotate90", "rotate270"} & set(chosen.views)
-    plain = Recipe(views=("plain",), fit="crop", choose=KEYS)
+    plain = BankSettings(views=("plain",), resize_mode="crop")
     assert search.worth(chosen).mean() > search.worth(plain).mean() + 0.1
     assert {row["key"] for row in table} == set(KEYS)
     assert all(row["gain_low"] <= row["gain"] <= row["gain_high"] for row in table)
@@ -141,10 +137,10 @@ def test_it_whitens_where_photos_vary_most_in_what_classes_do_not(search):
 
 def test_a_candidates_scores_are_weighted_as_its_gain_is():
     search, table = search_over(specimens()), []
-    walk(search, open_recipe("whitening"), np.ones(len(search.truth), dtype=bool), table.append)
+    walk(search, OPEN, ("whitening",), np.ones(len(search.truth), dtype=bool), table.append)
     assert np.ptp(search.weights) > 0.1
     for row in table[: len(CANDIDATES["whitening"])]:
-        outcome = search.judge(Recipe(views=VIEWS, fit="crop", choose=("whitening",), whitening=row["value"]))
+        outcome = search.judge(replace(OPEN, whitening=row["value"]))
         expected = (search.weights * (outcome.places < 5)).sum() / search.weights.sum()
         assert row["recall_at_5"] == pytest.approx(expected)
         assert row["log_loss"] == pytest.approx((search.weights * outcome.losses).sum() / search.weights.sum())
@@ -153,8 +149,8 @@ def test_a_candidates_scores_are_weighted_as_its_gain_is():
 def test_the_same_seed_chooses_the_same(search):
     everyone = np.ones(len(search.truth), dtype=bool)
     again = search_over(specimens())
-    assert walk(again, open_recipe(), everyone) == walk(search, open_recipe(), everyone)
-    assert (cross_validated(again, open_recipe()) == cross_validated(search, open_recipe())).all()
+    assert walk(again, OPEN, KEYS, everyone) == walk(search, OPEN, KEYS, everyone)
+    assert (cross_validated(again, OPEN, KEYS) == cross_validated(search, OPEN, KEYS)).all()
 
 
 def test_a_choice_among_luck_alone_is_not_reported_as_a_gain():
@@ -162,16 +158,18 @@ def test_a_choice_among_luck_alone_is_not_reported_as_a_gain():
     rng = np.random.default_rng(0)
     noise = unit(rng.normal(size=embedded.values.shape)).astype(np.float16)
     search = search_over(Embedded(noise, VIEWS, embedded.observations, embedded.classes, embedded.taxonomy))
-    chosen = walk(search, open_recipe(), np.ones(len(search.truth), dtype=bool))
+    chosen = walk(search, OPEN, KEYS, np.ones(len(search.truth), dtype=bool))
     lucky = (search.judge(chosen).places < 5).mean()
-    honest = (cross_validated(search, open_recipe())[:, :5] == search.truth[:, None]).any(axis=1).mean()
+    honest = (cross_validated(search, OPEN, KEYS)[:, :5] == search.truth[:, None]).any(axis=1).mean()
     assert honest < lucky
 
 
 @pytest.mark.parametrize("matcher", ["means", "several", "ridge", "random-ridge", "logistic"])
 def test_every_matcher_makes_banks_that_the_kernel_applies(matcher):
     embedded = specimens()
-    recipe = Recipe(views=VIEWS[:2], whitening=1.0, matcher=matcher, nearest=0.25, transduction=0.25)
+    recipe = BankSettings(
+        views=VIEWS[:2], whitening=1.0, matcher=matcher, nearest_neighbour_weight=0.25, transduction=0.25
+    )
     banks = fit_banks(recipe, embedded, np.ones(len(embedded.classes), dtype=bool))
     assert sum(bank.share.item() for bank in banks) == pytest.approx(1)
     queries = torch.tensor(embedded.pooled(recipe), dtype=torch.float32)
@@ -189,15 +187,16 @@ def crowded(seed=1) -> Embedded:
 
 
 def test_logistic_regression_answers_as_scikit_learn_does_whatever_temperature_is_chosen():
-    embedded, recipe = crowded(), Recipe(views=("plain",), matcher="logistic", centre=False)
+    embedded, recipe = crowded(), BankSettings(views=("plain",), matcher="logistic")
     everyone = np.ones(len(embedded.classes), dtype=bool)
     values, logits, first = embedded.pooled(recipe), [], []
     search = search_over(embedded)
     for known, queries in search.folds:
         model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3)
-        model.fit(values[known], embedded.classes[known])
-        logits.append(model.decision_function(values[queries]))
-        first.append(model.predict(values[queries]))
+        centred = unit(values - values[known].mean(axis=0))
+        model.fit(centred[known], embedded.classes[known])
+        logits.append(model.decision_function(centred[queries]))
+        first.append(model.predict(centred[queries]))
     outcome = search.judge(recipe)
     assert (outcome.top[:, 0] == np.concatenate(first)).all()
     assert 0.2 < (outcome.places == 0).mean() < 0.95
@@ -208,19 +207,21 @@ def test_logistic_regression_answers_as_scikit_learn_does_whatever_temperature_i
     assert np.mean(outcome.losses) == pytest.approx(min(grid.values()), abs=1e-4)
     # Without anything held out it is that of the model.
     (bank,) = fit_banks(recipe, embedded, everyone)
-    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3).fit(values, embedded.classes)
+    centred = unit(values - values.mean(axis=0))
+    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3).fit(centred, embedded.classes)
     found = torch.cat(list(classify([bank], torch.tensor(values, dtype=torch.float32)))).numpy()
-    assert np.allclose(found, model.predict_log_proba(values), atol=1e-4)
+    assert np.allclose(found, model.predict_log_proba(centred), atol=1e-4)
 
 
 def test_the_temperature_of_cosines_is_the_best_of_a_grid_and_leaves_the_class_prior_as_it_is():
-    embedded, recipe = crowded(), Recipe(views=("plain",), shots=0.5, centre=False)
-    search, values = search_over(embedded), embedded.pooled(Recipe(views=("plain",)))
+    embedded, recipe = crowded(), BankSettings(views=("plain",), class_prior_exponent=0.5)
+    search, values = search_over(embedded), embedded.pooled(BankSettings(views=("plain",)))
     cosines, priors = [], []
     for known, queries in search.folds:
         own = [known & (embedded.classes == index) for index in range(8)]
-        means = unit(np.stack([values[one].mean(axis=0) for one in own]))
-        cosines.append(values[queries] @ means.T)
+        centred = unit(values - values[known].mean(axis=0))
+        means = unit(np.stack([centred[one].mean(axis=0) for one in own]))
+        cosines.append(centred[queries] @ means.T)
         priors.append(np.tile(0.5 * np.log([one.sum() for one in own]), (queries.sum(), 1)))
     cosines, priors = np.concatenate(cosines), np.concatenate(priors)
     grid = {16 * scale: log_loss(search.truth, softmax(16 * scale * cosines + priors, axis=1)) for scale in SCALES}
@@ -232,16 +233,16 @@ def test_where_no_query_is_of_a_known_class_the_temperature_stays_as_it_was_fitt
     embedded = crowded()
     known = embedded.classes > 3
     lacking = replace(embedded, classes=np.where(known, embedded.classes, -1))
-    search = Search(lambda fit: lacking, "crop", [(known, ~known)], 10, known)
-    assert search.judge(Recipe(views=("plain",), centre=False)).scales == (16.0,)
-    assert search.judge(Recipe(views=("plain",), centre=False, matcher="logistic")).scales == (1.0,)
+    search = Search(lambda mode: lacking, "crop", [(known, ~known)], 10, known)
+    assert search.judge(BankSettings(views=("plain",))).scales == (16.0,)
+    assert search.judge(BankSettings(views=("plain",), matcher="logistic")).scales == (1.0,)
 
 
 def test_an_observation_without_a_readable_photo_is_no_part_of_the_bank():
     embedded = specimens()
     blind = embedded.observations != 5
     partly = Embedded(embedded.values[blind], VIEWS, embedded.observations[blind], embedded.classes, embedded.taxonomy)
-    bank = fit_banks(Recipe(views=VIEWS[:2]), partly, np.ones(len(partly.classes), dtype=bool))[0]
+    bank = fit_banks(BankSettings(views=VIEWS[:2]), partly, np.ones(len(partly.classes), dtype=bool))[0]
     assert bank.prototypes.isfinite().all()
     counts = np.bincount(embedded.classes)
     counts[embedded.classes[5]] -= 1
@@ -252,14 +253,11 @@ def test_an_observation_without_a_readable_photo_is_no_part_of_the_bank():
 def test_a_trained_head_is_kept_where_it_beats_class_means_at_their_best(is_good, kept):
     embedded = specimens()
     everyone = np.ones(len(embedded.classes), dtype=bool)
-    whitened = Recipe(views=VIEWS, fit="crop", whitening=1.0)
+    whitened = replace(OPEN, whitening=1.0)
     head = fit_banks(whitened, embedded, everyone)[0]  # it has seen the queries
     if not is_good:
         head = replace(head, prototypes=head.prototypes.flip(0))
     search = search_over(replace(embedded, head=head))
-    chosen = walk(
-        search, replace(open_recipe("matcher", "whitening"), matcher="head"), np.ones(len(search.truth), bool)
-    )
+    chosen = walk(search, replace(OPEN, matcher="head"), ("matcher", "whitening"), np.ones(len(search.truth), bool))
     assert chosen.matcher == kept
-    assert chosen.choose == ("matcher", "whitening")
     assert kept == "head" or chosen.whitening > 0

@@ -8,7 +8,7 @@ import pytest
 from local.banks import folds
 from local.banks.selection import Study
 from local.data.competition import read_competition, split_for_validation
-from local.recipes.recipe import make_recipe
+from local.recipes.settings import BankSettings
 
 
 def numbers(line):
@@ -19,8 +19,10 @@ def study(drawn, encoder, tmp_path, reference="train+val", is_tuned=False, has_v
     competition = read_competition(drawn.competition)
     competition = competition if has_val else competition.without_val()
     competition = competition.sample(subset, 0) if subset else competition
-    recipe = make_recipe({"reference": reference, "choose": ["whitening"]}, "the test")
-    return Study(recipe, competition, *split_for_validation(competition, 0), encoder, tmp_path, is_tuned)
+    settings = BankSettings(reference=reference)
+    return Study(
+        settings, ["whitening"], competition, *split_for_validation(competition, 0), encoder, tmp_path, is_tuned
+    )
 
 
 @pytest.mark.parametrize("is_tuned", [False, True])
@@ -64,8 +66,8 @@ def test_queries_that_are_not_drawn_are_told(drawn, encoder, tmp_path, monkeypat
 
 def test_a_run_that_nothing_can_judge_says_why_and_what_it_does_not_choose(drawn, encoder, tmp_path, capsys):
     own = study(drawn, encoder, tmp_path, has_val=False, subset=2)
-    recipe, _, scores = own.choose(tmp_path)
-    assert (recipe, scores) == (own.recipe, {})
+    settings, _, scores = own.choose(tmp_path)
+    assert (settings, scores) == (own.settings, {})
     assert capsys.readouterr().out.splitlines() == [
         "bank: made of the 2 observations of train",
         "0 held-out observations, of the 2 of train (left out: 2 alone in their class): this run has no score, and "

@@ -147,7 +147,7 @@ def test_without_a_solution_val_is_asked_and_is_no_part_of_the_reference(drawn):
 @pytest.mark.parametrize("recipe", ["fungiclef-protonet", "fungiclef-best"])
 def test_a_run_that_may_not_use_val_is_that_of_a_competition_without_one(recipe, drawn, encoders, tmp_path):
     settings = {"encoder": encoders[0], "reference": "train", "seed": 3}
-    settings |= {"epochs": 1} if recipe == "fungiclef-protonet" else {"choose": ["whitening", "nearest"]}
+    settings |= {"epochs": 1} if recipe == "fungiclef-protonet" else {"choose": ["whitening", "transduction"]}
     train_run(make_recipe(settings, "the test"), drawn.competition, tmp_path / "unused", uses_val=False)
     shutil.copytree(drawn.competition, tmp_path / "data")
     next((tmp_path / "data").glob("metadata/*/*-Val.csv")).unlink()

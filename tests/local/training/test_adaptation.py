@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from local.recipes.recipe import make_recipe
+from local.recipes.settings import OptimSettings
 from local.training.adaptation import (
     add_low_rank,
     copy_state,
@@ -21,10 +21,6 @@ def module():
     """A tiny encoder of its own for each test, since these change it."""
     torch.manual_seed(0)
     return timm.create_model("test_resnet", num_classes=0).eval()
-
-
-def recipe(**settings):
-    return make_recipe(settings, "the test")
 
 
 def same(one, other):
@@ -85,7 +81,7 @@ def test_lower_layers_learn_more_slowly(make, rank):
     unfreeze(module, -1)
     if rank:
         add_low_rank(module, rank)
-    groups = group_by_layer(module, recipe(layer_decay=0.5, learning_rate=1.0))
+    groups = group_by_layer(module, OptimSettings(layer_decay=0.5, learning_rate=1.0))
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     in_order = [rates[id(parameter)] for parameter in module.parameters() if parameter.requires_grad]
     assert len(rates) == len(in_order)
@@ -95,7 +91,7 @@ def test_lower_layers_learn_more_slowly(make, rank):
 
 def test_without_layer_decay_all_layers_learn_alike(module):
     unfreeze(module, -1)
-    assert {group["lr"] for group in group_by_layer(module, recipe())} == {recipe().learning_rate}
+    assert {group["lr"] for group in group_by_layer(module, OptimSettings())} == {OptimSettings().learning_rate}
 
 
 def test_the_ends_of_the_interpolation_are_the_two_encoders(module):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from local.recipes.recipe import make_recipe
+from local.recipes.settings import AugmentSettings, TrainSettings
 from local.training.batches import Draws, Mixing, Photos, collate
 from tests.conftest import photo
 
@@ -12,7 +12,7 @@ CLASSES = np.repeat(np.arange(6), [1, 1, 2, 3, 9, 20])
 
 
 def draws(share=(0, 1), **settings):
-    return Draws(CLASSES, make_recipe({"batch_size": 5, **settings}, "the test"), share)
+    return Draws(CLASSES, TrainSettings(**{"batch_size": 5, **settings}), share)
 
 
 def test_an_epoch_shows_every_observation_once_and_the_next_in_another_order():
@@ -59,8 +59,8 @@ def test_the_same_draw_gives_the_same_pixels_whatever_came_before(drawn, encoder
 
     settings = {"rand_augment": 9, "rotate": 20, "translate": 0.1, "hue": 0.1}
     part = labelled(read_competition(drawn.competition), "train")
-    photos = Photos(part.observations, encoder.preprocessing, make_recipe(settings, "the test"))
-    draw = next(iter(Draws(np.zeros(len(part), dtype=int), make_recipe({}, "the test"))))[0]
+    photos = Photos(part.observations, encoder.preprocessing, AugmentSettings(**settings), 4)
+    draw = next(iter(Draws(np.zeros(len(part), dtype=int), TrainSettings())))[0]
     first, _ = photos[draw]
     torch.manual_seed(99)
     np.random.seed(99)
@@ -73,8 +73,8 @@ def test_an_unreadable_photo_costs_only_itself(tmp_path, encoder):
     good, bad = photo(tmp_path / "good.jpg"), tmp_path / "bad.jpg"
     bad.write_bytes(b"no photo")
     observations = [Observation("one", (bad, good)), Observation("two", (bad,)), Observation("three", (good, good))]
-    photos = Photos(observations, encoder.preprocessing, make_recipe({"photos_per_observation": 1}, "the test"))
-    batch = collate([photos[draw] for draw in next(iter(Draws(np.arange(3), make_recipe({}, "the test"))))])
+    photos = Photos(observations, encoder.preprocessing, AugmentSettings(), 1)
+    batch = collate([photos[draw] for draw in next(iter(Draws(np.arange(3), TrainSettings())))])
     assert batch.photos.shape == (2, 3, 64, 64)
     assert sorted(batch.index.tolist()) == [0, 2]
 
@@ -83,7 +83,7 @@ def test_an_unreadable_photo_costs_only_itself(tmp_path, encoder):
 @pytest.mark.parametrize("settings", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}])
 def test_mixed_photos_have_mixed_targets(photos, settings):
     np.random.seed(0)
-    mixing = Mixing(6, make_recipe({"photos_per_observation": 1, **settings}, "the test"), torch.device("cpu"))
+    mixing = Mixing(6, AugmentSettings(**settings), torch.device("cpu"))
     numbers = torch.arange(photos)
     pixels, targets = mixing(numbers.float().view(-1, 1, 1, 1).repeat(1, 3, 8, 8), numbers)
     assert torch.allclose(targets.sum(dim=1), torch.ones(photos))

@@ -20,7 +20,7 @@ SETTINGS = {"epochs": 2, "batch_size": 8, "colour_jitter": 0.0, "crop_scale": 1.
 @pytest.fixture(scope="module")
 def alone(drawn, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone") / "run"
-    settings = {**TINY, **LEARNING, "ema": 0.9, "patience": 9, **SETTINGS, "encoder": ENCODER}
+    settings = {**TINY, **LEARNING, "ema_decay": 0.9, "patience": 9, **SETTINGS, "encoder": ENCODER}
     train_run(make_recipe(settings, "the test"), drawn.competition, out)
     return out
 

@@ -25,11 +25,12 @@ from local.banks.ensemble import VALIDATION_FILE, read_answers
 from local.banks.search import compare
 from local.data.competition import read_competition, split_for_validation
 from local.encoders.load import load_encoder
-from local.recipes.recipe import make_recipe
+from local.recipes.recipe import FORMER_NAMES, make_recipe
+from local.recipes.settings import TrainSettings
 from local.training.run import commit, rehearse_opening, told_data, told_subset, told_training, train_run
 from tests.conftest import LEARNING, ROOT, TINY, command
 
-SETTINGS = {**TINY, **LEARNING, "epochs": 3, "patience": 9, "ema": 0.9, "batch_size": 8}
+SETTINGS = {**TINY, **LEARNING, "epochs": 3, "patience": 9, "ema_decay": 0.9, "batch_size": 8}
 
 
 def train(out, drawn, *more, **settings):
@@ -198,7 +199,7 @@ def test_without_val_an_encoder_that_learnt_here_keeps_its_seed(drawn, tmp_path)
     again = make_recipe({"encoder": str(tmp_path / "first"), "epochs": 0, "seed": 1}, "the test")
     train_run(again, photos, tmp_path / "second")
     with pytest.raises(InputError, match="take the seed and the subset of its training"):
-        train_run(replace(again, seed=2), photos, tmp_path / "third")
+        train_run(replace(again, train=replace(again.train, seed=2)), photos, tmp_path / "third")
 
 
 @pytest.mark.skipif(not shutil.which("unshare"), reason="no program that makes a namespace")
@@ -268,14 +269,14 @@ def encoder_files(stem, seed):
     [
         ({"seed": 1}, "seed was 0, is 1"),
         ({"reference": "train"}, 'reference was "train+val", is "train"'),
-        ({"genus": 0.5}, "genus was 0.0, is 0.5"),
+        ({"genus_weight": 0.5}, "genus_weight was 0.0, is 0.5"),
         ({"whitening": 0.25}, "whitening was 0.0, is 0.25"),
         ({"choose": []}, 'choose was ["whitening"], is []'),
         ({"encoder": "timm:test_vit"}, 'encoder", is "timm:test_vit"'),
         ({"resolution": "720p"}, 'resolution was "auto", is "720p"'),
         ({"subset": 20}, "subset was 0, is 20"),
         ({"epochs": 2}, "epochs was 0, is 2"),
-        ({"seed": 1, "genus": 0.5}, "genus was 0.0, is 0.5; seed was 0, is 1"),
+        ({"seed": 1, "genus_weight": 0.5}, "genus_weight was 0.0, is 0.5; seed was 0, is 1"),
     ],
 )
 def test_a_finished_run_is_not_done_already_for_other_settings(plain, drawn, changed, says):
@@ -298,7 +299,7 @@ def test_a_finished_run_is_not_done_already_for_other_data_or_other_weights_at_t
         train_run(recipe, data, plain / "run", resumes=True)
     shutil.copytree(plain, tmp_path / "copy")
     encoder_files(tmp_path / "copy" / "encoder", seed=1)
-    recipe = replace(recipe, encoder=str(tmp_path / "copy" / "encoder"))
+    recipe = make_recipe(plain_settings(tmp_path / "copy"), "the test")
     with pytest.raises(InputError, match="which holds other weights"):
         train_run(recipe, drawn.competition, plain / "run", resumes=True)
 
@@ -310,24 +311,37 @@ def test_an_identical_run_is_done_already_however_its_path_and_settings_are_writ
     shutil.copytree(drawn.competition, tmp_path / "moved")
     monkeypatch.chdir(plain)
     resolution = json.loads((plain / "run" / "manifest.json").read_text())["members"][0]["recipe"]["resolution"]
-    for same in ({}, {"encoder": "encoder"}, {"encoder": "./encoder"}, {"resolution": resolution}, {"fit": "crop"}):
+    for same in (
+        {},
+        {"encoder": "encoder"},
+        {"encoder": "./encoder"},
+        {"resolution": resolution},
+        {"resize_mode": "crop"},
+    ):
         train_run(make_recipe(given | same, "the test"), tmp_path / "moved", plain / "run", resumes=True)
         assert "is done already, with the same settings and data" in capsys.readouterr().out
 
 
-def test_a_run_of_before_settings_were_kept_as_given_is_compared_as_far_as_it_says(plain, drawn, tmp_path, capsys):
+def test_a_run_that_recorded_less_and_under_former_names_is_compared_as_far_as_it_says(plain, drawn, tmp_path, capsys):
     shutil.copytree(plain, tmp_path / "old")
     manifest = tmp_path / "old" / "run" / "manifest.json"
     content = json.loads(manifest.read_text())
-    del content["members"][0]["given"], content["members"][0]["recipe"]["ema"]
-    content["members"][0]["recipe"]["whitening"] = 0.75  # as it was chosen
+    former = {name: old for old, name in FORMER_NAMES.items()}
+    kept = {former.get(name, name): value for name, value in content["members"][0]["recipe"].items()}
+    del content["members"][0]["given"], kept["hue"]
+    content["members"][0]["recipe"] = kept | {"whitening": 0.75, "centre": True}  # the whitening as it was chosen
     manifest.write_text(json.dumps(content))
     recipe = make_recipe(plain_settings(plain), "the test")
     train_run(recipe, drawn.competition, tmp_path / "old" / "run", resumes=True)
     assert "is done already" in capsys.readouterr().out
-    for changed in ({"seed": 1}, {"resolution": "720p"}, {"ema": 0.5}):
+    for changed in ({"seed": 1}, {"resolution": "720p"}, {"ema_decay": 0.5}, {"hue": 0.5}):
         with pytest.raises(InputError, match=f"{next(iter(changed))} was"):
-            train_run(replace(recipe, **changed), drawn.competition, tmp_path / "old" / "run", resumes=True)
+            recipe = make_recipe(plain_settings(plain) | changed, "the test")
+            train_run(recipe, drawn.competition, tmp_path / "old" / "run", resumes=True)
+    content["members"][0]["recipe"]["centre"] = False
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="centre was false, which is no longer supported"):
+        train_run(make_recipe(plain_settings(plain), "the test"), drawn.competition, tmp_path / "old/run", resumes=True)
 
 
 def test_a_trained_run_goes_on_with_another_bank_and_refuses_another_seed_or_fewer_epochs(
@@ -444,29 +458,29 @@ def test_the_first_lines_count_what_there_is_and_what_a_training_makes_of_it(dra
     rows = [("train", f"t{number}", "ab"[number % 2]) for number in range(6)] + [("train", "t6", "c")]
     rows += [("val", "v0", "a"), ("val", "v1", "b"), ("val", "v2", "d")]
     competition = labelled_rows(read_competition(drawn.competition), rows)
-    recipe = make_recipe({"epochs": 1}, "the test")
+    train = TrainSettings(epochs=1)
 
-    def told(competition, recipe):
-        return told_training(competition, *split_for_validation(competition, 0), recipe)
+    def told(competition, train):
+        return told_training(competition, *split_for_validation(competition, 0), train)
 
     assert told_data(competition).endswith("7 observations of 3 classes in train, 3 observations of 3 classes in val")
-    assert told(competition, recipe) == (
+    assert told(competition, train) == (
         "training: learns from 7 observations of train, is validated on 3 of val; 1 of val is of classes that train "
         "lacks, so never right"
     )
-    assert told(competition, replace(recipe, classes=1)) == (
+    assert told(competition, replace(train, max_classes=1)) == (
         "training: learns from 3 observations of train, is validated on 1 of val; of 7 and 3, those of the 1 "
         "largest class"
     )
     alone = competition.without_val()
     assert told_data(alone).endswith("7 observations of 3 classes in train, no val")
-    assert told(alone, recipe) == (
+    assert told(alone, train) == (
         "training: learns from 5 observations of train, is validated on 2 others, never the only one of a class"
     )
     with pytest.raises(InputError, match=r"no val, and every class has one observation in the subset of 3; set epochs"):
-        told(labelled_rows(competition, [rows[0], rows[1], rows[6]]), replace(recipe, subset=3))
+        told(labelled_rows(competition, [rows[0], rows[1], rows[6]]), replace(train, subset=3))
     with pytest.raises(InputError, match=r"no observation of val is of a class that train has; set epochs to 0$"):
-        told(labelled_rows(competition, [rows[0], rows[1], rows[9]]), recipe)
+        told(labelled_rows(competition, [rows[0], rows[1], rows[9]]), train)
 
 
 @pytest.mark.parametrize(
@@ -478,8 +492,7 @@ def test_the_first_lines_count_what_there_is_and_what_a_training_makes_of_it(dra
 )
 def test_a_subset_says_what_it_leaves(drawn, subset, says):
     competition = read_competition(drawn.competition)
-    recipe = make_recipe({"subset": subset}, "the test")
-    assert told_subset(competition, competition.sample(subset, 0), recipe) == says
+    assert told_subset(competition, competition.sample(subset, 0), subset) == says
 
 
 def test_photos_that_cannot_be_read_are_named_and_listed_and_beyond_a_quarter_end_the_work(drawn, tmp_path, capsys):

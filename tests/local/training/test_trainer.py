@@ -84,21 +84,20 @@ def test_it_stops_when_recall_has_not_risen_for_as_long_as_patience_says(fresh, 
 
 WAYS = [
     {
-        "lora": 2,
-        "ema": 0.9,
+        "lora_rank": 2,
+        "ema_decay": 0.9,
         "prototypes": "updated",
         "accumulate": 2,
         "balance": 1.0,
-        "optimiser": "sgd",
-        "restarts": 1,
+        "optimizer": "sgd",
     },
     {
-        **{"prototypes": "learned", "probe": 1, "subcentres": 2, "arcface": 0.1, "cosface": 0.1, "class_weights": 0.5},
-        **{"rand_augment": 5, "rotate": 20, "translate": 0.1, "hue": 0.1, "erase": 0.5, "ema": 0.9},
+        **{"prototypes": "learned", "head_only_epochs": 1, "arcface_margin": 0.1, "class_weight_exponent": 0.5},
+        **{"rand_augment": 5, "rotate": 20, "translate": 0.1, "hue": 0.1, "erase": 0.5, "ema_decay": 0.9},
     },
-    {"prototypes": "episodic", "ways": 5, "schedule": "plateau", "decay_patience": 0, "optimiser": "adam"},
+    {"prototypes": "episodic", "ways": 5, "schedule": "plateau", "plateau_patience": 0, "optimizer": "adam"},
     {
-        **{"prototypes": "learned", "matcher": "head", "hidden": 8, "dropout": 0.2, "hidden_dropout": 0.2},
+        **{"prototypes": "learned", "matcher": "head", "hidden_features": 8, "dropout": 0.2, "hidden_dropout": 0.2},
         **{"mixup": 0.4, "cutmix": 1.0, "photos_per_observation": 1, "rank_weights": RANKS, "monitor": "log_loss"},
     },
 ]
@@ -123,7 +122,7 @@ def test_the_moving_average_is_what_is_judged_and_kept(fresh, parts, tmp_path, m
 
     monkeypatch.setattr(ModelEmaV3, "update", watched)
     monkeypatch.setattr(finetuning, "choose_share", lambda judged: 1.0)
-    finetune(fresh, *parts, recipe(epochs=1, unfreeze=-1, learning_rate=1e-2, ema=0.9), tmp_path)
+    finetune(fresh, *parts, recipe(epochs=1, unfreeze=-1, learning_rate=1e-2, ema_decay=0.9), tmp_path)
     assert same(fresh.module.state_dict(), averages[-1])
 
 
@@ -192,7 +191,7 @@ def test_a_loss_that_is_no_number_ends_the_training_with_what_was_learnt(fresh, 
 def test_memory_that_does_not_suffice_is_one_line_and_loses_nothing(fresh, parts, tmp_path, monkeypatch):
     class Cramped(Training):
         def follow(self, batch, number, *given):
-            if self.epoch == 2 and self.recipe.batch_size > 4:
+            if self.epoch == 2 and self.recipe.train.batch_size > 4:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
             return super().follow(batch, number, *given)
 
@@ -226,8 +225,8 @@ class NoRoom(nn.Module):
     ("copies", "settings", "doing"),
     [
         (0, {}, "copying the encoder"),
-        (1, {"ema": 0.9}, "copying the encoder"),
-        (1, {"probe": 1, "ema": 0.9}, "freeing"),
+        (1, {"ema_decay": 0.9}, "copying the encoder"),
+        (1, {"head_only_epochs": 1, "ema_decay": 0.9}, "freeing"),
     ],
 )
 def test_an_encoder_whose_copy_finds_no_room_is_one_line(fresh, parts, tmp_path, copies, settings, doing):
@@ -315,7 +314,7 @@ def test_another_learning_rate_begins_another_course(fresh, parts, tmp_path, mon
             return super().train_epoch(signals)
 
     monkeypatch.setattr(finetuning, "Training", Watched)
-    still = {"weight_decay": 0.0, "schedule": "plateau", "decay_patience": 0, "warmup": 0.0}
+    still = {"weight_decay": 0.0, "schedule": "plateau", "plateau_patience": 0, "warmup": 0.0}
     start = copy_state(fresh.module)
     first = finetune(fresh, *parts, recipe(epochs=20, patience=3, learning_rate=1e-12, **still), tmp_path)
     assert len(first.log) == 4

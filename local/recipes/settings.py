@@ -1,0 +1,335 @@
+"""The settings of a recipe: one dataclass per table, each setting with its meaning, default and limits beside it."""
+
+import math
+from dataclasses import dataclass, field, fields
+
+from kernel.inputs import InputError
+
+RESOLUTIONS = ("300p", "500p", "720p", "fullsize")  # as in kernel.observations, which imports pandas
+# Views are added in groups: a rotation to the left without the one to the right would favour one side.
+VIEW_GROUPS = (
+    ("hflip",),
+    ("rotate90", "rotate270"),
+    ("rotate15", "rotate345"),
+    ("centre",),
+    ("top-left", "top-right", "bottom-left", "bottom-right"),
+    ("larger",),
+)
+VIEWS = ("plain", *(view for group in VIEW_GROUPS for view in group))  # as in kernel.views, which imports torch
+MATCHERS = ("means", "several", "ridge", "random-ridge", "logistic", "projection")
+MONITORS = ("recalls", "recall_at_1", "recall_at_5", "recall_at_10", "macro_f1", "weighted_f1", "log_loss")
+
+KINDS = {tuple: "a list", int: "an int", float: "a float", bool: "true or false", str: "a str"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a setting means and which values it takes.
+
+    Attributes:
+        meaning: one or two sentences, for `train.py --explain`.
+        choices: of a str, its only values; of a list, the only values of its items, each at most once.
+        least, above, most, below: limits of a number, or of each number of a list.
+        lengths: how many items a list may have; none are any number.
+        candidates: the values that cross-validation tries where `choose` names the setting, the simplest first; of
+            `views`, the groups that it tries to add.
+    """
+
+    meaning: str
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    lengths: tuple[int, ...] = ()
+    candidates: tuple = ()
+
+    def check(self, name: str, value: object, default: object, where: str) -> object:
+        """The value in the type of the default.
+
+        Args:
+            where: the value was given, for the message.
+
+        Raises:
+            InputError: it is of another type, or outside the limits.
+        """
+        value = _converted(value, default)
+        if type(value) is not type(default):
+            raise InputError(f"expected {KINDS[type(default)]} for {name}, got {value!r} (in {where})")
+        items = value if isinstance(value, tuple) else (value,)
+        got = f"got {list(value) if isinstance(value, tuple) else value!r} (in {where})"
+        if self.choices:
+            known = ", ".join(self.choices)
+            if isinstance(value, tuple):
+                is_known = all(isinstance(item, str) and item in self.choices for item in items)
+                if not is_known or len(set(items)) < len(items) or (self.lengths and len(items) not in self.lengths):
+                    raise InputError(f"expected some of {known} for {name}, each once, {got}")
+            elif value not in self.choices:
+                raise InputError(f"expected one of {known} for {name}, {got}")
+        elif isinstance(value, tuple):
+            count = " or ".join(map(str, self.lengths))
+            if len(items) not in self.lengths or not all(isinstance(item, float) for item in items):
+                raise InputError(f"expected a list of {count} numbers for {name}, {got}")
+        if not all(math.isfinite(item) for item in items if isinstance(item, float)):
+            raise InputError(f"expected finite numbers for {name}, {got}")
+        if not all(self.allows(item) for item in items if isinstance(item, (int, float))):
+            raise InputError(f"expected {self.limits(name)}, {got}")
+        return value
+
+    def allows(self, number: float) -> bool:
+        """Whether a number is within the limits."""
+        return not (
+            (self.least is not None and number < self.least)
+            or (self.above is not None and number <= self.above)
+            or (self.most is not None and number > self.most)
+            or (self.below is not None and number >= self.below)
+        )
+
+    def limits(self, name: str) -> str:
+        """The limits of a number, such as `0 < crop_scale <= 1`; without any, the name alone."""
+        low = [(self.least, "<=", ">="), (self.above, "<", ">")]
+        high = [(self.most, "<="), (self.below, "<")]
+        left = [(f"{limit:g} {sign} ", f" {alone} {limit:g}") for limit, sign, alone in low if limit is not None]
+        right = "".join(f" {sign} {limit:g}" for limit, sign in high if limit is not None)
+        if left and not right:
+            return name + left[0][1]
+        return (left[0][0] if left else "") + name + right
+
+
+def _converted(value: object, default: object) -> object:
+    """A value as TOML or `--set` gives it, in the default's type where only the notation differs."""
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if isinstance(default, tuple):
+        if isinstance(value, str):
+            value = value.split(",") if value else []
+        if isinstance(value, (list, tuple)):
+            return tuple(float(item) if type(item) is int else item for item in value)
+    return value
+
+
+def setting(default: object, meaning: str, **limits):
+    """A dataclass field that carries its `Setting`; see there for the limits."""
+    return field(default=default, metadata={"setting": Setting(meaning, **limits)})
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """The encoder, and the photos that it is given."""
+
+    encoder: str = setting(
+        "hf-hub:imageomics/bioclip",
+        "hf-hub:REPOSITORY, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, or a path: a run, a folder in the hub's "
+        "format, or a stem with .safetensors and .json. --encoder sets it too.",
+    )
+    pretrained: bool = setting(True, "Use the pretrained weights. false: random weights, to train from scratch.")
+    image_size: int = setting(0, "Pixels of the encoder's input. 0: what it was trained with.", least=0)
+    resolution: str = setting(
+        "auto",
+        "Which of FungiCLEF's image folders to read. auto: the smallest whose photos need no enlarging.",
+        choices=("auto", *RESOLUTIONS),
+    )
+    precision: str = setting(
+        "half", "Of the encoder on a GPU. Use full where half loses accuracy.", choices=("half", "full")
+    )
+    max_parameters: int = setting(0, "Refuse an encoder and head with more parameters. 0: no limit.", least=0)
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    """How observation embeddings are made and classified: class prototypes, and what is added to their scores."""
+
+    views: tuple[str, ...] = setting(
+        ("plain", "hflip"),
+        "Variants of each photo whose embeddings are averaged.",
+        choices=VIEWS,
+        lengths=tuple(range(1, len(VIEWS) + 1)),
+        candidates=VIEW_GROUPS,
+    )
+    resize_mode: str = setting(
+        "encoder",
+        "crop: resize the shorter side and cut out the centre. squash: resize both sides. encoder: as it was trained.",
+        choices=("encoder", "crop", "squash"),
+        candidates=("crop", "squash"),
+    )
+    pooling: str = setting("mean", "How an observation's photos become one embedding.", choices=("mean", "max"))
+    reference: str = setting(
+        "train+val",
+        "The splits that the bank is made of. train: without val, so that a score on val or test is comparable.",
+        choices=("train", "train+val"),
+    )
+    whitening: float = setting(
+        0.0,
+        "Exponent of the whitening of the variation within classes. 0: subtract the mean only. 1: whiten fully.",
+        least=0,
+        candidates=(0.0, 0.25, 0.5, 0.75, 1.0),
+    )
+    matcher: str = setting(
+        "means",
+        "means: one prototype per class, its mean. several: up to a few per class. ridge, random-ridge, logistic: a "
+        "linear classifier. projection: an ensemble of trained projections. head: the head trained with the encoder.",
+        choices=(*MATCHERS, "head"),
+        candidates=MATCHERS,
+    )
+    genus_weight: float = setting(
+        0.0,
+        "Shrink a class mean towards the mean of its genus, which counts as this many observations.",
+        least=0,
+        candidates=(0.0, 0.25, 0.5, 1.0),
+    )
+    family_weight: float = setting(
+        0.0,
+        "Shrink a class mean towards the mean of the other genera of its family, which counts as this many "
+        "observations.",
+        least=0,
+        candidates=(0.0, 0.25, 0.5),
+    )
+    nearest_neighbour_weight: float = setting(
+        0.0,
+        "Mixture weight of a classifier by the nearest observation of each class.",
+        least=0,
+        most=1,
+        candidates=(0.0, 0.2, 0.4),
+    )
+    class_prior_exponent: float = setting(
+        0.0,
+        "The prior probability of a class is its number of observations to this power.",
+        least=0,
+        candidates=(0.0, 0.25, 0.5),
+    )
+    transduction: float = setting(
+        0.0,
+        "Strength with which the test observations move the prototypes.",
+        least=0,
+        candidates=(0.0, 0.125, 0.25, 0.5, 1.0),
+    )
+    metadata_weight: float = setting(
+        0.0,
+        "Weight of the log-probabilities by location, season and substrate, added to those by the photos.",
+        least=0,
+        candidates=(0.0, 0.25, 0.5, 0.75, 1.0),
+    )
+
+
+CANDIDATES: dict[str, tuple] = {
+    one.name: one.metadata["setting"].candidates for one in fields(BankSettings) if one.metadata["setting"].candidates
+}
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How the bank is selected."""
+
+    choose: tuple[str, ...] = setting(
+        (),
+        "Settings of [bank] that cross-validation chooses, in this order. Of views it keeps those that help.",
+        choices=tuple(CANDIDATES),
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What is trained, on which observations, and with which loss."""
+
+    epochs: int = setting(0, "Epochs in which the encoder is trained. 0: keep it as it came.", least=0)
+    seed: int = setting(0, "Of everything random: initial weights, splits, batches, augmentation.", least=0)
+    subset: int = setting(
+        0, "Use this many observations, drawn at random, to try a recipe in a minute. 0: all.", least=0
+    )
+    max_classes: int = setting(0, "Train on this many classes, those with the most observations. 0: all.", least=0)
+    unfreeze: int = setting(
+        2, "Groups of layers to train, counted from the output, as timm groups them. 0: none. -1: all.", least=-1
+    )
+    lora_rank: int = setting(0, "Rank of low-rank updates (LoRA), trained in place of the weights. 0: none.", least=0)
+    gradient_checkpointing: bool = setting(False, "Recompute activations: a third slower, with much less memory.")
+    prototypes: str = setting(
+        "fixed",
+        "The head's prototypes. fixed: the class means before training. updated: the class means after every epoch. "
+        "learned: trained by gradient descent. episodic: the means of each episode's support set.",
+        choices=("fixed", "updated", "learned", "episodic"),
+    )
+    head_only_epochs: int = setting(0, "Epochs before the others in which the head alone is trained.", least=0)
+    hidden_features: int = setting(0, "Width of a hidden layer in the head. 0: no hidden layer.", least=0)
+    dropout: float = setting(0.0, "Dropout of the embedding.", least=0, below=1)
+    hidden_dropout: float = setting(0.0, "Dropout of the hidden layer.", least=0, below=1)
+    temperature: float = setting(
+        0.1, "Divides the squared distances between embeddings and prototypes, both of length 1.", above=0
+    )
+    label_smoothing: float = setting(0.0, "Probability spread evenly over all classes in the target.", least=0, most=1)
+    arcface_margin: float = setting(0.0, "Additive angular margin of ArcFace, in radians.", least=0)
+    class_weight_exponent: float = setting(
+        0.0,
+        "A class is weighted by its number of observations to minus this power. 1: all classes count alike.",
+        least=0,
+    )
+    rank_weights: tuple[float, ...] = setting(
+        (),
+        "Weights of the losses of phylum, class, order, family and genus, beside 1 for the species. Empty: none.",
+        lengths=(0, 5),
+        least=0,
+    )
+    batch_size: int = setting(32, "Observations per batch.", least=1)
+    accumulate: int = setting(1, "Batches per optimizer step.", least=1)
+    photos_per_observation: int = setting(4, "At most so many photos of an observation per epoch, at random.", least=1)
+    balance: float = setting(
+        0.0,
+        "0: every observation once per epoch. 1: every class equally often. Between: a class is drawn by "
+        "its size to the power of 1 - balance.",
+        least=0,
+        most=1,
+    )
+    ways: int = setting(20, "Classes per episode.", least=0)
+    support: int = setting(1, "Support observations per class of an episode.", least=1)
+    queries: int = setting(3, "Query observations per class of an episode, or as many as there are.", least=1)
+    monitor: str = setting(
+        "recalls",
+        "The validation score that selects the epoch; recalls: the mean of Recall@1, 5 and 10. With macro_f1 the bank "
+        "is selected by a mean over classes too.",
+        choices=MONITORS,
+    )
+    patience: int = setting(4, "Stop after this many epochs without a better score.", least=1)
+
+
+@dataclass(frozen=True)
+class AugmentSettings:
+    """How training photos are varied."""
+
+    crop_scale: float = setting(0.6, "Smallest fraction of a photo's area in a random crop.", above=0, most=1)
+    flip: bool = setting(True, "Flip half of the photos left to right.")
+    rotate: float = setting(0.0, "Rotate by up to this many degrees.", least=0)
+    translate: float = setting(
+        0.0, "Translate by up to this fraction of the side, and zoom by up to the same.", least=0, most=1
+    )
+    colour_jitter: float = setting(0.1, "Vary brightness, contrast and saturation by up to this factor.", least=0)
+    hue: float = setting(0.0, "Vary the hue by up to this fraction of the colour circle.", least=0, most=0.5)
+    rand_augment: int = setting(0, "Magnitude of RandAugment, two operations per photo. 0: none.", least=0, most=10)
+    erase: float = setting(0.0, "Probability of erasing a random rectangle.", least=0, most=1)
+    mixup: float = setting(0.0, "Alpha of mixup. 0: none.", least=0)
+    cutmix: float = setting(0.0, "Alpha of CutMix. 0: none.", least=0)
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """The optimizer and the learning rate."""
+
+    optimizer: str = setting("adamw", "As timm names it.", choices=("adamw", "adam", "sgd"))
+    learning_rate: float = setting(1e-4, "Peak learning rate.", above=0)
+    layer_decay: float = setting(
+        1.0, "Factor of the learning rate from each layer to the one below it.", above=0, most=1
+    )
+    weight_decay: float = setting(0.05, "Weight decay of the encoder.", least=0)
+    grad_clip_norm: float = setting(1.0, "Clip the gradient to this norm. 0: do not clip.", least=0)
+    schedule: str = setting(
+        "cosine",
+        "cosine: down to 0 over all epochs. plateau: times plateau_factor when validation stops improving. constant.",
+        choices=("cosine", "plateau", "constant"),
+    )
+    warmup: float = setting(0.1, "Fraction of the steps in which the learning rate rises from 0.", least=0, most=1)
+    plateau_factor: float = setting(0.2, "Factor of the learning rate at a plateau.", above=0, most=1)
+    plateau_patience: int = setting(3, "Epochs without a better score that make a plateau.", least=0)
+    ema_decay: float = setting(
+        0.0,
+        "Decay per step of the moving average of the weights, which is validated and kept. 0: no average.",
+        least=0,
+        below=1,
+    )
