@@ -3,13 +3,14 @@
 import dataclasses
 import difflib
 import json
+import os
 import textwrap
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernel.inputs import InputError
+from kernel.inputs import InputError, shorten
 from local.recipes.settings import (
     AugmentSettings,
     BankSettings,
@@ -106,7 +107,7 @@ def read_given(name: str, settings: Sequence[str] = (), encoder: str | None = No
         InputError: no such recipe; an unknown key; a setting without a value.
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path's, it takes any name
         known = ", ".join(recipe.stem for recipe in sorted(FOLDER.glob("*.toml")))
         raise InputError(f"no recipe {name}: known are {known}, or the path of a .toml file")
     try:
@@ -117,7 +118,7 @@ def read_given(name: str, settings: Sequence[str] = (), encoder: str | None = No
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     given = _flatten(values, str(path))
     for text in settings:
-        source = f"--set {text}"
+        source = f"--set {shorten(text)}"
         key, equals, value = text.partition("=")
         if not equals:
             raise InputError(f"{source} has no value: write --set key=value")
@@ -196,19 +197,26 @@ def _check_together(recipe: Recipe, given: Mapping[str, Given]) -> None:
 
 def _flatten(values: Mapping, where: str) -> dict[str, Given]:
     """The settings of tables, and of a file without tables under their present names."""
-    given = {}
+    given: dict[str, Given] = {}
+
+    def add(name: str, value: object) -> None:
+        if name in given:
+            raise InputError(f"{name} is given twice (in {where}): remove one of them")
+        given[name] = Given(value, where)
+
     for key, value in values.items():
         if isinstance(value, dict):
             if key not in TABLES:
                 raise InputError(
                     f"unknown table [{key}] (in {where}): the nearest known one is [{_nearest(key, TABLES)}]"
                 )
-            given |= {_resolve(f"{key}.{name}", where): Given(one, where) for name, one in value.items()}
+            for name, one in value.items():
+                add(_resolve(f"{key}.{name}", where), one)
         elif key in REMOVED:
             if value != REMOVED[key]:
                 raise InputError(f"{key} = {value!r} is no longer supported (in {where}): remove it")
         else:
-            given[_resolve(FORMER_NAMES.get(key, key), where)] = Given(_renamed(key, value), where)
+            add(_resolve(FORMER_NAMES.get(key, key), where), _renamed(key, value))
     return given
 
 

@@ -89,8 +89,8 @@ class Setting:
         """The limits of a number, such as `0 < crop_scale <= 1`; without any, the name alone."""
         low = [(self.least, "<=", ">="), (self.above, "<", ">")]
         high = [(self.most, "<="), (self.below, "<")]
-        left = [(f"{limit:g} {sign} ", f" {alone} {limit:g}") for limit, sign, alone in low if limit is not None]
-        right = "".join(f" {sign} {limit:g}" for limit, sign in high if limit is not None)
+        left = [(f"{limit} {sign} ", f" {alone} {limit}") for limit, sign, alone in low if limit is not None]
+        right = "".join(f" {sign} {limit}" for limit, sign in high if limit is not None)
         if left and not right:
             return name + left[0][1]
         return (left[0][0] if left else "") + name + right
@@ -232,7 +232,9 @@ class TrainSettings:
     """What is trained, on which observations, and with which loss."""
 
     epochs: int = setting(0, "Epochs in which the encoder is trained. 0: keep it as it came.", least=0)
-    seed: int = setting(0, "Of everything random: initial weights, splits, batches, augmentation.", least=0)
+    seed: int = setting(
+        0, "Of everything random: initial weights, splits, batches, augmentation.", least=0, most=2**32 - 1
+    )
     subset: int = setting(
         0, "Use this many observations, drawn at random, to try a recipe in a minute. 0: all.", least=0
     )

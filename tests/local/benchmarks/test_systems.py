@@ -39,6 +39,6 @@ def test_a_system_and_its_recipe_are_scored_on_the_same_observations(asked, trai
 
 
 def test_every_system_has_a_recipe_and_another_name_is_refused(asked):
-    assert all(read_recipe(name).epochs for name in RULES)
+    assert all(read_recipe(name).train.epochs for name in RULES)
     with pytest.raises(InputError, match="choose from fungiclef-protonet"):
         systems([asked], "timm:test_resnet", ["demo"], [])

@@ -154,7 +154,7 @@ def test_a_message_about_a_setting_names_where_the_setting_was_given(tmp_path: P
     path = recipe_file(tmp_path, "epochs = 3\nlearning_rate = 0.0\n")
     assert refusal("demo", "epochs=x").endswith("got 'x' (in --set epochs=x)")
     assert "(in --set epoch=3)" in refusal(path, "learning_rate=1", "epoch=3")
-    assert refusal(path, "learning_rate=1", "seed=-1") == "expected seed >= 0, got -1 (in --set seed=-1)"
+    assert refusal(path, "learning_rate=1", "seed=-1") == "expected 0 <= seed <= 4294967295, got -1 (in --set seed=-1)"
     assert refusal(path, "epochs=4") == f"expected learning_rate > 0, got 0.0 (in {path})"
 
 
@@ -222,6 +222,7 @@ def test_views_that_there_are_not_are_refused_with_those_that_there_are(views: s
         "weight_decay=nan",
         "colour_jitter=-1",
         "seed=-1",  # numpy takes no negative one
+        "seed=4294967296",  # scikit-learn takes 32 bits
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_key_and_its_range(setting: str) -> None:
@@ -331,6 +332,16 @@ def test_a_file_without_tables_and_with_former_names_is_read(tmp_path: Path) -> 
     assert recipe.bank.resize_mode == "squash"
     assert recipe.train.head_only_epochs == 2
     assert recipe.search.choose == ("genus_weight", "resize_mode")
+
+
+@pytest.mark.parametrize("text", ["epochs = 1\n[train]\nepochs = 2\n", "clip = 1.0\ngrad_clip_norm = 2.0\n"])
+def test_a_setting_that_a_file_gives_twice_is_refused(tmp_path: Path, text: str) -> None:
+    assert "is given twice" in refusal(recipe_file(tmp_path, text))
+
+
+def test_a_name_that_no_file_can_have_and_a_setting_of_two_lines_are_one_line_too() -> None:
+    assert refusal("x" * 5000 + ".toml").startswith("no recipe xxx")
+    assert refusal("demo", "epochs=\nx").endswith("(in --set epochs= x)")
 
 
 def test_a_former_name_is_refused_with_the_present_one_where_something_new_is_written(tmp_path: Path) -> None:
