@@ -12,6 +12,7 @@ from pathlib import Path
 from kernel.inputs import MANIFEST, InputError, sha256
 from local.base.console import command_parser, run, say
 from local.base.files import write_json
+from local.base.repository import commit
 from local.bundling.flatten import flatten
 from local.bundling.weights import gather_weights
 from local.publishing.metadata import (
@@ -25,7 +26,6 @@ from local.publishing.metadata import (
     write_metadata,
 )
 from local.publishing.preflight import find_owner
-from local.training.run import commit
 
 ROOT = Path(__file__).resolve().parent
 BEFORE = ".weights.before"  # the weights that are being replaced

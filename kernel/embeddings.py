@@ -24,7 +24,6 @@ from kernel.photos import decode_all
 from kernel.views import VIEWS
 
 T = TypeVar("T")
-POOLINGS = ("mean", "max")
 PROBE = 8  # photos in the first batch, from which the plan is made; few, since a slow machine pays for all their views
 
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import timm
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kernel.inputs import InputError, Weights, shorten
+from kernel.photos import Preprocessing, read_preprocessing
 from kernel.views import VIEWS, larger, shrink
 
 # As CUDA, its libraries, and a CPU on Linux and on Windows say it.
@@ -28,33 +28,6 @@ OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate mem
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the memory of a device or of the machine did not suffice."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a photo becomes the square that an encoder was trained on.
-
-    Attributes:
-        size: side of the square, pixels.
-        mean, std: per channel, of values in 0..1.
-        interpolation: of the resize, "bilinear" or "bicubic".
-        scale: the shorter side is resized to `size / scale` before the centre is cut out (timm's crop_pct).
-        fit: "crop" keeps the aspect ratio and loses the margins, "squash" keeps all and loses the aspect ratio.
-        larger: side of the square of the view `larger`, pixels; 0 where the views do not include it.
-    """
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    scale: float
-    fit: str
-    larger: int = 0
-
-    @property
-    def decoded(self) -> int:
-        """Side of the square that a photo is decoded to, from which all its views are made; pixels."""
-        return max(self.size, self.larger)
 
 
 class Encoder:
@@ -213,11 +186,6 @@ def build_module(library: str, architecture: str, arguments: dict) -> nn.Module:
     # Imported here since most runs never need it; open_clip has no public way to build the one tower.
     tower = importlib.import_module("open_clip.model")
     return tower._build_vision_tower(**arguments)
-
-
-def read_preprocessing(values: dict) -> Preprocessing:
-    """The manifest's preprocessing, with lists as tuples."""
-    return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
 def describe_versions(members: Sequence[dict]) -> str:

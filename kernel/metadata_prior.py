@@ -15,15 +15,10 @@ import torch
 from safetensors import safe_open
 
 from kernel.inputs import Weights
-from kernel.observations import NULLS, Observation, clean_id
+from kernel.observations import Observation, clean_id, names_nothing
 
 CELL = (0.05, 0.0875)  # degrees of latitude and longitude: 5.6 km either way in Denmark
 DAYS_IN_DEKAD = 10  # a third of a month, the climatologists' unit; the last one has the rest of the month
-# What a cell holds where its value is not known.
-BLANKS = NULLS | frozenset(
-    ("n.a", "unknown", "unidentified", "unclassified", "undetermined", "unassigned", "not assigned", "unspecified",
-     "not specified", "incertae sedis")
-)  # fmt: skip
 
 
 def finite(text: str) -> float:
@@ -36,12 +31,6 @@ def finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text!r} is not finite")
     return number
-
-
-def names_nothing(text: str) -> bool:
-    """Whether a cell is blank or says that its value is not known, as "nan", "Unknown", "incertae sedis" or "?" do."""
-    words = " ".join(text.casefold().replace("_", " ").split()).strip("<>()[].")
-    return words in BLANKS or not any(character.isalnum() for character in words)
 
 
 def category(column: str) -> Callable[[Mapping[str, str]], str | None]:

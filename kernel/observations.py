@@ -32,6 +32,11 @@ PHOTO_SUFFIXES = frozenset((
 ))  # fmt: skip
 HIDDEN = ("__MACOSX", "@eaDir")  # beside all that begins with a dot: what macOS and Synology leave in archives
 NULLS = frozenset(("", "nan", "<na>", "none", "null", "na", "n/a"))  # what programs write where they have no value
+# What a cell holds where its value is not known.
+BLANKS = NULLS | frozenset(
+    ("n.a", "unknown", "unidentified", "unclassified", "undetermined", "unassigned", "not assigned", "unspecified",
+     "not specified", "incertae sedis")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,12 @@ def read_table(
 def is_blank(cell: str | None) -> bool:
     """Whether a cell says nothing; a row that breaks off has None in its last cells."""
     return cell is None or cell.strip().casefold() in NULLS
+
+
+def names_nothing(text: str) -> bool:
+    """Whether a cell is blank or says that its value is not known, as "nan", "Unknown", "incertae sedis" or "?" do."""
+    words = " ".join(text.casefold().replace("_", " ").split()).strip("<>()[].")
+    return words in BLANKS or not any(character.isalnum() for character in words)
 
 
 def clean_id(text: str) -> str:

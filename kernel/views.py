@@ -45,7 +45,7 @@ def larger(photos: torch.Tensor) -> torch.Tensor:
     return photos
 
 
-# Each maps (batch, 3, size, size) to the same shape. In order of worth: a budget keeps the first of a recipe's views.
+# Each maps (batch, 3, size, size) to the same shape; their names are also in kernel.choices.
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "plain": lambda photos: photos,
     "hflip": lambda photos: photos.flip(-1),

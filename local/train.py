@@ -15,6 +15,7 @@ if not __package__:  # run as a script
 
 from local.base.console import command_parser, run, say
 from local.recipes.recipe import build_recipe, explain, list_recipes, read_given
+from local.training.checks import check_start, is_restarted
 
 
 def parse_options() -> argparse.Namespace:
@@ -44,13 +45,15 @@ def main() -> None:
         say(explain(given))
         return
     recipe = build_recipe(given)
-    # Imported here, since they import torch: --help and --explain answer at once.
+    out = options.out or Path("runs") / Path(options.recipe).stem
+    resumes = options.resume or is_restarted()
+    check_start(recipe, options.data, out, resumes)
+    # Imported here, since torch and what is built on it take seconds, and a mistake is to be answered at once.
     from local.training import distributed
     from local.training.run import train_run
 
-    out = options.out or Path("runs") / Path(options.recipe).stem
     with distributed.joined():
-        train_run(recipe, options.data, out, resumes=options.resume or distributed.is_restarted())
+        train_run(recipe, options.data, out, resumes=resumes)
 
 
 if __name__ == "__main__":

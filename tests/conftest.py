@@ -12,8 +12,9 @@ import timm
 import torch
 from PIL import Image
 
-from kernel.encoders import Encoder, Preprocessing
+from kernel.encoders import Encoder
 from kernel.inputs import MANIFEST
+from kernel.photos import Preprocessing
 from local.drawing.competition import generate
 from local.recipes.recipe import make_recipe
 from local.training.run import train_run

@@ -9,7 +9,7 @@ taxonomy)`, what was learnt in attributes with a trailing underscore. A transfor
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,28 +21,12 @@ from sklearn.linear_model import LogisticRegression
 
 from kernel.bank import Bank, Layer, through
 from local.base.files import write_tensors
+from local.data.taxonomy import Taxonomy
 
 SCALE = 16.0  # of cosines, where nothing is held out to fit it
 NEVER = -100.0  # the bias of a class that the reference lacks
 SHRINKAGE_SAMPLES = 4000  # photos
 SCATTER_SAMPLES = 40_000  # residuals suffice for a covariance of a thousand features, and take seconds
-
-
-@dataclass(frozen=True)
-class Taxonomy:
-    """The coarser groups of each class; a class whose groups are unknown is alone in its own.
-
-    Attributes:
-        genus, family: (classes,) int.
-    """
-
-    genus: np.ndarray
-    family: np.ndarray
-
-    @classmethod
-    def unknown(cls, classes: int) -> "Taxonomy":
-        """Of classes without groups."""
-        return cls(np.arange(classes), np.arange(classes))
 
 
 def unit(values: np.ndarray) -> np.ndarray:

@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from kernel.bank import Bank, Layer, through
-from local.banks.estimators import NEVER, ClassMeans, Taxonomy, Whitening, make_bank, pool
+from local.banks.estimators import NEVER, ClassMeans, Whitening, make_bank, pool
 from local.banks.folds import make_folds
 from local.base.metrics import GUESSES, paired_gain
+from local.data.taxonomy import Taxonomy
 
 MARKS = 6  # how often the members are judged on what they left out
 SEEDS = 1000  # apart, so that the members of two ensembles share none

@@ -14,7 +14,6 @@ from local.banks.estimators import (
     Logistic,
     Ridge,
     SeveralPrototypes,
-    Taxonomy,
     Whitening,
     apply,
     make_bank,
@@ -24,6 +23,7 @@ from local.banks.estimators import (
 from local.banks.folds import FOLDS, macro_weights, shot_weights
 from local.banks.projection import ProjectionEnsemble
 from local.base.metrics import GUESSES, gained
+from local.data.taxonomy import Taxonomy
 from local.recipes.settings import CANDIDATES, VIEW_GROUPS, BankSettings
 
 SCALE_QUERIES = 1000

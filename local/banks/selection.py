@@ -21,7 +21,8 @@ from local.base.console import counted, say
 from local.base.files import write_table, write_tensors
 from local.base.metrics import describe, held_out_scores
 from local.data.cache import EmbeddingCache
-from local.data.competition import Competition, Labelled, check_readable, lineages, places_of, read_taxonomy, sort_ids
+from local.data.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
+from local.data.photos import check_readable
 from local.recipes.settings import CANDIDATES, BankSettings
 
 CANDIDATES_FILE = "candidates.csv"

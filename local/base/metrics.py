@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from sklearn.metrics import f1_score
 
 GUESSES = (1, 5, 10)
 RESAMPLES = 2000
@@ -73,6 +72,8 @@ def class_f1(truth: Sequence, firsts: Sequence, weights: np.ndarray | None = Non
     truth, firsts = np.asarray(list(truth)), np.asarray(list(firsts))
     if weights is not None:  # an observation of weight 0 brings no class
         truth, firsts, weights = (values[weights > 0] for values in (truth, firsts, weights))
+    from sklearn.metrics import f1_score  # takes a second to import, which only scoring should cost
+
     return f1_score(truth, firsts, average=None, sample_weight=weights, zero_division=0)
 
 

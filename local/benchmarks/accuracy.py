@@ -26,7 +26,8 @@ from local.base.console import counted, say
 from local.base.files import write_json
 from local.base.metrics import GUESSES, bounded, gained, hit_matrix, interval_of, score
 from local.data.cache import EmbeddingCache, PhotoEmbeddings
-from local.data.competition import Labelled, find_layout, labelled, places_of, read_competition
+from local.data.competition import Labelled, labelled, places_of, read_competition
+from local.data.layout import find_layout
 from local.drawing.competition import generate
 from local.recipes.recipe import read_recipe
 from local.rehearsal.trial import read_solution

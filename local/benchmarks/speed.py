@@ -19,9 +19,9 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder, pick_devices, pick_dtype, read_preprocessing
+from kernel.encoders import Encoder, pick_devices, pick_dtype
 from kernel.observations import Observation
-from kernel.photos import decode_all, shorter_side
+from kernel.photos import decode_all, read_preprocessing, shorter_side
 from kernel.views import VIEWS
 from local.base.console import progress, say
 from local.drawing.fungi import draw, traits

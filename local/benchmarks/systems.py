@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from kernel.embeddings import load_batches
-from kernel.encoders import Encoder, pick_devices, read_preprocessing
+from kernel.encoders import Encoder, pick_devices
 from kernel.inputs import InputError, read_weights
 from kernel.observations import Observation
-from kernel.photos import read_photo, shorter_side
+from kernel.photos import read_photo, read_preprocessing, shorter_side
 from local.base.console import progress, say
 from local.base.metrics import bounded, describe, gained, hit_matrix, interval_of, score
 from local.benchmarks.accuracy import Rung, Task, bundle_answers, cell, heading, rank_rung, read_task

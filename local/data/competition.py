@@ -6,16 +6,16 @@ layout there and, where its tables have a form of their own, the reading of the 
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from kernel.inputs import InputError, find_folders
-from kernel.metadata_prior import BLANKS, names_nothing
+from kernel.inputs import InputError
 from kernel.observations import (
+    BLANKS,
     LAYOUTS,
     METADATA,
     RESOLUTIONS,
@@ -27,25 +27,22 @@ from kernel.observations import (
     find_photos,
     group_photos,
     is_blank,
+    names_nothing,
     photo_path,
     read_coco,
     read_sample,
     read_table,
-    recognise,
     resolution_folder,
     respell,
     tell_left_out,
     visible,
 )
-from kernel.photos import name_unreadable
-from local.banks.estimators import Taxonomy
-from local.base.console import counted, say_once
+from local.base.console import say_once
+from local.data.layout import find_layout
+from local.data.taxonomy import TAXONOMY, Taxonomy
 
 COLUMNS = ("split", "observation", "class_id", "photo")
-TAXONOMY = ("phylum", "class", "order", "family", "genus")  # the columns above the species, the widest first
 NAMES = ("species", "poisonous")  # what people want to know of a class; nothing is learnt from it
-UNREADABLE_FILE = "unreadable.csv"  # in a run's folder
-UNREADABLE_LIMIT = 0.25  # fraction of unreadable photos above which something is wrong with all, as in the kernel
 TIME_LIMITS = {layout.name: 9 * 3600 for layout in LAYOUTS} | {"fungiclef": 12 * 3600}  # seconds, of a GPU kernel
 
 
@@ -150,69 +147,6 @@ def read_competition(folder: Path, resolution: str = "300p") -> Competition:
         if (counts > 1).any():
             raise InputError(f"observation {counts.idxmax()} in {folder} is in {counts.max()} {what}: mend the table")
     return Competition(folder, layout, photos, resolution)
-
-
-def find_layout(folder: Path) -> tuple[Layout, Path]:
-    """The layout of a competition's folder, and its test table.
-
-    Raises:
-        InputError: the folder does not exist, or is of no known layout.
-    """
-    if not folder.is_dir():
-        what = "is a file: unpack it, and" if folder.exists() else "does not exist:"
-        raise InputError(f"{folder} {what} give the competition's folder as downloaded")
-    found = recognise(folder)
-    if found:
-        return found
-    near = next((place for place in _nearby(folder) if _looks_meant(place)), None)
-    if near:
-        raise InputError(f"no supported competition found in {folder}: did you mean {near}?")
-    looked_for = ", ".join(f"{layout.marker} ({layout.name})" for layout in LAYOUTS)
-    raise InputError(
-        f"no supported competition found in {folder}: looked for {looked_for}; class folders are arranged as "
-        "train/CLASS/photo, or as CLASS/photo alone; give the folder as downloaded"
-    )
-
-
-def _nearby(folder: Path) -> Iterable[Path]:
-    """The folders above and below one that the user may have meant."""
-    yield from folder.resolve().parents[:4]
-    yield from find_folders(folder, lambda below: below != folder and _looks_meant(below), depth=2)
-
-
-def _looks_meant(folder: Path) -> bool:
-    """Whether a folder is a competition's; pictures in folders alone may be anything."""
-    found = recognise(folder)
-    return found is not None and (found[0].name != "class-folders" or (folder / "train").is_dir())
-
-
-def refuse_missing(competition: Competition) -> None:
-    """What is learnt from is there, but for a few photos.
-
-    Raises:
-        InputError: of a split, more than UNREADABLE_LIMIT of the photos are missing.
-    """
-    for split, photos in competition.photos.groupby("split")["photo"]:
-        missing = [path for path in photos if not path.is_file()]
-        if len(missing) > UNREADABLE_LIMIT * len(photos):
-            raise InputError(
-                f"{len(missing)} of {len(photos)} photos of {split} are missing, such as {missing[0]}: look where the "
-                "photos lie, or download them again"
-            )
-
-
-def check_readable(unreadable: Sequence[tuple[Path, str]], photos: int) -> None:
-    """Name the photos that could not be read, with their causes.
-
-    Raises:
-        InputError: they are more than UNREADABLE_LIMIT of all.
-    """
-    if not unreadable:
-        return
-    found = f"{len(unreadable)} of {counted(photos, 'photo')} could not be read: {name_unreadable(unreadable)}"
-    if len(unreadable) > UNREADABLE_LIMIT * photos:
-        raise InputError(f"{found}; download them again, or look at what they are")
-    say_once(f"{found}; left out, and listed in {UNREADABLE_FILE}")
 
 
 def labelled(competition: Competition, *splits: str) -> Labelled:

@@ -21,17 +21,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from kernel.encoders import Preprocessing, build_module, is_out_of_memory, read_preprocessing
+from kernel.encoders import build_module, is_out_of_memory
 from kernel.inputs import MANIFEST, InputError, sha256, shorten
+from kernel.photos import Preprocessing, read_preprocessing
 from local.base.console import say
+from local.encoders.source import OPEN_CLIP, SUFFIXES, TIMM, WEIGHTS, find_source, refuse_size
 
-OPEN_CLIP, TIMM = "open_clip_config.json", "config.json"  # the configurations by which the two formats are known
-# File names of the hub, in the order in which both libraries look for them; a folder may have any other name.
-WEIGHTS = {
-    OPEN_CLIP: ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
-    TIMM: ("model.safetensors", "pytorch_model.bin"),
-}
-SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin", ".pt")
 LARGER = 1.25  # times the encoder's own size is what the view `larger` has at least
 
 
@@ -52,34 +47,23 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
     Raises:
         InputError: the form is unknown, the weights are not to be had, or they do not fit the architecture.
     """
-    kind, _, name = spec.partition(":")
-    formats = tuple(WEIGHTS)
-    if kind in ("timm", "open_clip") and name.partition(":")[0] in ("hf-hub", "hf_hub", "local-dir"):
-        formats = (TIMM,) if kind == "timm" else (OPEN_CLIP,)
-        kind, _, name = name.partition(":")
-    if kind == "timm":
-        return _checked(spec, *_from_timm(name, pretrained, image_size))
-    if not pretrained:
-        raise InputError(f"pretrained = false with the encoder {spec}: random weights are for timm:NAME alone")
-    if kind == "open_clip":
-        _refuse_size(spec, image_size)
-        return _checked(spec, *_from_open_clip(name))
-    if kind in ("hf-hub", "hf_hub"):
-        return _checked(
-            spec, *_from_folder(_download(spec, name, formats), image_size, name.partition("@")[0], formats)
-        )
-    path = Path(name if kind == "local-dir" else spec)
-    if (path / MANIFEST).is_file():
-        return _checked(spec, *_from_run(path, image_size))
-    if path.is_dir():
-        return _checked(spec, *_from_folder(path, image_size, formats=formats))
-    pair = [path.with_name(path.name + suffix) for suffix in (".json", ".safetensors")]
-    if all(file.is_file() for file in pair):
-        return _checked(spec, *_timm_entry(_read_json(pair[0]), pair[1], image_size))
-    raise InputError(
-        f"no encoder {spec}: give hf-hub:OWNER/NAME, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, the stem of a "
-        ".safetensors and a .json, a folder with open_clip_config.json or config.json, or a run"
-    )
+    source = find_source(spec, pretrained, image_size)
+    path = Path(source.name)
+    if source.form == "timm":
+        loaded = _from_timm(source.name, pretrained, image_size)
+    elif source.form == "open_clip":
+        loaded = _from_open_clip(source.name)
+    elif source.form == "hub":
+        folder = _download(spec, source.name, source.formats)
+        loaded = _from_folder(folder, image_size, source.name.partition("@")[0], source.formats)
+    elif source.form == "run":
+        loaded = _from_run(path, image_size)
+    elif source.form == "folder":
+        loaded = _from_folder(path, image_size, formats=source.formats)
+    else:
+        pair = [path.with_name(path.name + suffix) for suffix in (".json", ".safetensors")]
+        loaded = _timm_entry(_read_json(pair[0]), pair[1], image_size)
+    return _checked(spec, *loaded)
 
 
 def _checked(spec: str, module: nn.Module, entry: dict) -> tuple[nn.Module, dict]:
@@ -148,11 +132,6 @@ def take_larger(module: nn.Module, entry: dict) -> tuple[nn.Module, dict]:
             "preprocessing": entry["preprocessing"] | {"larger": size},
         }
     raise InputError(f"the view larger: {entry['architecture']} takes photos of {own} pixels alone; leave the view out")
-
-
-def _refuse_size(spec: str, image_size: int) -> None:
-    if image_size:
-        raise InputError(f"image_size = {image_size} with {spec}: an open_clip tower takes its own size; leave it at 0")
 
 
 def _download(spec: str, name: str, formats: tuple[str, ...]) -> Path:
@@ -308,7 +287,7 @@ def _from_folder(
     if kind == TIMM:
         _refuse_transformers(config, f"hf-hub:{name}" if name else str(folder))
         return _timm_entry(config, _find_weights(folder, kind), image_size)
-    _refuse_size(str(folder), image_size)
+    refuse_size(str(folder), image_size)
     try:
         model = config["model_cfg"]
         tower = _tower(model["embed_dim"], model["vision_cfg"], model.get("quick_gelu", False))

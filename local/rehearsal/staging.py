@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kernel.observations import read_table
-from local.data.competition import TAXONOMY, find_layout
+from local.data.layout import find_layout
+from local.data.taxonomy import TAXONOMY
 
 LABELS = (
     "category_id", "scientificName", "species", "specificEpithet", *TAXONOMY, "kingdom", "poisonous",

@@ -18,7 +18,7 @@ from kernel.inputs import InputError, read_weights
 from kernel.observations import LAYOUTS, TestTable, clean_id, find_test_table, read_table, recognise
 from kernel.submission import check_submission, fallback_guesses
 from local.base.console import say
-from local.data.competition import find_layout, read_competition
+from local.data.layout import find_layout
 from local.publishing.metadata import read_kernel_metadata
 from local.rehearsal.record import check_bundle
 from local.rehearsal.sandbox import Outcome, find_isolation, run_isolated
@@ -104,6 +104,8 @@ class Rehearsal(AbstractContextManager):
             InputError: the data, the bundle or the solution is not what it should be.
         """
         find_layout(data)
+        if solution:
+            read_solution(solution)  # a mistake in it is told before the competition's tables are read
         self.data, self.build, self.kills, self.seed = data, build, kills, seed
         self.metadata = read_kernel_metadata(ROOT / "kernel-metadata.json")
         check_bundle(build)
@@ -237,6 +239,8 @@ def refuse_other_competition(data: Path, manifest: dict) -> None:
     trained, found = manifest["competition"], find_layout(data)[0].name
     if recognise(data, [layout for layout in LAYOUTS if layout.name == trained["layout"]]) is None:
         raise InputError(f"{data} is of layout {found}, the bundle was trained on {trained['layout']}: give its --data")
+    from local.data.competition import read_competition  # imports pandas, which `--help` should not wait for
+
     digest = trained.get("observations_sha256")
     if digest and read_competition(data).observations_digest() != digest:
         raise InputError(

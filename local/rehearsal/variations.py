@@ -29,7 +29,7 @@ from kernel.observations import (
     read_sample,
     read_table,
 )
-from local.data.competition import find_layout
+from local.data.layout import find_layout
 from local.rehearsal.staging import place, replace_file, write_csv
 
 

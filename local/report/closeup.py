@@ -7,8 +7,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from kernel.encoders import read_preprocessing
-from kernel.photos import decode
+from kernel.photos import decode, read_preprocessing
 from local.banks.estimators import group_means, unit
 from local.report.evidence import Evidence
 

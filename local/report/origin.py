@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from kernel.inputs import MANIFEST, sha256
+from local.base.repository import commit
 from local.data.competition import labelled, places_of
 from local.report.evidence import Evidence
-from local.training.run import VERSIONED, commit
+from local.training.run import VERSIONED
 
 
 def training(evidence: Evidence) -> dict:

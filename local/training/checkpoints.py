@@ -19,6 +19,7 @@ from kernel.encoders import is_out_of_memory
 from kernel.inputs import InputError, sha256
 from local.base.console import say
 from local.base.files import write_tensors
+from local.training.checks import has_checkpoint
 
 KEPT = 2
 DIGITS = 16  # of the digest
@@ -127,11 +128,6 @@ def read_notes(folder: Path) -> dict | None:
         with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
             return json.loads(file.metadata()["notes"])
     return None
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether a training has left anything to go on from."""
-    return any(folder.glob("*.safetensors"))
 
 
 def tidy(folder: Path) -> None:

@@ -74,11 +74,6 @@ def is_first() -> bool:
     return place()[0] == 0
 
 
-def is_restarted() -> bool:
-    """Whether torchrun started it again, after a process of the team had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def device_of(devices: Sequence[torch.device]) -> torch.device:
     """This process's own of a machine's devices."""
     return devices[int(os.environ.get("LOCAL_RANK", 0)) % len(devices)]

@@ -18,7 +18,8 @@ from local.banks.estimators import centroids
 from local.banks.search import compare
 from local.base.console import counted
 from local.base.metrics import GUESSES, macro_f1, paired_gain
-from local.data.competition import Labelled, check_readable, places_of, sort_ids
+from local.data.competition import Labelled, places_of, sort_ids
+from local.data.photos import check_readable
 from local.recipes.settings import MONITORS
 from local.training import distributed
 

@@ -3,15 +3,11 @@
 A run folder is a bundle of one: the kernel's own code reads its manifest, encoder and bank.
 """
 
-import contextlib
 import dataclasses
-import errno
 import json
 import os
 import platform
 import shutil
-import subprocess
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +16,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from kernel.encoders import Encoder, is_out_of_memory, open_encoder, pick_devices, pick_dtype, read_preprocessing
+from kernel.encoders import Encoder, is_out_of_memory, open_encoder, pick_devices, pick_dtype
 from kernel.inputs import FORMAT, MANIFEST, InputError, Weights, sha256, shorten
 from kernel.observations import RESOLUTIONS
-from kernel.photos import shorter_side, write_unreadable
+from kernel.photos import read_preprocessing, shorter_side, write_unreadable
 from kernel.views import VIEWS
 from local.banks.estimators import commonest_classes, save_banks
 from local.banks.metadata_prior import write_prior
@@ -31,24 +27,24 @@ from local.banks.search import fit_banks
 from local.banks.selection import Study
 from local.base.console import counted, say
 from local.base.files import write_json, write_table, write_tensors
+from local.base.repository import commit
 from local.data.competition import (
     TIME_LIMITS,
-    UNREADABLE_FILE,
     Competition,
     Labelled,
-    find_layout,
     largest_classes,
     read_competition,
     read_ranks,
-    refuse_missing,
     sort_ids,
     split_for_validation,
 )
+from local.data.photos import UNREADABLE_FILE, refuse_missing
 from local.encoders.load import load_encoder, take_larger, weights_digest
 from local.recipes.recipe import Recipe, current_names, differences, settings_of, write_recipe
 from local.recipes.settings import TrainSettings
 from local.training import distributed
-from local.training.checkpoints import full_disk_named, has_checkpoint, memory_named, read_notes, tidy
+from local.training.checkpoints import full_disk_named, memory_named, read_notes, tidy
+from local.training.checks import CACHE, CHECKPOINTS, check_start, has_checkpoint, named, partial_of
 from local.training.evaluation import log_row, peak_memory_gb
 from local.training.finetuning import Tuning, finetune, refuse_large
 from local.training.plots import plot_class_distribution, plot_training_curve
@@ -56,8 +52,7 @@ from local.training.trainer import FREE, KEEP, refuse_fewer_epochs, refuse_other
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
-CACHE = ".embeddings"  # beside the runs, which share it
-CHECKPOINTS, EVENTS = "checkpoints", "tensorboard"
+EVENTS = "tensorboard"
 
 
 def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resumes: bool = False) -> None:
@@ -73,16 +68,12 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     Raises:
         InputError: something of the user's is wrong; `out` exists already.
     """
-    out = out if out.name not in ("", "..") else out.resolve()
-    partial, given = out.with_name(f".{out.name}.partial"), recipe
+    out = named(out)
+    partial, given = partial_of(out), recipe
     if is_done(out, recipe, data, uses_val, resumes):
         say(f"{out} is done already, with the same settings and data: to train on, give more epochs")
         return
-    if distributed.is_first():
-        refuse_unwritable(out)
-    if has_checkpoint(partial / CHECKPOINTS) and not resumes:
-        raise InputError(f"{out} was interrupted: continue with --resume, or remove {partial}")
-    find_layout(data)
+    check_start(recipe, data, out, resumes)
     torch.manual_seed(recipe.train.seed)
     with memory_named("loading the encoder", partial / CHECKPOINTS):
         module, entry = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
@@ -187,10 +178,8 @@ def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool, resumes: bool
     Raises:
         InputError: it is there, and cannot be continued with these settings and data.
     """
-    if not os.path.exists(out):  # unlike Path's, it takes any name
+    if not (resumes and os.path.exists(out)):  # unlike Path's, it takes any name
         return False
-    if not resumes:
-        raise InputError(f"{out} exists already: give another --out, continue it with --resume, or remove it")
     try:
         member = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["members"][0]
         trained = settings_of(Recipe()) | current_names(member["recipe"])
@@ -226,31 +215,6 @@ def part_of(competition: Competition, uses_val: bool, subset: int, seed: int) ->
     """What of a competition a run is made of."""
     competition = competition if uses_val else competition.without_val()
     return competition.sample(subset, seed) if subset else competition
-
-
-def refuse_unwritable(out: Path) -> None:
-    """Try to write where the run and the cache will be, before hours of work; what is made for it is removed again.
-
-    Raises:
-        InputError: nothing can be written there.
-    """
-    made: list[Path] = []
-    try:
-        made = [folder for folder in (out.parent, *out.parent.parents) if not folder.exists()]
-        nearest = (made[-1] if made else out).parent
-        if not nearest.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder", str(nearest))
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for folder in filter(os.path.lexists, (out.parent, out.parent / CACHE)):
-            with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=folder) as probe:
-                (Path(probe) / "probe").write_bytes(b"probe")
-    except OSError as error:
-        where = f"{error.filename or out.parent}: {error.strerror or error}"
-        raise InputError(f"--out {out} cannot be written ({where}): give another --out") from error
-    finally:
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
 
 def prepare(partial: Path, out: Path) -> None:
@@ -465,17 +429,3 @@ def write_manifest(
         "files": {name: sha256(folder / name) for name in (ENCODER_FILE, BANK_FILE, member["prior"]) if name},
     }
     write_json(manifest, folder / MANIFEST)
-
-
-def commit(part: str = ".") -> str:
-    """The repository's present commit, marked when a part of it has changed since; "unknown" where git cannot tell."""
-    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
-    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 60}
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], **options)
-        changed = subprocess.run([*git, "status", "--porcelain", part], **options)
-    except (OSError, subprocess.SubprocessError):  # no git on PATH, or one that does not answer
-        return "unknown"
-    if head.returncode:
-        return "unknown"
-    return head.stdout.strip() + (" with changes" if changed.returncode or changed.stdout.strip() else "")

@@ -7,15 +7,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from kernel.encoders import (
-    Encoder,
-    build_module,
-    describe_versions,
-    open_encoder,
-    pick_devices,
-    read_preprocessing,
-)
+from kernel.encoders import Encoder, build_module, describe_versions, open_encoder, pick_devices
 from kernel.inputs import InputError, Weights, sha256
+from kernel.photos import read_preprocessing
 from kernel.views import VIEWS
 
 PREPROCESSING = {"size": 64, "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear"}

@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from kernel.encoders import Preprocessing
 from kernel.inputs import InputError
 from kernel.observations import find_test_table
-from kernel.photos import decode
+from kernel.photos import Preprocessing, decode
 from tests.conftest import command, photo
 
 CROP = Preprocessing(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.875, "crop")
@@ -228,8 +227,7 @@ def test_a_table_without_rows_is_refused_in_one_line(hidden, tmp_path):
 
 READ_AS_SOMEBODY = """
 import os, sys
-from kernel.encoders import Preprocessing
-from kernel.photos import decode
+from kernel.photos import Preprocessing, decode
 crop = Preprocessing(64, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.875, "crop")
 os.chdir(sys.argv[1])  # from here on nothing above the folder has to be readable
 decode("open.jpg", crop)  # imports what it needs

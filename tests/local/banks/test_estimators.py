@@ -18,7 +18,6 @@ from local.banks.estimators import (
     Logistic,
     Ridge,
     SeveralPrototypes,
-    Taxonomy,
     Whitening,
     apply,
     centroids,
@@ -28,6 +27,7 @@ from local.banks.estimators import (
     save_banks,
     unit,
 )
+from local.data.taxonomy import Taxonomy
 
 RNG = np.random.default_rng(0)
 

@@ -11,10 +11,11 @@ import torch
 from torch.nn.functional import normalize
 
 from kernel.bank import classify, read_banks
-from local.banks.estimators import Centring, ClassMeans, Taxonomy, make_bank, pool, save_banks, unit
+from local.banks.estimators import Centring, ClassMeans, make_bank, pool, save_banks, unit
 from local.banks.folds import make_folds
 from local.banks.projection import Member, ProjectionEnsemble, Reference, contrastive_loss, surely_better
 from local.banks.search import Embedded, Search, fit_banks
+from local.data.taxonomy import Taxonomy
 from local.recipes.settings import BankSettings
 
 CLASSES, FEATURES, VIEWS = 12, 24, 3

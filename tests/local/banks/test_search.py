@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from kernel.bank import classify
-from local.banks.estimators import Taxonomy, unit
+from local.banks.estimators import unit
 from local.banks.folds import make_folds, shot_weights
 from local.banks.search import (
     SCALES,
@@ -22,6 +22,7 @@ from local.banks.search import (
     walk,
     worth,
 )
+from local.data.taxonomy import Taxonomy
 from local.recipes.settings import CANDIDATES, BankSettings
 
 VIEWS = ("plain", "hflip", "rotate90", "rotate270")

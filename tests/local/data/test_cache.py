@@ -124,7 +124,8 @@ def test_a_damaged_part_is_embedded_again(encoder, observations, passes, tmp_pat
 SCRIPT = textwrap.dedent("""
     import sys, torch, timm
     from pathlib import Path
-    from kernel.encoders import Encoder, Preprocessing
+    from kernel.encoders import Encoder
+    from kernel.photos import Preprocessing
     from kernel.observations import Observation
     from local.data import cache
     torch.manual_seed(0)

@@ -17,17 +17,17 @@ import pytest
 from kernel.inputs import InputError
 from local.data.competition import COLUMNS as PHOTO_COLUMNS
 from local.data.competition import (
-    TAXONOMY,
     labelled,
     largest_classes,
     lineages,
     read_competition,
     read_ranks,
     read_taxonomy,
-    refuse_missing,
     sort_ids,
     split_for_validation,
 )
+from local.data.photos import refuse_missing
+from local.data.taxonomy import TAXONOMY
 from local.report.evidence import name_ranks, names_of
 from tests import layouts
 from tests.conftest import photo

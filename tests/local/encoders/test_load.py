@@ -25,9 +25,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kernel.encoders import Encoder, build_module, read_preprocessing
+from kernel.encoders import Encoder, build_module
 from kernel.inputs import InputError
-from kernel.photos import decode
+from kernel.photos import decode, read_preprocessing
 from local.encoders.load import load_encoder, same_weights, take_larger
 from tests.conftest import photo
 

@@ -19,15 +19,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kernel.encoders import Encoder, read_preprocessing
+from kernel.encoders import Encoder
 from kernel.inputs import InputError
+from kernel.photos import read_preprocessing
 from local.banks.ensemble import VALIDATION_FILE, read_answers
 from local.banks.search import compare
 from local.data.competition import read_competition, split_for_validation
 from local.encoders.load import load_encoder
 from local.recipes.recipe import FORMER_NAMES, make_recipe
 from local.recipes.settings import TrainSettings
-from local.training.run import commit, rehearse_opening, told_data, told_subset, told_training, train_run
+from local.training.run import rehearse_opening, told_data, told_subset, told_training, train_run
 from tests.conftest import LEARNING, ROOT, TINY, command
 
 SETTINGS = {**TINY, **LEARNING, "epochs": 3, "patience": 9, "ema_decay": 0.9, "batch_size": 8}
@@ -220,25 +221,6 @@ def test_a_full_disk_costs_one_line_and_not_what_was_learnt(drawn, tmp_path, siz
         pytest.skip(f"no file system of its own to fill: {done.stderr.strip()}")
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(f"error: {said}\n", done.stderr)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="the git of this test is a shell script")
-@pytest.mark.parametrize(
-    ("script", "expected"),
-    [
-        (None, "unknown"),
-        ("echo 'fatal: detected dubious ownership in repository' >&2; exit 128", "unknown"),
-        ("[ $3 = status ] && exit 128; echo 1a2b3c", "1a2b3c with changes"),
-        ("[ $3 = status ] && exit 0; echo 1a2b3c", "1a2b3c"),
-    ],
-    ids=["no git", "git refuses", "git cannot tell what changed", "git answers"],
-)
-def test_a_commit_is_unknown_where_git_is_absent_or_fails(tmp_path, monkeypatch, script, expected):
-    if script:
-        (tmp_path / "git").write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / "git").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit() == expected
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,11 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from kernel.encoders import Encoder, Preprocessing
+from kernel.encoders import Encoder
 from kernel.inputs import InputError
-from local.data.competition import TAXONOMY, Labelled, read_competition, read_ranks, sort_ids, split_for_validation
+from kernel.photos import Preprocessing
+from local.data.competition import Labelled, read_competition, read_ranks, sort_ids, split_for_validation
+from local.data.taxonomy import TAXONOMY
 from local.recipes.recipe import make_recipe
 from local.training import finetuning
 from local.training.adaptation import copy_state
