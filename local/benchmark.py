@@ -12,6 +12,7 @@ python local/benchmark.py omniglot --data data/omniglot
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,10 +20,10 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from local.base.console import command_parser, run
-from local.benchmarks.accuracy import accuracy
-from local.benchmarks.omniglot import omniglot
-from local.benchmarks.speed import speed
-from local.benchmarks.systems import systems
+from local.benchmarks.alphabets import find_alphabets
+from local.data.layout import find_layout
+from local.encoders.source import find_source
+from local.recipes.recipe import read_recipe
 
 
 def parse_options() -> argparse.Namespace:
@@ -48,15 +49,43 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_each(folders: Sequence[Path], encoders: Sequence[str]) -> None:
+    """Whether the folders are competitions and the encoders exist.
+
+    Raises:
+        InputError: one of them is not.
+    """
+    for data in folders:
+        find_layout(data)
+    for spec in encoders:
+        find_source(spec)
+
+
 def main() -> None:
     options = parse_options()
+    # Each is imported after what can be checked without it: torch takes seconds, and a mistake is to be told at once.
     if options.name == "speed":
+        find_source(options.encoder)
+        from local.benchmarks.speed import speed
+
         report = speed(options.encoder)
     elif options.name == "accuracy":
+        check_each(options.data, options.encoder)
+        from local.benchmarks.accuracy import accuracy
+
         report = accuracy(options.data, options.encoder, options.reference, options.out)
     elif options.name == "systems":
+        check_each(options.data, [options.encoder])
+        for name in options.recipe or ["fungiclef-protonet"]:
+            read_recipe(name, options.set)
+        from local.benchmarks.systems import systems
+
         report = systems(options.data, options.encoder, options.recipe, options.set)
     else:
+        find_alphabets(options.data)
+        read_recipe("omniglot", options.set)
+        from local.benchmarks.omniglot import omniglot
+
         report = omniglot(options.data, options.set)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,10 @@ from bundle import bundle
 from kernel.inputs import InputError
 from local.base.console import command_parser, run, say
 from local.base.metrics import describe
-from local.data.competition import labelled, read_competition, sort_ids
 from local.drawing.competition import generate
 from local.evaluate import report
 from local.recipes.recipe import read_recipe
 from local.rehearse import rehearse
-from local.training.plots import plot_predictions
-from local.training.run import train_run
 
 
 def demonstrate(out: Path, species: int, seed: int) -> None:
@@ -37,6 +34,11 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
 
     step(f"1/5 Drawing a competition: {species} species of fungi, in FungiCLEF 2025's folders and columns.")
     drawn = generate(out, species=species, seed=seed)
+    # Imported here, since torch takes seconds, and `--help` and a mistake are to be answered at once.
+    from local.data.competition import labelled, read_competition, sort_ids
+    from local.training.plots import plot_predictions
+    from local.training.run import train_run
+
     step("2/5 Training a small encoder from scratch, and building the bank of prototypes.")
     train_run(read_recipe("demo", [f"seed={seed}"]), drawn.competition, out / "run")
     step("3/5 Bundling kernel/ and the run into one script and its weights.")

@@ -15,9 +15,8 @@ if not __package__:  # run as a script
 
 from local.base.console import command_parser, run, say
 from local.base.files import write_json, write_text
-from local.report.evidence import read_evidence
-from local.report.figures import evaluate
-from local.report.page import render
+from local.data.layout import find_layout
+from local.runs import open_run
 
 
 def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequence[str] = ()) -> Path:
@@ -29,6 +28,14 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
     Raises:
         InputError: something of the user's is wrong; then nothing is written.
     """
+    for run_folder in (folder, *others):
+        open_run(run_folder)
+    find_layout(data)
+    # Imported here, since torch, scikit-learn and matplotlib take seconds, and a mistake is to be answered at once.
+    from local.report.evidence import read_evidence
+    from local.report.figures import evaluate
+    from local.report.page import render
+
     evidence = read_evidence(folder, data)
     figures = json.loads(json.dumps(evaluate(evidence, others, focus), default=float, allow_nan=False))
     page = render(figures, data)

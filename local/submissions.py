@@ -7,8 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -25,6 +23,8 @@ def plot_submissions(rows: Sequence[dict[str, str]], path: Path) -> int:
     scored = [row for row in rows if number(row["local"]) is not None and number(row["public"]) is not None]
     if not scored:
         return 0
+    from matplotlib.figure import Figure  # takes half a second to import
+
     figure = Figure(figsize=(6.5, 6), layout="constrained")
     axis = figure.subplots()
     for place, competition in enumerate(dict.fromkeys(row["competition"] for row in scored)):

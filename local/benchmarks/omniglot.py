@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 from kernel.encoders import open_encoder, pick_devices
-from kernel.inputs import InputError, read_weights
+from kernel.inputs import read_weights
 from kernel.observations import Observation
 from local.banks.estimators import unit
 from local.base.console import counted, progress, say
+from local.benchmarks.alphabets import find_alphabets
 from local.data.cache import EmbeddingCache
 from local.recipes.recipe import read_recipe
 from local.training.run import CACHE, train_run
@@ -39,12 +40,7 @@ def omniglot(folder: Path, settings: list[str]) -> dict:
     Raises:
         InputError: the folder holds fewer than two alphabets.
     """
-    alphabets = sorted({drawing.parents[1] for drawing in folder.rglob("*/*/*.png")})
-    if len(alphabets) < 2:
-        raise InputError(
-            f"{folder} holds {counted(len(alphabets), 'alphabet')}: give a folder of alphabet/character/drawing.png"
-        )
-    *learnt, asked = alphabets
+    *learnt, asked = find_alphabets(folder)
     with tempfile.TemporaryDirectory() as temporary:
         data, run = Path(temporary) / "data", Path(temporary) / "run"
         for source, target, turn in turned(learnt, data / "train"):

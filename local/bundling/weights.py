@@ -6,7 +6,6 @@ from pathlib import Path
 
 from kernel.inputs import FORMAT, MANIFEST, InputError, Weights, sha256
 from kernel.observations import LAYOUTS, RESOLUTIONS
-from local.banks.ensemble import weigh
 from local.base.console import say
 from local.base.files import write_json
 from local.base.metrics import GUESSES
@@ -35,7 +34,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
             if _comparable(weights.manifest[key]) != _comparable(first[key]):
                 raise InputError(f"{weights.folder} has {other} than {runs[0]}: train both with the same --data")
     needed_wheels(opened)  # what cannot be bundled is refused before the runs are weighed
-    shares = weigh(runs, guesses_of(first["competition"]["layout"]))
+    shares = weigh_runs(runs, guesses_of(first["competition"]["layout"]))
     # The best alone comes first, since a kernel short of time drops the last.
     order = sorted(range(len(runs)), key=lambda place: -worth_alone(opened[place]))
     opened, shares = ([values[place] for place in order if shares[place]] for values in (opened, shares))
@@ -61,6 +60,15 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     }
     write_json(manifest, folder / MANIFEST)
     return folder / MANIFEST
+
+
+def weigh_runs(runs: Sequence[Path], guesses: int) -> list[float]:
+    """The weight of each run in the ensemble; see `local.banks.ensemble.weigh`."""
+    if len(runs) == 1:
+        return [1.0]
+    from local.banks.ensemble import weigh  # imports torch, which a bundle of one run does not need
+
+    return weigh(runs, guesses)
 
 
 def worth_alone(weights: Weights) -> float:

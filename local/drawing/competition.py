@@ -14,15 +14,18 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from PIL import Image, ImageDraw
 
 from kernel.inputs import InputError
 from kernel.observations import RESOLUTIONS
 from local.base.console import progress
 from local.drawing.fungi import Traits, draw, traits
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SUBSET = "FungiTastic-FewShot"
 SAMPLE = "FungiCLEF25-SAMPLE_SUBMISSION.csv"
@@ -87,6 +90,9 @@ def generate(
     """
     if not 2 <= species <= MOST_SPECIES:
         raise InputError(f"--species {species}: out of range; choose 2 to {MOST_SPECIES}")
+    _check(out, resolution)
+    import pandas as pd  # takes half a second, and a mistake is to be answered at once
+
     rng = np.random.default_rng([seed, 1])
     kinds = _species(species, seed, rng)
     evaluated = [rng.choice(kinds, round(fraction * species), replace=False) for fraction in (0.6, 0.8)]
@@ -115,6 +121,9 @@ def generate_from_metadata(
     for path in sources.values():
         if not path.is_file():
             raise InputError(f"--metadata {metadata}: no {path}; give the competition's folder as downloaded")
+    _check(out, resolution)
+    import pandas as pd  # see `generate`
+
     tables = {split: pd.read_csv(sources[_table(split)]) for split in SPLITS}
     train, val, test = tables.values()
     rng = np.random.default_rng([seed, 2])
@@ -131,6 +140,14 @@ def generate_from_metadata(
     }
     texts = {name: path.read_bytes() for name, path in sources.items()}
     return _write(Path(out), texts, tables, looks, (seed, resolution, processes))
+
+
+def _check(out: Path, resolution: str) -> None:
+    """Refuse what cannot be drawn, before anything is."""
+    if resolution not in RESOLUTIONS:
+        raise InputError(f"--resolution {resolution}: unknown; choose one of {', '.join(RESOLUTIONS)}")
+    if Path(out).exists():
+        raise InputError(f"--out {out}: exists already; remove it or choose another folder")
 
 
 def _table(split: str) -> str:
@@ -168,7 +185,9 @@ def _species(count: int, seed: int, rng: np.random.Generator) -> list[Species]:
     return kinds
 
 
-def _observations(kinds: Sequence[Species], tail: Sequence[float], year: int, rng: np.random.Generator) -> pd.DataFrame:
+def _observations(
+    kinds: Sequence[Species], tail: Sequence[float], year: int, rng: np.random.Generator
+) -> "pd.DataFrame":
     """One row per photo; `tail` is the distribution of observations per class."""
     counts = 1 + rng.choice(len(tail), len(kinds), p=np.divide(tail, sum(tail)))
     owners = rng.permutation(np.repeat(np.arange(len(kinds)), counts))
@@ -178,6 +197,8 @@ def _observations(kinds: Sequence[Species], tail: Sequence[float], year: int, rn
         row = kinds[owner].columns | _metadata(kinds[owner], year, rng) | {"observationID": number}
         photos = 1 + rng.choice(len(PHOTOS_PER_OBSERVATION), p=PHOTOS_PER_OBSERVATION)
         rows += [row | {"filename": f"{n}-{number}.JPG"} for n in range(photos)]
+    import pandas as pd  # see `generate`
+
     return pd.DataFrame(rows)[COLUMNS.split()]
 
 
@@ -198,14 +219,10 @@ def _metadata(kind: Species, year: int, rng: np.random.Generator) -> dict:
 
 
 def _write(
-    out: Path, files: dict[str, bytes], tables: dict[str, pd.DataFrame], looks: dict[int, Traits], how: tuple
+    out: Path, files: dict[str, bytes], tables: "dict[str, pd.DataFrame]", looks: dict[int, Traits], how: tuple
 ) -> Generated:
     """Write all into a folder beside `out` and rename it at the end, so that `out` is complete or absent."""
     seed, resolution, processes = how
-    if resolution not in RESOLUTIONS:
-        raise InputError(f"--resolution {resolution}: unknown; choose one of {', '.join(RESOLUTIONS)}")
-    if out.exists():
-        raise InputError(f"--out {out}: exists already; remove it or choose another folder")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     photos = {split: partial / "competition" / "images" / SUBSET / split.lower() / resolution for split in SPLITS}
     try:
@@ -225,7 +242,7 @@ def _write(
     return Generated(out / "competition", out / "solution.csv", out / "contact-sheet.png")
 
 
-def _jobs(photos: Path, table: pd.DataFrame, looks: dict[int, Traits], seed: int) -> Iterable[tuple]:
+def _jobs(photos: Path, table: "pd.DataFrame", looks: dict[int, Traits], seed: int) -> Iterable[tuple]:
     """The path of each photo and the arguments of `draw`."""
     for row in table.itertuples():
         number = int(row.filename.split("-")[0])
@@ -257,7 +274,7 @@ def _draw_one(job: tuple) -> None:
     draw(*arguments).save(path, "JPEG", quality=88)
 
 
-def _contact_sheet(photos: Path, table: pd.DataFrame) -> Image.Image:
+def _contact_sheet(photos: Path, table: "pd.DataFrame") -> Image.Image:
     """Up to eight photos of each of the 24 species of the largest genera."""
     sizes = table.groupby("genus").category_id.transform("nunique")
     table = table.assign(size=sizes).sort_values(["size", "genus", "category_id"], ascending=False, kind="stable")

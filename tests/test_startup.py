@@ -1,0 +1,85 @@
+"""A command answers `--help` and a mistake of the user at once: it imports nothing heavy before it has work to do.
+
+python -m pytest tests/test_startup.py
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kernel.choices import VIEW_NAMES
+from kernel.inputs import FORMAT, MANIFEST
+from kernel.views import VIEWS
+from tests.conftest import ROOT
+
+HEAVY = {
+    "torch", "torchvision", "timm", "open_clip", "sklearn", "scipy", "pandas", "matplotlib", "kaggle",
+    "safetensors.torch", "huggingface_hub", "transformers",
+}  # fmt: skip
+KERNEL = ("-m", "kernel")
+COMMANDS = [KERNEL, ("bundle.py",), *sorted((f"local/{path.name}",) for path in (ROOT / "local").glob("[!_]*.py"))]
+
+
+def start(*arguments: object) -> tuple[int, str, str, set[str]]:
+    """Exit code, output and errors of a command in a fresh process, and which of HEAVY it imported."""
+    command = [sys.executable, "-X", "importtime", *map(str, arguments)]  # tells every import on stderr
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "argparse" in imported
+    errors = [line for line in lines if not line.startswith("import time:")]
+    return done.returncode, done.stdout, "\n".join(errors), imported & HEAVY
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_imports_nothing_heavy(command):
+    code, output, errors, imported = start(*command, "--help")
+    assert (code, errors) == (0, "")
+    assert output.startswith("usage:")
+    assert imported == set()
+
+
+TRAIN = ("local/train.py", "--recipe", "demo", "--out", "{folder}/new", "--data")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("local/train.py", "--recipe", "demmo", "--data", "{data}"), "no recipe demmo"),
+        ((*TRAIN, "{data}", "--set", "epoch=3"), "epoch"),
+        ((*TRAIN, "{folder}/nowhere"), "nowhere does not exist"),
+        ((*TRAIN, "{data}", "--out", "{folder}/run"), "run exists already"),
+        ((*TRAIN, "{data}", "--out", "{folder}/file/new"), "cannot be written"),
+        ((*TRAIN, "{data}", "--encoder", "{folder}/nowhere", "--set", "pretrained=true"), "no encoder"),
+        (("local/evaluate.py", "{folder}/run", "--data", "{folder}/nowhere"), "nowhere does not exist"),
+        (("local/evaluate.py", "{folder}/run", "--data", "{data}", "--against", "{folder}/lost"), "lost"),
+        (("bundle.py", "{folder}/nowhere"), "no such run"),
+        (("local/rehearse.py", "--data", "{data}", "--solution", "{folder}/lost.csv"), "lost.csv"),
+        (("local/demo.py", "--out", "{folder}/run"), "run exists"),
+        (("local/publish.py", "--build", "{folder}/nowhere"), "nowhere"),
+        (("local/benchmark.py", "accuracy", "--data", "{folder}/nowhere"), "nowhere does not exist"),
+        (("local/benchmark.py", "omniglot", "--data", "{folder}/empty"), "holds 0 alphabets"),
+        ((*KERNEL, "--input", "{folder}/empty", "--working", "{folder}/out"), "no weights under"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_mistake_imports_nothing_heavy(arguments, message, tmp_path):
+    for path in ("empty", "data/train/amanita", "data/train/boletus", "run"):
+        (tmp_path / path).mkdir(parents=True)
+    for name in ("train/amanita/1.png", "train/boletus/1.png"):
+        (tmp_path / "data" / name).touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "run" / MANIFEST).write_text(json.dumps({"format": FORMAT}))
+    filled = [text.format(folder=tmp_path, data=tmp_path / "data") for text in arguments]
+    code, _, errors, imported = start(*filled)
+    assert code == 2, errors
+    assert message in errors
+    assert errors.startswith("error: ")
+    assert len(errors.splitlines()) == 1
+    assert imported == set()
+
+
+def test_the_views_that_a_recipe_may_name_are_those_that_the_kernel_has():
+    assert tuple(VIEWS) == VIEW_NAMES
