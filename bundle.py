@@ -8,8 +8,10 @@ observations decide the weights, and a run that does not improve the ensemble is
 observations the best run alone is kept.
 
 The script is readable, the same inputs give the same bytes, and it accepts only the weights that it was bundled with.
-Nothing is pickled or encoded. A library that Kaggle's image lacks (open_clip), or has in an older version (timm), goes
-into the weights as a wheel of the version installed here.
+Nothing is pickled or encoded, and code that would mean something else in one file is refused with its line. A library
+that Kaggle's image lacks (open_clip), or has in an older version (timm), goes into the weights as a wheel of the
+version installed here. Of libraries that are not pure Python, such as torch and Pillow, Kaggle's own version runs; the
+log of the kernel names both versions.
 """
 
 import os

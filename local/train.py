@@ -15,7 +15,8 @@ local/recipes/README.md says what each recipe does and how a bank is chosen.
 --resume continues from the last checkpoint, or starts if there is none. On a CPU the result is the same, bit for bit,
   as without the interruption. Ctrl-C and SIGTERM lose nothing; a damaged checkpoint loses the time since the one
   before. A finished run is trained further with --resume --set epochs=30 --set learning_rate=1e-5. If the data, the
-  encoder, the seed or another setting would make another run, --resume says what differs and changes nothing.
+  encoder, the seed or another setting would make another run, --resume says what differs and changes nothing. A full
+  disk, a loss that is not a number and a lack of memory end with one line, not with a traceback.
 
 torchrun shares every batch and the embedding among its processes. All of them need the same runs/ folder. On two
   machines with eight GPUs each, run on both: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint
