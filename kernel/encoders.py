@@ -25,6 +25,11 @@ from kernel.views import VIEWS, larger, shrink
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|not enough memory")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of a device or of the machine did not suffice."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """How a photo becomes the square that an encoder was trained on.

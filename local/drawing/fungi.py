@@ -89,7 +89,7 @@ def traits(family: str, genus: str, species: str, seed: int = 0) -> Traits:
     """The traits of a species; the same names and seed give the same traits."""
     of_family, of_genus = _rng("family", family, seed), _rng("genus", family, genus, seed)
     rng = _rng("species", family, genus, species, seed)
-    form = list(FORMS)[of_family.integers(len(FORMS))]
+    form = list(FORMS)[int(len(FORMS) * of_family.random() ** 1.4)]  # the first are more frequent, as in nature
     *sizes, underside, company, _ = FORMS[form]
     ground = "wood" if form == "bracket" else ("moss", "litter", "grass", "needles", "wood")[of_family.integers(5)]
     hue, saturation, value = CAP_COLOURS[of_genus.integers(len(CAP_COLOURS))]
@@ -130,7 +130,7 @@ def draw(species: Traits, specimen_seed: int, photo_seed: int, size: tuple[int, 
 def _specimen(species: Traits, rng: np.random.Generator) -> tuple[Traits, list[tuple]]:
     """The species with individual differences, and its fruit bodies: right of, behind the first; scale, lean, spin."""
     colours = species.colours.copy()
-    colours[2:4] += rng.normal(0, 0.02, 3) + rng.normal(0, 0.03)
+    colours[2:4] += rng.normal(0, 0.035, 3) + rng.normal(0, 0.06)
     sizes = species.sizes * rng.uniform((0.85, 1, 0.85, 0.85), (1.15, 1, 1.15, 1.15))
     fewest, below, reach = ((1, 3, 2.2), (2, 5, 2.2), (4, 7, 1.4))[species.company - 1]
     reach = 0.8 if species.form == "club" else reach
@@ -150,11 +150,11 @@ def _specimen(species: Traits, rng: np.random.Generator) -> tuple[Traits, list[t
 def _shot(species: Traits, rng: np.random.Generator) -> Shot:
     view = rng.choice(4, p=FORMS[species.form][-1])
     others = ["moss", "litter", "needles", "paper" if view == 3 else "grass"]
-    backdrop = species.ground if (view < 3 and rng.random() < 0.8) or species.form == "bracket" else rng.choice(others)
+    backdrop = species.ground if (view < 3 and rng.random() < 0.6) or species.form == "bracket" else rng.choice(others)
     light = rng.uniform((-1, 0.45, 0.3), (1, 1, 0.8))
     light = np.float32(light / np.linalg.norm(light))
     low, high = VIEWS[view]
-    elevation, sun, zoom = rng.uniform((low, 0.3, 0.6), (high, 1, 0.95)).tolist()
+    elevation, sun, zoom = rng.uniform((low, 0.3, 0.5), (high, 1, 1.0)).tolist()
     return Shot(math.radians(elevation), light, sun, zoom, str(backdrop))
 
 
@@ -351,7 +351,7 @@ def _backdrop(shot: Shot, size: tuple[int, int], rng: np.random.Generator) -> Im
 def _develop(canvas: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     """The photo of a scene: exposure, white balance, focus, tilt, and grain in the final pixels."""
     height, width = canvas.shape[:2]
-    warmth, exposure = rng.normal(0, 0.05), np.exp(rng.normal(0.03, 0.15))
+    warmth, exposure = rng.normal(0, 0.08), np.exp(rng.normal(0.03, 0.2))
     canvas *= np.float32((1 + warmth, 1 + rng.normal(0, 0.015), 1 - warmth)) * np.float32(255 * exposure)
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
     image = image.filter(ImageFilter.BoxBlur(float(rng.choice([0.4, 0.4, 0.7, 1.2]))))

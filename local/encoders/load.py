@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from kernel.encoders import Preprocessing, build_module, read_preprocessing
+from kernel.encoders import Preprocessing, build_module, is_out_of_memory, read_preprocessing
 from kernel.inputs import MANIFEST, InputError, sha256, shorten
 from local.base.console import say
 
@@ -82,24 +82,6 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
     )
 
 
-def weights_digest(spec: str) -> str:
-    """SHA-256 of the files of an encoder that is given by its path; "" for one that is given by its name."""
-    path = Path(spec)
-    if (path / MANIFEST).is_file():
-        try:
-            manifest = _read_json(path / MANIFEST)
-            entry = manifest["members"][0]["encoder"]
-            said = json.dumps([entry, manifest["files"][entry["file"]]], sort_keys=True)
-        except (InputError, KeyError, IndexError, TypeError):
-            return ""  # it is not a run, as `load_encoder` will say
-        return hashlib.sha256(said.encode()).hexdigest()
-    files = [Path(spec + end) for end in (".json", ".safetensors")]
-    if path.is_dir():
-        files = [path / OPEN_CLIP, path / TIMM, *sorted(one for one in path.iterdir() if one.name.endswith(SUFFIXES))]
-    digests = [sha256(file) for file in files if file.is_file()]
-    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else ""
-
-
 def _checked(spec: str, module: nn.Module, entry: dict) -> tuple[nn.Module, dict]:
     """The same, with the length of an embedding; refused where a photo does not become one vector."""
     size = read_preprocessing(entry["preprocessing"]).size
@@ -107,6 +89,8 @@ def _checked(spec: str, module: nn.Module, entry: dict) -> tuple[nn.Module, dict
         with torch.inference_mode():
             output = module.eval()(torch.zeros(1, 3, size, size))
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"{spec} takes no photos of {size} pixels ({shorten(error)}): correct the input size in its configuration, "
             "or choose another encoder"
@@ -118,6 +102,25 @@ def _checked(spec: str, module: nn.Module, entry: dict) -> tuple[nn.Module, dict
             "its features"
         )
     return module, entry | {"features": output.shape[1]}
+
+
+def weights_digest(spec: str) -> str:
+    """SHA-256 of the files of an encoder that is given by its path; "" for one that is given by its name."""
+    path = Path(spec.rpartition("local-dir:")[2])
+    if (path / MANIFEST).is_file():
+        try:
+            manifest = _read_json(path / MANIFEST)
+            entry = manifest["members"][0]["encoder"]
+            said = json.dumps([entry, manifest["files"][entry["file"]]], sort_keys=True)
+        except (InputError, KeyError, IndexError, TypeError):
+            return ""  # it is not a run, as `load_encoder` will say
+        return hashlib.sha256(said.encode()).hexdigest()
+    if path.is_dir():
+        files = [path / name for name in WEIGHTS] + [file for end in SUFFIXES for file in sorted(path.glob(f"*{end}"))]
+    else:
+        files = [path.with_name(path.name + end) for end in (".json", ".safetensors")]
+    digests = [sha256(file) for file in files if file.is_file()]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else ""
 
 
 def take_larger(module: nn.Module, entry: dict) -> tuple[nn.Module, dict]:
@@ -445,6 +448,8 @@ def _timm_entry(config: dict, weights: Path, image_size: int) -> tuple[nn.Module
         cfg = source | {"state_dict": state, "num_classes": classes, "custom_load": False}
         module = timm.create_model(pretrained=True, pretrained_cfg=cfg, **model)
     except unusable as error:
+        if is_out_of_memory(error):
+            raise
         try:
             timm.create_model(pretrained=False, **model)
         except unusable as cause:
@@ -552,7 +557,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their options
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, OSError, SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = shorten(error) if str(error) else "it is empty"
+        reason = shorten(error) if str(error).strip() else "it is empty"
         raise InputError(f"{path} cannot be read as weights: {reason}; download it again") from error
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernel.encoders import OUT_OF_MEMORY
+from kernel.encoders import is_out_of_memory
 from kernel.inputs import InputError, sha256
 from local.base.console import say
 from local.base.files import write_tensors
@@ -107,11 +107,6 @@ def memory_named(doing: str, folder: Path) -> Iterator[None]:
         kept = f"; {folder} keeps the last checkpoint, continue with --resume" if has_checkpoint(folder) else ""
         where = "the GPU is out of memory" if is_device else "out of memory"
         raise InputError(f"{where} while {doing}: {change}{kept}") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the memory of a device or of the machine did not suffice."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:

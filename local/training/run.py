@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from kernel.encoders import Encoder, open_encoder, pick_devices, pick_dtype, read_preprocessing
+from kernel.encoders import Encoder, is_out_of_memory, open_encoder, pick_devices, pick_dtype, read_preprocessing
 from kernel.inputs import FORMAT, MANIFEST, InputError, Weights, sha256, shorten
 from kernel.observations import RESOLUTIONS
 from kernel.photos import shorter_side, write_unreadable
@@ -105,7 +105,10 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     if begun and notes:
         refuse_other(begun, notes, recipe, competition.digest())
     if distributed.is_first():
-        rehearse_opening(Encoder(module, preprocessing, entry["features"], [torch.device("cpu")]), entry, recipe, out)
+        checkpoints = partial / CHECKPOINTS
+        with full_disk_named(checkpoints), memory_named("opening the encoder as the kernel will", checkpoints):
+            on_cpu = Encoder(module, preprocessing, entry["features"], [torch.device("cpu")])
+            rehearse_opening(on_cpu, entry, recipe, out)
     device = distributed.device_of(pick_devices())
     with memory_named(f"moving the encoder to {device}", partial / CHECKPOINTS):
         module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
@@ -136,7 +139,7 @@ def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -
         encoder: on the CPU, in full precision.
 
     Raises:
-        InputError: the disk has no room for the encoder, or the kernel cannot open it as it is.
+        InputError: the kernel cannot open it, or not as it is here.
     """
     folder = out.with_name(f".{out.name}.check")
     photo = torch.randint(
@@ -152,12 +155,9 @@ def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -
         with torch.random.fork_rng(devices=[]):  # the weights that opening draws must not change what comes after
             opened = open_encoder(weights, kept, encoder.devices)
         expected, found = (each.embed(photo.to(torch.uint8), views) for each in (encoder, opened))
-    except (OSError, SafetensorError) as error:
-        # safetensors says so in its message alone
-        if getattr(error, "errno", None) != errno.ENOSPC and f"os error {errno.ENOSPC}" not in str(error):
-            raise
-        raise InputError(f"the disk of {out.parent} has no room for the encoder: free some space") from error
     except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, (OSError, SafetensorError)):
+            raise
         cause = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         reason = shorten(cause)
         raise InputError(

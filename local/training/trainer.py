@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from kernel.encoders import Encoder, pick_dtype
+from kernel.encoders import Encoder, is_out_of_memory, pick_dtype
 from kernel.inputs import InputError
 from local.base.console import counted, progress, say
 from local.data.competition import Labelled, places_of, sort_ids
@@ -31,7 +31,6 @@ from local.training.batches import Batch, Draws, Mixing, Photos, collate, seed_a
 from local.training.checkpoints import (
     Checkpoint,
     flatten_optimiser,
-    is_out_of_memory,
     read_checkpoint,
     restore_optimiser,
     write_checkpoint,

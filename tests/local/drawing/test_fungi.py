@@ -23,7 +23,7 @@ def test_species_of_a_genus_share_form_and_ground_and_differ_in_details() -> Non
 
 
 def test_every_form_is_drawn_in_the_size_asked_for() -> None:
-    species = [traits(f"F{n}", "G", "s") for n in range(40)]
+    species = [traits(f"F{n}", "G", "s") for n in range(60)]
     forms = {one.form: one for one in species}
     assert forms.keys() == FORMS.keys()
     for one, size in zip(forms.values(), [(1, 1), (7, 300), (225, 300), (1600, 1200)] * 3, strict=False):
