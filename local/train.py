@@ -2,6 +2,7 @@
 
 python local/train.py --recipe fungiclef-baseline --data data/fungi-clef-2025 --out runs/baseline
 python local/train.py --recipe fungiclef-protonet --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
+python local/train.py --recipe fungiclef-best --explain
 torchrun --nproc-per-node 2 local/train.py --recipe fungiclef-protonet --data data/fungi-clef-2025 --resume
 
 local/recipes/README.md says what each recipe does and how a bank is chosen.
