@@ -240,7 +240,7 @@ def refuse_other_competition(data: Path, manifest: dict) -> None:
     digest = trained.get("observations_sha256")
     if digest and read_competition(data).observations_digest() != digest:
         raise InputError(
-            f"the labelled observations of {data} are not those that the bundle was trained on: give the --data of "
+            f"the training observations of {data} are not those that the bundle was trained on: give the --data of "
             "the training, or train again"
         )
 

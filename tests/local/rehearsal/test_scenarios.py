@@ -344,7 +344,7 @@ def test_a_bundle_is_rehearsed_on_the_competition_that_it_was_trained_on_and_no_
     table = next(folder.rglob("*-Train.csv"))
     header, first, *rest = table.read_text(encoding="utf-8").splitlines(keepends=True)
     table.write_text("".join([header, *rest]), encoding="utf-8")
-    with pytest.raises(InputError, match=r"labelled observations of .* are not those"):
+    with pytest.raises(InputError, match=r"training observations of .* are not those"):
         refuse_other_competition(folder, {"competition": trained})
     assert first
 
