@@ -1,7 +1,17 @@
 """Bundle kernel/ and trained runs into one offline Kaggle script with its weights.
 
 python bundle.py runs/NAME                 writes build/kernel.py and build/weights/
-python bundle.py runs/A runs/B runs/C      an ensemble; cross-validation weighs them, and leaves out what does not pay
+python bundle.py runs/A runs/B runs/C      an ensemble
+
+An ensemble sums the log-probabilities of runs of the same --data and reference. Their predictions for the same held-out
+observations decide the weights, and a run that does not improve the ensemble is left out. With fewer than six held-out
+observations the best run alone is kept.
+
+The script is readable, the same inputs give the same bytes, and it accepts only the weights that it was bundled with.
+Nothing is pickled or encoded, and code that would mean something else in one file is refused with its line. A library
+that Kaggle's image lacks (open_clip), or has in an older version (timm), goes into the weights as a wheel of the
+version installed here. Of libraries that are not pure Python, such as torch and Pillow, Kaggle's own version runs; the
+log of the kernel names both versions.
 """
 
 import os

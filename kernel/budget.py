@@ -1,4 +1,10 @@
-"""The wall-clock budget: measure what a photo costs, plan how many views all of them can have, and keep to it."""
+"""The wall-clock budget: measure what a photo costs, plan how many views all of them can have, and keep to it.
+
+A tenth of the time limit stays in reserve. The first photos are timed; from then on every photo gets as many of the
+bank's views as fit into the time left, more or fewer as the machine gets faster or slower. The views are dropped from
+the end of the list, the least useful ones first. Photos for which there is no time keep the fallback prediction, and
+the last line of the log says how many.
+"""
 
 import time
 from collections.abc import Callable

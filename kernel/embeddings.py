@@ -1,4 +1,9 @@
-"""From photos to observation embeddings, in batches and within the budget."""
+"""From photos to observation embeddings, in batches and within the budget.
+
+When memory runs out, the batch is halved. Several GPUs share each batch; an encoder that fits on no GPU runs on the
+CPU, and one that overflows in half precision continues in full precision. In the scored rerun, an error that cannot be
+recovered from affects only the observations that are not embedded yet: they keep the fallback prediction.
+"""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Measure, side by side in one run, and print the tables of the README.
+"""Measure, side by side in one run, and print the tables of local/benchmarks/RESULTS.md.
 
 python local/benchmark.py speed
 python local/benchmark.py speed --encoder timm:vit_base_patch16_224 --json build/speed.json

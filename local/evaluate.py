@@ -1,7 +1,20 @@
-"""Evaluate a run by what was held out from it: all figures as metrics.json, and a page to look at, report.html.
+"""Evaluate a run on what was held out from it: all figures as metrics.json, and a page to look at, report.html.
 
 python local/evaluate.py runs/best --data data/fungi-clef-2025
 python local/evaluate.py runs/best --data data/fungi-clef-2025 --against runs/baseline --focus "Amanita fulvoides"
+
+Nothing is embedded again: the embeddings are those that training has cached. The page contains its photos and works
+offline, and every number on it is in metrics.json. It shows
+
+- how good the run is: Recall@1/5/10, macro and weighted F1, log-loss, with 95% intervals; with --against, the paired
+  difference from other runs, what both would do together, and how likely a leaderboard of its size ranks them wrongly;
+- where it fails: by taxonomic rank, number of training observations and of photos, habitat and month; confusion
+  matrices in taxonomic order; the commonest confusions side by side; poisonous species taken for edible ones and the
+  reverse, at the costs of FungiCLEF 2024; the species of --focus; the best and worst recognised observations, each
+  guess beside the photo that supports it most; unreadable photos; a table of all classes to search (press /) and sort;
+- whether it can be trusted: reliability, calibration error and what of it is chance, coverage of five guesses, risk by
+  coverage, confidence by rank, and what it means when views of a photo disagree;
+- what to try next; then the training, a map of the embeddings, and everything that reproduces the run.
 """
 
 import argparse

@@ -1,10 +1,31 @@
 """Publish the bundle: the weights as a dataset, the script as a kernel, its output back, its score into the ledger.
 
-python local/publish.py --dry-run    what would be sent
-python local/publish.py              send what is not there yet, wait for the run, check what it left
-python local/publish.py --submit     and submit that version, and wait for the score
+python local/publish.py --dry-run    print what would be sent
+python local/publish.py              send what is not there yet, wait for the run, check its output
+python local/publish.py --submit     also submit that version, and wait for the score
 
 Every step can be resumed: run the same command again. All is private unless --public.
+
+Before anything is sent, it checks that
+- kernel-metadata.json follows Kaggle's rules;
+- script and weights are complete and belong together;
+- this very bundle has passed a rehearsal;
+- there are credentials, and they are those of the kernel's owner;
+- no file contains a secret.
+
+Credentials: make a token at https://www.kaggle.com/settings/api and put it into ~/.kaggle/access_token; kaggle.json and
+Kaggle's environment variables work too. your-kaggle-username in kernel-metadata.json stands for the owner of the token.
+For another competition write its name into competition_sources; nothing else needs to be edited.
+
+Kaggle's client exits with 0 for some failures. This command reads every field of the answers instead: an error inside a
+200, an invalid source, a file that was left out and a run that ended badly are errors that say what to do. Where a
+competition takes CSV files and no kernels, the CSV that the kernel left is submitted; Kaggle is asked which.
+
+By hand, with Kaggle's own commands (read what they print, for the reason above):
+
+export KAGGLE_USERNAME=your-name && python bundle.py runs/best
+kaggle datasets create -p build/weights -r zip     # later: kaggle datasets version -p build/weights -r zip -m NOTE
+kaggle kernels push -p build                       # when the dataset's page says that it is ready
 """
 
 import sys

@@ -4,6 +4,10 @@ python local/rehearse.py --data data/fungi-clef-2025
 python local/rehearse.py --data DIR --solution DIR/solution.csv --json build/rehearsal.json
 python local/rehearse.py --data DIR --scenario all      what can go wrong on Kaggle goes wrong here first
 
+The script runs alone, renamed, in its own process, without network, over read-only inputs without labels. The scenarios
+are new and old mounts, a larger test set, unreadable and missing photos, a slow disk, a throttled CPU, memory, wrong
+weights, kills at random moments, and the timm of Kaggle's image.
+
 The last line is `ready to push`, or says what is not; then the exit code is 1.
 """
 

@@ -1,6 +1,8 @@
 """Print the ledger of submissions, and plot local against leaderboard scores.
 
 python local/submissions.py          runs/submissions.csv, which local/publish.py keeps; the plot lies beside it
+
+It also says which gains are within the noise of the leaderboard.
 """
 
 import sys

@@ -1,9 +1,30 @@
-"""Train a run: an encoder, tuned or as it came, and the bank that the kernel matches against.
+"""Train a run: an encoder, fine-tuned or as it is, and the bank that the kernel matches against.
 
 python local/train.py --recipe fungiclef-baseline --data data/fungi-clef-2025 --out runs/baseline
 python local/train.py --recipe fungiclef-protonet --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
 python local/train.py --recipe fungiclef-best --explain
 torchrun --nproc-per-node 2 local/train.py --recipe fungiclef-protonet --data data/fungi-clef-2025 --resume
+
+local/recipes/README.md says what each recipe does and how a bank is chosen.
+
+--encoder takes a model of the hub (hf-hub:imageomics/bioclip), open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, the common
+  stem of a .safetensors and a .json file, a folder in the hub's format (its weights may be a training checkpoint), or a
+  run. The observations that such a run was trained on are not used to score the new one. HF_HUB_OFFLINE=1 loads what
+  was downloaded before. Weights that a hub offers only as .bin are read as tensors alone, and saved as safetensors. The
+  encoder is saved, and opened as the kernel will open it, before the first photo is embedded.
+
+--resume continues from the last checkpoint, or starts if there is none. On a CPU the result is the same, bit for bit,
+  as without the interruption. Ctrl-C and SIGTERM lose nothing; a damaged checkpoint loses the time since the one
+  before. A finished run is trained further with --resume --set epochs=30 --set learning_rate=1e-5. If the data, the
+  encoder, the seed or another setting would make another run, --resume says what differs and changes nothing. A full
+  disk, a loss that is not a number and a lack of memory end with one line, not with a traceback.
+
+torchrun shares every batch and the embedding among its processes. All of them need the same runs/ folder. On two
+  machines with eight GPUs each, run on both: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint
+  FIRST:29500 --max-restarts 3 local/train.py ... If a process dies, all start again from the last checkpoint.
+
+A run folder keeps its recipe, the versions, the digest of the data, log.csv, the training curve, and TensorBoard's
+events (tensorboard --logdir runs). local/runs.py lists runs with their scores.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""What the README measures: accuracy, speed, five published systems, Omniglot."""
+"""The measured tables of RESULTS.md: accuracy, speed, five published systems, Omniglot."""

@@ -163,7 +163,7 @@ def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
 
 
 def table_row(row: dict) -> str:
-    """A row of the README's table; the last column is the time of 11 views over that of 11 forward passes."""
+    """A row of the table in RESULTS.md; the last column is the time of 11 views over that of 11 forward passes."""
     cells = [f"{row[name]:.1f}" for name in ("decode", "forward", "end_to_end")]
     cells += [f"{row['share_of_limit']:.2f}"]
     others = [row[name] for name in ("plain_pipeline", "one_by_one", "pybioclip")]
