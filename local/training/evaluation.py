@@ -27,6 +27,10 @@ MONITORED = {"recalls": "the mean of Recall@1, 5 and 10"}  # what a monitor is c
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the tuned weights in the encoder; 0 leaves it as it came
 
 
+class Unusable(ValueError):
+    """An encoder gives no embedding that could be matched, as after a training that has diverged."""
+
+
 @dataclass(frozen=True)
 class Judged:
     """An encoder's answers on the validation observations.
@@ -63,6 +67,8 @@ def judge(
     if bank is None:
         reference = embed_together(encoder, fit.observations, views, pooling)
         seen = (reference.norm(dim=1) > 0).numpy()
+        if not seen.any():
+            raise Unusable("no embedding of the reference is a number")
         places = places_of(fit.class_ids[seen], classes)
         bank = centroids(reference.double().numpy()[seen], places, len(classes))
     queries = embed_together(encoder, validation.observations, views, pooling)

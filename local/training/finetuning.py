@@ -29,6 +29,7 @@ from local.training.evaluation import (
     MONITORED,
     SHARES,
     Judged,
+    Unusable,
     best_of,
     choose_share,
     judge,
@@ -128,8 +129,14 @@ def finetune(
                 with memory_named("freeing the encoder's weights to learn", folder):
                     training.next_epoch()
                 continue
-            with memory_named(f"judging epoch {training.epoch}", folder):
-                present = judged(training.kept, head if keeps_head else None)
+            try:
+                with memory_named(f"judging epoch {training.epoch}", folder):
+                    present = judged(training.kept, head if keeps_head else None)
+            except Unusable as error:
+                say(
+                    f"epoch {training.epoch}: {error}; stopping with what was learnt before; try a smaller learning_rate"
+                )
+                break
             rate = training.learning_rate
             row = log_row(training.epoch, mean_loss, rate, present.scores, time.monotonic() - began)
             training.log.append(row)

@@ -31,7 +31,7 @@ from kernel.photos import decode, read_preprocessing
 from local.encoders.load import load_encoder, same_weights, take_larger
 from tests.conftest import photo
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESNET = {"input_size": [3, 64, 64], "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
 CLIP = {

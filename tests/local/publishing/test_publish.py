@@ -145,7 +145,8 @@ def test_the_whole_way_sends_the_bundle_privately_and_brings_the_score_into_the_
     assert (submitted["kernelVersion"], submitted["fileName"]) == (1, "submission.csv")
     assert (build / "kaggle" / "submission.csv").read_bytes() == (build / PLAIN).read_bytes()
     [row] = world.ledger
-    assert (row["status"], row["public"], row["private"], row["observations"]) == ("complete", "0.5310", "", "24")
+    rows = len((build / PLAIN).read_text(encoding="utf-8").splitlines()) - 1
+    assert (row["status"], row["public"], row["private"], row["observations"]) == ("complete", "0.5310", "", str(rows))
     assert (row["runs"], row["version"], row["metric"]) == ("tiny", "1", "recall_at_5")
     assert row["manifest"] == sha256(build / "weights" / MANIFEST)
     assert float(row["low"]) <= float(row["local"]) <= float(row["high"])

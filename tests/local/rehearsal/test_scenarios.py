@@ -53,16 +53,18 @@ def test_the_bundle_survives(report, built, name):
     assert name == "memory" or (built / "rehearsal" / name / "kernel.log").stat().st_size > 0
 
 
-def test_the_report_tells_what_happened(report):
+def test_the_report_tells_what_happened(report, drawn):
+    asked = find_test_table(drawn.competition, None).observations
+    photos = sum(len(observation.photos) for observation in asked)
     reasons = {result["name"]: result["reason"] for result in report["scenarios"]}
     assert list(reasons) == [scenario.name for scenario in SCENARIOS]
-    assert "24 observations" in reasons["new-mounts"]
-    assert "72 observations" in reasons["larger"]
+    assert f"{len(asked)} observations" in reasons["new-mounts"]
+    assert f"{3 * len(asked)} observations" in reasons["larger"]
     assert "1 photo of 1 observation" in reasons["one-row"]
     assert "8 hostile" in reasons["hostile"]
-    assert "2 of 24 observations" in reasons["gone"]
+    assert f"2 of {len(asked)} observations" in reasons["gone"]
     assert reasons["throttled"].startswith(("shed", "skipped: nothing had to be shed"))
-    assert "48 photos opened late" in reasons["slow-disk"]
+    assert f"{photos} photos opened late" in reasons["slow-disk"]
     assert "/kaggle/input" in reasons["weights-missing"]
     assert "complete submission" in reasons["killed"]
     assert report["recall_at_5"] > 0
@@ -138,7 +140,7 @@ BREAK = {
     "forgets the header": ('file.write("observationId,predictions\\n")', "pass"),
     "leaves no CSV": ('os.replace(partial, WORKING / "submission.csv")', "pass"),
     "knows one mount": ('INPUTS.rglob("*-Test.csv")', 'INPUTS.glob("competitions/*/metadata/*/*-Test.csv")'),
-    "knows the size": ("write(guesses)\nprint(f", "assert len(guesses) == 24\nwrite(guesses)\nprint(f"),
+    "knows the size": ("write(guesses)\nprint(f", "assert len(guesses) < 30\nwrite(guesses)\nprint(f"),
     "stops at a bad photo": ("except (OSError, ValueError)", "except KeyError"),
     "counts no bad photo": ("unreadable += 1", "pass"),
     "takes its neighbour's place": (
@@ -207,8 +209,8 @@ def test_the_unbroken_miniature_passes(miniature, drawn):
 @pytest.mark.parametrize(
     ("breakage", "scenario", "reason"),
     [
-        ("writes a short CSV", "plain", "23 rows that are not the 24 observations"),
-        ("writes other ids", "plain", "not the 24 observations in order"),
+        ("writes a short CSV", "plain", "rows that are not the"),
+        ("writes other ids", "plain", "observations in order"),
         ("forgets the header", "plain", "header"),
         ("leaves no CSV", "plain", "no submission.csv"),
         ("writes a short CSV", "new-mounts", "23 rows"),
@@ -280,7 +282,7 @@ def test_a_bundle_of_a_newer_timm_brings_it_along(built, drawn, index):
     index(OLD_TIMM)
     result = play(built, drawn, "kaggle-image")
     assert result["ok"], result
-    assert result["reason"].startswith(f"timm {version('timm')}, of a wheel in the weights; 0 of 24 observations")
+    assert result["reason"].startswith(f"timm {version('timm')}, of a wheel in the weights; 0 of ")
 
 
 def test_the_last_line_can_be_trusted():

@@ -66,10 +66,9 @@ def test_training_that_gains_nothing_leaves_the_encoder_as_it_came(fresh, parts,
 
 def test_training_that_ruins_the_encoder_is_caught(fresh, parts, tmp_path):
     before = copy_state(fresh.module)
-    tuning = finetune(fresh, *parts, recipe(learning_rate=10.0, unfreeze=-1), tmp_path)
-    after = fresh.module.state_dict()
-    assert (tuning.share == 0) == same(after, before)
-    assert all(value.isfinite().all() for value in after.values())
+    tuning = finetune(fresh, *parts, recipe(learning_rate=1e4, unfreeze=-1), tmp_path)
+    assert (tuning.epoch, tuning.share) == (0, 0.0)
+    assert same(fresh.module.state_dict(), before)
 
 
 def test_it_stops_when_recall_has_not_risen_for_as_long_as_patience_says(fresh, parts, tmp_path, capsys):
