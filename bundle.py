@@ -19,7 +19,8 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from kernel.inputs import MANIFEST, InputError, sha256
+from kernel.inputs import InputError, sha256
+from kernel.manifest import MANIFEST
 from local.base.console import command_parser, run, say
 from local.base.files import write_json
 from local.base.repository import commit
@@ -39,7 +40,7 @@ from local.publishing.preflight import find_owner
 
 ROOT = Path(__file__).resolve().parent
 BEFORE = ".weights.before"  # the weights that are being replaced
-DIGEST_LINE = 'MANIFEST_SHA256 = ""'  # of kernel/inputs.py
+DIGEST_LINE = 'MANIFEST_SHA256 = ""'  # of kernel/manifest.py
 
 
 def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_METADATA) -> None:
@@ -51,7 +52,7 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
     metadata = with_owner(read_kernel_metadata(metadata_path), find_owner())
     body = flatten(ROOT / "kernel")
     if body.count(DIGEST_LINE) != 1:
-        raise InputError(f"kernel/inputs.py must hold the line {DIGEST_LINE} once: the script's digest goes there")
+        raise InputError(f"kernel/manifest.py must hold the line {DIGEST_LINE} once: the script's digest goes there")
     weights, partial, script = out / "weights", out / ".weights.partial", out / ".kernel.py.partial"
     try:
         tidy(out)

@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from kernel.inputs import (
-    MANIFEST_SHA256,
-    InputError,
-    Weights,
-    escape_unprintable,
-    find_weights,
-    install_wheels,
-    tree,
-)
+from kernel.inputs import InputError, escape_unprintable, install_wheels, tree
+from kernel.manifest import MANIFEST_SHA256, Weights, find_weights
 from kernel.observations import TestTable, find_test_table, tell_left_out
 from kernel.submission import fallback_guesses, write_submission
 
@@ -68,8 +61,13 @@ def open_inputs(options: argparse.Namespace) -> tuple[Weights, TestTable]:
     except Exception as error:
         problem = error
     try:
-        table = find_test_table(options.input, weights and weights.manifest)
-        guesses = fallback_guesses(table, weights and weights.manifest)
+        if weights:
+            trained = weights.manifest
+            table = find_test_table(options.input, trained.competition.layout, trained.competition.resolution)
+            guesses = fallback_guesses(table, trained.fallback_classes)
+        else:
+            table = find_test_table(options.input)
+            guesses = fallback_guesses(table)
         options.working.mkdir(parents=True, exist_ok=True)
         write_submission(options.working / "submission.csv", table, [guesses] * len(table.observations))
     except Exception as error:
@@ -88,7 +86,7 @@ if __name__ == "__main__":
     PACKAGES = OPTIONS.working / ".packages"
     sys.excepthook = partial(report_failure, PACKAGES, "the fallback submission stands")
     WEIGHTS, TABLE = open_inputs(OPTIONS)
-    install_wheels(WEIGHTS, PACKAGES)
+    install_wheels(WEIGHTS.wheels(), PACKAGES)
 
 # Torch is imported from here on, with a valid submission on disk; timm too, from its wheel where one came along.
 import torch
@@ -109,17 +107,17 @@ def embed_members(weights: Weights, table: TestTable, budget: Budget) -> list[Em
 
     In the scored rerun an error costs what is not embedded yet, and nothing that is.
     """
-    members, devices, embedded = weights.manifest["members"], pick_devices(), []
+    members, devices, embedded = weights.manifest.members, pick_devices(), []
     for place, member in enumerate(members):
-        name, encoder = member["name"], None  # which lets go of the memory of the one before
+        name, encoder = member.name, None  # which lets go of the memory of the one before
         try:
-            encoder = open_encoder(weights, member["encoder"], devices)
+            encoder = open_encoder(weights.file(member.encoder.file), member.encoder, devices)
             name += f" on {' and '.join(map(str, encoder.devices))}"
             embeddings = embed_observations(
                 encoder,
                 table.observations,
-                member["views"],
-                member["pooling"],
+                member.views,
+                member.pooling,
                 budget,
                 share=1 / (len(members) - place),
                 is_optional=place > 0,
@@ -159,22 +157,22 @@ class Prediction:
 def predict(options: argparse.Namespace, weights: Weights, table: TestTable, budget: Budget) -> Prediction:
     """Embed the test set, rank the classes, and replace the fallback submission by the predictions."""
     manifest, opened = weights.manifest, budget.elapsed()
-    print(describe_versions(manifest["members"]), flush=True)
+    print(describe_versions(manifest.members), flush=True)
     embedded = embed_members(weights, table, budget)
     seconds = budget.elapsed() - opened
 
-    members = manifest["members"][: len(embedded)]
+    members = manifest.members[: len(embedded)]
     prior = weighted_prior(weights, members, table.observations)
     ranked = rank(
-        [read_banks(weights.file(member["bank"])) for member in members],
-        [member["weight"] for member in members],
+        [read_banks(weights.file(member.bank)) for member in members],
+        [member.weight for member in members],
         [embeddings.values for embeddings in embedded],
         table.layout.guesses,
         prior,
     )
     seen = torch.stack([embeddings.seen for embeddings in embedded]).all(dim=0)
     answered = seen if prior is None else torch.ones_like(seen)  # where the photos say nothing, the metadata may
-    fallback, class_ids = fallback_guesses(table, manifest), manifest["class_ids"]
+    fallback, class_ids = fallback_guesses(table, manifest.fallback_classes), manifest.class_ids
     guesses = [
         [class_ids[index] for index in row] if is_answered else fallback
         for row, is_answered in zip(ranked.tolist(), answered.tolist(), strict=True)
@@ -222,7 +220,7 @@ def has_busy_thread(patience: float = 1.0) -> bool:
 
 
 if __name__ == "__main__":
-    BUDGET = Budget(OPTIONS.time_limit or WEIGHTS.manifest["competition"]["time_limit"], STARTED)
+    BUDGET = Budget(OPTIONS.time_limit or WEIGHTS.manifest.competition.time_limit, STARTED)
     PREDICTION = predict(OPTIONS, WEIGHTS, TABLE, BUDGET)
     sys.excepthook = partial(report_failure, PACKAGES, "the predictions stand")
     shutil.rmtree(PACKAGES, ignore_errors=True)  # what lies in the working folder becomes the kernel's output

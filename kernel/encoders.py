@@ -1,6 +1,6 @@
 """Open the encoders: build each architecture, load its weights, put it on the best device.
 
-An encoder is described by its entry in the manifest, and only by it; nothing is downloaded.
+An encoder is described by its `EncoderSpec` in the manifest, and only by it; nothing is downloaded.
 """
 
 import copy
@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kernel.inputs import InputError, Weights, shorten
-from kernel.photos import Preprocessing, read_preprocessing
+from kernel.inputs import InputError, shorten
+from kernel.manifest import EncoderSpec, Member, Preprocessing
 from kernel.views import VIEWS, larger, shrink
 
 # As CUDA, its libraries, and a CPU on Linux and on Windows say it.
@@ -188,82 +189,84 @@ def build_module(library: str, architecture: str, arguments: dict) -> nn.Module:
     return tower._build_vision_tower(**arguments)
 
 
-def describe_versions(members: Sequence[dict]) -> str:
+def describe_versions(members: Sequence[Member]) -> str:
     """One line: the versions that run here, beside those that the members of the manifest were trained with."""
     parts = []
     for library, here in (("timm", timm.__version__), ("torch", torch.__version__)):
-        trained = sorted({member.get("versions", {}).get(library, "an unknown one") for member in members})
+        trained = sorted({member.versions.get(library, "an unknown one") for member in members})
         parts.append(f"{library} {here} (trained with {' and '.join(trained)})")
     return f"running with {', '.join(parts)}"
 
 
-def versions_of(entry: dict) -> str:
+def versions_of(spec: EncoderSpec) -> str:
     """The version of an encoder's library here and in training, for the message of an error."""
-    name = "timm" if entry["library"] == "timm" else "open_clip_torch"
+    name = "timm" if spec.library == "timm" else "open_clip_torch"
     try:
         here = timm.__version__ if name == "timm" else version(name)
     except PackageNotFoundError:
         here = "(not installed)"
-    return f"{name} {here} (trained with {entry.get('packages', {}).get(name, 'an unknown one')})"
+    return f"{name} {here} (trained with {spec.packages.get(name, 'an unknown one')})"
 
 
-def read_module(weights: Weights, entry: dict) -> nn.Module:
-    """The module of one encoder of the manifest with its weights, frozen, in evaluation mode, on the CPU in fp32.
+def read_module(path: Path, spec: EncoderSpec) -> nn.Module:
+    """The module of an encoder with its weights, frozen, in evaluation mode, on the CPU in fp32.
 
     Raises:
-        InputError: its file is missing or damaged, or does not fit its architecture; or the library that is installed
+        InputError: the weights do not fit its architecture; or the library that is installed
             cannot build that architecture, as one that is older than the training's.
     """
-    path = weights.file(entry["file"])
     try:
-        module = build_module(entry["library"], entry["architecture"], entry["arguments"])
+        module = build_module(spec.library, spec.architecture, spec.arguments)
     except Exception as error:  # each version of a library fails in its own way at what it does not know
         reason = shorten(f"{type(error).__name__}: {error}")
         raise InputError(
-            f"{entry['architecture']} cannot be built by {versions_of(entry)}: {reason}; run it with the version that "
+            f"{spec.architecture} cannot be built by {versions_of(spec)}: {reason}; run it with the version that "
             "it was trained with, or train again with this one"
         ) from error
     try:
         module.load_state_dict(load_file(path), strict=True)
     except RuntimeError as error:
-        reason = f"{path} does not fit {entry['architecture']} of {versions_of(entry)}: {shorten(error)}"
+        reason = f"{path} does not fit {spec.architecture} of {versions_of(spec)}: {shorten(error)}"
         raise InputError(f"{reason}; train or bundle again") from error
     return module.requires_grad_(False).eval()
 
 
-def place_module(module: nn.Module, entry: dict, devices: Sequence[torch.device]) -> Encoder:
+def place_module(module: nn.Module, spec: EncoderSpec, devices: Sequence[torch.device]) -> Encoder:
     """The encoder on its devices.
 
     Raises:
         RuntimeError: a GPU has no memory for it and one photo.
     """
     # Cast, not autocast: open_clip under bf16 autocast is 3.6 times slower than fp32 on a CPU.
-    module.to(devices[0], pick_dtype(devices[0], entry["precision"]), memory_format=torch.channels_last)
-    encoder = Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], devices)
+    module.to(devices[0], pick_dtype(devices[0], spec.precision), memory_format=torch.channels_last)
+    encoder = Encoder(module, spec.preprocessing, spec.features, devices)
     if encoder.device.type != "cpu":
         encoder.try_one_photo()
     return encoder
 
 
-def open_encoder(weights: Weights, entry: dict, devices: Sequence[torch.device]) -> Encoder:
-    """Open one encoder of the manifest on the devices; on one of them, or on the CPU, where memory does not suffice.
+def open_encoder(path: Path, spec: EncoderSpec, devices: Sequence[torch.device]) -> Encoder:
+    """Open an encoder on the devices; on one of them, or on the CPU, where memory does not suffice.
+
+    Args:
+        path: its weights.
 
     Raises:
         InputError: see `read_module`.
     """
     if devices[0].type == "cpu":
-        return place_module(read_module(weights, entry), entry, devices)
+        return place_module(read_module(path, spec), spec, devices)
     for choice in [devices, *([device] for device in devices if len(devices) > 1)]:
-        module = read_module(weights, entry)  # anew: of one that was moved in part, a part has lost its precision
+        module = read_module(path, spec)  # anew: of one that was moved in part, a part has lost its precision
         try:
-            return place_module(module, entry, choice)
+            return place_module(module, spec, choice)
         except RuntimeError as error:
             if not OUT_OF_MEMORY.search(str(error)):
                 raise
         # Outside the except clause, whose traceback would hold on to the memory.
         del module
         torch.cuda.empty_cache()
-        print(f"out of memory: {entry['architecture']} does not fit on {' and '.join(map(str, choice))}", flush=True)
+        print(f"out of memory: {spec.architecture} does not fit on {' and '.join(map(str, choice))}", flush=True)
     print("going on with the CPU", flush=True)
     keep_freed_memory()
-    return open_encoder(weights, entry, [torch.device("cpu")])
+    return open_encoder(path, spec, [torch.device("cpu")])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from kernel.inputs import Weights
+from kernel.manifest import Member, Weights
 from kernel.observations import Observation, clean_id, names_nothing
 
 CELL = (0.05, 0.0875)  # degrees of latitude and longitude: 5.6 km either way in Denmark
@@ -149,18 +149,18 @@ def read_prior(path: Path) -> Prior:
 
 
 def weighted_prior(
-    weights: Weights, members: Sequence[dict], observations: Sequence[Observation]
+    weights: Weights, members: Sequence[Member], observations: Sequence[Observation]
 ) -> torch.Tensor | None:
     """(observations, classes) to add to an ensemble's log-probabilities; None without metadata, or where it fails.
 
     Args:
-        members: entries of the manifest.
+        members: those of the ensemble.
     """
     try:
         said = [
-            (member["weight"] * member["prior_weight"], read_prior(weights.file(member["prior"])))
+            (member.weight * member.metadata_prior_weight, read_prior(weights.file(member.metadata_prior)))
             for member in members
-            if member["prior"]
+            if member.metadata_prior
         ]
         priors = [(weight, prior.log_probabilities(observations)) for weight, prior in said]
         known = [weight * prior for weight, prior in priors if prior is not None]

@@ -487,27 +487,27 @@ def tell_left_out(left_out: Counter) -> str:
     return f" (left out: {', '.join(f'{what}: {count}' for what, count in left_out.most_common())})" if left_out else ""
 
 
-def find_test_table(root: Path, manifest: dict | None) -> TestTable:
+def find_test_table(root: Path, layout: str | None = None, resolution: str = RESOLUTIONS[0]) -> TestTable:
     """The test table of the competition mounted under `root`.
 
     Args:
-        manifest: of the weights; says which layout and resolution they were trained for. None accepts any.
+        layout: name of the layout that the weights were trained on; None accepts any.
+        resolution: of the photos that they were trained on.
 
     Raises:
         InputError: nothing under `root` has that layout, or it has no test observation.
     """
-    competition = (manifest or {}).get("competition", {})
-    wanted = [layout for layout in LAYOUTS if layout.name == competition.get("layout", layout.name)]
+    wanted = [known for known in LAYOUTS if layout in (None, known.name)]
     others = []
     for folder in find_folders(root, _holds_test):
         found = recognise(folder, wanted)
         if found:
-            return read_test(folder, *found, competition.get("resolution", RESOLUTIONS[0]))
+            return read_test(folder, *found, resolution)
         others.append(f"{folder} ({recognise(folder)[0].name})")
-    looked_for = " or ".join(layout.marker for layout in wanted)
+    looked_for = " or ".join(known.marker for known in wanted)
     if others:
         raise InputError(
-            f"the weights are for a competition of layout {' or '.join(layout.name for layout in wanted)} with "
+            f"the weights are for a competition of layout {' or '.join(known.name for known in wanted)} with "
             f"{looked_for}, but {', '.join(others)} is attached: attach the competition that the run was trained on"
         )
     raise InputError(f"no competition under {root}: looked for {looked_for}; attach the competition to the kernel")

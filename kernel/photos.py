@@ -4,7 +4,6 @@ import csv
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,41 +11,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from kernel.manifest import Preprocessing
+
 # Raise it when a photo or a view of it comes out in other pixels than before, so that cached embeddings are made anew.
 PIXELS_VERSION = 1
 DRAFT = 1.75  # keeps what the resize makes of a photo within a third of a grey level of the exact result, on average
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a photo becomes the square that an encoder was trained on.
-
-    Attributes:
-        size: side of the square, pixels.
-        mean, std: per channel, of values in 0..1.
-        interpolation: of the resize, "bilinear" or "bicubic".
-        scale: the shorter side is resized to `size / scale` before the centre is cut out (timm's crop_pct).
-        fit: "crop" keeps the aspect ratio and loses the margins, "squash" keeps all and loses the aspect ratio.
-        larger: side of the square of the view `larger`, pixels; 0 where the views do not include it.
-    """
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str
-    scale: float
-    fit: str
-    larger: int = 0
-
-    @property
-    def decoded(self) -> int:
-        """Side of the square that a photo is decoded to, from which all its views are made; pixels."""
-        return max(self.size, self.larger)
-
-
-def read_preprocessing(values: dict) -> Preprocessing:
-    """The manifest's preprocessing, with lists as tuples."""
-    return Preprocessing(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
 
 def read_photo(path: Path, side: int) -> Image.Image:

@@ -13,14 +13,17 @@ from kernel.inputs import InputError
 from kernel.observations import TestTable, read_table, visible
 
 
-def fallback_guesses(table: TestTable, manifest: dict | None) -> list[str]:
-    """What to answer where no photo speaks: the commonest classes of training, else the sample submission's first row.
+def fallback_guesses(table: TestTable, fallback_classes: Sequence[str] = ()) -> list[str]:
+    """What to predict where no photo can be read.
+
+    Args:
+        fallback_classes: the commonest classes of training; without them it is the sample submission's first row.
 
     Raises:
         InputError: neither is there.
     """
-    if manifest:
-        return manifest["prior"][: table.layout.guesses]
+    if fallback_classes:
+        return list(fallback_classes[: table.layout.guesses])
     for sample in visible(table.folder.glob(table.layout.sample)):
         rows = read_table(sample, table.layout.header, filled=table.layout.header)
         if rows:

@@ -6,7 +6,6 @@ python local/runs.py            of runs/
 python local/runs.py elsewhere
 """
 
-import json
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from kernel.inputs import MANIFEST, InputError, Weights, read_weights
+from kernel.inputs import InputError
+from kernel.manifest import MANIFEST, Weights, read_manifest, read_weights
 from local.base.console import aligned, command_parser, run, say
 
 NAMED = 8  # runs that a message lists
@@ -50,18 +50,18 @@ def open_run(folder: Path) -> Weights:
     raise InputError(f"{problem}; there are {', '.join(runs[:NAMED])}{more}")
 
 
-def describe_run(manifest: Path) -> dict[str, str] | None:
-    """One row; None where the manifest is no run's."""
+def describe_run(path: Path) -> dict[str, str] | None:
+    """One row; None where there is no manifest of a run at the path."""
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-        member = content["members"][0]
-        scores, recipe = member["validation"], member["recipe"]
-    except (ValueError, KeyError, IndexError, TypeError):
+        manifest = read_manifest(path)
+    except InputError:
         return None
+    member = manifest.members[0]
+    scores, recipe = member.validation, member.recipe
     return {
-        "run": manifest.parent.name,
-        "trained": datetime.fromtimestamp(manifest.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
-        "data": f"{content['competition']['layout']} {member['data_sha256'][:6]}",
+        "run": path.parent.name,
+        "trained": datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
+        "data": f"{manifest.competition.layout} {member.data_sha256[:6]}",
         "encoder": Path(recipe["encoder"]).name,
         "reference": recipe["reference"],
         **{

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 from kernel.encoders import Encoder
-from kernel.inputs import MANIFEST
-from kernel.photos import Preprocessing
+from kernel.manifest import MANIFEST, Preprocessing
 from local.drawing.competition import generate
 from local.recipes.recipe import make_recipe
 from local.training.run import train_run

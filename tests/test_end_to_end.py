@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bundle import bundle
-from kernel.inputs import MANIFEST, InputError, sha256
+from kernel.inputs import InputError, sha256
+from kernel.manifest import MANIFEST
 from local import train
 from local.base.console import run
 from local.base.kaggle_image import IMAGE, is_newer

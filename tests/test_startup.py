@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from kernel.choices import VIEW_NAMES
-from kernel.inputs import FORMAT, MANIFEST
+from kernel.manifest import FORMAT, MANIFEST
 from kernel.views import VIEWS
 from tests.conftest import ROOT
 

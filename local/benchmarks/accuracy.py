@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 
 from kernel.bank import classify, read_banks
 from kernel.encoders import open_encoder, pick_devices
-from kernel.inputs import InputError, read_weights
+from kernel.inputs import InputError
+from kernel.manifest import Manifest, read_weights
 from kernel.metadata_prior import weighted_prior
 from kernel.observations import RESOLUTIONS, Observation, read_test
 from local.banks.ensemble import weigh
@@ -142,12 +143,12 @@ def pretrain(folder: Path) -> str:
 def keep_encoder(run: Path, stem: Path) -> str:
     """Write a run's timm encoder as the pair of .safetensors and .json that `--encoder` takes. Returns its SPEC."""
     weights = read_weights(run)
-    entry = weights.manifest["members"][0]["encoder"]
-    how = entry["preprocessing"]
-    config = {"input_size": [3, how["size"], how["size"]], "crop_pct": how["scale"]}
-    config |= {key: how[key] for key in ("mean", "std", "interpolation")}
-    shutil.copyfile(weights.file(entry["file"]), stem.with_name(f"{stem.name}.safetensors"))
-    description = {"architecture": entry["architecture"], "num_classes": 0, "model_args": entry["arguments"]}
+    spec = weights.manifest.members[0].encoder
+    how = spec.preprocessing
+    config = {"input_size": [3, how.size, how.size], "crop_pct": how.scale, "interpolation": how.interpolation}
+    config |= {"mean": how.mean, "std": how.std}
+    shutil.copyfile(weights.file(spec.file), stem.with_name(f"{stem.name}.safetensors"))
+    description = {"architecture": spec.architecture, "num_classes": 0, "model_args": spec.arguments}
     write_json(description | {"pretrained_cfg": config}, stem.with_name(f"{stem.name}.json"))
     return str(stem)
 
@@ -209,7 +210,7 @@ def photo_rungs(task: Task, run: Path, cache: Path, of: str) -> list[Rung]:
     """
     weights = read_weights(run)
     manifest = weights.manifest
-    classes, resolution = manifest["class_ids"], manifest["competition"]["resolution"]
+    classes, resolution = manifest.class_ids, manifest.competition.resolution
     support, queries = task.support(resolution), task.queries(resolution)
     known = embed(run, support.observations, ["plain"], cache)
     asked = embed(run, queries, ["plain"], cache)
@@ -218,7 +219,7 @@ def photo_rungs(task: Task, run: Path, cache: Path, of: str) -> list[Rung]:
     photos = asked.values[:, 0].astype(float)
 
     rows = nearest_means(photos, asked.observations, means, len(queries))
-    guesses = [[classes[place] for place in row] or manifest["prior"][:1] for row in rows]
+    guesses = [[classes[place] for place in row] or list(manifest.fallback_classes[:1]) for row in rows]
     starter = Rung("starter: top-1 of each photo" + of, guesses)
 
     # The published prototypical network's, before its training: minus the distance, averaged over photos.
@@ -260,7 +261,7 @@ class BundleAnswers:
     """
 
     queries: list[Observation]
-    manifest: dict
+    manifest: Manifest
     log_probabilities: torch.Tensor
     seen: np.ndarray
 
@@ -269,16 +270,16 @@ def bundle_answers(task: Task, runs: Sequence[Path], shares: Sequence[float], ca
     """What the bundle of some runs answers, its members weighed by `shares`."""
     opened = [(run, read_weights(run).manifest, share) for run, share in zip(runs, shares, strict=True) if share]
     # All members of a bundle see the photos of the largest resolution among them.
-    resolution = max((manifest["competition"]["resolution"] for _, manifest, _ in opened), key=RESOLUTIONS.index)
+    resolution = max((manifest.competition.resolution for _, manifest, _ in opened), key=RESOLUTIONS.index)
     queries = task.queries(resolution)
     total, seen = 0, np.ones(len(queries), dtype=bool)
     for run, manifest, share in opened:
-        member = manifest["members"][0]
-        photos = embed(run, queries, member["views"], cache)
-        embeddings = pool(photos.values, photos.observations, len(queries), member["pooling"])
-        banks = read_banks(read_weights(run).file(member["bank"]))
+        member = manifest.members[0]
+        photos = embed(run, queries, member.views, cache)
+        embeddings = pool(photos.values, photos.observations, len(queries), member.pooling)
+        banks = read_banks(read_weights(run).file(member.bank))
         total += share * torch.cat(list(classify(banks, torch.tensor(embeddings, dtype=torch.float32))))
-        said = weighted_prior(read_weights(run), [{**member, "weight": share}], queries)
+        said = weighted_prior(read_weights(run), [replace(member, weight=share)], queries)
         total += 0 if said is None else said
         seen &= np.isin(np.arange(len(queries)), photos.observations)
     return BundleAnswers(queries, opened[0][1], total.log_softmax(dim=1), seen)
@@ -295,26 +296,26 @@ def run_rung(
 def embed(run: Path, observations: Sequence[Observation], views: Sequence[str], cache: Path) -> PhotoEmbeddings:
     """The photos of some observations as a run's encoder sees them."""
     weights = read_weights(run)
-    entry = weights.manifest["members"][0]["encoder"]
-    encoder = open_encoder(weights, entry, pick_devices())
+    spec = weights.manifest.members[0].encoder
+    encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
     return EmbeddingCache(cache, encoder).embed(observations, views)
 
 
 def rank_rung(
     task: Task,
     queries: Sequence[Observation],
-    manifest: dict,
+    manifest: Manifest,
     log_probabilities: torch.Tensor,
     seen: np.ndarray,
     name: str,
     below: Rung | None,
 ) -> Rung:
     """The rung of (queries, classes) log-probabilities; where no photo could be read, the kernel's fallback."""
-    classes = manifest["class_ids"]
+    classes = manifest.class_ids
     truth = places_of(np.array([task.truth[query.id] for query in queries], dtype=object), classes)
     outcome = compare(log_probabilities, truth)
     guesses = [
-        [classes[place] for place in row] if is_seen else manifest["prior"]
+        [classes[place] for place in row] if is_seen else list(manifest.fallback_classes)
         for row, is_seen in zip(outcome.top, seen, strict=True)
     ]
     return Rung(name, guesses, np.where(seen, outcome.losses, np.nan), below)

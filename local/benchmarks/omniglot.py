@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from kernel.encoders import open_encoder, pick_devices
-from kernel.inputs import read_weights
+from kernel.manifest import read_weights
 from kernel.observations import Observation
 from local.banks.estimators import unit
 from local.base.console import counted, progress, say
@@ -71,8 +71,8 @@ def turned(alphabets: list[Path], folder: Path) -> Iterator[tuple[Path, Path, in
 def embed_alphabet(alphabet: Path, run: Path) -> tuple[np.ndarray, np.ndarray]:
     """(drawings, features) of length 1 by a run's encoder, and (drawings,) the character of each."""
     weights = read_weights(run)
-    entry = weights.manifest["members"][0]["encoder"]
-    encoder = open_encoder(weights, entry, pick_devices())
+    spec = weights.manifest.members[0].encoder
+    encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
     drawings = sorted(alphabet.glob("*/*.png"))
     single = [Observation(str(path), (path,)) for path in drawings]
     photos = EmbeddingCache(run.parent / CACHE, encoder).embed(single, ["plain"])

@@ -21,7 +21,7 @@ from torchvision.transforms import functional
 from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder, pick_devices, pick_dtype
 from kernel.observations import Observation
-from kernel.photos import decode_all, read_preprocessing, shorter_side
+from kernel.photos import decode_all, shorter_side
 from kernel.views import VIEWS
 from local.base.console import progress, say
 from local.drawing.fungi import draw, traits
@@ -173,11 +173,11 @@ def table_row(row: dict) -> str:
 
 def speed(spec: str) -> dict:
     """The table of speeds for one encoder, with random weights where they would have to be fetched."""
-    module, entry = load_encoder(spec, pretrained=not spec.startswith("timm:"))
+    module, described = load_encoder(spec, pretrained=not spec.startswith("timm:"))
     devices = pick_devices()
     module.requires_grad_(False).eval()
     module.to(devices[0], pick_dtype(devices[0]), memory_format=torch.channels_last)
-    encoder = Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], devices)
+    encoder = Encoder(module, described.preprocessing, described.features, devices)
     machine = (
         f"{torch.get_num_threads()} cores"
         if devices[0].type == "cpu"

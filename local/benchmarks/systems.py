@@ -18,9 +18,10 @@ from torchvision.transforms import v2
 
 from kernel.embeddings import load_batches
 from kernel.encoders import Encoder, pick_devices
-from kernel.inputs import InputError, read_weights
+from kernel.inputs import InputError
+from kernel.manifest import Manifest, read_weights
 from kernel.observations import Observation
-from kernel.photos import read_photo, read_preprocessing, shorter_side
+from kernel.photos import read_photo, shorter_side
 from local.base.console import progress, say
 from local.base.metrics import bounded, describe, gained, hit_matrix, interval_of, score
 from local.benchmarks.accuracy import Rung, Task, bundle_answers, cell, heading, rank_rung, read_task
@@ -213,7 +214,7 @@ def compare_system(task: Task, name: str, spec: str, settings: Sequence[str], fo
     for label, run in runs.items():
         train_run(read_recipe(name, [*own, *variants.get(label, ())], spec), task.data, run, task.split != "val")
     manifest = read_weights(runs[name]).manifest
-    classes, queries = manifest["class_ids"], task.queries(manifest["competition"]["resolution"])
+    classes, queries = manifest.class_ids, task.queries(manifest.competition.resolution)
     truth = np.array([task.truth[query.id] for query in queries], dtype=object)
     ranks = [np.arange(len(classes))]
     if rules.has_ranks:
@@ -235,15 +236,20 @@ def compare_system(task: Task, name: str, spec: str, settings: Sequence[str], fo
 
 
 def by_rules(
-    task: Task, rules: Rules, recipe: Recipe, manifest: dict, ranks: Sequence[np.ndarray], queries: list[Observation]
+    task: Task,
+    rules: Rules,
+    recipe: Recipe,
+    manifest: Manifest,
+    ranks: Sequence[np.ndarray],
+    queries: list[Observation],
 ) -> list[torch.Tensor]:
     """Per rank (queries, groups) scores of a system's rules, over the encoder as it comes; see `follow`."""
-    module, entry = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
+    module, spec = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
     device = pick_devices()[0]
     module.to(device, memory_format=torch.channels_last)
-    encoder = Encoder(module, read_preprocessing(entry["preprocessing"]), entry["features"], [device])
-    part = task.support(manifest["competition"]["resolution"])
-    species = places_of(part.class_ids, manifest["class_ids"])
+    encoder = Encoder(module, spec.preprocessing, spec.features, [device])
+    part = task.support(manifest.competition.resolution)
+    species = places_of(part.class_ids, manifest.class_ids)
     targets = np.stack([groups[species] for groups in ranks], axis=1)
     return follow(rules, recipe.train.epochs, encoder, part, targets, queries)
 

@@ -2,12 +2,13 @@
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from kernel.inputs import FORMAT, MANIFEST, InputError, Weights, sha256
+from kernel.inputs import InputError, sha256
+from kernel.manifest import MANIFEST, Manifest, Member, Weights, write_manifest
 from kernel.observations import LAYOUTS, RESOLUTIONS
 from local.base.console import say
-from local.base.files import write_json
 from local.base.metrics import GUESSES
 from local.bundling.wheels import make_wheel, needed_wheels
 from local.runs import open_run
@@ -30,11 +31,15 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     opened = [open_run(run) for run in runs]
     first = opened[0].manifest
     for weights in opened[1:]:
-        for key, other in (("class_ids", "other classes"), ("competition", "another competition")):
-            if _comparable(weights.manifest[key]) != _comparable(first[key]):
-                raise InputError(f"{weights.folder} has {other} than {runs[0]}: train both with the same --data")
+        different = None
+        if weights.manifest.class_ids != first.class_ids:
+            different = "other classes"
+        elif replace(weights.manifest.competition, resolution=first.competition.resolution) != first.competition:
+            different = "another competition"
+        if different:
+            raise InputError(f"{weights.folder} has {different} than {runs[0]}: train both with the same --data")
     needed_wheels(opened)  # what cannot be bundled is refused before the runs are weighed
-    shares = weigh_runs(runs, guesses_of(first["competition"]["layout"]))
+    shares = weigh_runs(runs, guesses_of(first.competition.layout))
     # The best alone comes first, since a kernel short of time drops the last.
     order = sorted(range(len(runs)), key=lambda place: -worth_alone(opened[place]))
     opened, shares = ([values[place] for place in order if shares[place]] for values in (opened, shares))
@@ -43,22 +48,21 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         say(f"with wheels of {', '.join(map(' '.join, wheels.items()))}, which Kaggle's image does not have")
     for name, version in wheels.items():
         make_wheel(name, version, folder / "wheels")
-    resolution = max((weights.manifest["competition"]["resolution"] for weights in opened), key=RESOLUTIONS.index)
+    resolution = max((weights.manifest.competition.resolution for weights in opened), key=RESOLUTIONS.index)
     members = [
-        {**member, "weight": share * member["weight"]}
+        replace(member, weight=share * member.weight)
         for place, (weights, share) in enumerate(zip(opened, shares, strict=True), 1)
         for member in _copy(weights, folder, place)
     ]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    manifest = {
-        "format": FORMAT,
-        "competition": {**first["competition"], "resolution": resolution},
-        "class_ids": first["class_ids"],
-        "prior": first["prior"],
-        "members": members,
-        "files": {path.relative_to(folder).as_posix(): sha256(path) for path in files},
-    }
-    write_json(manifest, folder / MANIFEST)
+    manifest = Manifest(
+        competition=replace(first.competition, resolution=resolution),
+        class_ids=first.class_ids,
+        fallback_classes=first.fallback_classes,
+        members=tuple(members),
+        files={path.relative_to(folder).as_posix(): sha256(path) for path in files},
+    )
+    write_manifest(manifest, folder / MANIFEST)
     return folder / MANIFEST
 
 
@@ -73,7 +77,7 @@ def weigh_runs(runs: Sequence[Path], guesses: int) -> list[float]:
 
 def worth_alone(weights: Weights) -> float:
     """A run's recalls on its validation together; 0 where it has none."""
-    validation = weights.manifest["members"][0]["validation"]
+    validation = weights.manifest.members[0].validation
     return sum(validation.get(f"recall_at_{count}", 0.0) for count in GUESSES)
 
 
@@ -82,18 +86,20 @@ def guesses_of(name: str) -> int:
     return next(layout.guesses for layout in LAYOUTS if layout.name == name)
 
 
-def _comparable(value: object) -> object:
-    return {**value, "resolution": ""} if isinstance(value, dict) else value
+def _copy(weights: Weights, folder: Path, number: int) -> list[Member]:
+    """Copy a run's files under names of their own; its members with the new names."""
 
+    def copy(name: str) -> str:
+        shutil.copyfile(weights.file(name), folder / f"{number}-{name}")
+        return f"{number}-{name}"
 
-def _copy(weights: Weights, folder: Path, place: int) -> list[dict]:
-    """Copy a run's files under names of their own; its members under the new names."""
-    members = []
-    for member in weights.manifest["members"]:
-        names = {"file": member["encoder"]["file"], "bank": member["bank"], "prior": member["prior"]}
-        for name in filter(None, names.values()):
-            shutil.copyfile(weights.file(name), folder / f"{place}-{name}")
-        renamed = {key: name and f"{place}-{name}" for key, name in names.items()}
-        encoder = {**member["encoder"], "file": renamed.pop("file")}
-        members.append({**member, **renamed, "encoder": encoder, "run": weights.folder.resolve().name})
-    return members
+    return [
+        replace(
+            member,
+            encoder=replace(member.encoder, file=copy(member.encoder.file)),
+            bank=copy(member.bank),
+            metadata_prior=member.metadata_prior and copy(member.metadata_prior),
+            run=weights.folder.resolve().name,
+        )
+        for member in weights.manifest.members
+    ]

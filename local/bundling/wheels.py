@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
-from kernel.inputs import InputError, Weights
+from kernel.inputs import InputError
+from kernel.manifest import Weights
 from local.base.kaggle_image import IMAGE, is_newer
 
 # What installers write beside the files of a wheel.
@@ -30,9 +31,9 @@ def needed_wheels(runs: Sequence[Weights]) -> dict[str, str]:
     """
     needed: dict[str, tuple[str, Path]] = {}
     for run in runs:
-        for member in run.manifest["members"]:
-            encoder, timm = member["encoder"], member["versions"]["timm"]
-            libraries = dict(encoder["packages"]) if encoder["library"] != "timm" else {}
+        for member in run.manifest.members:
+            encoder, timm = member.encoder, member.versions["timm"]
+            libraries = dict(encoder.packages) if encoder.library != "timm" else {}
             if is_newer(timm, IMAGE["timm"]):
                 libraries["timm"] = timm
             for name, version in libraries.items():

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import pickle
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,15 +22,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kernel.encoders import build_module, is_out_of_memory
-from kernel.inputs import MANIFEST, InputError, sha256, shorten
-from kernel.photos import Preprocessing, read_preprocessing
+from kernel.inputs import InputError, sha256, shorten
+from kernel.manifest import MANIFEST, EncoderSpec, Preprocessing, read_manifest, to_json
 from local.base.console import say
 from local.encoders.source import OPEN_CLIP, SUFFIXES, TIMM, WEIGHTS, find_source, refuse_size
 
 LARGER = 1.25  # times the encoder's own size is what the view `larger` has at least
 
 
-def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tuple[nn.Module, dict]:
+def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tuple[nn.Module, EncoderSpec]:
     """An encoder in one of six forms, with its description.
 
     Args:
@@ -42,7 +42,7 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
         image_size: side of the input in pixels; 0 is the encoder's own.
 
     Returns:
-        The module, (batch, 3, size, size) -> (batch, features), and its manifest entry without the weights file.
+        The module, (batch, 3, size, size) -> (batch, features), and its description, without the weights file.
 
     Raises:
         InputError: the form is unknown, the weights are not to be had, or they do not fit the architecture.
@@ -62,13 +62,13 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
         loaded = _from_folder(path, image_size, formats=source.formats)
     else:
         pair = [path.with_name(path.name + suffix) for suffix in (".json", ".safetensors")]
-        loaded = _timm_entry(_read_json(pair[0]), pair[1], image_size)
+        loaded = _from_timm_config(_read_json(pair[0]), pair[1], image_size)
     return _checked(spec, *loaded)
 
 
-def _checked(spec: str, module: nn.Module, entry: dict) -> tuple[nn.Module, dict]:
+def _checked(name: str, module: nn.Module, spec: EncoderSpec) -> tuple[nn.Module, EncoderSpec]:
     """The same, with the length of an embedding; refused where a photo does not become one vector."""
-    size = read_preprocessing(entry["preprocessing"]).size
+    size = spec.preprocessing.size
     try:
         with torch.inference_mode():
             output = module.eval()(torch.zeros(1, 3, size, size))
@@ -76,16 +76,16 @@ def _checked(spec: str, module: nn.Module, entry: dict) -> tuple[nn.Module, dict
         if is_out_of_memory(error):
             raise
         raise InputError(
-            f"{spec} takes no photos of {size} pixels ({shorten(error)}): correct the input size in its configuration, "
+            f"{name} takes no photos of {size} pixels ({shorten(error)}): correct the input size in its configuration, "
             "or choose another encoder"
         ) from error
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         shape = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
         raise InputError(
-            f"{spec} makes {shape} of a photo, expected one vector, of shape (1, features): choose a model that pools "
+            f"{name} makes {shape} of a photo, expected one vector, of shape (1, features): choose a model that pools "
             "its features"
         )
-    return module, entry | {"features": output.shape[1]}
+    return module, replace(spec, features=output.shape[1])
 
 
 def weights_digest(spec: str) -> str:
@@ -93,11 +93,11 @@ def weights_digest(spec: str) -> str:
     path = Path(spec.rpartition("local-dir:")[2])
     if (path / MANIFEST).is_file():
         try:
-            manifest = _read_json(path / MANIFEST)
-            entry = manifest["members"][0]["encoder"]
-            said = json.dumps([entry, manifest["files"][entry["file"]]], sort_keys=True)
-        except (InputError, KeyError, IndexError, TypeError):
+            manifest = read_manifest(path / MANIFEST)
+        except InputError:
             return ""  # it is not a run, as `load_encoder` will say
+        encoder = manifest.members[0].encoder
+        said = json.dumps([to_json(encoder), manifest.files.get(encoder.file)], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()
     if path.is_dir():
         files = [path / name for name in WEIGHTS] + [file for end in SUFFIXES for file in sorted(path.glob(f"*{end}"))]
@@ -107,7 +107,7 @@ def weights_digest(spec: str) -> str:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else ""
 
 
-def take_larger(module: nn.Module, entry: dict) -> tuple[nn.Module, dict]:
+def take_larger(module: nn.Module, spec: EncoderSpec) -> tuple[nn.Module, EncoderSpec]:
     """The same encoder and its description, with the size of the view `larger`, found by trying.
 
     Convolutions take any multiple of their stride. Of timm's transformers, those do that can interpolate their position
@@ -116,22 +116,20 @@ def take_larger(module: nn.Module, entry: dict) -> tuple[nn.Module, dict]:
     Raises:
         InputError: it takes photos of one size alone.
     """
-    own = entry["preprocessing"]["size"]
+    own = spec.preprocessing.size
     sizes = [math.ceil(LARGER * own / stride) * stride for stride in (32, 14)]
     for size, more in itertools.product(sizes, ({}, {"dynamic_img_size": True})):
-        arguments = entry["arguments"] | more
+        arguments = spec.arguments | more
         try:
-            candidate = build_module(entry["library"], entry["architecture"], arguments) if more else module
+            candidate = build_module(spec.library, spec.architecture, arguments) if more else module
             candidate.load_state_dict(module.state_dict())
             with torch.inference_mode():
                 candidate.eval()(torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError, TypeError):
             continue
-        return candidate, entry | {
-            "arguments": arguments,
-            "preprocessing": entry["preprocessing"] | {"larger": size},
-        }
-    raise InputError(f"the view larger: {entry['architecture']} takes photos of {own} pixels alone; leave the view out")
+        preprocessing = replace(spec.preprocessing, larger=size)
+        return candidate, replace(spec, arguments=arguments, preprocessing=preprocessing)
+    raise InputError(f"the view larger: {spec.architecture} takes photos of {own} pixels alone; leave the view out")
 
 
 def _download(spec: str, name: str, formats: tuple[str, ...]) -> Path:
@@ -279,14 +277,14 @@ def same_weights(config: dict, where: str = "") -> list[str]:
 
 def _from_folder(
     folder: Path, image_size: int, name: str = "", formats: tuple[str, ...] = tuple(WEIGHTS)
-) -> tuple[nn.Module, dict]:
+) -> tuple[nn.Module, EncoderSpec]:
     kind = next((kind for kind in formats if (folder / kind).is_file()), None)
     if kind is None:
         raise InputError(f"{folder} holds neither {' nor '.join(formats)}: give a folder in the hub's format")
     config = _read_json(folder / kind)
     if kind == TIMM:
         _refuse_transformers(config, f"hf-hub:{name}" if name else str(folder))
-        return _timm_entry(config, _find_weights(folder, kind), image_size)
+        return _from_timm_config(config, _find_weights(folder, kind), image_size)
     refuse_size(str(folder), image_size)
     try:
         model = config["model_cfg"]
@@ -304,7 +302,7 @@ def _from_folder(
             raise
         _load(module, whole.visual.state_dict(), folder)
     preprocessing = (config.get("preprocess_cfg") or {}) | {"size": _image_size(module)}
-    return module, _open_clip_entry(name or folder.name, tower, preprocessing)
+    return module, _open_clip_spec(name or folder.name, tower, preprocessing)
 
 
 def _tower(embed_dim: int, vision: dict, quick_gelu: bool) -> dict:
@@ -326,20 +324,21 @@ def _whole_open_clip(folder: Path) -> nn.Module | None:
         return None
 
 
-def _from_run(folder: Path, image_size: int) -> tuple[nn.Module, dict]:
+def _from_run(folder: Path, image_size: int) -> tuple[nn.Module, EncoderSpec]:
+    spec = read_manifest(folder / MANIFEST).members[0].encoder
+    if image_size not in (0, spec.preprocessing.size):
+        own = spec.preprocessing.size
+        raise InputError(f"image_size = {image_size}: {folder} was trained at {own} pixels; leave image_size at 0")
     try:
-        entry = dict(_read_json(folder / MANIFEST)["members"][0]["encoder"])
-        module = build_module(entry["library"], entry["architecture"], entry["arguments"])
-        weights, _ = entry.pop("file"), entry.pop("precision")
-    except (KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise InputError(f"{folder / MANIFEST} is no run's: {error!r}; train it again") from error
-    if image_size not in (0, entry["preprocessing"]["size"]):
-        raise InputError(f"image_size = {image_size}: {folder} was trained at {entry['preprocessing']['size']}")
-    _load(module, _read_weights(folder / weights), folder)
-    return module, entry | {"preprocessing": entry["preprocessing"] | {"larger": 0}}
+        module = build_module(spec.library, spec.architecture, spec.arguments)
+    except Exception as error:  # each version of a library fails in its own way at what it does not know
+        reason = shorten(f"{type(error).__name__}: {error}")
+        raise InputError(f"{spec.architecture} of {folder} cannot be built ({reason}); train it again") from error
+    _load(module, _read_weights(folder / spec.file), folder)
+    return module, replace(spec, precision="half", preprocessing=replace(spec.preprocessing, larger=0), file="")
 
 
-def _from_open_clip(name: str) -> tuple[nn.Module, dict]:
+def _from_open_clip(name: str) -> tuple[nn.Module, EncoderSpec]:
     import open_clip
 
     architecture, _, tag = name.partition("/")
@@ -358,11 +357,11 @@ def _from_open_clip(name: str) -> tuple[nn.Module, dict]:
     tower = _tower(config["embed_dim"], config["vision_cfg"], quick)
     module = build_module("open_clip", "", tower)
     _load(module, visual.state_dict(), Path(name))
-    return module, _open_clip_entry(architecture, tower, visual.preprocess_cfg)
+    return module, _open_clip_spec(architecture, tower, visual.preprocess_cfg)
 
 
-def _open_clip_entry(architecture: str, tower: dict, config: dict) -> dict:
-    """The manifest entry of an open_clip tower; `config` has open_clip's preprocessing keys, some or all."""
+def _open_clip_spec(architecture: str, tower: dict, config: dict) -> EncoderSpec:
+    """The description of an open_clip tower; `config` has open_clip's preprocessing keys, some or all."""
     mode = config.get("resize_mode", "shortest")
     if mode not in ("shortest", "squash"):
         raise InputError(f"{architecture} was trained with resize_mode {mode}: only shortest and squash are supported")
@@ -375,16 +374,11 @@ def _open_clip_entry(architecture: str, tower: dict, config: dict) -> dict:
         scale=1.0,
         fit="squash" if mode == "squash" else "crop",
     )
-    return {
-        "library": "open_clip",
-        "architecture": architecture,
-        "arguments": tower,
-        "packages": {name: version(name) for name in ("open_clip_torch", "ftfy")},
-        "preprocessing": asdict(preprocessing),
-    }
+    packages = {name: version(name) for name in ("open_clip_torch", "ftfy")}
+    return _spec("open_clip", architecture, tower, packages, preprocessing)
 
 
-def _from_timm(name: str, pretrained: bool, image_size: int) -> tuple[nn.Module, dict]:
+def _from_timm(name: str, pretrained: bool, image_size: int) -> tuple[nn.Module, EncoderSpec]:
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=5, cutoff=0.0))
@@ -397,7 +391,7 @@ def _from_timm(name: str, pretrained: bool, image_size: int) -> tuple[nn.Module,
     return module, _describe_timm(module, architecture, arguments, module.pretrained_cfg, image_size)
 
 
-def _timm_entry(config: dict, weights: Path, image_size: int) -> tuple[nn.Module, dict]:
+def _from_timm_config(config: dict, weights: Path, image_size: int) -> tuple[nn.Module, EncoderSpec]:
     """From timm's own configuration: architecture, num_classes, model_args, pretrained_cfg.
 
     The weights go through timm's own loader, which fits them to the architecture as it would those of its hub.
@@ -461,7 +455,7 @@ def _count_classes(state: dict[str, torch.Tensor], classifier: str | tuple | Non
     return heads[0] if heads else 0 if names else otherwise
 
 
-def _describe_timm(module: nn.Module, architecture: str, arguments: dict, config: dict, image_size: int) -> dict:
+def _describe_timm(module: nn.Module, architecture: str, arguments: dict, config: dict, image_size: int) -> EncoderSpec:
     overrides = {"input_size": (3, image_size, image_size)} if image_size else {}
     resolved = timm.data.resolve_data_config(overrides, pretrained_cfg=config, use_test_size=False)
     if resolved["crop_mode"] not in ("center", "squash"):
@@ -487,13 +481,23 @@ def _describe_timm(module: nn.Module, architecture: str, arguments: dict, config
             raise InputError(
                 f"image_size = {size}: {architecture} takes no such photos ({shorten(error)}); leave it at 0"
             ) from error
-    return {
-        "library": "timm",
-        "architecture": architecture,
-        "arguments": arguments,
-        "packages": {"timm": version("timm")},
-        "preprocessing": asdict(preprocessing),
-    }
+    return _spec("timm", architecture, arguments, {"timm": version("timm")}, preprocessing)
+
+
+def _spec(
+    library: str, architecture: str, arguments: dict, packages: dict[str, str], preprocessing: Preprocessing
+) -> EncoderSpec:
+    """The description of an encoder whose embeddings are not measured yet and whose weights are not saved."""
+    return EncoderSpec(
+        library=library,
+        architecture=architecture,
+        arguments=arguments,
+        packages=packages,
+        preprocessing=preprocessing,
+        features=0,
+        precision="half",
+        file="",
+    )
 
 
 def _image_size(module: nn.Module) -> int:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.inputs import MANIFEST, InputError
+from kernel.inputs import InputError
+from kernel.manifest import MANIFEST
 
 OPEN_CLIP, TIMM = "open_clip_config.json", "config.json"  # the configurations by which the two formats are known
 # File names of the hub, in the order in which both libraries look for them; a folder may have any other name.

@@ -30,7 +30,7 @@ def row_of(bundle: Bundle, version: int) -> dict[str, str]:
     """
     layout, size = bundle.table.layout, len(bundle.table.observations)
     metric = layout.metric
-    scores = bundle.manifest["members"][0]["validation"]
+    scores = bundle.manifest.members[0].validation
     local = {
         name: f"{scores[key]:.4f}"
         for name, key in (("local", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high"))

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kernel.inputs import MANIFEST, InputError, read_weights, sha256
+from kernel.inputs import InputError, sha256
+from kernel.manifest import MANIFEST, Manifest, read_weights
 from kernel.observations import LAYOUTS, Observation, TestTable, read_table
 from kernel.submission import check_submission
 from local.publishing.metadata import (
@@ -63,7 +64,7 @@ class Bundle:
 
     build: Path
     metadata: dict
-    manifest: dict
+    manifest: Manifest
     digests: dict[str, str]
     table: TestTable
     rehearsed: Path
@@ -102,7 +103,7 @@ class Bundle:
     @property
     def runs(self) -> list[str]:
         """The names of the runs that it is made of."""
-        return list(dict.fromkeys(member.get("run", member["name"]) for member in self.manifest["members"]))
+        return list(dict.fromkeys(member.run or member.name for member in self.manifest.members))
 
     @property
     def commit(self) -> str:
@@ -125,7 +126,7 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
     manifest, digest = inspect_weights(build / "weights", metadata)
     inspect_script(build / "kernel.py", digest)
     record = read_record(build)
-    layout = next(layout for layout in LAYOUTS if layout.name == manifest["competition"]["layout"])
+    layout = next(layout for layout in LAYOUTS if layout.name == manifest.competition.layout)
     attached = metadata["competition_sources"][0]
     if {one.slug: one.name for one in LAYOUTS}.get(attached, layout.name) != layout.name:
         raise InputError(
@@ -136,21 +137,21 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
     if not rows:
         raise InputError(f"{build / PLAIN} has no observation: rehearse on the competition with its test set")
     table = TestTable(build, layout, [Observation(row[layout.header[0]], ()) for row in rows])
-    check_submission(build / PLAIN, table, manifest["class_ids"])
+    check_submission(build / PLAIN, table, manifest.class_ids)
     return Bundle(build, metadata, manifest, record["bundle"], table, build / PLAIN, record)
 
 
-def inspect_weights(folder: Path, metadata: dict) -> tuple[dict, str]:
+def inspect_weights(folder: Path, metadata: dict) -> tuple[Manifest, str]:
     """The manifest of complete and undamaged weights that name the dataset which the kernel attaches, and its digest.
 
     Raises:
         InputError: a file is missing, damaged, or none of theirs.
     """
     weights = read_weights(folder)
-    for name in weights.manifest["files"]:
+    for name in weights.manifest.files:
         weights.file(name)
     present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    strangers = present - {*weights.manifest["files"], MANIFEST, DATASET_METADATA}
+    strangers = present - {*weights.manifest.files, MANIFEST, DATASET_METADATA}
     if strangers:
         raise InputError(f"{folder / min(strangers)} is none of the bundle's files: remove it, or bundle again")
     try:

@@ -101,7 +101,7 @@ class Publication:
             return (state, failure) if state in ENDED else None, state.lower()
 
         every, queue = RUN
-        state, failure = self.kaggle.wait(what, ask, every, queue + self.bundle.manifest["competition"]["time_limit"])
+        state, failure = self.kaggle.wait(what, ask, every, queue + self.bundle.manifest.competition.time_limit)
         output, log = self.kaggle.download_output(kernel, OUTPUT, self.path.parent)
         lines = [line for line in log.splitlines() if line.strip()]
         if state != "COMPLETE" or output is None:
@@ -114,7 +114,7 @@ class Publication:
             say(f"  | {line}")
         if self.bundle.digests["manifest"] not in log:
             raise InputError(f"{what}: the log is of a run with other weights: run the same command again in a minute")
-        check_submission(output, self.bundle.table, self.bundle.manifest["class_ids"])
+        check_submission(output, self.bundle.table, self.bundle.manifest.class_ids)
         share = agreement(self.bundle.rehearsed, output, self.bundle.table)
         rows = counted(len(self.bundle.table.observations), "row")
         say(f"{output}: {rows}, {share:.1%} with the rehearsal's first guess")

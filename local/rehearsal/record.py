@@ -8,7 +8,8 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kernel.inputs import MANIFEST, InputError, sha256
+from kernel.inputs import InputError, sha256
+from kernel.manifest import MANIFEST
 from local.base.files import write_json
 
 RECORD = Path("rehearsal", "record.json")

@@ -413,7 +413,7 @@ def must_not_grow(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) ->
     must_be_scored(rehearsal, runs, changed)
     small, large = (ran.outcome.peak_memory_mb for ran in runs)
     more = (TIMES - 1) * sum(len(observation.photos) for observation in runs[0].table.observations)
-    side = max(member["encoder"]["preprocessing"]["size"] for member in rehearsal.manifest["members"])
+    side = max(member.encoder.preprocessing.size for member in rehearsal.manifest.members)
     allowed = NOISE + min(more, QUEUED) * 3 * side**2 / 1e6
     told = f"{small:.0f} MB, with {counted(more, 'more photo')} {large:.0f} MB; {allowed:.0f} MB more are allowed"
     if large > small + allowed:
@@ -469,7 +469,7 @@ def must_not_call(rehearsal: Rehearsal, runs: Sequence[Ran], changed: object) ->
 def must_agree_with_images_timm(rehearsal: Rehearsal, runs: Sequence[Ran], folders: list[Path]) -> str:
     """The script used the timm that it will have on Kaggle, and its answers are those of the timm that is installed."""
     must_predict(rehearsal, runs, folders)
-    brought = [name for name in rehearsal.manifest["files"] if re.match(r"wheels/timm-[^/]+\.whl$", name)]
+    brought = [name for name in rehearsal.manifest.files if re.match(r"wheels/timm-[^/]+\.whl$", name)]
     expected = brought[0].split("-")[1] if brought else IMAGE["timm"]
     used = next((line.removeprefix(TIMM_USED) for line in runs[0].lines if line.startswith(TIMM_USED)), "none")
     if used not in (expected, "none"):

@@ -14,7 +14,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.inputs import InputError, read_weights
+from kernel.inputs import InputError
+from kernel.manifest import CompetitionSpec, read_weights
 from kernel.observations import LAYOUTS, TestTable, clean_id, find_test_table, read_table, recognise
 from kernel.submission import check_submission, fallback_guesses
 from local.base.console import say
@@ -110,10 +111,10 @@ class Rehearsal(AbstractContextManager):
         self.metadata = read_kernel_metadata(ROOT / "kernel-metadata.json")
         check_bundle(build)
         self.manifest = read_weights(build / "weights").manifest
-        refuse_other_competition(data, self.manifest)
-        self.limit = time_limit or self.manifest["competition"]["time_limit"]
-        observations = [observation.id for observation in find_test_table(data, self.manifest).observations]
-        self.truth = read_solution(solution, observations, self.manifest["class_ids"]) if solution else {}
+        refuse_other_competition(data, self.manifest.competition)
+        self.limit = time_limit or self.manifest.competition.time_limit
+        observations = [observation.id for observation in self.find_table(data).observations]
+        self.truth = read_solution(solution, observations, self.manifest.class_ids) if solution else {}
         self.solution = solution
         self.performed: dict[str, tuple] = {}  # scenarios that others compare with
 
@@ -148,17 +149,22 @@ class Rehearsal(AbstractContextManager):
         folder = self.folder / "few"
         if not folder.exists():
             stage_competition(self.data, folder)
-            ids = [observation.id for observation in find_test_table(folder, self.manifest).observations]
+            ids = [observation.id for observation in self.find_table(folder).observations]
             keep_observations(folder, set(random.Random(self.seed).sample(ids, min(OBSERVATIONS, len(ids)))))
         return folder
 
+    def find_table(self, folder: Path) -> TestTable:
+        """The test table in a folder, of the layout and the resolution that the bundle was trained on."""
+        trained = self.manifest.competition
+        return find_test_table(folder, trained.layout, trained.resolution)
+
     def table(self, stage: Stage) -> TestTable:
         """What a stage asks."""
-        return find_test_table(stage.inputs, self.manifest)
+        return self.find_table(stage.inputs)
 
     def fallback(self, table: TestTable) -> list[str]:
         """What the kernel answers where no photo speaks."""
-        return fallback_guesses(table, self.manifest)
+        return fallback_guesses(table, self.manifest.fallback_classes)
 
     def results(self, name: str) -> Path:
         """Where a scenario's last submission and its log are kept."""
@@ -224,24 +230,27 @@ class Rehearsal(AbstractContextManager):
         if not submission.is_file():
             return "it left no submission.csv"
         try:
-            check_submission(submission, table, self.manifest["class_ids"])
+            check_submission(submission, table, self.manifest.class_ids)
         except InputError as error:
             return str(error).replace(f"{submission.parent}/", "")
         return ""
 
 
-def refuse_other_competition(data: Path, manifest: dict) -> None:
+def refuse_other_competition(data: Path, trained: CompetitionSpec) -> None:
     """The bundle is rehearsed on the competition that its runs were trained on.
+
+    Args:
+        trained: what they were trained on.
 
     Raises:
         InputError: the folder is of another layout, or has other labelled observations.
     """
-    trained, found = manifest["competition"], find_layout(data)[0].name
-    if recognise(data, [layout for layout in LAYOUTS if layout.name == trained["layout"]]) is None:
-        raise InputError(f"{data} is of layout {found}, the bundle was trained on {trained['layout']}: give its --data")
+    found = find_layout(data)[0].name
+    if recognise(data, [layout for layout in LAYOUTS if layout.name == trained.layout]) is None:
+        raise InputError(f"{data} is of layout {found}, the bundle was trained on {trained.layout}: give its --data")
     from local.data.competition import read_competition  # imports pandas, which `--help` should not wait for
 
-    digest = trained.get("observations_sha256")
+    digest = trained.observations_sha256
     if digest and read_competition(data).observations_digest() != digest:
         raise InputError(
             f"the training observations of {data} are not those that the bundle was trained on: give the --data of "

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from kernel.inputs import MANIFEST
+from kernel.manifest import MANIFEST, read_manifest, write_manifest
 from kernel.observations import (
     PHOTO_SUFFIXES,
     RESOLUTIONS,
@@ -202,6 +202,7 @@ def truncate_weights(weights: Path) -> None:
 
 def exchange_weights(weights: Path) -> None:
     """Put the weights of another run in the place of staged ones, as far as the manifest can tell."""
-    manifest = json.loads((weights / MANIFEST).read_text(encoding="utf-8"))
-    manifest["members"][0]["name"] += ", another run"
-    replace_file(weights / MANIFEST, json.dumps(manifest).encode())
+    manifest = read_manifest(weights / MANIFEST)
+    first, *others = manifest.members
+    renamed = replace(first, name=f"{first.name}, another run")
+    write_manifest(replace(manifest, members=(renamed, *others)), weights / MANIFEST)  # in the place of a link, too

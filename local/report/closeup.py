@@ -7,7 +7,7 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
-from kernel.photos import decode, read_preprocessing
+from kernel.photos import decode
 from local.banks.estimators import group_means, unit
 from local.report.evidence import Evidence
 
@@ -167,7 +167,7 @@ class Closeup:
     def unreadable(self) -> list[dict]:
         """The photos that could not be decoded, and why."""
         embedded = self.embedded
-        preprocessing = read_preprocessing(self.evidence.manifest["members"][0]["encoder"]["preprocessing"])
+        preprocessing = self.evidence.manifest.members[0].encoder.preprocessing
         suspects = [
             (one.id, path)
             for one, count in zip(embedded.observations, embedded.readable, strict=True)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 
 from kernel.inputs import InputError
+from kernel.manifest import Manifest
 from kernel.observations import Observation, names_nothing
 from local.banks.ensemble import VALIDATION_FILE, Answers, read_answers
 from local.banks.estimators import pool, unit
@@ -89,7 +90,7 @@ class Evidence:
     """
 
     run: Path
-    manifest: dict
+    manifest: Manifest
     recipe: Recipe
     competition: Competition
     classes: list[str]
@@ -142,8 +143,8 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         InputError: `run` is no run or kept no answers; `data` is not the competition that they are about.
     """
     manifest, answers = open_run(run).manifest, answers_of(run)
-    recipe = make_recipe(manifest["members"][0]["recipe"], str(run), ignores_removed=True)
-    competition = read_competition(data, manifest["competition"]["resolution"])
+    recipe = make_recipe(manifest.members[0].recipe, str(run), ignores_removed=True)
+    competition = read_competition(data, manifest.competition.resolution)
     if recipe.train.subset:
         competition = competition.sample(recipe.train.subset, recipe.train.seed)
     known = labelled(competition, "train", "val")

@@ -64,7 +64,7 @@ def evaluate(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -
         "headline": headline(evidence.truth, evidence.log_probabilities, evidence.weights, is_macro),
         "unweighted": None if is_even else headline(evidence.truth, evidence.log_probabilities),
         "is_macro": is_macro,
-        "by_training": evidence.manifest["members"][0]["validation"],
+        "by_training": evidence.manifest.members[0].validation,
         "chosen": list(evidence.recipe.search.choose),
         "against": [against(evidence, run) for run in others],
     }
@@ -233,9 +233,9 @@ def leaderboard(evidence: Evidence, others: Sequence[dict], expected: float | No
     Args:
         expected: the score that the held-out observations promise; None is that of all of them, unweighted.
     """
-    competition = evidence.manifest["competition"] | {"resolution": evidence.competition.resolution}
     try:
-        size = len(find_test_table(evidence.competition.folder, {"competition": competition}).observations)
+        competition, layout = evidence.competition, evidence.manifest.competition.layout
+        size = len(find_test_table(competition.folder, layout, competition.resolution).observations)
     except InputError:  # a folder without a test set
         size = 0
     layout, boards = evidence.competition.layout, []

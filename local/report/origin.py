@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.inputs import MANIFEST, sha256
+from kernel.inputs import sha256
+from kernel.manifest import MANIFEST
 from local.base.repository import commit
 from local.data.competition import labelled, places_of
 from local.report.evidence import Evidence
@@ -54,7 +55,7 @@ def distribution(evidence: Evidence) -> dict:
 
 def reproduce(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -> dict:
     """Recipe, versions, commits, digests, and the commands."""
-    member, data = evidence.manifest["members"][0], shlex.quote(str(evidence.competition.folder))
+    member, data = evidence.manifest.members[0], shlex.quote(str(evidence.competition.folder))
     run = shlex.quote(str(evidence.run))
     more = [f"--against {shlex.join(map(str, others))}"] if others else []
     more += [f"--focus {shlex.join(focus)}"] if focus else []
@@ -66,10 +67,10 @@ def reproduce(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) 
             f"python bundle.py {run} && python local/rehearse.py --data {data}",
         ],
         "recipe": (evidence.run / "recipe.toml").read_text(encoding="utf-8"),
-        "versions": {"training": member["versions"], "report": versions()},
-        "commit": {"training": evidence.manifest.get("commit"), "report": commit()},
-        "digests": {MANIFEST: sha256(evidence.run / MANIFEST), **evidence.manifest["files"]},
-        "data": {"sha256": digest, "is_of_training": digest == member["data_sha256"]},
+        "versions": {"training": member.versions, "report": versions()},
+        "commit": {"training": evidence.manifest.commit, "report": commit()},
+        "digests": {MANIFEST: sha256(evidence.run / MANIFEST), **evidence.manifest.files},
+        "data": {"sha256": digest, "is_of_training": digest == member.data_sha256},
     }
 
 

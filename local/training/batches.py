@@ -17,8 +17,9 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
+from kernel.manifest import Preprocessing
 from kernel.observations import Observation
-from kernel.photos import Preprocessing, read_photo, shorter_side
+from kernel.photos import read_photo, shorter_side
 from local.recipes.settings import AugmentSettings, TrainSettings
 
 ERASED = (0.02, 0.1)  # of a photo's area

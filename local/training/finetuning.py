@@ -133,9 +133,8 @@ def finetune(
                 with memory_named(f"judging epoch {training.epoch}", folder):
                     present = judged(training.kept, head if keeps_head else None)
             except Unusable as error:
-                say(
-                    f"epoch {training.epoch}: {error}; stopping with what was learnt before; try a smaller learning_rate"
-                )
+                kept = "stopping with what was learnt before; a smaller learning_rate may help"
+                say(f"epoch {training.epoch}: {error}; {kept}")
                 break
             rate = training.learning_rate
             row = log_row(training.epoch, mean_loss, rate, present.scores, time.monotonic() - began)

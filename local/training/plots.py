@@ -67,7 +67,7 @@ def plot_predictions(data: Path, submission: Path, solution: Path, path: Path, r
     Half of the rows are observations whose class is among the five, half are ones whose class is not.
     """
     competition = read_competition(data)
-    table = find_test_table(data, {"competition": {"layout": competition.layout.name}})
+    table = find_test_table(data, competition.layout.name)
     truth = {row[0]: row[1] for row in map(tuple, pd.read_csv(solution, dtype=str).to_numpy())}
     answers = {row[0]: row[1].split()[:5] for row in map(tuple, pd.read_csv(submission, dtype=str).to_numpy())}
     example = competition.photos.drop_duplicates("class_id").set_index("class_id")["photo"]

@@ -17,9 +17,19 @@ import torch
 from safetensors import SafetensorError
 
 from kernel.encoders import Encoder, is_out_of_memory, open_encoder, pick_devices, pick_dtype
-from kernel.inputs import FORMAT, MANIFEST, InputError, Weights, sha256, shorten
+from kernel.inputs import InputError, sha256, shorten
+from kernel.manifest import (
+    MANIFEST,
+    CompetitionSpec,
+    EncoderSpec,
+    GivenSettings,
+    Manifest,
+    Member,
+    read_manifest,
+    write_manifest,
+)
 from kernel.observations import RESOLUTIONS
-from kernel.photos import read_preprocessing, shorter_side, write_unreadable
+from kernel.photos import shorter_side, write_unreadable
 from kernel.views import VIEWS
 from local.banks.estimators import commonest_classes, save_banks
 from local.banks.metadata_prior import write_prior
@@ -76,13 +86,14 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     check_start(recipe, data, out, resumes)
     torch.manual_seed(recipe.train.seed)
     with memory_named("loading the encoder", partial / CHECKPOINTS):
-        module, entry = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
+        module, spec = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
         refuse_large(recipe.encoder, module)
         if "larger" in recipe.bank.views:
-            module, entry = take_larger(module, entry)
+            module, spec = take_larger(module, spec)
     if recipe.bank.resize_mode != "encoder":
-        entry["preprocessing"]["fit"] = recipe.bank.resize_mode
-    preprocessing = read_preprocessing(entry["preprocessing"])
+        resized = dataclasses.replace(spec.preprocessing, fit=recipe.bank.resize_mode)
+        spec = dataclasses.replace(spec, preprocessing=resized)
+    preprocessing = spec.preprocessing
     resolution = recipe.encoder.resolution
     if resolution == "auto":
         resolution = smallest_sufficient(shorter_side(preprocessing))
@@ -104,12 +115,12 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     if distributed.is_first():
         checkpoints = partial / CHECKPOINTS
         with full_disk_named(checkpoints), memory_named("opening the encoder as the kernel will", checkpoints):
-            on_cpu = Encoder(module, preprocessing, entry["features"], [torch.device("cpu")])
-            rehearse_opening(on_cpu, entry, recipe, out)
+            on_cpu = Encoder(module, preprocessing, spec.features, [torch.device("cpu")])
+            rehearse_opening(on_cpu, spec, recipe, out)
     device = distributed.device_of(pick_devices())
     with memory_named(f"moving the encoder to {device}", partial / CHECKPOINTS):
         module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    encoder = Encoder(module, preprocessing, entry["features"], [device])
+    encoder = Encoder(module, preprocessing, spec.features, [device])
 
     if distributed.is_first():
         with full_disk_named(partial / CHECKPOINTS):
@@ -118,7 +129,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     try:
         checkpoints = partial / CHECKPOINTS
         with full_disk_named(checkpoints), memory_named("embedding the photos and choosing the bank", checkpoints):
-            fill_run(partial, out.parent / CACHE, recipe, competition, encoder, entry, source, given)
+            fill_run(partial, out.parent / CACHE, recipe, competition, encoder, spec, source, given)
             if distributed.is_first():
                 put_in_place(partial, out)
     finally:
@@ -127,7 +138,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     say(f"{out}: done")
 
 
-def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -> None:
+def rehearse_opening(encoder: Encoder, spec: EncoderSpec, recipe: Recipe, out: Path) -> None:
     """Save the encoder beside `out`, open it as the kernel will, and compare the embeddings of one photo.
 
     What would fail after the last photo fails before the first one.
@@ -147,10 +158,10 @@ def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
-        weights = Weights(folder, {"files": {ENCODER_FILE: sha256(folder / ENCODER_FILE)}})
-        kept = json.loads(json.dumps(entry | {"file": ENCODER_FILE, "precision": "full"}))
+        arguments = json.loads(json.dumps(spec.arguments))  # as they are read from the manifest
+        kept = dataclasses.replace(spec, arguments=arguments, precision="full")
         with torch.random.fork_rng(devices=[]):  # the weights that opening draws must not change what comes after
-            opened = open_encoder(weights, kept, encoder.devices)
+            opened = open_encoder(folder / ENCODER_FILE, kept, encoder.devices)
         expected, found = (each.embed(photo.to(torch.uint8), views) for each in (encoder, opened))
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, (OSError, SafetensorError)):
@@ -158,7 +169,7 @@ def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -
         cause = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         reason = shorten(cause)
         raise InputError(
-            f"{recipe.encoder.encoder}: the kernel could not open {entry['architecture']} as it is here ({reason}); "
+            f"{recipe.encoder.encoder}: the kernel could not open {spec.architecture} as it is here ({reason}); "
             "choose another encoder"
         ) from error
     finally:
@@ -167,7 +178,7 @@ def rehearse_opening(encoder: Encoder, entry: dict, recipe: Recipe, out: Path) -
         raise InputError(f"{recipe.encoder.encoder} gives embeddings that are not finite: its weights are damaged")
     if not torch.allclose(found, expected, atol=1e-3):
         raise InputError(
-            f"{recipe.encoder.encoder}: the kernel would build {entry['architecture']} otherwise than it is here, "
+            f"{recipe.encoder.encoder}: the kernel would build {spec.architecture} otherwise than it is here, "
             "with other embeddings; choose another encoder"
         )
 
@@ -181,23 +192,19 @@ def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool, resumes: bool
     if not (resumes and os.path.exists(out)):  # unlike Path's, it takes any name
         return False
     try:
-        member = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["members"][0]
-        trained = settings_of(Recipe()) | current_names(member["recipe"])
-        given = member.get("given", {"recipe": {}, "weights": ""})
-        old, digest = trained | current_names(given["recipe"]), member["data_sha256"]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        member = read_manifest(out / MANIFEST).members[0]
+    except InputError as error:
         raise InputError(f"{out} is not a run, or a damaged one: remove it, or give another --out") from error
-    now, chosen = settings_of(recipe), trained["choose"]
-    found = differences(old, now, (given["weights"], weights_digest(recipe.encoder.encoder)))
+    given, trained = member.given, settings_of(Recipe()) | current_names(member.recipe)
+    old, now, chosen = trained | current_names(given.recipe), settings_of(recipe), trained["choose"]
+    found = differences(old, now, (given.weights, weights_digest(recipe.encoder.encoder)))
     for key in ("resize_mode", "resolution"):  # "encoder" and "auto" are recorded as what they came to
-        if key not in chosen and (
-            now[key] == trained[key] or (not given["recipe"] and now[key] in ("encoder", "auto"))
-        ):
+        if key not in chosen and (now[key] == trained[key] or (not given.recipe and now[key] in ("encoder", "auto"))):
             found.pop(key, None)
-    for key in () if given["recipe"] else chosen:  # of an older run only what was chosen is known
+    for key in () if given.recipe else chosen:  # of an older run only what was chosen is known
         found.pop(key, None)
     competition = part_of(read_competition(data, trained["resolution"]), uses_val, old["subset"], old["seed"])
-    if competition.digest() != digest:
+    if competition.digest() != member.data_sha256:
         found["data"] = f"{data} is not the data that it was made of, or has changed since"
     if not found:
         return True
@@ -307,7 +314,7 @@ def fill_run(
     recipe: Recipe,
     competition: Competition,
     encoder: Encoder,
-    entry: dict,
+    spec: EncoderSpec,
     source: str,
     given: Recipe,
 ) -> None:
@@ -328,7 +335,7 @@ def fill_run(
     if recipe.train.epochs:
         say(told_training(competition, fit, validation, recipe.train))
     digest = competition.digest()
-    learnt_from, part = dict(entry.get("learnt_from", {})), [digest, recipe.train.seed]
+    learnt_from, part = dict(spec.learnt_from), (digest, recipe.train.seed)
     if learnt_from.get(source, part) != part and not competition.has_val:
         raise InputError(
             f"{recipe.encoder.encoder} was trained on what would judge it here: take the seed and the subset of its "
@@ -384,48 +391,40 @@ def fill_run(
     }
     write_json(metrics, folder / "metrics.json")
     plot_class_distribution(class_ids, folder / "class-distribution.png")
-    preprocessing = {**entry["preprocessing"], "fit": bank.resize_mode}
-    member = {
-        "name": entry["architecture"],
-        "encoder": {
-            **entry,
-            "preprocessing": preprocessing,
-            "precision": recipe.encoder.precision,
-            "packages": {name: version(name) for name in entry["packages"]},  # a run goes on from an older one
-            "learnt_from": learnt_from,
-            "file": ENCODER_FILE,
-        },
-        "views": list(bank.views),
-        "pooling": bank.pooling,
-        "bank": BANK_FILE,
-        "prior": PRIOR_FILE if bank.metadata_weight else None,
-        "prior_weight": bank.metadata_weight,
-        "weight": 1.0,
-        "validation": scores,
-        "recipe": settings_of(chosen),
-        "given": {"recipe": settings_of(given), "weights": weights_digest(given.encoder.encoder)},
-        "data_sha256": digest,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
-    }
-    write_manifest(folder, competition, source, study.classes, commonest_classes(class_ids, study.classes), member)
-
-
-def write_manifest(
-    folder: Path, competition: Competition, source: str, classes: list[str], prior: list[str], member: dict
-) -> None:
-    """Write what the kernel must know of a run, as the manifest of a bundle of one."""
-    manifest = {
-        "format": FORMAT,
-        "commit": commit(),
-        "competition": {
-            "layout": competition.layout.name,
-            "resolution": competition.resolution,
-            "observations_sha256": source,
-            "time_limit": TIME_LIMITS[competition.layout.name],
-        },
-        "class_ids": classes,
-        "prior": prior,
-        "members": [member],
-        "files": {name: sha256(folder / name) for name in (ENCODER_FILE, BANK_FILE, member["prior"]) if name},
-    }
-    write_json(manifest, folder / MANIFEST)
+    member = Member(
+        name=spec.architecture,
+        encoder=dataclasses.replace(
+            spec,
+            preprocessing=dataclasses.replace(spec.preprocessing, fit=bank.resize_mode),
+            precision=recipe.encoder.precision,
+            packages={name: version(name) for name in spec.packages},  # those of now, also for the encoder of a run
+            learnt_from=learnt_from,
+            file=ENCODER_FILE,
+        ),
+        views=tuple(bank.views),
+        pooling=bank.pooling,
+        bank=BANK_FILE,
+        metadata_prior=PRIOR_FILE if bank.metadata_weight else None,
+        metadata_prior_weight=bank.metadata_weight,
+        weight=1.0,
+        validation=scores,
+        recipe=settings_of(chosen),
+        given=GivenSettings(recipe=settings_of(given), weights=weights_digest(given.encoder.encoder)),
+        data_sha256=digest,
+        versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+    )
+    files = [ENCODER_FILE, BANK_FILE, *([PRIOR_FILE] if bank.metadata_weight else [])]
+    manifest = Manifest(
+        commit=commit(),
+        competition=CompetitionSpec(
+            layout=competition.layout.name,
+            resolution=competition.resolution,
+            observations_sha256=source,
+            time_limit=TIME_LIMITS[competition.layout.name],
+        ),
+        class_ids=tuple(study.classes),
+        fallback_classes=tuple(commonest_classes(class_ids, study.classes)),
+        members=(member,),
+        files={name: sha256(folder / name) for name in files},
+    )
+    write_manifest(manifest, folder / MANIFEST)

@@ -11,7 +11,7 @@ import torch
 from kernel.budget import Budget
 from kernel.embeddings import ahead, embed_observations, stack
 from kernel.encoders import Encoder, open_encoder
-from kernel.inputs import read_weights
+from kernel.manifest import read_weights
 from kernel.observations import Observation
 from kernel.photos import DRAFT, decode
 from kernel.views import VIEWS
@@ -79,8 +79,8 @@ def test_the_larger_view_sees_the_photo_decoded_larger_and_the_others_see_it_at_
 
 def test_photos_decoded_small_embed_as_if_they_had_been_decoded_whole(trained, tmp_path, monkeypatch):
     weights = read_weights(trained)
-    entry = weights.manifest["members"][0]["encoder"]
-    encoder = open_encoder(weights, entry, [torch.device("cpu")])
+    spec = weights.manifest.members[0].encoder
+    encoder = open_encoder(weights.file(spec.file), spec, [torch.device("cpu")])
     paths = []
     for seed, size in enumerate([(400, 300), (640, 480), (750, 500), (1600, 1200), (2000, 3000), (3000, 2000)]):
         paths.append(tmp_path / f"{size[0]}.jpg")

@@ -1,6 +1,8 @@
-"""Encoders are rebuilt from their manifest entry alone, exactly, or refused."""
+"""Encoders are rebuilt from their description alone, exactly, or refused."""
 
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import timm
@@ -8,32 +10,23 @@ import torch
 from safetensors.torch import save_file
 
 from kernel.encoders import Encoder, build_module, describe_versions, open_encoder, pick_devices
-from kernel.inputs import InputError, Weights, sha256
-from kernel.photos import read_preprocessing
+from kernel.inputs import InputError
 from kernel.views import VIEWS
+from tests.manifests import encoder_spec, member
 
-PREPROCESSING = {"size": 64, "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3], "interpolation": "bilinear"}
-ENTRY = {
-    "library": "timm",
-    "architecture": "test_resnet",
-    "arguments": {},
-    "features": 96,
-    "precision": "half",
-    "file": "encoder.safetensors",
-    "preprocessing": {**PREPROCESSING, "scale": 1.0, "fit": "crop"},
-}
+SPEC = encoder_spec()
 
 
-def saved(folder, module) -> Weights:
+def saved(folder, module) -> Path:
     save_file(module.state_dict(), folder / "encoder.safetensors")
-    return Weights(folder, {"files": {"encoder.safetensors": sha256(folder / "encoder.safetensors")}})
+    return folder / "encoder.safetensors"
 
 
 def test_an_encoder_embeds_as_the_module_it_was_saved_from(tmp_path):
     module = build_module("timm", "test_resnet", {}).eval()
-    encoder = open_encoder(saved(tmp_path, module), ENTRY, [torch.device("cpu")])
+    encoder = open_encoder(saved(tmp_path, module), SPEC, [torch.device("cpu")])
     photos = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    mean, std = (torch.tensor(PREPROCESSING[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (SPEC.preprocessing.mean, SPEC.preprocessing.std))
     with torch.inference_mode():
         expected = module((photos / 255 - mean) / std)
     found = encoder.embed(photos, [VIEWS["plain"]])[:, 0]
@@ -48,9 +41,8 @@ def test_an_encoder_whose_weights_have_changed_embeds_as_the_one_opened_from_the
     """These keep attention biases in evaluation mode, which must be those of the present weights."""
     torch.manual_seed(0)
     module = build_module("timm", architecture, {}).requires_grad_(False).eval()
-    entry = {**ENTRY, "architecture": architecture, "features": module.num_features}
-    entry["preprocessing"] = {**ENTRY["preprocessing"], "size": 224}
-    preprocessing = read_preprocessing(entry["preprocessing"])
+    preprocessing = replace(SPEC.preprocessing, size=224)
+    spec = encoder_spec(architecture=architecture, features=module.num_features, preprocessing=preprocessing)
     encoder = Encoder(module, preprocessing, module.num_features, [torch.device("cpu")])
     photos, views = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8), [VIEWS["plain"]]
     start = encoder.embed(photos, views)
@@ -69,7 +61,7 @@ def test_an_encoder_whose_weights_have_changed_embeds_as_the_one_opened_from_the
         }
         change(moved)
         found = encoder.embed(photos, views)
-        opened = open_encoder(saved(tmp_path, module), entry, [torch.device("cpu")])
+        opened = open_encoder(saved(tmp_path, module), spec, [torch.device("cpu")])
         assert torch.allclose(found, opened.embed(photos, views), atol=1e-6)
         assert not torch.allclose(found, start, atol=1e-3)
     assert not any(layer.training for layer in module.modules())
@@ -78,7 +70,7 @@ def test_an_encoder_whose_weights_have_changed_embeds_as_the_one_opened_from_the
 def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path):
     weights = saved(tmp_path, build_module("timm", "test_vit", {}))
     with pytest.raises(InputError, match="does not fit test_resnet") as error:
-        open_encoder(weights, ENTRY, [torch.device("cpu")])
+        open_encoder(weights, SPEC, [torch.device("cpu")])
     assert "\n" not in str(error.value)
 
 
@@ -94,16 +86,16 @@ def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path):
 )
 def test_what_this_version_of_a_library_cannot_build_is_one_line_with_both_versions(tmp_path, change, reason):
     weights = saved(tmp_path, build_module("timm", "test_resnet", {}))
-    entry = {**ENTRY, **change, "packages": {"timm": "9.9.9", "open_clip_torch": "9.9.9"}}
+    spec = replace(SPEC, **change, packages={"timm": "9.9.9", "open_clip_torch": "9.9.9"})
     with pytest.raises(InputError, match=r"cannot be built by .* \(trained with 9\.9\.9\)") as error:
-        open_encoder(weights, entry, [torch.device("cpu")])
+        open_encoder(weights, spec, [torch.device("cpu")])
     assert reason in str(error.value)
-    assert (timm.__version__ if entry["library"] == "timm" else version("open_clip_torch")) in str(error.value)
+    assert (timm.__version__ if spec.library == "timm" else version("open_clip_torch")) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_the_versions_that_run_stand_beside_those_of_the_training():
-    members = [{"versions": {"timm": trained, "torch": "2.10.0"}} for trained in ("1.0.26", "1.0.20", "1.0.26")]
+    members = [member(versions={"timm": trained, "torch": "2.10.0"}) for trained in ("1.0.26", "1.0.20", "1.0.26")]
     assert describe_versions(members) == (
         f"running with timm {timm.__version__} (trained with 1.0.20 and 1.0.26), "
         f"torch {torch.__version__} (trained with 2.10.0)"
@@ -139,21 +131,16 @@ class OfAFullGpu(torch.nn.Module):
 def test_an_encoder_without_room_on_the_gpu_goes_on_with_the_cpu(tmp_path, monkeypatch, capsys, is_placed):
     module = build_module("timm", "test_resnet", {}).eval()
     weights, photos = saved(tmp_path, module), torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    expected = open_encoder(weights, ENTRY, [torch.device("cpu")]).embed(photos, [VIEWS["plain"]])
+    expected = open_encoder(weights, SPEC, [torch.device("cpu")]).embed(photos, [VIEWS["plain"]])
     monkeypatch.setattr("kernel.encoders.build_module", lambda *_: OfAFullGpu(build_module(*_), is_placed))
     monkeypatch.setattr(Encoder, "normalise", lambda encoder, photos, device: photos / 255)
-    full = {**ENTRY, "precision": "full"}
+    full = replace(SPEC, precision="full")
     encoder = open_encoder(weights, full, [torch.device("cuda", 0)])
     monkeypatch.undo()
     assert torch.equal(encoder.embed(photos, [VIEWS["plain"]]), expected)  # nothing is left of the half precision
     assert (encoder.devices, encoder.batch_size) == ([torch.device("cpu")], 16)
     told = capsys.readouterr().out.splitlines()
     assert told == ["out of memory: test_resnet does not fit on cuda:0", "going on with the CPU"]
-
-
-def test_preprocessing_comes_back_from_json_as_it_was():
-    found = read_preprocessing({**PREPROCESSING, "scale": 0.875, "fit": "squash"})
-    assert (found.mean, found.std, found.scale, found.fit) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3), 0.875, "squash")
 
 
 def test_the_device_is_one_that_works():

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from kernel.inputs import InputError
+from kernel.manifest import Preprocessing
 from kernel.observations import find_test_table
-from kernel.photos import Preprocessing, decode
+from kernel.photos import decode
 from tests.conftest import command, photo
 
 CROP = Preprocessing(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.875, "crop")
@@ -149,14 +150,14 @@ def table_of(folder: Path, text: str) -> Path:
 def test_a_table_of_any_length_and_spelling_of_ids_is_read(tmp_path, rows, ids):
     rows = [f"{row},x" if "," in row else row for row in rows]
     table_of(tmp_path, "\ufeff" + "\n".join(["observationID,filename,somethingNew", *rows]) + "\n")
-    table = find_test_table(tmp_path, {"competition": {"layout": "fungiclef"}})
+    table = find_test_table(tmp_path, "fungiclef")
     assert [observation.id for observation in table.observations] == ids
 
 
 def test_a_table_that_is_no_text_is_refused(tmp_path):
     table_of(tmp_path, "")
     with pytest.raises(InputError, match="lacks the column"):
-        find_test_table(tmp_path, None)
+        find_test_table(tmp_path)
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def test_unreadable_photos_are_counted_by_cause_and_cost_only_themselves(hidden,
         ]
     with (tmp_path / "working" / "submission.csv").open(newline="") as file:
         rows = list(csv.reader(file))[1:]
-    prior = " ".join(json.loads((trained / "manifest.json").read_text())["prior"])
+    prior = " ".join(json.loads((trained / "manifest.json").read_text())["fallback_classes"])
     assert [number for number, row in enumerate(rows) if row[1] == prior] == [2, 5]
 
 
@@ -227,7 +228,8 @@ def test_a_table_without_rows_is_refused_in_one_line(hidden, tmp_path):
 
 READ_AS_SOMEBODY = """
 import os, sys
-from kernel.photos import Preprocessing, decode
+from kernel.manifest import Preprocessing
+from kernel.photos import decode
 crop = Preprocessing(64, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.875, "crop")
 os.chdir(sys.argv[1])  # from here on nothing above the folder has to be readable
 decode("open.jpg", crop)  # imports what it needs

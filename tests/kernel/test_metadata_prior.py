@@ -108,13 +108,13 @@ def test_the_metadata_of_an_observation_are_the_first_that_are_not_blank(tmp_pat
     with (folder / "FungiTastic-FewShot-Test.csv").open("w", newline="") as file:
         rows = [["0.JPG", "7", "", "6.0"], ["1.JPG", "7", "soil", "7.0"], ["2.JPG", "8"], ["3.JPG", "7", "wood", ""]]
         csv.writer(file).writerows([["filename", "observationID", "substrate", "month"], *rows])
-    observations = find_test_table(tmp_path, None).observations
+    observations = find_test_table(tmp_path).observations
     assert [observation.metadata for observation in observations] == [{"substrate": "soil", "month": "6.0"}, {}]
 
 
 def test_other_layouts_have_no_metadata(tmp_path, prior):
     (tmp_path / "photos" / "test").mkdir(parents=True)
     (tmp_path / "photos" / "test" / "a.png").touch()
-    observations = find_test_table(tmp_path, {"competition": {"layout": "class-folders"}}).observations
+    observations = find_test_table(tmp_path, "class-folders").observations
     assert [observation.metadata for observation in observations] == [{}]
     assert prior.log_probabilities(observations) is None

@@ -19,8 +19,8 @@ from kernel.observations import (
 from tests.conftest import photo
 from tests.layouts import SPECIES, TEST_OBSERVATIONS, fungitastic, herbarium
 
-FUNGI = {"competition": {"layout": "fungiclef", "resolution": "300p"}}
-FOLDERS = {"competition": {"layout": "class-folders"}}
+FUNGI = "fungiclef"
+FOLDERS = "class-folders"
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("year", [2020, 2021, 2022])
 def test_a_herbarium_is_read_from_its_coco_metadata_of_any_year(tmp_path, year):
     solution = herbarium(tmp_path / "competitions" / "plants", year)
-    table = find_test_table(tmp_path, None)
+    table = find_test_table(tmp_path)
     assert table.layout.name.startswith("herbarium")
     assert table.layout.header == ("Id", "Predicted")
     assert table.folder == solution.parent
@@ -84,7 +84,7 @@ def test_a_herbarium_is_read_from_its_coco_metadata_of_any_year(tmp_path, year):
 def test_damaged_coco_metadata_is_refused_in_one_line_with_its_path(tmp_path, text):
     (tmp_path / "test_metadata.json").write_text(text)
     with pytest.raises(InputError, match=r"test_metadata\.json cannot be read") as error:
-        find_test_table(tmp_path, None)
+        find_test_table(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -93,7 +93,7 @@ def test_of_fungitastics_tables_the_closed_test_of_the_subset_with_photos_is_ask
     table = fungitastic(tmp_path, subset)
     layout, found = recognise(tmp_path)
     assert (layout.name, found) == (subset.lower(), table)
-    asked = find_test_table(tmp_path, {"competition": {"layout": layout.name}})
+    asked = find_test_table(tmp_path, layout.name)
     assert len(asked.observations) == TEST_OBSERVATIONS * len(SPECIES)
     assert all(photo.is_file() for observation in asked.observations for photo in observation.photos)
 
@@ -102,7 +102,7 @@ def test_a_kernel_takes_the_subset_that_its_weights_were_trained_for_where_all_a
     for subset in ("FungiTastic", "FungiTastic-Mini"):
         fungitastic(tmp_path / "datasets" / "fungitastic", subset)
     for subset in ("FungiTastic", "FungiTastic-Mini"):
-        table = find_test_table(tmp_path, {"competition": {"layout": subset.lower()}})
+        table = find_test_table(tmp_path, subset.lower())
         assert {photo.parents[2].name for one in table.observations for photo in one.photos} == {subset}
 
 
@@ -110,7 +110,7 @@ def test_in_class_folders_every_test_photo_is_an_observation(tmp_path):
     (tmp_path / "photos" / "test").mkdir(parents=True)
     for name in ("b.JPG", "a.png", "notes.txt"):
         (tmp_path / "photos" / "test" / name).touch()
-    table = find_test_table(tmp_path, {"competition": {"layout": "class-folders"}})
+    table = find_test_table(tmp_path, "class-folders")
     assert [observation.id for observation in table.observations] == ["a", "b"]
 
 
@@ -130,8 +130,8 @@ def test_folder(root: Path, *names: str) -> Path:
 test_folder.__test__ = False
 
 
-def ids_of(root: Path, manifest: dict | None = None) -> list[str]:
-    return [observation.id for observation in find_test_table(root, manifest).observations]
+def ids_of(root: Path, layout: str | None = None) -> list[str]:
+    return [observation.id for observation in find_test_table(root, layout).observations]
 
 
 def test_every_format_that_pillow_decodes_by_itself_is_a_photo():
@@ -243,7 +243,7 @@ def test_a_test_set_without_observations_is_refused(tmp_path, layout, fungi):
     else:
         test_folder(root, "a.heic")
     with pytest.raises(InputError, match="no test observation") as error:
-        find_test_table(root, {"competition": {"layout": layout}})
+        find_test_table(root, layout)
     assert ("(left out: .heic files: 1)" in str(error.value)) == (layout == "class-folders")
 
 

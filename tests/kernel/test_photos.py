@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 from timm.data import create_transform
 
-from kernel.photos import Preprocessing, decode, decode_all, read_photo
+from kernel.manifest import Preprocessing
+from kernel.photos import decode, decode_all, read_photo
 from tests.conftest import photo
 
 CROP = Preprocessing(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.875, "crop")

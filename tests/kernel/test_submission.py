@@ -68,9 +68,9 @@ def test_with_fewer_than_ten_classes_all_of_them_are_guessed(tmp_path, table):
     check_submission(tmp_path / "submission.csv", table, ["a", "b"])
 
 
-def test_the_fallback_is_the_prior_and_without_weights_the_sample_submission(tmp_path, table):
-    assert fallback_guesses(table, {"prior": CLASSES[5:]}) == CLASSES[5:15]
+def test_the_fallback_is_the_commonest_classes_and_without_weights_the_sample_submission(tmp_path, table):
+    assert fallback_guesses(table, CLASSES[5:]) == CLASSES[5:15]
     with pytest.raises(InputError, match="sample submission"):
-        fallback_guesses(table, None)
+        fallback_guesses(table)
     (tmp_path / "FungiCLEF25-SAMPLE_SUBMISSION.csv").write_text("observationId,predictions\n9,1 2 3\n")
-    assert fallback_guesses(table, None) == ["1", "2", "3"]
+    assert fallback_guesses(table) == ["1", "2", "3"]

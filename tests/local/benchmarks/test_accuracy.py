@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from bundle import bundle
-from kernel.inputs import InputError, read_weights
+from kernel.inputs import InputError
+from kernel.manifest import read_weights
 from local import benchmark
 from local.benchmarks import accuracy
 from local.benchmarks.accuracy import (
@@ -172,7 +173,7 @@ def test_the_command_prints_the_tables_and_writes_them(drawn, encoders, tmp_path
     benchmark.main()
     [dataset] = json.loads(report.read_text())["datasets"]
     assert dataset["scored_on"] == "val"
-    [member] = read_weights(next((tmp_path / "runs").glob("*-fungiclef-baseline"))).manifest["members"]
-    assert member["data_sha256"] == read_competition(drawn.competition).without_val().digest()
+    [member] = read_weights(next((tmp_path / "runs").glob("*-fungiclef-baseline"))).manifest.members
+    assert member.data_sha256 == read_competition(drawn.competition).without_val().digest()
     printed = capsys.readouterr().out
     assert all(line in printed for line in (*tell_ladder(dataset), *tell_shots(dataset)))

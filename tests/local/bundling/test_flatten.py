@@ -4,7 +4,6 @@ python -m pytest tests/local/bundling/test_flatten.py
 """
 
 import ast
-import json
 import os
 import re
 import subprocess
@@ -13,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from kernel.inputs import FORMAT, MANIFEST, InputError
+from kernel.inputs import InputError
+from kernel.manifest import MANIFEST, write_manifest
 from local.bundling.flatten import SIZE_LIMIT, flatten
+from tests.manifests import manifest
 
 ROOT = Path(__file__).resolve().parents[3]
 FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n +(.*)')
@@ -455,8 +456,7 @@ def test_where_torch_cannot_be_imported_the_fallback_is_on_disk(
     for folder in (photos, weights):
         folder.mkdir(parents=True)
     (photos / "one.jpg").touch()
-    manifest = {"format": FORMAT, "competition": {"layout": "class-folders"}, "prior": ["oak", "elm"], "files": {}}
-    (weights / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    write_manifest(manifest(fallback_classes=("oak", "elm")), weights / MANIFEST)
     working = tmp_path / "working"
     # -S leaves site-packages out, and with it everything but the standard library.
     done = python("-I", "-S", kernel_script, "--input", tmp_path / "input", "--working", working, env=rerun)

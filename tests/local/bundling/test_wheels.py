@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from kernel.inputs import InputError, Weights
+from kernel.inputs import InputError
+from kernel.manifest import Weights
 from local.base.kaggle_image import IMAGE, is_newer
 from local.bundling.wheels import make_wheel, needed_wheels
+from tests import manifests
 
 WHEEL = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py2-none-any\nTag: py3-none-any\n"
 INFO = "tiny_library-1.2.dist-info"
@@ -106,8 +108,9 @@ def test_what_is_no_wheel_of_that_version_is_refused_in_one_line(install, tmp_pa
 
 
 def run(name: str, library: str, packages: dict[str, str], timm: str) -> Weights:
-    member = {"encoder": {"library": library, "packages": packages}, "versions": {"timm": timm}}
-    return Weights(Path(name), {"members": [member]})
+    encoder = manifests.encoder_spec(library=library, packages=packages)
+    member = manifests.member(encoder=encoder, versions={"timm": timm})
+    return Weights(Path(name), manifests.manifest(members=(member,)))
 
 
 def test_a_timm_travels_when_it_is_newer_than_kaggles_and_open_clip_always():

@@ -125,7 +125,7 @@ SCRIPT = textwrap.dedent("""
     import sys, torch, timm
     from pathlib import Path
     from kernel.encoders import Encoder
-    from kernel.photos import Preprocessing
+    from kernel.manifest import Preprocessing
     from kernel.observations import Observation
     from local.data import cache
     torch.manual_seed(0)

@@ -98,7 +98,7 @@ def test_every_training_photo_is_there_with_its_class_as_text(layout, folder):
 
 
 def test_every_test_observation_is_there_once_with_its_photos_and_none_was_trained_on(layout, folder):
-    observations = find_test_table(folder, None).observations
+    observations = find_test_table(folder).observations
     ids = [observation.id for observation in observations]
     assert len(set(ids)) == len(ids) > 1
     asked = {path for observation in observations for path in observation.photos}
@@ -108,8 +108,8 @@ def test_every_test_observation_is_there_once_with_its_photos_and_none_was_train
 
 
 def test_what_is_written_is_in_form_and_order_of_the_sample_submission(layout, folder, tmp_path):
-    asked, classes = find_test_table(folder, None), sorted(set(read_competition(folder).photos["class_id"]))
-    guesses = fallback_guesses(asked, {"prior": classes})
+    asked, classes = find_test_table(folder), sorted(set(read_competition(folder).photos["class_id"]))
+    guesses = fallback_guesses(asked, classes)
     write_submission(tmp_path / "submission.csv", asked, [guesses] * len(asked.observations))
     check_submission(tmp_path / "submission.csv", asked, classes)
     with (tmp_path / "submission.csv").open(newline="", encoding="utf-8") as file:
@@ -119,13 +119,13 @@ def test_what_is_written_is_in_form_and_order_of_the_sample_submission(layout, f
             wanted = list(csv.reader(file))
         assert written[0] == wanted[0]
         assert [row[0] for row in written] == [row[0] for row in wanted]
-        assert fallback_guesses(asked, None) == wanted[1][1].split()
+        assert fallback_guesses(asked) == wanted[1][1].split()
 
 
 def test_the_rehearsal_sees_the_same_test_and_nothing_of_the_training_photos(layout, folder, tmp_path):
     trained_on = {path.relative_to(folder) for path in read_competition(folder).photos["photo"]}
     stage_competition(folder, tmp_path / "staged")
-    before, after = (find_test_table(place, None).observations for place in (folder, tmp_path / "staged"))
+    before, after = (find_test_table(place).observations for place in (folder, tmp_path / "staged"))
     assert [(one.id, len(one.photos)) for one in after] == [(one.id, len(one.photos)) for one in before]
     assert all(path.is_file() for observation in after for path in observation.photos)
     assert not {path.relative_to(tmp_path / "staged") for path in (tmp_path / "staged").rglob("*")} & trained_on
@@ -134,7 +134,7 @@ def test_the_rehearsal_sees_the_same_test_and_nothing_of_the_training_photos(lay
 @pytest.mark.parametrize("of", ["photo", "folder"])
 def test_links_are_learnt_from_and_rehearsed_as_what_they_lead_to(layout, folder, tmp_path, of):
     """Relative ones, as `ln -sr` makes them: from where the rehearsal stages them they lead nowhere."""
-    asked = [path for one in find_test_table(folder, None).observations for path in one.photos]
+    asked = [path for one in find_test_table(folder).observations for path in one.photos]
     content = sorted(path.read_bytes() for path in asked)
     photos = [*asked, *read_competition(folder).photos["photo"]]
     for number, path in enumerate(photos if of == "photo" else sorted({path.parent for path in photos})):
@@ -144,7 +144,7 @@ def test_links_are_learnt_from_and_rehearsed_as_what_they_lead_to(layout, folder
             path.rename(store)
             path.symlink_to(os.path.relpath(store, path.parent))
     stage_competition(folder, tmp_path / "staged")
-    staged = [path for one in find_test_table(tmp_path / "staged", None).observations for path in one.photos]
+    staged = [path for one in find_test_table(tmp_path / "staged").observations for path in one.photos]
     assert sorted(path.read_bytes() for path in staged) == content
     assert all(path.is_file() for path in read_competition(folder).photos["photo"])
 

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from torch import nn
 
 from kernel.encoders import Encoder, build_module
 from kernel.inputs import InputError
-from kernel.photos import decode, read_preprocessing
+from kernel.manifest import EncoderSpec, Preprocessing, read_manifest
+from kernel.photos import decode
 from local.encoders.load import load_encoder, same_weights, take_larger
 from tests.conftest import photo
 
@@ -94,11 +96,9 @@ def photos(folder: Path) -> list[Path]:
     return [photo(folder / f"{seed}.png", seed, size) for seed, size in enumerate(sizes)]
 
 
-def embed(module: nn.Module, entry: dict, paths: list[Path]) -> torch.Tensor:
+def embed(module: nn.Module, described: EncoderSpec, paths: list[Path]) -> torch.Tensor:
     """Embeddings as the kernel makes them: (photos, features), rows of length 1."""
-    encoder = Encoder(
-        module.eval(), read_preprocessing(entry["preprocessing"]), entry["features"], [torch.device("cpu")]
-    )
+    encoder = Encoder(module.eval(), described.preprocessing, described.features, [torch.device("cpu")])
     pixels = torch.tensor(np.stack([decode(path, encoder.preprocessing) for path in paths])).permute(0, 3, 1, 2)
     with torch.inference_mode():
         return encoder.embed(pixels, [lambda photos: photos])[:, 0]
@@ -123,12 +123,11 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert distances(found, expected).max() < distances(expected, expected.roll(1, dims=0)).min() / 5000
 
 
-def assert_rebuilds(module: nn.Module, entry: dict, paths: list[Path]) -> None:
+def assert_rebuilds(module: nn.Module, described: EncoderSpec, paths: list[Path]) -> None:
     """The manifest's description and the weights alone give the same encoder, as the kernel builds it."""
-    entry = json.loads(json.dumps(entry))
-    rebuilt = build_module(entry["library"], entry["architecture"], entry["arguments"])
+    rebuilt = build_module(described.library, described.architecture, json.loads(json.dumps(described.arguments)))
     rebuilt.load_state_dict(module.state_dict(), strict=True)
-    assert torch.equal(embed(rebuilt, entry, paths), embed(module, entry, paths))
+    assert torch.equal(embed(rebuilt, described, paths), embed(module, described, paths))
 
 
 def refusal(spec: object, **options) -> str:
@@ -165,13 +164,13 @@ def test_a_stem_embeds_as_timm_does_with_the_arguments_that_it_was_made_with(
 ) -> None:
     stem = tmp_path / "my.encoder v2"
     original = write_timm(Path(f"{stem}.safetensors"), Path(f"{stem}.json"), architecture, arguments)
-    module, entry = load_encoder(str(stem))
+    module, described = load_encoder(str(stem))
     paths = photos(tmp_path)
     expected = embed_timm(original, RESNET, paths)
-    assert_same(embed(module, entry, paths), expected)
-    assert_rebuilds(module, entry, paths)
-    assert (entry["library"], entry["architecture"], entry["features"]) == ("timm", architecture, expected.shape[1])
-    assert entry["packages"] == {"timm": timm.__version__}
+    assert_same(embed(module, described, paths), expected)
+    assert_rebuilds(module, described, paths)
+    assert (described.library, described.architecture, described.features) == ("timm", architecture, expected.shape[1])
+    assert described.packages == {"timm": timm.__version__}
 
 
 @pytest.mark.parametrize(
@@ -186,9 +185,9 @@ def test_a_stem_embeds_as_timm_does_with_the_arguments_that_it_was_made_with(
 )
 def test_photos_are_prepared_as_the_weights_were_evaluated(tmp_path: Path, preprocessing: dict) -> None:
     original = write_timm(tmp_path / "a.safetensors", tmp_path / "a.json", **preprocessing)
-    module, entry = load_encoder(str(tmp_path / "a"))
+    module, described = load_encoder(str(tmp_path / "a"))
     paths = photos(tmp_path)
-    assert_same(embed(module, entry, paths), embed_timm(original, {**RESNET, **preprocessing}, paths))
+    assert_same(embed(module, described, paths), embed_timm(original, {**RESNET, **preprocessing}, paths))
 
 
 def test_a_preparation_that_the_kernel_does_not_know_is_refused_and_not_replaced(tmp_path: Path) -> None:
@@ -203,28 +202,28 @@ def test_a_folder_of_timms_hub_embeds_as_timm_does(tmp_path: Path) -> None:
     original = randomise(timm.create_model("test_resnet", num_classes=3, act_layer="gelu"))
     timm.models.save_for_hf(original, folder, model_args={"act_layer": "gelu"}, safe_serialization=True)
     assert (folder / "model.safetensors").is_file()
-    module, entry = load_encoder(str(folder))
+    module, described = load_encoder(str(folder))
     paths, config = photos(tmp_path), json.loads((folder / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]
-    assert_same(embed(module, entry, paths), embed_timm(original, config, paths))
+    assert_same(embed(module, described, paths), embed_timm(original, config, paths))
     own = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert_same(embed(module, entry, paths), embed_timm(own.eval(), config, paths))
-    assert_rebuilds(module, entry, paths)
+    assert_same(embed(module, described, paths), embed_timm(own.eval(), config, paths))
+    assert_rebuilds(module, described, paths)
 
 
 def test_a_folder_of_timms_hub_may_hold_a_bin_of_tensors(tmp_path: Path) -> None:
     original = randomise(timm.create_model("test_resnet", num_classes=3))
     timm.models.save_for_hf(original, tmp_path / "hub", safe_serialization=False)
-    module, entry = load_encoder(str(tmp_path / "hub"))
+    module, described = load_encoder(str(tmp_path / "hub"))
     paths = photos(tmp_path)
-    assert_same(embed(module, entry, paths), embed_timm(original, original.pretrained_cfg, paths))
+    assert_same(embed(module, described, paths), embed_timm(original, original.pretrained_cfg, paths))
 
 
 def test_another_image_size_is_another_preparation_of_the_same_weights(tmp_path: Path) -> None:
     original = write_timm(tmp_path / "a.safetensors", tmp_path / "a.json")
-    module, entry = load_encoder(str(tmp_path / "a"), image_size=96)
+    module, described = load_encoder(str(tmp_path / "a"), image_size=96)
     paths = photos(tmp_path)
-    assert entry["preprocessing"]["size"] == 96
-    assert_same(embed(module, entry, paths), embed_timm(original, {**RESNET, "input_size": [3, 96, 96]}, paths))
+    assert described.preprocessing.size == 96
+    assert_same(embed(module, described, paths), embed_timm(original, {**RESNET, "input_size": [3, 96, 96]}, paths))
 
 
 @pytest.mark.parametrize(
@@ -243,12 +242,12 @@ def test_a_transformer_tuned_at_another_size_is_built_at_that_size(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"model_args": arguments or {}, "pretrained_cfg": RESNET | preprocessing}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    module, entry = load_encoder(str(folder))
-    assert entry["arguments"] == {"img_size": 64}
-    assert entry["preprocessing"]["size"] == 64
+    module, described = load_encoder(str(folder))
+    assert described.arguments == {"img_size": 64}
+    assert described.preprocessing.size == 64
     paths = photos(tmp_path)
-    assert_same(embed(module, entry, paths), embed_timm(original, RESNET, paths))
-    assert_rebuilds(module, entry, paths)
+    assert_same(embed(module, described, paths), embed_timm(original, RESNET, paths))
+    assert_rebuilds(module, described, paths)
 
 
 @pytest.mark.parametrize("classes", [1000, 0, None])
@@ -316,13 +315,13 @@ def test_of_a_coca_tower_the_vector_is_taken_and_not_the_tokens(tmp_path: Path) 
     original = build_module("open_clip", "", {"embed_dim": CLIP["embed_dim"], "vision_cfg": vision}).eval()
     state = load_file(folder / "open_clip_model.safetensors")
     original.load_state_dict({k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")})
-    module, entry = load_encoder(str(folder))
+    module, described = load_encoder(str(folder))
     pixels = torch.rand(2, 3, 32, 32)
     with torch.inference_mode():
         pooled, tokens = original(pixels)
         assert tokens.ndim == 3
         assert torch.equal(module.eval()(pixels), pooled)
-    assert_rebuilds(module, entry, photos(tmp_path))
+    assert_rebuilds(module, described, photos(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -367,15 +366,15 @@ def test_an_encoder_that_takes_larger_photos_is_the_same_at_its_own_size(
 ) -> None:
     size = arguments.get("img_size", 64)
     write_timm(tmp_path / "a.safetensors", tmp_path / "a.json", architecture, arguments, input_size=[3, size, size])
-    module, entry = load_encoder(str(tmp_path / "a"))
-    taken, described = take_larger(module, entry)
-    assert described["preprocessing"] == entry["preprocessing"] | {"larger": larger}
+    module, described = load_encoder(str(tmp_path / "a"))
+    taken, enlarged = take_larger(module, described)
+    assert enlarged.preprocessing == replace(described.preprocessing, larger=larger)
     pixels = torch.rand(2, 3, size, size)
     with torch.inference_mode():
         assert torch.equal(taken(pixels), module.eval()(pixels))
 
-    described = json.loads(json.dumps(described))  # as the kernel reads it
-    rebuilt = build_module(described["library"], described["architecture"], described["arguments"]).eval()
+    arguments = json.loads(json.dumps(enlarged.arguments))  # as the kernel reads them
+    rebuilt = build_module(enlarged.library, enlarged.architecture, arguments).eval()
     rebuilt.load_state_dict(taken.state_dict(), strict=True)
     pixels = torch.rand(2, 3, larger, larger)
     with torch.inference_mode():
@@ -393,21 +392,21 @@ def test_an_encoder_of_one_size_refuses_the_larger_view_in_one_line(tmp_path: Pa
 
 def test_a_timm_name_without_pretraining_has_the_seeds_weights_and_timms_preparation() -> None:
     torch.manual_seed(1)
-    module, entry = load_encoder("timm:test_resnet", pretrained=False, image_size=48)
+    module, described = load_encoder("timm:test_resnet", pretrained=False, image_size=48)
     torch.manual_seed(1)
     expected = timm.create_model("test_resnet", num_classes=0)
     assert all(map(torch.equal, module.state_dict().values(), expected.state_dict().values()))
-    size, config = entry["preprocessing"]["size"], timm.get_pretrained_cfg("test_resnet")
-    assert (size, entry["features"]) == (48, expected.num_features)
-    assert load_encoder("timm:test_resnet", pretrained=False)[1]["preprocessing"]["size"] == config.input_size[1]
-    assert entry["preprocessing"]["mean"] == config.mean
-    assert entry["preprocessing"]["scale"] == config.crop_pct
+    size, config = described.preprocessing.size, timm.get_pretrained_cfg("test_resnet")
+    assert (size, described.features) == (48, expected.num_features)
+    assert load_encoder("timm:test_resnet", pretrained=False)[1].preprocessing.size == config.input_size[1]
+    assert described.preprocessing.mean == config.mean
+    assert described.preprocessing.scale == config.crop_pct
 
 
 def test_a_timm_name_with_a_tag_is_rebuilt_by_its_architecture(tmp_path: Path) -> None:
-    module, entry = load_encoder("timm:test_vit.r160_in1k", pretrained=False)
-    assert entry["architecture"] == "test_vit"
-    assert_rebuilds(randomise(module), entry, photos(tmp_path))
+    module, described = load_encoder("timm:test_vit.r160_in1k", pretrained=False)
+    assert described.architecture == "test_vit"
+    assert_rebuilds(randomise(module), described, photos(tmp_path))
 
 
 def test_an_unknown_timm_name_is_refused_with_some_that_there_are() -> None:
@@ -465,15 +464,15 @@ def test_an_open_clip_folder_embeds_as_open_clip_does(
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))
     config["model_cfg"] = {**CLIP, **changes}  # with its base weights on, which would be a download
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
-    module, entry = load_encoder(str(folder))
+    module, described = load_encoder(str(folder))
     paths = photos(tmp_path)
     with torch.inference_mode():
         pixels = torch.stack([transform(Image.open(path)) for path in paths])
         expected = original.eval().encode_image(pixels, normalize=True)
-    assert_same(embed(module, entry, paths), expected)
-    assert_rebuilds(module, entry, paths)
-    assert (entry["library"], entry["architecture"], entry["features"]) == ("open_clip", "clip", 24)
-    assert entry["packages"]["open_clip_torch"] == open_clip.__version__
+    assert_same(embed(module, described, paths), expected)
+    assert_rebuilds(module, described, paths)
+    assert (described.library, described.architecture, described.features) == ("open_clip", "clip", 24)
+    assert described.packages["open_clip_torch"] == open_clip.__version__
 
 
 def test_an_open_clip_folder_may_hold_a_bin_of_tensors(tmp_path: Path) -> None:
@@ -486,9 +485,9 @@ def test_an_open_clip_folder_may_hold_a_bin_of_tensors(tmp_path: Path) -> None:
 
 
 def test_the_texts_of_a_clip_are_left_behind(tmp_path: Path) -> None:
-    module, entry = load_encoder(str(write_clip(tmp_path / "clip")))
+    module, described = load_encoder(str(write_clip(tmp_path / "clip")))
     assert not [name for name in module.state_dict() if "token_embedding" in name or name == "logit_scale"]
-    assert "text_cfg" not in entry["arguments"]
+    assert "text_cfg" not in described.arguments
 
 
 def test_a_resize_that_the_kernel_does_not_know_is_refused(tmp_path: Path) -> None:
@@ -496,8 +495,8 @@ def test_a_resize_that_the_kernel_does_not_know_is_refused(tmp_path: Path) -> No
 
 
 def test_an_interpolation_at_random_is_bicubic_once_trained_as_in_open_clip(tmp_path: Path) -> None:
-    _, entry = load_encoder(str(write_clip(tmp_path / "clip", {"interpolation": "random"})))
-    assert entry["preprocessing"]["interpolation"] == "bicubic"
+    _, described = load_encoder(str(write_clip(tmp_path / "clip", {"interpolation": "random"})))
+    assert described.preprocessing.interpolation == "bicubic"
 
 
 def test_unknown_weights_of_open_clip_are_refused_with_those_that_there_are() -> None:
@@ -564,14 +563,15 @@ PROBE = """
 import json, sys
 from safetensors.torch import save_file
 from kernel.inputs import InputError
+from kernel.manifest import to_json
 from local.encoders.load import load_encoder
 
 answers = {}
 for number, spec in enumerate(sys.argv[2:]):
     try:
-        module, entry = load_encoder(spec)
+        module, described = load_encoder(spec)
         save_file(module.state_dict(), f"{sys.argv[1]}/{number}.safetensors")
-        answers[spec] = {"entry": entry, "weights": f"{number}.safetensors"}
+        answers[spec] = {"entry": to_json(described), "weights": f"{number}.safetensors"}
     except InputError as error:
         answers[spec] = {"error": str(error)}
     except Exception as error:
@@ -624,15 +624,20 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str,
     return root, out, answers, requests
 
 
+def spec_of(values: dict) -> EncoderSpec:
+    """The description that an answer holds as JSON."""
+    return EncoderSpec(**values | {"preprocessing": Preprocessing(**values["preprocessing"])})
+
+
 @pytest.mark.parametrize("spec", SERVED)
 def test_a_model_of_the_hub_is_that_of_its_folder(hub: tuple, spec: str, tmp_path: Path) -> None:
     root, out, answers, _ = hub
     assert "entry" in answers[spec], answers[spec]
-    entry, paths = answers[spec]["entry"], photos(tmp_path)
+    described, paths = spec_of(answers[spec]["entry"]), photos(tmp_path)
     expected = load_encoder(str(root / spec.removeprefix("timm:").removeprefix("hf-hub:")))
-    module = build_module(entry["library"], entry["architecture"], entry["arguments"])
+    module = build_module(described.library, described.architecture, described.arguments)
     module.load_state_dict(load_file(out / answers[spec]["weights"]))
-    assert_same(embed(module, entry, paths), embed(*expected, paths))
+    assert_same(embed(module, described, paths), embed(*expected, paths))
 
 
 def test_what_was_fetched_once_is_loaded_from_the_cache_without_a_network(hub: tuple) -> None:
@@ -890,11 +895,11 @@ def test_a_configuration_that_describes_no_open_clip_model_is_refused_with_its_p
 
 
 def test_a_run_goes_on_learning_from_its_own_encoder(trained: Path, drawn) -> None:
-    module, entry = load_encoder(str(trained))
+    module, described = load_encoder(str(trained))
     weights = load_file(trained / "encoder.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
-    kept = json.loads((trained / "manifest.json").read_text())["members"][0]["encoder"]
-    assert entry["preprocessing"] == kept["preprocessing"]
-    assert {"file", "precision"} == set(kept) - set(entry)
+    kept = read_manifest(trained / "manifest.json").members[0].encoder
+    assert described.preprocessing == kept.preprocessing
+    assert (described.file, described.packages, described.learnt_from) == ("", kept.packages, kept.learnt_from)
     with pytest.raises(InputError, match="was trained at 64"):
         load_encoder(str(trained), image_size=96)

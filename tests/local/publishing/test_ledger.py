@@ -13,6 +13,7 @@ from kernel.observations import LAYOUTS, Layout, Observation, TestTable
 from local.publishing.ledger import COLUMNS, compare, noise, note, read_ledger, row_of
 from local.publishing.preflight import Bundle
 from local.submissions import plot_submissions
+from tests import manifests
 from tests.conftest import command
 
 
@@ -56,7 +57,7 @@ def bundle_of(layout: Layout, observations: int) -> Bundle:
     values = {f"{name}{end}": number for number, name in enumerate(names) for end in ("", "_low", "_high")}
     table = TestTable(Path(), layout, [Observation(str(number), ()) for number in range(observations)])
     metadata = {"competition_sources": ["a-competition"]}
-    manifest = {"members": [{"name": "run", "validation": values}]}
+    manifest = manifests.manifest(members=(manifests.member(name="run", validation=values),))
     return Bundle(Path(), metadata, manifest, {"kernel": "k", "manifest": "m"}, table, Path(), {})
 
 

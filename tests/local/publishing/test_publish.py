@@ -20,7 +20,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bundle import bundle
-from kernel.inputs import MANIFEST, InputError, sha256
+from kernel.inputs import InputError, sha256
+from kernel.manifest import MANIFEST
 from local.base.files import write_json
 from local.base.kaggle_image import IMAGE
 from local.publish import publish

@@ -6,13 +6,15 @@ python -m pytest tests/local/rehearsal/test_scenarios.py
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from bundle import bundle
-from kernel.inputs import MANIFEST, InputError, sha256
+from kernel.inputs import InputError, sha256
+from kernel.manifest import MANIFEST, CompetitionSpec
 from kernel.observations import find_test_table
 from local.base.kaggle_image import IMAGE, is_newer
 from local.data.competition import read_competition
@@ -100,7 +102,7 @@ def refuse(why):
 
 manifest = next(INPUTS.rglob("manifest.json"), None)
 sample = next(csv.DictReader(next(FOLDER.glob("*SAMPLE*")).open()))["predictions"].split()
-prior = json.loads(manifest.read_text())["prior"] if manifest else sample
+prior = json.loads(manifest.read_text())["fallback_classes"] if manifest else sample
 guesses = dict.fromkeys(PHOTOS, prior)
 write(guesses)
 print("the fallback submission is written", flush=True)
@@ -327,18 +329,19 @@ def test_a_solution_of_other_observations_is_an_error_of_the_user(miniature, dra
 
 def test_a_bundle_is_rehearsed_on_the_competition_that_it_was_trained_on_and_no_other(drawn, tmp_path):
     competition = read_competition(drawn.competition)
-    trained = {"layout": "fungiclef", "observations_sha256": competition.observations_digest()}
-    refuse_other_competition(drawn.competition, {"competition": trained})
+    digest = competition.observations_digest()
+    trained = CompetitionSpec(layout="fungiclef", resolution="300p", observations_sha256=digest, time_limit=43200)
+    refuse_other_competition(drawn.competition, trained)
     for other in ("class-folders", "herbarium"):
         with pytest.raises(InputError, match=f"is of layout fungiclef, the bundle was trained on {other}"):
-            refuse_other_competition(drawn.competition, {"competition": {"layout": other}})
+            refuse_other_competition(drawn.competition, replace(trained, layout=other))
     folder = tmp_path / "relabelled"
     shutil.copytree(drawn.competition / "metadata", folder / "metadata")
     table = next(folder.rglob("*-Train.csv"))
     header, first, *rest = table.read_text(encoding="utf-8").splitlines(keepends=True)
     table.write_text("".join([header, *rest]), encoding="utf-8")
     with pytest.raises(InputError, match=r"training observations of .* are not those"):
-        refuse_other_competition(folder, {"competition": trained})
+        refuse_other_competition(folder, trained)
     assert first
 
 
@@ -377,7 +380,7 @@ def test_variations_change_the_table_of_every_layout_and_no_file_of_the_user(sta
     def content(path: Path) -> bytes:
         return path.read_bytes() if path.is_file() else b""
 
-    whole = find_test_table(staged, None).observations
+    whole = find_test_table(staged).observations
     wanted = {observation.id for observation in whole[1:7]}
     linked = {path: (staged.parent / "before" / str(number)) for number, path in enumerate(staged.rglob("*"))}
     (staged.parent / "before").mkdir()
@@ -388,9 +391,9 @@ def test_variations_change_the_table_of_every_layout_and_no_file_of_the_user(sta
             kept[link] = content(path)
 
     keep_observations(staged, wanted)
-    assert [observation.id for observation in find_test_table(staged, None).observations] == [o.id for o in whole[1:7]]
+    assert [observation.id for observation in find_test_table(staged).observations] == [o.id for o in whole[1:7]]
     originals = repeat_observations(staged, 3)
-    larger = find_test_table(staged, None).observations
+    larger = find_test_table(staged).observations
     assert {originals[observation.id] for observation in larger} == wanted
     assert (
         len({observation.id for observation in larger})
@@ -401,15 +404,15 @@ def test_variations_change_the_table_of_every_layout_and_no_file_of_the_user(sta
     for observation in larger:
         for photo_, original in zip(observation.photos, by_id[originals[observation.id]].photos, strict=True):
             assert content(photo_) == content(original) != b""
-    counts = spoil_photos(find_test_table(staged, None), seed=0)
+    counts = spoil_photos(find_test_table(staged), seed=0)
     assert sum(counts.values()) >= 3
-    if find_test_table(staged, None).layout.name == "class-folders":
+    if find_test_table(staged).layout.name == "class-folders":
         assert "missing" not in counts
     else:
-        gone = remove_photos(find_test_table(staged, None), seed=1)
-        missing = {o.id for o in find_test_table(staged, None).observations if not any(p.exists() for p in o.photos)}
+        gone = remove_photos(find_test_table(staged), seed=1)
+        missing = {o.id for o in find_test_table(staged).observations if not any(p.exists() for p in o.photos)}
         assert gone <= missing
     keep_one_row(staged)
-    (row,) = find_test_table(staged, None).observations
+    (row,) = find_test_table(staged).observations
     assert len(row.photos) == 1
     assert all(content(link) == before for link, before in kept.items())

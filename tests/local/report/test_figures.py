@@ -218,7 +218,8 @@ def smallest(folder: Path, layout: str) -> Path:
 )
 def test_the_leaderboard_is_told_of_by_its_metric_and_size_in_every_layout(evidence, tmp_path, layout, metric):
     competition = read_competition(smallest(tmp_path, layout))
-    manifest = {**evidence.manifest, "competition": {"layout": layout}}
+    trained = dataclasses.replace(evidence.manifest.competition, layout=layout)
+    manifest = dataclasses.replace(evidence.manifest, competition=trained)
     found = leaderboard(dataclasses.replace(evidence, competition=competition, manifest=manifest), [])
     assert found["score"] == metric
     [board] = found["boards"]

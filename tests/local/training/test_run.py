@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from kernel.encoders import Encoder
 from kernel.inputs import InputError
-from kernel.photos import read_preprocessing
 from local.banks.ensemble import VALIDATION_FILE, read_answers
 from local.banks.search import compare
 from local.data.competition import read_competition, split_for_validation
@@ -54,10 +53,9 @@ def whole(drawn, tmp_path_factory):
 
 def opening(architecture, out, size=64, **arguments):
     """Rehearse the opening of a random encoder by a description with other arguments than it was built with."""
-    module, entry = load_encoder(f"timm:{architecture}", pretrained=False, image_size=size)
-    preprocessing = read_preprocessing(entry["preprocessing"])
-    encoder = Encoder(module, preprocessing, entry["features"], [torch.device("cpu")])
-    rehearse_opening(encoder, entry | {"arguments": arguments}, make_recipe(TINY, "the test"), out)
+    module, spec = load_encoder(f"timm:{architecture}", pretrained=False, image_size=size)
+    encoder = Encoder(module, spec.preprocessing, spec.features, [torch.device("cpu")])
+    rehearse_opening(encoder, replace(spec, arguments=arguments), make_recipe(TINY, "the test"), out)
 
 
 def test_weights_that_layers_share_are_saved_and_opened_again(tmp_path):
@@ -370,7 +368,7 @@ def test_an_out_that_cannot_be_written_is_one_line_before_the_work(drawn, tmp_pa
 
 
 def test_an_encoder_that_the_gpu_has_no_room_for_is_one_line_and_leaves_nothing(drawn, tmp_path, monkeypatch):
-    module, entry = load_encoder("timm:test_resnet", False, 64)
+    module, spec = load_encoder("timm:test_resnet", False, 64)
 
     class NoRoom(type(module)):
         """A stand-in for an encoder on a GPU that is full."""
@@ -379,7 +377,7 @@ def test_an_encoder_that_the_gpu_has_no_room_for_is_one_line_and_leaves_nothing(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     module.__class__ = NoRoom
-    monkeypatch.setattr("local.training.run.load_encoder", lambda *given: (module, entry))
+    monkeypatch.setattr("local.training.run.load_encoder", lambda *given: (module, spec))
     with pytest.raises(InputError, match=r"^the GPU is out of memory while moving the encoder to cpu: close .*smaller"):
         train_run(make_recipe(TINY, "the test"), drawn.competition, tmp_path / "run")
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from torch import nn
 
 from kernel.encoders import Encoder
 from kernel.inputs import InputError
-from kernel.photos import Preprocessing
+from kernel.manifest import Preprocessing
 from local.data.competition import Labelled, read_competition, read_ranks, sort_ids, split_for_validation
 from local.data.taxonomy import TAXONOMY
 from local.recipes.recipe import make_recipe

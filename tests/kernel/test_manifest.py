@@ -1,0 +1,247 @@
+"""A manifest is read as it was written, and a damaged one is refused with the key that is wrong."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kernel.inputs import InputError, install_wheels, sha256
+from kernel.manifest import (
+    FORMAT,
+    MANIFEST,
+    GivenSettings,
+    Weights,
+    find_weights,
+    read_manifest,
+    read_weights,
+    to_json,
+    write_manifest,
+)
+from tests import manifests
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def full_manifest():
+    """A manifest in which every key has a value of its own."""
+    spec = manifests.encoder_spec(
+        arguments={"img_size": [64, 96]}, packages={"timm": "1.0.20"}, learnt_from={"a" * 64: ("b" * 64, 3)}
+    )
+    one = manifests.member(
+        encoder=replace(spec, preprocessing=replace(spec.preprocessing, larger=96)),
+        views=("plain", "larger"),
+        metadata_prior="prior.safetensors",
+        metadata_prior_weight=0.5,
+        validation={"recall_at_1": 0.25, "recall_at_5": 1},
+        recipe={"epochs": 2, "choose": ["fit"]},
+        given=GivenSettings(recipe={"epochs": 2}, weights="c" * 64),
+        run="baseline",
+    )
+    return manifests.manifest(
+        commit="0123abc with changes", members=(one, manifests.member(name="Träume")), files={"a": "d"}
+    )
+
+
+def changed(path, key: str, value: object = None, drop: bool = False):
+    """Write a manifest whose JSON has another value at a key such as `members.0.weight`, or lacks the key."""
+    content = to_json(full_manifest())
+    *parents, last = (int(name) if name.isdigit() else name for name in key.split("."))
+    at = content
+    for name in parents:
+        at = at[name]
+    if drop:
+        del at[last]
+    else:
+        at[last] = value
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("manifest", [manifests.manifest(), full_manifest()], ids=["small", "full"])
+def test_a_manifest_is_read_as_it_was_written_and_written_as_it_was_read(tmp_path, manifest):
+    write_manifest(manifest, tmp_path / "first.json")
+    assert read_manifest(tmp_path / "first.json") == manifest
+    write_manifest(read_manifest(tmp_path / "first.json"), tmp_path / "second.json")
+    assert (tmp_path / "first.json").read_bytes() == (tmp_path / "second.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.json", "second.json"]
+
+
+def test_the_json_on_disk_has_the_names_of_the_fields(tmp_path):
+    write_manifest(manifests.manifest(), tmp_path / MANIFEST)
+    content = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
+    assert list(content) == ["format", "competition", "class_ids", "fallback_classes", "members", "files"]
+    assert content["members"][0]["metadata_prior"] is None
+    assert content["members"][0]["encoder"]["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
+    assert "run" not in content["members"][0]
+
+
+def test_the_earlier_names_of_keys_are_read(tmp_path):
+    content = to_json(full_manifest())
+    content["prior"] = content.pop("fallback_classes")
+    for one in content["members"]:
+        one["prior"], one["prior_weight"] = one.pop("metadata_prior"), one.pop("metadata_prior_weight")
+    (tmp_path / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+    assert read_manifest(tmp_path / MANIFEST) == full_manifest()
+
+
+def test_keys_that_older_runs_lack_keep_their_defaults(tmp_path):
+    content = to_json(full_manifest())
+    del content["commit"], content["competition"]["observations_sha256"]
+    for one in content["members"]:
+        del one["given"], one["encoder"]["learnt_from"], one["encoder"]["packages"]
+        del one["encoder"]["preprocessing"]["larger"]
+    (tmp_path / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+    found = read_manifest(tmp_path / MANIFEST)
+    assert (found.commit, found.competition.observations_sha256) == (None, "")
+    assert found.members[0].given == GivenSettings(recipe={}, weights="")
+    spec = found.members[0].encoder
+    assert (spec.learnt_from, spec.packages, spec.preprocessing.larger) == ({}, {}, 0)
+
+
+def test_keys_that_are_not_known_are_ignored(tmp_path):
+    changed(tmp_path / MANIFEST, "members.0.encoder.of_next_year", {"a": 1})
+    assert read_manifest(tmp_path / MANIFEST) == full_manifest()
+
+
+@pytest.mark.parametrize(
+    ("key", "named"),
+    [
+        ("competition", "competition"),
+        ("fallback_classes", "fallback_classes"),
+        ("files", "files"),
+        ("competition.time_limit", "competition.time_limit"),
+        ("members.1.bank", r"members\[1\].bank"),
+        ("members.0.encoder.file", r"members\[0\].encoder.file"),
+        ("members.0.encoder.preprocessing.size", r"members\[0\].encoder.preprocessing.size"),
+    ],
+)
+def test_a_missing_key_is_named_with_the_file_and_what_to_do(tmp_path, key, named):
+    path = changed(tmp_path / MANIFEST, key, drop=True)
+    with pytest.raises(InputError, match=rf"{path} is damaged: {named} is missing; train or bundle again") as error:
+        read_manifest(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("class_ids", "oak", "expected a list for class_ids, got 'oak'"),
+        ("class_ids", [1, 2], "expected a string for class_ids[0], got 1"),
+        ("competition", [], "expected an object for competition, got []"),
+        ("competition.time_limit", "12 h", "expected a number for competition.time_limit, got '12 h'"),
+        ("competition.time_limit", True, "expected a number for competition.time_limit, got True"),
+        ("members", [], "members is empty"),
+        ("members", {}, "expected a list for members, got {}"),
+        ("members.1", None, "expected an object for members[1], got None"),
+        ("members.0.metadata_prior", 3, "expected a string for members[0].metadata_prior, got 3"),
+        ("members.0.validation", {"macro_f1": None}, "a number for members[0].validation.macro_f1, got None"),
+        ("members.0.encoder.features", 96.0, "expected an int for members[0].encoder.features, got 96.0"),
+        ("members.0.encoder.library", "keras", "expected 'timm' or 'open_clip' for members[0].encoder.library"),
+        ("members.0.encoder.learnt_from", {"a": ["b"]}, "expected 2 values for members[0].encoder.learnt_from.a"),
+        ("members.0.encoder.preprocessing.mean", [0.5], "expected 3 values for"),
+        ("members.0.encoder.preprocessing.std", [1, "x", 1], "members[0].encoder.preprocessing.std[1], got 'x'"),
+        ("files", {"a": 1}, "expected a string for files.a, got 1"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_key(tmp_path, key, value, problem):
+    path = changed(tmp_path / MANIFEST, key, value)
+    with pytest.raises(InputError) as error:
+        read_manifest(path)
+    assert problem in str(error.value)
+    assert str(error.value).startswith(f"{path} is damaged: ")
+    assert str(error.value).endswith("; train or bundle again")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "few-shot-species/2"}', "[" * 100_000])
+def test_a_file_that_is_no_manifest_of_this_format_is_one_line(tmp_path, text):
+    (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=rf"{tmp_path / MANIFEST} (cannot be read|is not of format)") as error:
+        read_manifest(tmp_path / MANIFEST)
+    assert "\n" not in str(error.value)
+
+
+def test_reading_a_manifest_imports_the_standard_library_alone():
+    code = "import sys, kernel.manifest; print({'torch', 'numpy', 'PIL', 'timm'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def lay_weights(folder, text: str = "weights"):
+    """A folder of weights with one file."""
+    folder.mkdir(parents=True)
+    (folder / "bank.safetensors").write_text(text)
+    files = {"bank.safetensors": sha256(folder / "bank.safetensors")}
+    write_manifest(manifests.manifest(files=files), folder / MANIFEST)
+    return folder
+
+
+@pytest.mark.parametrize("mount", ["weights", "datasets/somebody/weights", "models/a/b/pytorch/default/1", "."])
+def test_weights_are_found_under_every_layout_of_mounts(tmp_path, mount):
+    folder = lay_weights(tmp_path / "input" / mount) if mount != "." else lay_weights(tmp_path / "input")
+    (tmp_path / "input" / "competitions" / "fungi" / "images").mkdir(parents=True)
+    assert find_weights(tmp_path / "input").folder == folder
+
+
+def test_another_datasets_manifest_is_not_taken_for_weights(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / MANIFEST).write_text('{"name": "a web app"}')
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / MANIFEST).write_text("{")
+    folder = lay_weights(tmp_path / "zz-weights")
+    assert find_weights(tmp_path).folder == folder
+
+
+def test_weights_whose_manifest_lacks_a_key_are_found_and_refused_with_the_key(tmp_path):
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / MANIFEST).write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
+    with pytest.raises(InputError, match="competition is missing"):
+        find_weights(tmp_path)
+
+
+def test_weights_of_another_bundle_are_refused_with_both_digests(tmp_path):
+    folder = lay_weights(tmp_path / "weights")
+    with pytest.raises(InputError) as error:
+        find_weights(tmp_path, "f" * 64)
+    assert "f" * 64 in str(error.value)
+    assert sha256(folder / MANIFEST) in str(error.value)
+
+
+def test_of_two_versions_the_one_that_the_script_names_is_taken(tmp_path):
+    lay_weights(tmp_path / "a", "old")
+    wanted = lay_weights(tmp_path / "b", "new")
+    assert find_weights(tmp_path, sha256(wanted / MANIFEST)).folder == wanted
+    with pytest.raises(InputError, match="several weights"):
+        find_weights(tmp_path)
+
+
+def test_a_damaged_or_missing_weights_file_is_refused(tmp_path):
+    weights = read_weights(lay_weights(tmp_path / "weights"))
+    assert weights.file("bank.safetensors").is_file()
+    (weights.folder / "bank.safetensors").write_text("damaged")
+    with pytest.raises(InputError, match="SHA-256"):
+        weights.file("bank.safetensors")
+    (weights.folder / "bank.safetensors").unlink()
+    with pytest.raises(InputError, match="missing"):
+        weights.file("bank.safetensors")
+
+
+def test_without_weights_the_error_says_what_to_attach(tmp_path):
+    with pytest.raises(InputError, match="attach the dataset"):
+        find_weights(tmp_path)
+
+
+def test_a_wheel_that_is_not_the_manifests_is_refused(tmp_path):
+    wheel = tmp_path / "wheels" / "a-1-py3-none-any.whl"
+    wheel.parent.mkdir()
+    wheel.write_bytes(b"not a zip")
+    files = {"wheels/a-1-py3-none-any.whl": "0" * 64, "bank.safetensors": ""}
+    weights = Weights(tmp_path, manifests.manifest(files=files))
+    with pytest.raises(InputError, match="SHA-256"):
+        weights.wheels()
+    files["wheels/a-1-py3-none-any.whl"] = sha256(wheel)
+    assert weights.wheels() == [wheel]
+    with pytest.raises(InputError, match="cannot be unpacked"):
+        install_wheels(weights.wheels(), tmp_path / "packages")
