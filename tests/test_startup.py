@@ -3,16 +3,16 @@
 python -m pytest tests/test_startup.py
 """
 
-import json
 import subprocess
 import sys
 
 import pytest
 
 from kernel.choices import VIEW_NAMES
-from kernel.manifest import FORMAT, MANIFEST
+from kernel.manifest import MANIFEST, write_manifest
 from kernel.views import VIEWS
 from tests.conftest import ROOT
+from tests.manifests import manifest
 
 HEAVY = {
     "torch", "torchvision", "timm", "open_clip", "sklearn", "scipy", "pandas", "matplotlib", "kaggle",
@@ -71,7 +71,7 @@ def test_a_mistake_imports_nothing_heavy(arguments, message, tmp_path):
     for name in ("train/amanita/1.png", "train/boletus/1.png"):
         (tmp_path / "data" / name).touch()
     (tmp_path / "file").touch()
-    (tmp_path / "run" / MANIFEST).write_text(json.dumps({"format": FORMAT}))
+    write_manifest(manifest(), tmp_path / "run" / MANIFEST)
     filled = [text.format(folder=tmp_path, data=tmp_path / "data") for text in arguments]
     code, _, errors, imported = start(*filled)
     assert code == 2, errors
