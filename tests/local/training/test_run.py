@@ -466,8 +466,8 @@ def test_the_first_lines_count_what_there_is_and_what_a_training_makes_of_it(dra
 @pytest.mark.parametrize(
     ("subset", "says"),
     [
-        (8, r"subset = 8: 8 of the 24 observations in train and 1 of the 10 observations in val"),
-        (300, r"subset = 300: all 24 observations in train and all 10 observations in val"),
+        (8, r"subset = 8: 8 of the 28 observations in train and 1 of the 15 observations in val"),
+        (300, r"subset = 300: all 28 observations in train and all 15 observations in val"),
     ],
 )
 def test_a_subset_says_what_it_leaves(drawn, subset, says):
