@@ -438,7 +438,7 @@ def test_class_folders_with_one_photo_each_go_all_the_way(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fungitastic", "herbarium-2021", "herbarium-2022"])
-def test_a_competition_of_each_layout_goes_all_the_way(name, tmp_path):
+def test_a_competition_of_each_layout_goes_all_the_way(name, tmp_path, capsys):
     """The photos of a class are alike, so that every answer can be right."""
     data, (layout, _, year) = tmp_path / "data", name.partition("-")
     solution = herbarium(data, int(year)) if year else fungitastic(data)
@@ -448,6 +448,7 @@ def test_a_competition_of_each_layout_goes_all_the_way(name, tmp_path):
     assert manifest["competition"]["layout"].startswith(layout)
     assert manifest["class_ids"] == list(SPECIES)
     bundle([tmp_path / "run"], tmp_path / "build")
+    assert ("room for 10 classes" in capsys.readouterr().out) == (not year)  # there are three
     report = rehearse(data, tmp_path / "build", solution)
     assert report["scenarios"][0]["ok"], report
     assert report["recall_at_1"] == 1

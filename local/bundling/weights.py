@@ -39,7 +39,13 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         if different:
             raise InputError(f"{weights.folder} has {different} than {runs[0]}: train both with the same --data")
     needed_wheels(opened)  # what cannot be bundled is refused before the runs are weighed
-    shares = weigh_runs(runs, guesses_of(first.competition.layout))
+    guesses = guesses_of(first.competition.layout)
+    if len(first.class_ids) < guesses:
+        say(
+            f"a row of the submission has room for {guesses} classes, and {runs[0]} was trained on "
+            f"{len(first.class_ids)}: every row lists all of them"
+        )
+    shares = weigh_runs(runs, guesses)
     # The best alone comes first, since a kernel short of time drops the last.
     order = sorted(range(len(runs)), key=lambda place: -worth_alone(opened[place]))
     opened, shares = ([values[place] for place in order if shares[place]] for values in (opened, shares))
