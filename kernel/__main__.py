@@ -178,7 +178,6 @@ def predict(options: argparse.Namespace, weights: Weights, table: TestTable, bud
         for row, is_answered in zip(ranked.tolist(), answered.tolist(), strict=True)
     ]
     write_submission(options.working / "submission.csv", table, guesses, class_ids)
-    write_unreadable(embedded[0].unreadable, options.working / UNREADABLE_FILE)
     return Prediction(embedded, len(guesses) - int(answered.sum()), seconds)
 
 
@@ -224,6 +223,7 @@ if __name__ == "__main__":
     PREDICTION = predict(OPTIONS, WEIGHTS, TABLE, BUDGET)
     sys.excepthook = partial(report_failure, PACKAGES, "the predictions stand")
     shutil.rmtree(PACKAGES, ignore_errors=True)  # what lies in the working folder becomes the kernel's output
+    write_unreadable(PREDICTION.embedded[0].unreadable, OPTIONS.working / UNREADABLE_FILE)
     summarise(PREDICTION, TABLE, BUDGET)
     if has_busy_thread():
         sys.stdout.flush()
