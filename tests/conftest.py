@@ -1,10 +1,14 @@
 """What several tests share: generated photos, a tiny encoder, a small competition, and a run trained on it."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+# Before torch is imported: threads that wait in a spin would take the cores from the processes that tests start.
+os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"} | os.environ
 
 import numpy as np
 import pytest

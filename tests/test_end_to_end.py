@@ -169,7 +169,7 @@ def test_a_photo_that_cannot_be_read_costs_only_itself(kaggle, drawn):
     assert result.returncode == 0, result.stderr
     assert "1 on the fallback" in result.stdout
     after = rows(kaggle / "after" / "submission.csv")
-    prior = json.loads((kaggle / "input" / "weights" / MANIFEST).read_text())["prior"]
+    prior = json.loads((kaggle / "input" / "weights" / MANIFEST).read_text())["fallback_classes"]
     assert [a[0] for a, b in zip(after, before, strict=True) if a != b] in ([spoilt], [])
     assert after[1] == [spoilt, " ".join(prior)]
 
@@ -232,6 +232,7 @@ def open_clip_folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_open_clip_encoder_runs_from_the_wheels_in_its_weights(drawn, tmp_path):
     """Kaggle's image lacks open_clip: here a package that cannot be imported stands in the environment's place."""
     encoder = open_clip_folder(tmp_path / "clip")

@@ -177,6 +177,7 @@ def command_line(
 def variables_for(working: Path, more: Mapping[str, str]) -> dict[str, str]:
     """The environment of the process: little of the user's, and none of the user's secrets."""
     kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+    kept += ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how torch shares the cores with others
     # A home of its own: nothing that was downloaded before can stand in for what the bundle lacks.
     own = {"HOME": str(working), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
     return {name: os.environ[name] for name in kept if name in os.environ} | own | dict(more)

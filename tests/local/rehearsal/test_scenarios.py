@@ -45,6 +45,7 @@ def report(built, drawn) -> dict:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_NAME)
 def test_the_bundle_survives(report, built, name):
     result = next(result for result in report["scenarios"] if result["name"] == name)
@@ -55,6 +56,7 @@ def test_the_bundle_survives(report, built, name):
     assert name == "memory" or (built / "rehearsal" / name / "kernel.log").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_report_tells_what_happened(report, drawn):
     asked = find_test_table(drawn.competition, None).observations
     photos = sum(len(observation.photos) for observation in asked)
@@ -142,7 +144,7 @@ BREAK = {
     "forgets the header": ('file.write("observationId,predictions\\n")', "pass"),
     "leaves no CSV": ('os.replace(partial, WORKING / "submission.csv")', "pass"),
     "knows one mount": ('INPUTS.rglob("*-Test.csv")', 'INPUTS.glob("competitions/*/metadata/*/*-Test.csv")'),
-    "knows the size": ("write(guesses)\nprint(f", "assert len(guesses) < 30\nwrite(guesses)\nprint(f"),
+    "knows the size": ("write(guesses)\nprint(f", "assert 2 < len(guesses) < 30\nwrite(guesses)\nprint(f"),
     "stops at a bad photo": ("except (OSError, ValueError)", "except KeyError"),
     "counts no bad photo": ("unreadable += 1", "pass"),
     "takes its neighbour's place": (
@@ -215,7 +217,7 @@ def test_the_unbroken_miniature_passes(miniature, drawn):
         ("writes other ids", "plain", "observations in order"),
         ("forgets the header", "plain", "header"),
         ("leaves no CSV", "plain", "no submission.csv"),
-        ("writes a short CSV", "new-mounts", "23 rows"),
+        ("writes a short CSV", "new-mounts", "rows that are not the"),
         ("knows one mount", "old-mounts", "exit code 1: StopIteration"),
         ("knows the size", "larger", "exit code 1: AssertionError"),
         ("knows the size", "one-row", "exit code 1: AssertionError"),
@@ -279,6 +281,7 @@ def test_a_bundle_without_a_timm_of_its_own_is_run_with_that_of_kaggles_image(tr
     assert f"cannot be built by timm {IMAGE['timm']}" in result["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not is_newer(version("timm"), IMAGE["timm"]), reason="here is no newer timm than Kaggle's")
 def test_a_bundle_of_a_newer_timm_brings_it_along(built, drawn, index):
     index(OLD_TIMM)

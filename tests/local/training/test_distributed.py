@@ -45,6 +45,7 @@ def test_two_processes_give_the_metrics_of_one(drawn, alone, tmp_path):
     assert weights[0].keys() == weights[1].keys()
 
 
+@pytest.mark.slow
 def test_a_team_whose_member_dies_is_restarted_and_ends(drawn, alone, tmp_path):
     """The second process fails once, after the first checkpoint; torchrun then starts both again."""
     script = tmp_path / "fragile.py"

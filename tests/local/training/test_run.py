@@ -108,6 +108,7 @@ def test_a_training_ends_with_the_weighted_scores_and_then_the_unweighted_ones(d
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"] == scores
 
 
+@pytest.mark.slow
 def test_a_training_that_is_killed_over_and_over_ends_with_the_same_weights_bit_for_bit(drawn, whole, tmp_path):
     out, rng = tmp_path / "run", random.Random(0)
     for _ in range(2):
@@ -201,6 +202,7 @@ def test_without_val_an_encoder_that_learnt_here_keeps_its_seed(drawn, tmp_path)
         train_run(replace(again, train=replace(again.train, seed=2)), photos, tmp_path / "third")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("unshare"), reason="no program that makes a namespace")
 @pytest.mark.parametrize(
     ("size", "said"),
@@ -383,6 +385,7 @@ def test_an_encoder_that_the_gpu_has_no_room_for_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_loses_nothing_of_a_training(drawn, whole, tmp_path, monkeypatch):
     def full(*given):
         raise OSError(errno.ENOSPC, "No space left on device")
