@@ -91,7 +91,7 @@ class Layout:
         Args:
             observations: of the test set. Of a set of another size than the competition's own, the parts are not known.
         """
-        if sum(self.leaderboard) == observations:
+        if self.leaderboard and sum(self.leaderboard) == observations:
             return dict(zip(("public", "private"), self.leaderboard, strict=True))
         return {"whole test": observations}
 

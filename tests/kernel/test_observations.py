@@ -8,6 +8,7 @@ from PIL import Image, ImageFile
 
 from kernel.inputs import InputError
 from kernel.observations import (
+    LAYOUTS,
     PHOTO_SUFFIXES,
     clean_id,
     find_test_table,
@@ -272,3 +273,13 @@ def test_folders_of_pictures_beside_the_competition_are_not_taken_for_it(tmp_pat
     for name in ("weights", "more"):
         photo(tmp_path / name / "curve.png")
     assert ids_of(tmp_path, FUNGI) == ["7", "3", "5"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_the_parts_of_a_leaderboard_are_known_for_the_competitions_own_test_set_alone(layout):
+    assert layout.boards(0) == {"whole test": 0}
+    assert layout.boards(17) == {"whole test": 17}
+    if layout.leaderboard:
+        assert layout.boards(sum(layout.leaderboard)) == dict(
+            zip(("public", "private"), layout.leaderboard, strict=True)
+        )
