@@ -456,7 +456,7 @@ def has_photos(folder: Path) -> bool:
 def _holds_test_photos(folder: Path) -> bool:
     """Whether a folder has a test folder of photos, directly or in folders that are no resolutions."""
     test = folder / _CLASS_FOLDERS.marker
-    return test.is_dir() and not {path.name for path in test.iterdir()} & {*RESOLUTIONS, *SPLITS}
+    return test.is_dir() and not any((test / name).exists() for name in (*RESOLUTIONS, *SPLITS))
 
 
 def _holds_test(folder: Path) -> bool:
@@ -477,8 +477,9 @@ def read_test(folder: Path, layout: Layout, table: Path, resolution: str = RESOL
         raise InputError(
             f"{table} has no test observation{tell_left_out(left_out)}: put the test set there as downloaded"
         )
-    spelt = respell((observation.id for observation in observations), read_sample(folder, layout)[0])
-    observations = [replace(observation, id=spelt[observation.id]) for observation in observations]
+    if layout is not _CLASS_FOLDERS:  # whose ids are names of files, which `name_photos` has compared with the sample
+        spelt = respell((observation.id for observation in observations), read_sample(folder, layout)[0])
+        observations = [replace(observation, id=spelt[observation.id]) for observation in observations]
     return TestTable(folder, layout, observations, left_out)
 
 

@@ -162,6 +162,7 @@ def test_what_is_no_photo_is_counted_by_its_suffix_and_what_is_hidden_is_not_the
         (("oak/1.jpg", "elm/2.jpg"), ["2", "1"]),
         (("oak/1.jpg", "elm/1.jpg"), ["elm/1", "oak/1"]),
         (("a.jpg", "a.png", "b.jpg"), ["a.jpg", "a.png", "b.jpg"]),
+        (("01.jpg", "1.jpg", "2.0.jpg"), ["01", "1", "2.0"]),
         (("oak/1.jpg", "oak/1.png", "elm/1.jpg"), ["elm/1.jpg", "oak/1.jpg", "oak/1.png"]),
     ],
 )
