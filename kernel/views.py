@@ -45,7 +45,7 @@ def larger(photos: torch.Tensor) -> torch.Tensor:
     return photos
 
 
-# Each maps (batch, 3, size, size) to the same shape; their names are also in kernel.choices.
+# Each maps (batch, 3, size, size) to the same shape; a recipe names them (`local/recipes/settings.py`).
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "plain": lambda photos: photos,
     "hflip": lambda photos: photos.flip(-1),

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from kernel.choices import VIEW_NAMES
 from kernel.manifest import MANIFEST, write_manifest
 from kernel.views import VIEWS
+from local.recipes import settings
 from tests.conftest import ROOT
 from tests.manifests import manifest
 
@@ -82,4 +82,4 @@ def test_a_mistake_imports_nothing_heavy(arguments, message, tmp_path):
 
 
 def test_the_views_that_a_recipe_may_name_are_those_that_the_kernel_has():
-    assert tuple(VIEWS) == VIEW_NAMES
+    assert tuple(VIEWS) == settings.VIEWS

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field, fields
 
 from kernel.inputs import InputError
+from kernel.observations import RESOLUTIONS
 
-RESOLUTIONS = ("300p", "500p", "720p", "fullsize")  # as in kernel.observations, which imports pandas
 # Views are added in groups: a rotation to the left without the one to the right would favour one side.
 VIEW_GROUPS = (
     ("hflip",),
