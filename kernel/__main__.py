@@ -93,13 +93,10 @@ import torch
 
 from kernel.encoders import describe_versions, open_encoder, pick_devices
 from kernel.budget import Budget
-from kernel.photos import name_unreadable, write_unreadable
+from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, name_unreadable, write_unreadable
 from kernel.embeddings import Embeddings, embed_observations
 from kernel.metadata_prior import weighted_prior
 from kernel.bank import rank, read_banks
-
-UNREADABLE_FILE = "unreadable.csv"
-UNREADABLE_LIMIT = 0.25  # share of unreadable photos above which something is wrong with the mount, not with the photos
 
 
 def embed_members(weights: Weights, table: TestTable, budget: Budget) -> list[Embeddings]:

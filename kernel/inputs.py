@@ -15,7 +15,7 @@ from typing import TextIO
 
 
 class InputError(Exception):
-    """What the user can mend. The message is one line: what is wrong, where, what to do. The exit code is 2."""
+    """A mistake of the user. The message is one line: what is wrong, where, what to do. The exit code is 2."""
 
 
 def shorten(reason: object, width: int = 200) -> str:

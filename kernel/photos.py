@@ -15,6 +15,8 @@ from kernel.manifest import Preprocessing
 
 # Raise it when a photo or a view of it comes out in other pixels than before, so that cached embeddings are made anew.
 PIXELS_VERSION = 1
+UNREADABLE_FILE = "unreadable.csv"  # lists them, with their causes
+UNREADABLE_LIMIT = 0.25  # fraction of unreadable photos above which something is wrong with all, such as the mount
 DRAFT = 1.75  # keeps what the resize makes of a photo within a third of a grey level of the exact result, on average
 
 

@@ -4,12 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.inputs import InputError
-from kernel.photos import name_unreadable
+from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, name_unreadable
 from local.base.console import counted, say_once
 from local.data.competition import Competition
-
-UNREADABLE_FILE = "unreadable.csv"  # in a run's folder
-UNREADABLE_LIMIT = 0.25  # fraction of unreadable photos above which something is wrong with all, as in the kernel
 
 
 def refuse_missing(competition: Competition) -> None:

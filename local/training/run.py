@@ -29,7 +29,7 @@ from kernel.manifest import (
     write_manifest,
 )
 from kernel.observations import RESOLUTIONS
-from kernel.photos import shorter_side, write_unreadable
+from kernel.photos import UNREADABLE_FILE, shorter_side, write_unreadable
 from kernel.views import VIEWS
 from local.banks.estimators import commonest_classes, save_banks
 from local.banks.metadata_prior import write_prior
@@ -48,7 +48,7 @@ from local.data.competition import (
     sort_ids,
     split_for_validation,
 )
-from local.data.photos import UNREADABLE_FILE, refuse_missing
+from local.data.photos import refuse_missing
 from local.encoders.load import load_encoder, take_larger, weights_digest
 from local.recipes.recipe import Recipe, current_names, differences, settings_of, write_recipe
 from local.recipes.settings import TrainSettings
