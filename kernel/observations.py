@@ -206,7 +206,12 @@ def read_sample(folder: Path, layout: Layout) -> tuple[list[str], list[str]]:
 
 def visible(paths: Iterable[Path]) -> list[Path]:
     """Paths in order of name, without the hidden ones."""
-    return sorted(path for path in paths if not path.name.startswith(".") and path.name not in HIDDEN)
+    return sorted(path for path in paths if not is_hidden(path.name))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is no part of what was downloaded."""
+    return name.startswith(".") or name in HIDDEN
 
 
 def find_photos(folder: Path, left_out: Counter) -> list[Path]:
@@ -448,8 +453,7 @@ def has_photos(folder: Path) -> bool:
     """Whether there is a photo in a folder itself."""
     with os.scandir(folder) as entries:
         return any(
-            not entry.name.startswith(".") and os.path.splitext(entry.name)[1].lower() in PHOTO_SUFFIXES
-            for entry in entries
+            not is_hidden(entry.name) and os.path.splitext(entry.name)[1].lower() in PHOTO_SUFFIXES for entry in entries
         )
 
 
