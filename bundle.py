@@ -19,6 +19,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from kernel.competitions import competition_named, module_of
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST
 from local.base.console import command_parser, run, say
@@ -37,6 +38,7 @@ from local.publishing.metadata import (
     write_metadata,
 )
 from local.publishing.preflight import find_owner
+from local.runs import open_run
 
 ROOT = Path(__file__).resolve().parent
 BEFORE = ".weights.before"  # the weights that are being replaced
@@ -50,7 +52,8 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
         InputError: a run, the metadata or the kernel cannot be bundled.
     """
     metadata = with_owner(read_kernel_metadata(metadata_path), find_owner())
-    body = flatten(ROOT / "kernel")
+    competition = competition_named(open_run(runs[0]).manifest.competition.name)
+    body = flatten(ROOT / "kernel", chosen={"competitions": module_of(competition)})
     if body.count(DIGEST_LINE) != 1:
         raise InputError(f"kernel/manifest.py must hold the line {DIGEST_LINE} once: the script's digest goes there")
     weights, partial, script = out / "weights", out / ".weights.partial", out / ".kernel.py.partial"

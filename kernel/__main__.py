@@ -13,8 +13,9 @@ from pathlib import Path
 
 from kernel.inputs import InputError, escape_unprintable, install_wheels, tree
 from kernel.manifest import MANIFEST_SHA256, Weights, find_weights
-from kernel.observations import TestTable, find_test_table, tell_left_out
+from kernel.observations import TestTable, find_test_table
 from kernel.submission import fallback_guesses, write_submission
+from kernel.tables import describe_left_out
 
 STARTED = time.monotonic()
 IS_RERUN = "KAGGLE_IS_COMPETITION_RERUN" in os.environ  # Kaggle sets it when it scores the hidden test set
@@ -63,7 +64,7 @@ def open_inputs(options: argparse.Namespace) -> tuple[Weights, TestTable]:
     try:
         if weights:
             trained = weights.manifest
-            table = find_test_table(options.input, trained.competition.layout, trained.competition.resolution)
+            table = find_test_table(options.input, trained.competition.name, trained.competition.resolution)
             guesses = fallback_guesses(table, trained.fallback_classes)
         else:
             table = find_test_table(options.input)
@@ -75,7 +76,7 @@ def open_inputs(options: argparse.Namespace) -> tuple[Weights, TestTable]:
     if problem:
         print(tree(options.input), flush=True)
         raise problem
-    found = f"{len(table.observations)} observations{tell_left_out(table.left_out)}"
+    found = f"{len(table.observations)} observations{describe_left_out(table.left_out)}"
     print(f"{table.folder}: {found}; the fallback submission is written", flush=True)
     return weights, table
 
@@ -164,7 +165,7 @@ def predict(options: argparse.Namespace, weights: Weights, table: TestTable, bud
         [read_banks(weights.file(member.bank)) for member in members],
         [member.weight for member in members],
         [embeddings.values for embeddings in embedded],
-        table.layout.guesses,
+        table.competition.guesses,
         prior,
     )
     seen = torch.stack([embeddings.seen for embeddings in embedded]).all(dim=0)

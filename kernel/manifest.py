@@ -130,13 +130,13 @@ class CompetitionSpec:
     """The competition that the weights were trained on.
 
     Attributes:
-        layout: its name.
-        resolution: the folder of photos, where a competition has them in several sizes.
+        name: see `kernel.competitions`.
+        resolution: of the photos, where the competition ships several.
         observations_sha256: digest of all its labelled observations; empty in older runs.
         time_limit: for a kernel, seconds.
     """
 
-    layout: str
+    name: str = field(metadata={"earlier": "layout"})
     resolution: str
     observations_sha256: str = ""
     time_limit: float

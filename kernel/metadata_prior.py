@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 
 from kernel.manifest import Member, Weights
-from kernel.observations import Observation, clean_id, names_nothing
+from kernel.observations import Observation
+from kernel.tables import clean_id, names_nothing
 
 CELL = (0.05, 0.0875)  # degrees of latitude and longitude: 5.6 km either way in Denmark
 DAYS_IN_DEKAD = 10  # a third of a month, the climatologists' unit; the last one has the rest of the month

@@ -21,7 +21,7 @@ if not __package__:  # run as a script
 
 from local.base.console import command_parser, run
 from local.benchmarks.alphabets import find_alphabets
-from local.data.layout import find_layout
+from local.data.folder import find_competition
 from local.encoders.source import find_source
 from local.recipes.recipe import read_recipe
 
@@ -56,7 +56,7 @@ def check_each(folders: Sequence[Path], encoders: Sequence[str]) -> None:
         InputError: one of them is not.
     """
     for data in folders:
-        find_layout(data)
+        find_competition(data)
     for spec in encoders:
         find_source(spec)
 

@@ -28,7 +28,7 @@ if not __package__:  # run as a script
 
 from local.base.console import command_parser, run, say
 from local.base.files import write_json, write_text
-from local.data.layout import find_layout
+from local.data.folder import find_competition
 from local.runs import open_run
 
 
@@ -43,7 +43,7 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
     """
     for run_folder in (folder, *others):
         open_run(run_folder)
-    find_layout(data)
+    find_competition(data)
     # Imported here, since torch, scikit-learn and matplotlib take seconds, and a mistake is to be answered at once.
     from local.report.evidence import read_evidence
     from local.report.figures import evaluate

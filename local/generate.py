@@ -13,7 +13,7 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from kernel.observations import RESOLUTIONS
+from kernel.tables import RESOLUTIONS
 from local.base.console import command_parser, run
 from local.drawing.competition import generate, generate_from_metadata
 

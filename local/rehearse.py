@@ -68,7 +68,7 @@ def measure(rehearsal: Rehearsal, ran: Ran) -> dict[str, float | None]:
     if rehearsal.truth and not ran.fault:
         truth = [class_of(rehearsal, observation) for observation in ran.guesses]
         scores = score(truth, list(ran.guesses.values()))
-        say(describe(scores, ran.table.layout.guesses))
+        say(describe(scores, ran.table.competition.guesses))
     return {
         **scores,
         "photos_per_second": float(ran.done["speed"]) if ran.done else None,

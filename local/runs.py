@@ -61,7 +61,7 @@ def describe_run(path: Path) -> dict[str, str] | None:
     return {
         "run": path.parent.name,
         "trained": datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
-        "data": f"{manifest.competition.layout} {member.data_sha256[:6]}",
+        "data": f"{manifest.competition.name} {member.data_sha256[:6]}",
         "encoder": Path(recipe["encoder"]).name,
         "reference": recipe["reference"],
         **{

@@ -39,7 +39,7 @@ def member(**changes: object) -> Member:
 def manifest(**changes: object) -> Manifest:
     """A manifest of one member and two classes."""
     values = {
-        "competition": CompetitionSpec(layout="class-folders", resolution="300p", time_limit=32400),
+        "competition": CompetitionSpec(name="class-folders", resolution="300p", time_limit=32400),
         "class_ids": ("elm", "oak"),
         "fallback_classes": ("oak", "elm"),
         "members": (member(),),

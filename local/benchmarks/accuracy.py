@@ -19,7 +19,8 @@ from kernel.encoders import open_encoder, pick_devices
 from kernel.inputs import InputError
 from kernel.manifest import Manifest, read_weights
 from kernel.metadata_prior import weighted_prior
-from kernel.observations import RESOLUTIONS, Observation, read_test
+from kernel.observations import Observation, read_test
+from kernel.tables import RESOLUTIONS
 from local.banks.ensemble import weigh
 from local.banks.estimators import group_means, pool, unit
 from local.banks.search import compare
@@ -28,7 +29,7 @@ from local.base.files import write_json
 from local.base.metrics import GUESSES, bounded, gained, hit_matrix, interval_of, score
 from local.data.cache import EmbeddingCache, PhotoEmbeddings
 from local.data.competition import Labelled, labelled, places_of, read_competition
-from local.data.layout import find_layout
+from local.data.folder import find_competition
 from local.drawing.competition import generate
 from local.recipes.recipe import read_recipe
 from local.rehearsal.trial import read_solution
@@ -60,8 +61,7 @@ class Task:
         """The observations asked, with photos of one of FungiCLEF's resolutions."""
         if self.split == "val":
             return labelled(read_competition(self.data, resolution), "val").observations
-        layout, table = find_layout(self.data)
-        return read_test(self.data, layout, table, resolution).observations
+        return read_test(find_competition(self.data), resolution).observations
 
     def support(self, resolution: str) -> Labelled:
         """The reference, with photos of one of FungiCLEF's resolutions."""
@@ -195,7 +195,7 @@ def climb(task: Task, encoders: Sequence[str], folder: Path) -> list[Rung]:
         best.append((runs[-1], rungs[-1]))
     if len(best) > 1:
         runs = [run for run, _ in best]
-        shares = weigh(runs, find_layout(task.data)[0].guesses)
+        shares = weigh(runs, find_competition(task.data).competition.guesses)
         below = best[int(np.argmax(shares))][1]  # the weightiest by cross-validation, not by what is asked here
         rungs.append(run_rung(task, runs, shares, cache, "their ensemble", below))
     return rungs

@@ -7,10 +7,11 @@ without changing what it means is refused, with its place and the mend.
 
 import ast
 import builtins
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 from kernel.inputs import InputError
 
@@ -23,6 +24,7 @@ class Script:
 
     Attributes:
         package: the folder, whose name is the package's.
+        chosen: see `flatten`.
         lines: what is written so far.
         begun: modules whose header is written; True once they are complete.
         bound: top-level name -> (what it is, where it was bound).
@@ -31,6 +33,7 @@ class Script:
     """
 
     package: Path
+    chosen: Mapping[str, str]
     lines: list[str] = field(default_factory=list)
     begun: dict[str, bool] = field(default_factory=dict)
     bound: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -38,17 +41,19 @@ class Script:
     names: dict[str, set[str]] = field(default_factory=dict)
 
 
-def flatten(package: Path, entry: str = "__main__") -> str:
+def flatten(package: Path, entry: str = "__main__", chosen: Mapping[str, str] = MappingProxyType({})) -> str:
     """One script from a package.
 
     Args:
         package: the package's folder.
         entry: the module that `python -m` would run; it alone may ask for `__name__`.
+        chosen: subpackage -> one of its modules. Where the package has all of them to choose from, the script has this
+            one: `from PACKAGE.SUBPACKAGE import NAME` takes NAME from it, and the subpackage's __init__.py is left out.
 
     Raises:
         InputError: something in the package cannot be flattened.
     """
-    script = Script(package)
+    script = Script(package, chosen)
     initial = package / "__init__.py"
     for node in ast.parse(initial.read_text(encoding="utf-8")).body if initial.is_file() else []:
         if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
@@ -61,7 +66,7 @@ def flatten(package: Path, entry: str = "__main__") -> str:
 
 
 def _add_module(script: Script, name: str, is_entry: bool = False) -> None:
-    path = script.package / f"{name}.py"
+    path = _path_of(script, name)
     source = path.read_text(encoding="utf-8")
     try:
         tree = ast.parse(source, str(path))
@@ -76,14 +81,14 @@ def _add_module(script: Script, name: str, is_entry: bool = False) -> None:
     while at < len(lines) and not lines[at].strip():
         at += 1
     names = script.names.setdefault(name, set())
-    header = _header(path, docstring)
+    header = _header(script.package, path, docstring)
     for is_import, nodes in groupby(body, lambda node: isinstance(node, ast.Import | ast.ImportFrom)):
         nodes = list(nodes)
         end = nodes[-1].end_lineno
         if is_import:
             # Siblings first: what they import, this module need not import again.
             if _add_siblings(script, path, nodes):
-                header = header or _header(path, None)  # the story was interrupted: say whose turn it is again
+                header = header or _header(script.package, path, None)
             comments = [line for line in lines[at:end] if line.startswith("#")]
             names.update(_imported_names(nodes))
             block = comments + [line for node in nodes for line in _new_imports(script, path, node)]
@@ -92,7 +97,7 @@ def _add_module(script: Script, name: str, is_entry: bool = False) -> None:
             for node in nodes:
                 for bound in _bound_names(node):
                     names.add(bound)
-                    _bind(script, path, node, bound, f"{path.name}:{bound}")
+                    _bind(script, path, node, bound, f"{name}:{bound}")
             script.lines += [*header, *lines[at:end]]
         header, at = [], end
     script.lines += [*header, *lines[at:]]
@@ -117,9 +122,9 @@ def _add_siblings(script: Script, path: Path, nodes: Sequence[ast.stmt]) -> bool
     return added
 
 
-def _header(path: Path, docstring: str | None) -> list[str]:
+def _header(package: Path, path: Path, docstring: str | None) -> list[str]:
     """The lines that open a module: its name, and its docstring as a comment."""
-    title = f"{path.parent.name}/{path.name}"
+    title = path.relative_to(package.parent).as_posix()
     rule = "# " + "=" * 117
     text = [f"# {line}".rstrip() for line in (docstring or "").splitlines()]
     return [
@@ -134,10 +139,16 @@ def _header(path: Path, docstring: str | None) -> list[str]:
 
 
 def _sibling(script: Script, node: ast.AST) -> str | None:
-    """The module of the package that an import statement names, if any."""
+    """The module of the package that an import statement names, or that is chosen for what it names; if any."""
     if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"{script.package.name}."):
-        return node.module.removeprefix(f"{script.package.name}.")
+        name = node.module.removeprefix(f"{script.package.name}.")
+        return f"{name}.{script.chosen[name]}" if name in script.chosen else name
     return None
+
+
+def _path_of(script: Script, name: str) -> Path:
+    """The file of a module of the package."""
+    return script.package / f"{name.replace('.', '/')}.py"
 
 
 def _new_imports(script: Script, path: Path, node: ast.Import | ast.ImportFrom) -> list[str]:
@@ -209,7 +220,9 @@ def _refuse_what_cannot_be_flattened(script: Script, path: Path, tree: ast.Modul
                 raise _refusal(path, node, "a lazy import of a sibling finds no package", "import it at the top")
             if any(alias.asname for alias in node.names):
                 raise _refusal(path, node, "a sibling's name cannot be changed in a script", "import it as it is")
-            if not (script.package / f"{_sibling(script, node)}.py").is_file():
+            if not _path_of(script, _sibling(script, node)).is_file():
+                if (script.package / _sibling(script, node).replace(".", "/")).is_dir():
+                    raise _refusal(path, node, "a script runs no __init__.py", f"import from a module of {node.module}")
                 raise _refusal(path, node, f"there is no module {node.module}", "import one that exists")
         if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("import_module", "__import__"):
             given = [*node.args, *(keyword.value for keyword in node.keywords)]

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from kernel.competitions import competition_named
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Manifest, Member, Weights, write_manifest
-from kernel.observations import LAYOUTS, RESOLUTIONS
+from kernel.tables import RESOLUTIONS
 from local.base.console import say
 from local.base.metrics import GUESSES
 from local.bundling.wheels import make_wheel, needed_wheels
@@ -39,7 +40,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         if different:
             raise InputError(f"{weights.folder} has {different} than {runs[0]}: train both with the same --data")
     needed_wheels(opened)  # what cannot be bundled is refused before the runs are weighed
-    guesses = guesses_of(first.competition.layout)
+    guesses = competition_named(first.competition.name).guesses
     if len(first.class_ids) < guesses:
         say(
             f"a row of the submission has room for {guesses} classes, and {runs[0]} was trained on "
@@ -85,11 +86,6 @@ def worth_alone(weights: Weights) -> float:
     """A run's recalls on its validation together; 0 where it has none."""
     validation = weights.manifest.members[0].validation
     return sum(validation.get(f"recall_at_{count}", 0.0) for count in GUESSES)
-
-
-def guesses_of(name: str) -> int:
-    """Class ids in one row of a layout's submission."""
-    return next(layout.guesses for layout in LAYOUTS if layout.name == name)
 
 
 def _copy(weights: Weights, folder: Path, number: int) -> list[Member]:

@@ -1,49 +1,28 @@
 """Read a competition's folder as downloaded: which photos, of which observations and classes, may be learnt from.
 
-The test table is the kernel's business (`kernel/observations.py`); to support another kind of competition, add its
-layout there and, where its tables have a form of their own, the reading of the training table here.
+What differs between competitions is in `kernel/competitions/`.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from kernel.competitions.competition import Competition as Layout
+from kernel.competitions.competition import CompetitionFolder, LabelledPhoto
 from kernel.inputs import InputError
-from kernel.observations import (
-    BLANKS,
-    LAYOUTS,
-    METADATA,
-    RESOLUTIONS,
-    Layout,
-    Observation,
-    class_folders,
-    clean_id,
-    coco_id,
-    find_photos,
-    group_photos,
-    is_blank,
-    names_nothing,
-    photo_path,
-    read_coco,
-    read_sample,
-    read_table,
-    resolution_folder,
-    respell,
-    tell_left_out,
-    visible,
-)
+from kernel.observations import Observation, group_photos
+from kernel.tables import BLANKS, RESOLUTIONS, TAXONOMY, describe_left_out, names_nothing, respell
 from local.base.console import say_once
-from local.data.layout import find_layout
-from local.data.taxonomy import TAXONOMY, Taxonomy
+from local.data.folder import find_competition
+from local.data.taxonomy import Taxonomy
 
 COLUMNS = ("split", "observation", "class_id", "photo")
 NAMES = ("species", "poisonous")  # what people want to know of a class; nothing is learnt from it
-TIME_LIMITS = {layout.name: 9 * 3600 for layout in LAYOUTS} | {"fungiclef": 12 * 3600}  # seconds, of a GPU kernel
 
 
 @dataclass(frozen=True)
@@ -52,7 +31,7 @@ class Competition:
 
     Attributes:
         photos: a row per photo, with COLUMNS: split "train" or "val", observation and class ids as the competition
-            spells them, and the photo's path; then METADATA, TAXONOMY and NAMES, where the layout has them.
+            spells them, and the photo's path; then its metadata, TAXONOMY and NAMES, where the competition has them.
         resolution: of the folders of photos, where there are several, the one that was wanted.
     """
 
@@ -118,41 +97,70 @@ class Labelled:
 
 
 def read_competition(folder: Path, resolution: str = "300p") -> Competition:
-    """Read the training tables of a folder of any known layout.
+    """Read the training tables of a competition's folder.
 
     Args:
-        resolution: of the photos, where the competition ships several; see `kernel.observations.RESOLUTIONS`.
+        resolution: of the photos, where the competition ships several; one of `kernel.tables.RESOLUTIONS`.
 
     Raises:
-        InputError: the folder is of no known layout, a table lacks a column, or an observation is in two splits.
+        InputError: no supported competition is there, a table lacks a column, or an observation is in two splits.
     """
-    layout, table = find_layout(folder)
-    left_out: Counter = Counter()
-    rows = READERS[table.suffix](folder, layout, table, resolution, left_out)
-    photos = pd.DataFrame(rows, columns=list(rows[0]) if rows else COLUMNS).drop_duplicates(ignore_index=True)
+    found, left_out = find_competition(folder), Counter()
+    competition = found.competition
+    rows = competition.read_labelled(found, resolution, left_out)
     if left_out:
-        say_once(f"{folder}{tell_left_out(left_out)}")
+        say_once(f"{folder}{describe_left_out(left_out)}")
+    photos = pd.DataFrame(map(_columns_of, rows), columns=list(_columns_of(rows[0])) if rows else COLUMNS)
+    photos = photos.drop_duplicates(ignore_index=True)
+    for split in photos["split"].unique():
+        _check_resolution(found, split, resolution)
     if not (photos["split"] == "train").any():
-        raise InputError(f"{folder} ({layout.name}) has no labelled photo: check that the training table is complete")
+        raise InputError(
+            f"{folder} ({competition.name}) has no labelled photo: check that the training table is complete"
+        )
     if photos["class_id"].nunique() < 2:
         raise InputError(
-            f"{folder} ({layout.name}) has one class alone, {photos['class_id'].iloc[0]!r}: "
+            f"{folder} ({competition.name}) has one class alone, {photos['class_id'].iloc[0]!r}: "
             "check that this is the folder as downloaded"
         )
-    if layout.name != "class-folders":  # there an id is the name of a file or folder
-        spelt = respell(photos["class_id"].unique(), read_sample(folder, layout)[1])
-        photos["class_id"] = photos["class_id"].map(spelt)
+    if competition.has_table:  # without one, a class id is the name of a folder
+        answers = [class_id for _, answer in competition.read_sample(folder) for class_id in answer]
+        photos["class_id"] = photos["class_id"].map(respell(photos["class_id"].unique(), answers))
     for column, what in (("class_id", "classes"), ("split", "splits")):
         counts = photos.groupby("observation")[column].nunique()
         if (counts > 1).any():
-            raise InputError(f"observation {counts.idxmax()} in {folder} is in {counts.max()} {what}: mend the table")
-    return Competition(folder, layout, photos, resolution)
+            raise InputError(f"observation {counts.idxmax()} in {folder} is in {counts.max()} {what}: fix the table")
+    return Competition(folder, competition, photos, resolution)
+
+
+def _columns_of(photo: LabelledPhoto) -> dict[str, object]:
+    """A row of `Competition.photos`."""
+    row = dict(zip(COLUMNS, (photo.split, photo.observation, photo.class_id, photo.path), strict=True))
+    if photo.taxa:
+        names = dict(zip(NAMES, (photo.species, photo.poisonous), strict=True))
+        row |= {**photo.metadata, **dict(zip(TAXONOMY, photo.taxa, strict=True)), **names}
+    return row
+
+
+def _check_resolution(found: CompetitionFolder, split: str, wanted: str) -> None:
+    """Say which resolution is read if the wanted one is not there.
+
+    Raises:
+        InputError: the folder of the split is there, without any of the competition's resolutions.
+    """
+    folder, there = found.split_folder(split), found.resolutions(split)
+    read = found.photo_folder(split, wanted)
+    if there and read.name != wanted:
+        say_once(f"{folder.parent} has {', '.join(there)}, not {wanted}: reading {read.name}")
+    elif found.competition.resolutions and folder.is_dir() and not there:
+        entries = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) or "nothing"
+        raise InputError(f"{folder} has none of {', '.join(RESOLUTIONS)}, but {entries}: download the photos again")
 
 
 def labelled(competition: Competition, *splits: str) -> Labelled:
     """The labelled observations of some splits, in the table's order."""
     photos = competition.photos[competition.photos["split"].isin(splits)]
-    said = photos.filter(METADATA).to_dict("records") or [{}] * len(photos)
+    said = photos.filter(competition.layout.metadata).to_dict("records") or [{}] * len(photos)
     observations = group_photos(zip(photos["observation"], photos["photo"], said, strict=True))
     classes = dict(zip(photos["observation"], photos["class_id"], strict=True))
     return Labelled(observations, np.array([classes[observation.id] for observation in observations], dtype=object))
@@ -236,97 +244,3 @@ def sort_ids(class_ids: np.ndarray) -> list[str]:
     if all(name.isdecimal() for name in distinct):
         return sorted(distinct, key=lambda name: (int(name), name))
     return sorted(distinct)
-
-
-def _read_fungi(folder: Path, layout: Layout, marker: Path, resolution: str, left_out: Counter) -> list[dict]:
-    tables = {
-        "train": marker.with_name(marker.name.replace("-ClosedSet", "").replace("-Test", "-Train")),
-        "val": marker.with_name(marker.name.replace("-Test", "-Val")),
-    }
-    rows = []
-    for split, table in tables.items():
-        if not table.is_file() and split == "val":
-            continue
-        photos = _resolution_folder(layout.photo_folder(folder, marker, split), resolution)
-        needed = ("observationID", "filename", "category_id")
-        for row in read_table(table, needed, filled=needed, left_out=left_out):
-            more = {column: row.get(column) or "" for column in (*METADATA, *TAXONOMY, *NAMES)}
-            more["species"] = more["species"] or row.get("scientificName") or ""
-            ids = clean_id(row["observationID"]), clean_id(row["category_id"])
-            said = (split, *ids, photo_path(photos, row["filename"]))
-            rows.append(dict(zip(COLUMNS, said, strict=True)) | more)
-    return rows
-
-
-def _resolution_folder(split: Path, wanted: str) -> Path:
-    """The split's folder in the wanted resolution, or in the one that the kernel would take instead.
-
-    Raises:
-        InputError: the split is there, and in none of RESOLUTIONS.
-    """
-    found = resolution_folder(split, wanted)
-    if found.name != wanted:
-        present = ", ".join(name for name in RESOLUTIONS if (split / name).is_dir())
-        say_once(f"{split.parent} has {present}, not {wanted}: reading {found.name}")
-    elif split.is_dir() and not found.is_dir():
-        there = ", ".join(sorted(path.name for path in split.iterdir())[:4]) or "nothing"
-        raise InputError(f"{split} has none of {', '.join(RESOLUTIONS)}, but {there}: download the photos again")
-    return found
-
-
-def _read_herbarium(folder: Path, layout: Layout, marker: Path, resolution: str, left_out: Counter) -> list[dict]:
-    table = folder / str(marker.relative_to(folder)).replace("test", "train")
-    photos = layout.photo_folder(folder, marker, "train")
-    names, said = read_coco(table)
-    try:
-        labels = [(clean_id(str(note["image_id"])), clean_id(str(note["category_id"]))) for note in said["annotations"]]
-        rows = [
-            ("train", image, label, photo_path(photos, names[image])) for image, label in labels if not is_blank(label)
-        ]
-        if len(rows) < len(labels):
-            left_out[f"annotations of {table.name} without category_id"] += len(labels) - len(rows)
-        ranks = {
-            coco_id(category, "category"): {rank: str(category.get(rank) or "") for rank in TAXONOMY}
-            | {"species": str(category.get("name") or category.get("scientificName") or ""), "poisonous": ""}
-            for category in said.get("categories", ())
-        }
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
-    unknown = dict.fromkeys((*TAXONOMY, *NAMES), "")
-    return [dict(zip(COLUMNS, row, strict=True)) | ranks.get(row[2], unknown) for row in rows]
-
-
-def _read_class_folders(folder: Path, layout: Layout, marker: Path, resolution: str, left_out: Counter) -> list[dict]:
-    classes = class_folders(folder)
-    if not classes:
-        raise InputError(
-            f"{folder} (class-folders) has no folders of classes: arrange the photos as train/CLASS/photo, "
-            "val/CLASS/photo and test/photo, or as CLASS/photo alone"
-        )
-    val = next((folder / name for name in ("val", "valid", "validation") if (folder / name).is_dir()), None)
-    outside = [path for root in {classes[0].parent, val} - {None} for path in visible(root.iterdir()) if path.is_file()]
-    if outside:
-        left_out["files in no class's folder"] += len(outside)
-    folders = [("train", path) for path in classes]
-    folders += [("val", path) for path in visible(val.iterdir() if val else ()) if path.is_dir()]
-    rows = [
-        dict(zip(COLUMNS, (split, path.relative_to(folder).as_posix(), own.name, path), strict=True))
-        for split, own in folders
-        for path in find_photos(own, left_out)
-    ]
-    for row in rows:
-        try:
-            row["observation"].encode()
-        except UnicodeEncodeError as error:
-            reason = "is no UTF-8: unzip it as such, or rename it"
-            raise InputError(f"{row['observation']!a} in {folder} {reason}") from error
-    return rows
-
-
-# By the form of the test table. Each returns a row per photo, COLUMNS, and METADATA, TAXONOMY and NAMES if it knows
-# them; and counts what it leaves out.
-READERS: dict[str, Callable[[Path, Layout, Path, str, Counter], list[dict]]] = {
-    ".csv": _read_fungi,
-    ".json": _read_herbarium,
-    "": _read_class_folders,
-}

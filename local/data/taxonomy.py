@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TAXONOMY = ("phylum", "class", "order", "family", "genus")  # the columns above the species, the widest first
-
 
 @dataclass(frozen=True)
 class Taxonomy:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from kernel.inputs import InputError
-from kernel.observations import RESOLUTIONS
+from kernel.tables import RESOLUTIONS
 from local.base.console import progress
 from local.drawing.fungi import Traits, draw, traits
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from math import isfinite, sqrt
 from pathlib import Path
 
-from kernel.observations import read_table
+from kernel.tables import read_table
 from local.base.console import aligned
 from local.base.files import write_table
 from local.publishing.preflight import Bundle
@@ -28,15 +28,15 @@ def row_of(bundle: Bundle, version: int) -> dict[str, str]:
 
     Its local score is that of its best run, which is the first: an ensemble's own is not known before the leaderboard.
     """
-    layout, size = bundle.table.layout, len(bundle.table.observations)
-    metric = layout.metric
+    competition, size = bundle.table.competition, len(bundle.table.observations)
+    metric = competition.metric
     scores = bundle.manifest.members[0].validation
     local = {
         name: f"{scores[key]:.4f}"
         for name, key in (("local", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high"))
         if key in scores
     }
-    observations = layout.boards(size).get("public", size)  # elsewhere the test set is an upper bound
+    observations = competition.boards(size).get("public", size)  # elsewhere the test set is an upper bound
     known = {
         "when": now(),
         "competition": bundle.competition,

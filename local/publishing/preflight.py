@@ -11,9 +11,10 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from kernel.competitions import COMPETITIONS, competition_named
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Manifest, read_weights
-from kernel.observations import LAYOUTS, Observation, TestTable, read_table
+from kernel.observations import Observation, TestTable
 from kernel.submission import check_submission
 from local.publishing.metadata import (
     DATASET_METADATA,
@@ -126,17 +127,16 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
     manifest, digest = inspect_weights(build / "weights", metadata)
     inspect_script(build / "kernel.py", digest)
     record = read_record(build)
-    layout = next(layout for layout in LAYOUTS if layout.name == manifest.competition.layout)
-    attached = metadata["competition_sources"][0]
-    if {one.slug: one.name for one in LAYOUTS}.get(attached, layout.name) != layout.name:
+    competition, attached = competition_named(manifest.competition.name), metadata["competition_sources"][0]
+    if next((one for one in COMPETITIONS if one.slug == attached), competition) != competition:
         raise InputError(
-            f"{metadata_path} attaches {attached}, but the run was trained on a competition of layout {layout.name}: "
+            f"{metadata_path} attaches {attached}, but the run was trained on {competition.name}: "
             "correct competition_sources"
         )
-    rows = read_table(build / PLAIN, layout.header)
+    rows = competition.read_submission(build / PLAIN)
     if not rows:
         raise InputError(f"{build / PLAIN} has no observation: rehearse on the competition with its test set")
-    table = TestTable(build, layout, [Observation(row[layout.header[0]], ()) for row in rows])
+    table = TestTable(build, competition, [Observation(identity, ()) for identity, _ in rows])
     check_submission(build / PLAIN, table, manifest.class_ids)
     return Bundle(build, metadata, manifest, record["bundle"], table, build / PLAIN, record)
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from kernel.inputs import InputError, shorten
-from kernel.observations import TestTable, read_table
+from kernel.observations import TestTable
 from kernel.submission import check_submission
 from local.base.console import counted, say
 from local.base.files import write_json
@@ -182,9 +182,5 @@ class Publication:
 
 def agreement(rehearsed: Path, returned: Path, table: TestTable) -> float:
     """The share of observations for which two submissions over the same table have the same first guess."""
-    column, several = table.layout.header[1], table.layout.guesses > 1
-    firsts = [
-        [row[column].split()[0] if several else row[column] for row in read_table(path, table.layout.header)]
-        for path in (rehearsed, returned)
-    ]
+    firsts = [[answer[0] for _, answer in table.competition.read_submission(path)] for path in (rehearsed, returned)]
     return sum(a == b for a, b in zip(*firsts, strict=True)) / len(table.observations)

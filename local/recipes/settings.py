@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 
 from kernel.inputs import InputError
-from kernel.observations import RESOLUTIONS
+from kernel.tables import RESOLUTIONS
 
 # Views are added in groups: a rotation to the left without the one to the right would favour one side.
 VIEW_GROUPS = (

@@ -180,8 +180,8 @@ def make_hostile(rehearsal: Rehearsal, stage: Stage) -> dict[str, int]:
 def make_gone(rehearsal: Rehearsal, stage: Stage) -> set[str]:
     """Remove all photos of some observations; returns their ids."""
     table = rehearsal.table(stage)
-    if table.layout.name == "class-folders":
-        raise Skipped("in class folders the photos are the table")
+    if not table.competition.has_table:
+        raise Skipped("no table lists the photos, so that none can be missing")
     return remove_photos(table, rehearsal.seed)
 
 
@@ -376,7 +376,7 @@ def must_miss_only(rehearsal: Rehearsal, runs: Sequence[Ran], gone: set[str]) ->
     """
     must_be_scored(rehearsal, runs, gone)
     before, after = reference(rehearsal).guesses, runs[0].guesses
-    fallback, allowed = rehearsal.fallback(runs[0].table), int(0.4 * runs[0].table.layout.guesses)
+    fallback, allowed = rehearsal.fallback(runs[0].table), int(0.4 * runs[0].table.competition.guesses)
     for observation, row in after.items():
         if observation in gone and row != fallback:
             raise Failed(f"observation {observation} has no photo, and its row is not the fallback")
@@ -396,7 +396,7 @@ def must_beat_the_fallback_in_time(rehearsal: Rehearsal, runs: Sequence[Ran], st
     told = f"{done['late']} of {observations}; views {done['views']} in place of {base.done['views']}"
     if rehearsal.truth:
         truth = [class_of(rehearsal, stretched.originals[observation]) for observation in ran.guesses]
-        place = 1 if ran.table.layout.guesses >= GUESSES[1] else 0
+        place = 1 if ran.table.competition.guesses >= GUESSES[1] else 0
         reached = hit_matrix(truth, list(ran.guesses.values()))[:, place].mean()
         floor = hit_matrix(truth, [rehearsal.fallback(ran.table)] * len(truth))[:, place].mean()
         told += f", Recall@{GUESSES[place]} {reached:.3f}, of the fallback {floor:.3f}"

@@ -14,12 +14,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernel.competitions import competition_named
 from kernel.inputs import InputError
 from kernel.manifest import CompetitionSpec, read_weights
-from kernel.observations import LAYOUTS, TestTable, clean_id, find_test_table, read_table, recognise
+from kernel.observations import TestTable, find_test_table, recognise
 from kernel.submission import check_submission, fallback_guesses
+from kernel.tables import clean_id
 from local.base.console import say
-from local.data.layout import find_layout
+from local.data.folder import find_competition
 from local.publishing.metadata import read_kernel_metadata
 from local.rehearsal.record import check_bundle
 from local.rehearsal.sandbox import Outcome, find_isolation, run_isolated
@@ -104,7 +106,7 @@ class Rehearsal(AbstractContextManager):
         Raises:
             InputError: the data, the bundle or the solution is not what it should be.
         """
-        find_layout(data)
+        find_competition(data)
         if solution:
             read_solution(solution)  # a mistake in it is told before the competition's tables are read
         self.data, self.build, self.kills, self.seed = data, build, kills, seed
@@ -156,7 +158,7 @@ class Rehearsal(AbstractContextManager):
     def find_table(self, folder: Path) -> TestTable:
         """The test table in a folder, of the layout and the resolution that the bundle was trained on."""
         trained = self.manifest.competition
-        return find_test_table(folder, trained.layout, trained.resolution)
+        return find_test_table(folder, trained.name, trained.resolution)
 
     def table(self, stage: Stage) -> TestTable:
         """What a stage asks."""
@@ -243,11 +245,11 @@ def refuse_other_competition(data: Path, trained: CompetitionSpec) -> None:
         trained: what they were trained on.
 
     Raises:
-        InputError: the folder is of another layout, or has other labelled observations.
+        InputError: the folder is another competition's, or has other labelled observations.
     """
-    found = find_layout(data)[0].name
-    if recognise(data, [layout for layout in LAYOUTS if layout.name == trained.layout]) is None:
-        raise InputError(f"{data} is of layout {found}, the bundle was trained on {trained.layout}: give its --data")
+    found = find_competition(data).competition.name
+    if recognise(data, [competition_named(trained.name)]) is None:
+        raise InputError(f"{data} is of {found}, but the bundle was trained on {trained.name}: give its --data")
     from local.data.competition import read_competition  # imports pandas, which `--help` should not wait for
 
     digest = trained.observations_sha256
@@ -283,9 +285,4 @@ def read_solution(solution: Path, observations: Iterable[str] = (), classes: Ite
 
 def read_guesses(submission: Path, table: TestTable) -> dict[str, list[str]]:
     """The class ids, best first, that a submission gives each observation."""
-    identity, predictions = table.layout.header
-    several = table.layout.guesses > 1
-    return {
-        row[identity]: row[predictions].split() if several else [row[predictions]]
-        for row in read_table(submission, table.layout.header)
-    }
+    return dict(table.competition.read_submission(submission))

@@ -1,79 +1,32 @@
 """Change a staged competition or staged weights as Kaggle, or bad luck, might. Called by the scenarios.
 
-Each function is one variation. All rewrite what was staged, and none writes into a file, which may be the user's own.
+Each function is one variation. Files are replaced and never written into, since they may be links to the user's own.
 """
 
 import io
-import json
 import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
+from kernel.competitions.competition import CompetitionFolder, PhotoRow
 from kernel.manifest import MANIFEST, read_manifest, write_manifest
-from kernel.observations import (
-    PHOTO_SUFFIXES,
-    RESOLUTIONS,
-    Layout,
-    TestTable,
-    clean_id,
-    coco_id,
-    find_photos,
-    name_photos,
-    photo_path,
-    read_coco,
-    read_sample,
-    read_table,
-)
-from local.data.layout import find_layout
-from local.rehearsal.staging import place, replace_file, write_csv
+from kernel.observations import TestTable, read_rows
+from kernel.tables import PHOTO_SUFFIXES
+from local.data.folder import find_competition
+from local.rehearsal.staging import place, replace_file
 
 
-@dataclass(frozen=True)
-class Row:
-    """One photo in a test table of any layout.
-
-    Attributes:
-        name: of the file, relative to each folder of photos.
-        entry: all that the table says of it; columns of a CSV, or an object of JSON.
-    """
-
-    observation: str
-    name: str
-    entry: dict
-
-
-def read_rows(marker: Path) -> list[Row]:
-    """The test table's rows, in its order."""
-    if marker.suffix == ".csv":
-        rows = read_table(marker, (), filled=("observationID",))
-        return [Row(clean_id(row["observationID"]), row["filename"] or "", row) for row in rows]
-    if marker.suffix == ".json":
-        return [Row(coco_id(image, "image"), image["file_name"], image) for image in read_coco(marker)[1]["images"]]
-    photos = find_photos(marker, Counter())
-    names = name_photos(photos, marker, read_sample(marker.parent, find_layout(marker.parent)[0])[0])
-    return [Row(name, path.relative_to(marker).as_posix(), {}) for name, path in zip(names, photos, strict=True)]
-
-
-def write_rows(competition: Path, layout: Layout, marker: Path, rows: Sequence[Row]) -> None:
-    """Put rows in the place of the test table, and remove the photos that none of them names."""
-    if marker.suffix == ".csv":
-        entries = [row.entry | {"observationID": row.observation, "filename": row.name} for row in rows]
-        write_csv(marker, list(rows[0].entry), entries)
-    elif marker.suffix == ".json":
-        identity = "id" if "id" in rows[0].entry else "image_id"
-        entries = [
-            row.entry | {identity: type(row.entry[identity])(row.observation), "file_name": row.name} for row in rows
-        ]
-        is_bare = marker.read_bytes().lstrip().startswith(b"[")
-        said = entries if is_bare else read_coco(marker)[1] | {"images": entries}
-        replace_file(marker, json.dumps(said).encode("ascii"))
-    for folder in photo_folders(competition, layout, marker):
-        named = {photo_path(folder, row.name) for row in rows} | {marker}
+def write_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> None:
+    """Replace the test table by one of these rows, and remove the photos that none of them names."""
+    if found.competition.format_rows:
+        replace_file(found.table, found.competition.format_rows(found, rows))
+    for folder in photo_folders(found):
+        named = {folder / row.photo for row in rows} | {found.table}
         for path in [path for path in folder.rglob("*") if path not in named]:
             if path.is_file():
                 path.unlink()
@@ -81,22 +34,22 @@ def write_rows(competition: Path, layout: Layout, marker: Path, rows: Sequence[R
                 path.rmdir()
 
 
-def photo_folders(competition: Path, layout: Layout, marker: Path) -> list[Path]:
-    """The folders of test photos; several where a competition ships several resolutions."""
-    photos = layout.photo_folder(competition, marker, "test")
-    return [photos / name for name in RESOLUTIONS if (photos / name).is_dir()] or [photos]
+def photo_folders(found: CompetitionFolder) -> list[Path]:
+    """The folders of test photos; several where there are several resolutions."""
+    photos = found.split_folder("test")
+    return [photos / name for name in found.resolutions("test")] or [photos]
 
 
 def keep_observations(competition: Path, wanted: Collection[str]) -> None:
     """Reduce a staged test set to some observations."""
-    layout, marker = find_layout(competition)
-    write_rows(competition, layout, marker, [row for row in read_rows(marker) if row.observation in wanted])
+    found = find_competition(competition)
+    write_rows(found, [row for row in read_rows(found, Counter()) if row.observation in wanted])
 
 
 def keep_one_row(competition: Path) -> None:
     """Reduce a staged test set to the first photo of the first observation."""
-    layout, marker = find_layout(competition)
-    write_rows(competition, layout, marker, read_rows(marker)[:1])
+    found = find_competition(competition)
+    write_rows(found, read_rows(found, Counter())[:1])
 
 
 def repeat_observations(competition: Path, times: int) -> dict[str, str]:
@@ -105,27 +58,26 @@ def repeat_observations(competition: Path, times: int) -> dict[str, str]:
     Returns:
         The original id of every id.
     """
-    layout, marker = find_layout(competition)
-    rows, folders = read_rows(marker), photo_folders(competition, layout, marker)
+    found = find_competition(competition)
+    rows, folders = read_rows(found, Counter()), photo_folders(found)
     repeated, originals = list(rows), {row.observation: row.observation for row in rows}
     for copy in range(1, times):
-        # Digits, so that an id which was a number stays one; the table's length, so that it can be repeated again.
+        # Digits, so that an id that was a number stays one; with the number of rows, so that it can be repeated again.
         prefix = f"9{len(rows)}0{copy}0"
         for row in rows:
-            name = photo_path(Path(), row.name)
-            identity = Path(row.observation)  # of a photo that no table names, the path may be the id
+            identity, photo = Path(row.observation), Path(row.photo)  # without a table, the path may be the id
             new = replace(
                 row,
-                observation=(identity.with_name(prefix + identity.name)).as_posix(),
-                name=str(name.with_name(prefix + name.name)) if row.name else "",
+                observation=identity.with_name(prefix + identity.name).as_posix(),
+                photo=photo.with_name(prefix + photo.name).as_posix() if row.photo else "",
             )
             for folder in folders:
-                source = photo_path(folder, row.name)
+                source = folder / row.photo
                 if source.is_file():
-                    place(source, source.with_name(prefix + source.name))
+                    place(source, folder / new.photo)
             repeated.append(new)
             originals[new.observation] = row.observation
-    write_rows(competition, layout, marker, repeated)
+    write_rows(found, repeated)
     return originals
 
 
@@ -168,8 +120,8 @@ def spoil_photos(table: TestTable, seed: int) -> dict[str, int]:
         How many photos of each kind there are now.
     """
     kinds = UNREADABLE | STRANGE
-    if table.layout.name == "class-folders":
-        del kinds["missing"]  # there the photos are the table
+    if not table.competition.has_table:
+        del kinds["missing"]  # a photo that no table lists cannot be missing
     photos = [photo for observation in table.observations for photo in observation.photos]
     # The kernel takes a quarter of unreadable photos for a broken mount, so a small table cannot have every kind.
     count = min(max(len(kinds), round(HOSTILE_SHARE * len(photos))), len(photos) // 5)

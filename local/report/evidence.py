@@ -12,13 +12,13 @@ import torch
 
 from kernel.inputs import InputError
 from kernel.manifest import Manifest
-from kernel.observations import Observation, names_nothing
+from kernel.observations import Observation
+from kernel.tables import TAXONOMY, names_nothing
 from local.banks.ensemble import VALIDATION_FILE, Answers, read_answers
 from local.banks.estimators import pool, unit
 from local.banks.search import Outcome, compare
 from local.benchmarks.accuracy import embed
 from local.data.competition import NAMES, Competition, labelled, lineages, places_of, read_competition, sort_ids
-from local.data.taxonomy import TAXONOMY
 from local.recipes.recipe import Recipe, make_recipe
 from local.runs import open_run
 from local.training.run import CACHE

@@ -234,7 +234,7 @@ def leaderboard(evidence: Evidence, others: Sequence[dict], expected: float | No
         expected: the score that the held-out observations promise; None is that of all of them, unweighted.
     """
     try:
-        competition, layout = evidence.competition, evidence.manifest.competition.layout
+        competition, layout = evidence.competition, evidence.manifest.competition.name
         size = len(find_test_table(competition.folder, layout, competition.resolution).observations)
     except InputError:  # a folder without a test set
         size = 0

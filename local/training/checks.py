@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from kernel.inputs import InputError
-from local.data.layout import find_layout
+from local.data.folder import find_competition
 from local.encoders.source import find_source
 from local.recipes.recipe import Recipe
 
@@ -29,7 +29,7 @@ def check_start(recipe: Recipe, data: Path, out: Path, resumes: bool = False) ->
         refuse_unwritable(out)
     if has_checkpoint(partial_of(out) / CHECKPOINTS) and not resumes:
         raise InputError(f"{out} was interrupted: continue with --resume, or remove {partial_of(out)}")
-    find_layout(data)
+    find_competition(data)
     find_source(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
 
 

@@ -28,8 +28,8 @@ from kernel.manifest import (
     read_manifest,
     write_manifest,
 )
-from kernel.observations import RESOLUTIONS
 from kernel.photos import UNREADABLE_FILE, shorter_side, write_unreadable
+from kernel.tables import RESOLUTIONS
 from kernel.views import VIEWS
 from local.banks.estimators import commonest_classes, save_banks
 from local.banks.metadata_prior import write_prior
@@ -39,7 +39,6 @@ from local.base.console import counted, say
 from local.base.files import write_json, write_table, write_tensors
 from local.base.repository import commit
 from local.data.competition import (
-    TIME_LIMITS,
     Competition,
     Labelled,
     largest_classes,
@@ -417,10 +416,10 @@ def fill_run(
     manifest = Manifest(
         commit=commit(),
         competition=CompetitionSpec(
-            layout=competition.layout.name,
+            name=competition.layout.name,
             resolution=competition.resolution,
             observations_sha256=source,
-            time_limit=TIME_LIMITS[competition.layout.name],
+            time_limit=competition.layout.time_limit,
         ),
         class_ids=tuple(study.classes),
         fallback_classes=tuple(commonest_classes(class_ids, study.classes)),

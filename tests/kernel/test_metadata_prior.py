@@ -5,8 +5,9 @@ import csv
 import pytest
 import torch
 
+from kernel.competitions.fungi import METADATA
 from kernel.metadata_prior import FEATURES, Prior, feature_value, fused
-from kernel.observations import METADATA, Observation, find_test_table
+from kernel.observations import Observation, find_test_table
 
 OAK, SAND = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([0.0, 2.0, 0.0])
 JUNE = {"month": "6.0", "day": "21.0"}
@@ -112,7 +113,7 @@ def test_the_metadata_of_an_observation_are_the_first_that_are_not_blank(tmp_pat
     assert [observation.metadata for observation in observations] == [{"substrate": "soil", "month": "6.0"}, {}]
 
 
-def test_other_layouts_have_no_metadata(tmp_path, prior):
+def test_class_folders_have_no_metadata(tmp_path, prior):
     (tmp_path / "photos" / "test").mkdir(parents=True)
     (tmp_path / "photos" / "test" / "a.png").touch()
     observations = find_test_table(tmp_path, "class-folders").observations

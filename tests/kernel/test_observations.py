@@ -6,17 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFile
 
+from kernel.competitions import COMPETITIONS
 from kernel.inputs import InputError
-from kernel.observations import (
-    LAYOUTS,
-    PHOTO_SUFFIXES,
-    clean_id,
-    find_test_table,
-    read_table,
-    recognise,
-    resolution_folder,
-    respell,
-)
+from kernel.observations import find_test_table, recognise
+from kernel.tables import PHOTO_SUFFIXES, clean_id, read_table, respell
 from tests.conftest import photo
 from tests.layouts import SPECIES, TEST_OBSERVATIONS, fungitastic, herbarium
 
@@ -47,10 +40,10 @@ def test_the_next_larger_resolution_serves_when_the_wanted_one_is_absent(tmp_pat
     assert photo.parent.name == "500p"
 
 
-def test_the_largest_resolution_serves_when_none_is_large_enough(tmp_path):
-    (tmp_path / "300p").mkdir()
-    assert resolution_folder(tmp_path, "720p").name == "300p"
-    assert resolution_folder(tmp_path / "empty", "720p").name == "720p"
+def test_the_largest_resolution_serves_when_none_is_large_enough(fungi):
+    found = recognise(fungi)
+    assert found.photo_folder("test", "720p").name == "500p"
+    assert found.photo_folder("val", "720p").name == "720p"
 
 
 def test_a_missing_column_is_named_with_the_file(tmp_path, fungi):
@@ -71,8 +64,8 @@ def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
 def test_a_herbarium_is_read_from_its_coco_metadata_of_any_year(tmp_path, year):
     solution = herbarium(tmp_path / "competitions" / "plants", year)
     table = find_test_table(tmp_path)
-    assert table.layout.name.startswith("herbarium")
-    assert table.layout.header == ("Id", "Predicted")
+    assert table.competition.name.startswith("herbarium")
+    assert table.competition.header == ("Id", "Predicted")
     assert table.folder == solution.parent
     answered = [line.split(",")[0] for line in solution.read_text().splitlines()[1:]]
     assert [observation.id for observation in table.observations] == answered
@@ -92,9 +85,9 @@ def test_damaged_coco_metadata_is_refused_in_one_line_with_its_path(tmp_path, te
 @pytest.mark.parametrize("subset", ["FungiTastic", "FungiTastic-Mini", "FungiTastic-FewShot"])
 def test_of_fungitastics_tables_the_closed_test_of_the_subset_with_photos_is_asked(tmp_path, subset):
     table = fungitastic(tmp_path, subset)
-    layout, found = recognise(tmp_path)
-    assert (layout.name, found) == (subset.lower(), table)
-    asked = find_test_table(tmp_path, layout.name)
+    found = recognise(tmp_path)
+    assert (found.competition.name, found.table) == (subset.lower(), table)
+    asked = find_test_table(tmp_path, found.competition.name)
     assert len(asked.observations) == TEST_OBSERVATIONS * len(SPECIES)
     assert all(photo.is_file() for observation in asked.observations for photo in observation.photos)
 
@@ -251,7 +244,7 @@ def test_a_test_set_without_observations_is_refused(tmp_path, layout, fungi):
 
 def test_weights_for_one_kind_of_competition_do_not_answer_another(tmp_path, fungi):
     photo(fungi / "images" / "FungiTastic-FewShot" / "test" / "500p" / "0-7.JPG")
-    with pytest.raises(InputError, match=r"layout class-folders .* \(fungiclef\) is attached"):
+    with pytest.raises(InputError, match=r"for the competition class-folders .* \(fungiclef\) is attached"):
         find_test_table(tmp_path, FOLDERS)
     photo(tmp_path / "competitions" / "folders" / "train" / "elm" / "b.jpg")
     with pytest.raises(InputError, match=r"no competition under .* looked for test"):
@@ -267,7 +260,7 @@ def test_the_folders_of_resolutions_are_no_class_folders(tmp_path, fungi):
         photo(photos / split / "300p" / "0.JPG")
     assert recognise(photos) is None
     assert recognise(photos / "test") is None
-    assert recognise(fungi)[0].name == "fungiclef"
+    assert recognise(fungi).competition.name == "fungiclef"
 
 
 def test_folders_of_pictures_beside_the_competition_are_not_taken_for_it(tmp_path, fungi):
@@ -276,7 +269,7 @@ def test_folders_of_pictures_beside_the_competition_are_not_taken_for_it(tmp_pat
     assert ids_of(tmp_path, FUNGI) == ["7", "3", "5"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", COMPETITIONS, ids=lambda layout: layout.name)
 def test_the_parts_of_a_leaderboard_are_known_for_the_competitions_own_test_set_alone(layout):
     assert layout.boards(0) == {"whole test": 0}
     assert layout.boards(17) == {"whole test": 17}

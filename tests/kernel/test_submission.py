@@ -1,11 +1,10 @@
 """The submission is whole or absent, and what the grader would refuse is caught before it."""
 
-from pathlib import Path
-
 import pytest
 
+from kernel.competitions import competition_named
 from kernel.inputs import InputError
-from kernel.observations import LAYOUTS, Observation, TestTable
+from kernel.observations import Observation, TestTable
 from kernel.submission import check_submission, fallback_guesses, write_submission
 
 CLASSES = [str(number) for number in range(20)]
@@ -14,7 +13,7 @@ TEN = CLASSES[:10]
 
 @pytest.fixture
 def table(tmp_path):
-    return TestTable(tmp_path, LAYOUTS[0], [Observation("9", (Path("a"),)), Observation("4", (Path("b"),))])
+    return TestTable(tmp_path, competition_named("fungiclef"), [Observation("9", ()), Observation("4", ())])
 
 
 def test_what_is_written_passes_the_check(tmp_path, table):
@@ -35,9 +34,9 @@ def test_what_is_written_passes_the_check(tmp_path, table):
         ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,0 1 2 3 4 5 6 7 8\n", "observation 4"),
         ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,0 1 2 3 4 5 6 7 8 77\n", "observation 4"),
         ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,\n", "observation 4"),
-        ("", "no CSV of two columns"),
-        ("<html>Something went wrong</html>", "no CSV of two columns"),
-        ("observationId,predictions\n9\n", "no CSV of two columns"),
+        ("", "not a CSV of two columns"),
+        ("<html>Something went wrong</html>", "not a CSV of two columns"),
+        ("observationId,predictions\n9\n", "not a CSV of two columns"),
         ("observationId,predictions\n9,\0\n", "observation"),
     ],
 )

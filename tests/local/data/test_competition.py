@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from kernel.inputs import InputError
+from kernel.tables import TAXONOMY
 from local.data.competition import COLUMNS as PHOTO_COLUMNS
 from local.data.competition import (
     labelled,
@@ -27,7 +28,6 @@ from local.data.competition import (
     split_for_validation,
 )
 from local.data.photos import refuse_missing
-from local.data.taxonomy import TAXONOMY
 from local.report.evidence import name_ranks, names_of
 from tests import layouts
 from tests.conftest import photo
@@ -610,6 +610,6 @@ def test_a_folder_whose_name_is_no_utf8_is_named_in_one_line(tmp_path):
     except (OSError, UnicodeEncodeError):
         pytest.skip("this file system takes no such name")
     photo(folder / "a.jpg")
-    with pytest.raises(InputError, match="is no UTF-8: unzip it as such, or rename it") as error:
+    with pytest.raises(InputError, match="is not UTF-8: unzip it as such, or rename it") as error:
         read_competition(tmp_path)
     str(error.value).encode()

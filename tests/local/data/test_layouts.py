@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from kernel.observations import LAYOUTS, Layout, find_test_table, recognise
+from kernel.competitions import COMPETITIONS
+from kernel.competitions.competition import Competition
+from kernel.observations import find_test_table, recognise
 from kernel.submission import check_submission, fallback_guesses, write_submission
-from local.data.competition import TIME_LIMITS, labelled, read_competition
+from local.data.competition import labelled, read_competition
 from local.rehearsal.staging import stage_competition
 from tests import layouts
 from tests.conftest import photo
@@ -69,8 +71,8 @@ SMALLEST: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.fixture(params=LAYOUTS, ids=lambda layout: layout.name)
-def layout(request) -> Layout:
+@pytest.fixture(params=COMPETITIONS, ids=lambda layout: layout.name)
+def layout(request) -> Competition:
     return request.param
 
 
@@ -82,11 +84,11 @@ def folder(layout, tmp_path) -> Path:
 
 
 def test_a_layout_has_a_time_limit(layout):
-    assert 0 < TIME_LIMITS[layout.name] <= 12 * 3600
+    assert 0 < layout.time_limit <= 12 * 3600
 
 
 def test_a_folder_is_recognised_as_its_own_layout_and_no_other(layout, folder):
-    assert recognise(folder)[0] is layout
+    assert recognise(folder).competition is layout
 
 
 def test_every_training_photo_is_there_with_its_class_as_text(layout, folder):

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from kernel.competitions import competition_named
+from kernel.competitions.competition import Competition
 from kernel.inputs import InputError
-from kernel.observations import LAYOUTS, Layout, Observation, TestTable
+from kernel.observations import Observation, TestTable
 from local.publishing.ledger import COLUMNS, compare, noise, note, read_ledger, row_of
 from local.publishing.preflight import Bundle
 from local.submissions import plot_submissions
@@ -51,18 +53,18 @@ def test_the_noise_of_what_is_no_fraction_of_observations_is_not_known(metric: s
     assert "±" not in line
 
 
-def bundle_of(layout: Layout, observations: int) -> Bundle:
-    """A bundle of a layout whose run has these scores."""
+def bundle_of(competition: Competition, observations: int) -> Bundle:
+    """A bundle for a competition, whose run has these scores."""
     names = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
     values = {f"{name}{end}": number for number, name in enumerate(names) for end in ("", "_low", "_high")}
-    table = TestTable(Path(), layout, [Observation(str(number), ()) for number in range(observations)])
+    table = TestTable(Path(), competition, [Observation(str(number), ()) for number in range(observations)])
     metadata = {"competition_sources": ["a-competition"]}
     manifest = manifests.manifest(members=(manifests.member(name="run", validation=values),))
     return Bundle(Path(), metadata, manifest, {"kernel": "k", "manifest": "m"}, table, Path(), {})
 
 
 @pytest.mark.parametrize(
-    ("layout", "metric"),
+    ("name", "metric"),
     [
         ("fungiclef", "recall_at_5"),
         ("fungitastic", "recall_at_1"),
@@ -74,10 +76,9 @@ def bundle_of(layout: Layout, observations: int) -> Bundle:
         ("class-folders", "recall_at_1"),
     ],
 )
-def test_a_submission_is_recorded_by_the_metric_of_its_competition(monkeypatch, layout: str, metric: str) -> None:
+def test_a_submission_is_recorded_by_the_metric_of_its_competition(monkeypatch, name: str, metric: str) -> None:
     monkeypatch.setattr(Bundle, "commit", "c")
-    known = {one.name: one for one in LAYOUTS}
-    recorded = row_of(bundle_of(known[layout], 20), 1)
+    recorded = row_of(bundle_of(competition_named(name), 20), 1)
     order = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
     assert (recorded["metric"], recorded["local"]) == (metric, f"{order.index(metric):.4f}")
     assert recorded["observations"] == "20"
@@ -85,9 +86,8 @@ def test_a_submission_is_recorded_by_the_metric_of_its_competition(monkeypatch, 
 
 def test_fungiclefs_public_score_is_of_226_observations(monkeypatch) -> None:
     monkeypatch.setattr(Bundle, "commit", "c")
-    known = {one.name: one for one in LAYOUTS}
-    assert row_of(bundle_of(known["fungiclef"], 999), 1)["observations"] == "226"
-    assert row_of(bundle_of(known["fungitastic"], 999), 1)["observations"] == "999"
+    assert row_of(bundle_of(competition_named("fungiclef"), 999), 1)["observations"] == "226"
+    assert row_of(bundle_of(competition_named("fungitastic"), 999), 1)["observations"] == "999"
 
 
 def test_a_submission_is_one_row_that_learns_its_scores(tmp_path: Path) -> None:

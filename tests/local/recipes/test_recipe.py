@@ -317,7 +317,7 @@ def test_every_setting_has_a_name_of_its_own_a_meaning_and_a_default_that_it_tak
 
 
 def test_views_and_resolutions_are_those_of_the_kernel() -> None:
-    from kernel.observations import RESOLUTIONS as OF_KERNEL
+    from kernel.tables import RESOLUTIONS as OF_KERNEL
     from kernel.views import VIEWS as KNOWN
 
     assert set(VIEWS) == set(KNOWN)

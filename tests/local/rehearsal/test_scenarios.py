@@ -333,11 +333,11 @@ def test_a_solution_of_other_observations_is_an_error_of_the_user(miniature, dra
 def test_a_bundle_is_rehearsed_on_the_competition_that_it_was_trained_on_and_no_other(drawn, tmp_path):
     competition = read_competition(drawn.competition)
     digest = competition.observations_digest()
-    trained = CompetitionSpec(layout="fungiclef", resolution="300p", observations_sha256=digest, time_limit=43200)
+    trained = CompetitionSpec(name="fungiclef", resolution="300p", observations_sha256=digest, time_limit=43200)
     refuse_other_competition(drawn.competition, trained)
     for other in ("class-folders", "herbarium"):
-        with pytest.raises(InputError, match=f"is of layout fungiclef, the bundle was trained on {other}"):
-            refuse_other_competition(drawn.competition, replace(trained, layout=other))
+        with pytest.raises(InputError, match=f"is of fungiclef, but the bundle was trained on {other}"):
+            refuse_other_competition(drawn.competition, replace(trained, name=other))
     folder = tmp_path / "relabelled"
     shutil.copytree(drawn.competition / "metadata", folder / "metadata")
     table = next(folder.rglob("*-Train.csv"))
@@ -409,7 +409,7 @@ def test_variations_change_the_table_of_every_layout_and_no_file_of_the_user(sta
             assert content(photo_) == content(original) != b""
     counts = spoil_photos(find_test_table(staged), seed=0)
     assert sum(counts.values()) >= 3
-    if find_test_table(staged).layout.name == "class-folders":
+    if not find_test_table(staged).competition.has_table:
         assert "missing" not in counts
     else:
         gone = remove_photos(find_test_table(staged), seed=1)

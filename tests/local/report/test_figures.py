@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from kernel.competitions import competition_named
 from kernel.inputs import InputError
-from kernel.observations import LAYOUTS
 from local.base.metrics import GUESSES
 from local.data.competition import read_competition
 from local.evaluate import report
@@ -218,7 +218,7 @@ def smallest(folder: Path, layout: str) -> Path:
 )
 def test_the_leaderboard_is_told_of_by_its_metric_and_size_in_every_layout(evidence, tmp_path, layout, metric):
     competition = read_competition(smallest(tmp_path, layout))
-    trained = dataclasses.replace(evidence.manifest.competition, layout=layout)
+    trained = dataclasses.replace(evidence.manifest.competition, name=layout)
     manifest = dataclasses.replace(evidence.manifest, competition=trained)
     found = leaderboard(dataclasses.replace(evidence, competition=competition, manifest=manifest), [])
     assert found["score"] == metric
@@ -233,7 +233,7 @@ def test_the_leaderboard_is_told_of_by_its_metric_and_size_in_every_layout(evide
 
 
 def test_fungiclefs_leaderboard_has_two_parts_and_a_drawn_tests_has_one(evidence):
-    layout = next(layout for layout in LAYOUTS if layout.name == "fungiclef")
+    layout = competition_named("fungiclef")
     assert layout.boards(999) == {"public": 226, "private": 773}
     assert layout.boards(24) == {"whole test": 24}
     found = leaderboard(evidence, [])

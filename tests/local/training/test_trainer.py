@@ -17,8 +17,8 @@ from torch import nn
 from kernel.encoders import Encoder
 from kernel.inputs import InputError
 from kernel.manifest import Preprocessing
+from kernel.tables import TAXONOMY
 from local.data.competition import Labelled, read_competition, read_ranks, sort_ids, split_for_validation
-from local.data.taxonomy import TAXONOMY
 from local.recipes.recipe import make_recipe
 from local.training import finetuning
 from local.training.adaptation import copy_state

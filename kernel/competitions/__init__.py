@@ -1,0 +1,25 @@
+"""All supported competitions. To support another one, add its module here and to the tests' SMALLEST."""
+
+from kernel.competitions import class_folders, fungi, herbarium
+from kernel.competitions.competition import Competition
+from kernel.inputs import InputError
+
+MODULES = (fungi, herbarium, class_folders)  # a folder may fit several competitions; the first of equals counts
+COMPETITIONS = tuple(competition for module in MODULES for competition in module.COMPETITIONS)
+
+
+def competition_named(name: str) -> Competition:
+    """The competition that a manifest names.
+
+    Raises:
+        InputError: it is not one of these.
+    """
+    known = {competition.name: competition for competition in COMPETITIONS}
+    if name not in known:
+        raise InputError(f"unknown competition {name!r}: expected {', '.join(known)}; train again with this version")
+    return known[name]
+
+
+def module_of(competition: Competition) -> str:
+    """The name of the module that knows a competition; of all these modules, a script holds this one alone."""
+    return next(module for module in MODULES if competition in module.COMPETITIONS).__name__.rpartition(".")[2]

@@ -1,0 +1,118 @@
+"""Photos in one folder per class.
+
+train/CLASS/photo     or CLASS/photo, without train/
+val/CLASS/photo       may be missing, or be called valid or validation
+test/photo            in subfolders too
+sample_submission.csv may be missing; image_name,pred_label
+
+Every photo is an observation.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from kernel.competitions.competition import Competition, CompetitionFolder, LabelledPhoto, PhotoRow
+from kernel.inputs import InputError
+from kernel.tables import PHOTO_SUFFIXES, RESOLUTIONS, SPLITS, find_photos, is_hidden, visible
+
+
+def _is_recognised(folder: Path) -> bool:
+    """Whether a folder has folders of classes, or a test folder of photos that is not another competition's."""
+    test = folder / "test"
+    others = (*RESOLUTIONS, *SPLITS, "metadata.json")
+    return bool(_find_classes(folder)) or (test.is_dir() and not any((test / name).exists() for name in others))
+
+
+def _find_classes(folder: Path) -> list[Path]:
+    """The folders of the classes, in train/ if it exists; none if these folders are something else.
+
+    Folders named after splits or resolutions are not classes, nor is what lies in one split beside others.
+    """
+    is_split = folder.name.lower() in SPLITS and any(
+        (folder.parent / split).is_dir() for split in {*SPLITS} - {folder.name}
+    )
+    root = folder / "train" if (folder / "train").is_dir() else folder
+    found = visible(path for path in (root.iterdir() if root.is_dir() else ()) if path.is_dir())
+    names = {path.name.lower() for path in found}
+    if not names or is_split or names & {*RESOLUTIONS, *SPLITS}:
+        return []
+    return found if any(_has_photos(path) for path in found) else []
+
+
+def _has_photos(folder: Path) -> bool:
+    """Whether a photo lies directly in a folder."""
+    with os.scandir(folder) as entries:
+        return any(
+            not is_hidden(entry.name) and os.path.splitext(entry.name)[1].lower() in PHOTO_SUFFIXES for entry in entries
+        )
+
+
+def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
+    photos = [path.relative_to(found.table) for path in find_photos(found.table, left_out)]
+    sample = [observation for observation, _ in found.competition.read_sample(found.path)]
+    return [PhotoRow(id, photo.as_posix()) for id, photo in zip(_name_photos(photos, sample), photos, strict=True)]
+
+
+def _name_photos(photos: Sequence[Path], sample: Iterable[str]) -> list[str]:
+    """The ids of the test photos: stem, file name, or path without or with the suffix.
+
+    The ids must be distinct. Of the ways in which they are, the one that gives most ids of the sample submission
+    counts, and of equals the first.
+    """
+    ways = (
+        [path.stem for path in photos],
+        [path.name for path in photos],
+        [path.with_suffix("").as_posix() for path in photos],
+        [path.as_posix() for path in photos],
+    )
+    distinct, known = [ids for ids in ways if len(set(ids)) == len(ids)], set(sample)
+    return max(distinct, key=lambda ids: len(known.intersection(ids)))
+
+
+def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter) -> list[LabelledPhoto]:
+    folder, classes = found.path, _find_classes(found.path)
+    if not classes:
+        raise InputError(
+            f"{folder} (class-folders) has no folders of classes: arrange the photos as train/CLASS/photo, "
+            "val/CLASS/photo and test/photo, or as CLASS/photo alone"
+        )
+    val = next((folder / name for name in ("val", "valid", "validation") if (folder / name).is_dir()), None)
+    outside = [path for root in {classes[0].parent, val} - {None} for path in visible(root.iterdir()) if path.is_file()]
+    if outside:
+        left_out["files in no class's folder"] += len(outside)
+    folders = [("train", path) for path in classes]
+    folders += [("val", path) for path in visible(val.iterdir() if val else ()) if path.is_dir()]
+    photos = [
+        LabelledPhoto(split, path.relative_to(folder).as_posix(), own.name, path)
+        for split, own in folders
+        for path in find_photos(own, left_out)
+    ]
+    for photo in photos:
+        try:
+            photo.observation.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{photo.observation!a} in {folder} is not UTF-8: unzip it as such, or rename it"
+            ) from error
+    return photos
+
+
+COMPETITIONS = (
+    Competition(
+        name="class-folders",
+        table="test",
+        has_table=False,
+        arrangement="train/CLASS/photo or CLASS/photo",
+        is_recognised=_is_recognised,
+        photos="{split}",
+        sample="sample_submission.csv",
+        header=("image_name", "pred_label"),
+        guesses=1,
+        metric="recall_at_1",
+        time_limit=9 * 3600,
+        read_rows=_read_rows,
+        read_labelled=_read_labelled,
+    ),
+)

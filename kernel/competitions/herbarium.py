@@ -1,0 +1,120 @@
+"""Herbarium 2020, 2021 and 2022.
+
+sample_submission.csv         Id,Predicted: one class id
+nybg2020/test/metadata.json   COCO: a list of images; train/metadata.json has annotations and categories too
+nybg2020/test/images/000/...  the path in the metadata begins with images/
+
+In 2021 the folders are test/ and train/. In 2022 they are test_images/ and train_images/ beside test_metadata.json and
+train_metadata.json.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kernel.competitions.competition import Competition, CompetitionFolder, LabelledPhoto, PhotoRow
+from kernel.inputs import InputError
+from kernel.tables import TAXONOMY, clean_id, is_blank, photo_name
+
+
+def _read_coco(path: Path) -> tuple[dict[str, dict], dict]:
+    """The images of COCO metadata by their ids, and the whole content.
+
+    2020 and 2021 are written in ISO-8859-1. 2022 is UTF-8, calls an id `image_id` or `category_id`, and its test
+    metadata are a list of images alone.
+
+    Raises:
+        InputError: the file is not JSON, or an image lacks its id or file name.
+    """
+    try:
+        content = path.read_bytes()
+        try:
+            coco = json.loads(content)
+        except UnicodeDecodeError:
+            coco = json.loads(content.decode("ISO-8859-1"))
+        coco = {"images": coco} if isinstance(coco, list) else coco
+        images = {_coco_id(image, "image"): image for image in coco["images"]}
+        for image in images.values():
+            photo_name(image["file_name"])
+        return images, coco
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read as COCO metadata ({error!r}): download it again") from error
+
+
+def _coco_id(entry: dict, kind: str) -> str:
+    """The id of an image or category."""
+    return clean_id(str(entry["id"] if "id" in entry else entry[f"{kind}_id"]))
+
+
+def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
+    images, _ = _read_coco(found.table)
+    return [PhotoRow(observation, photo_name(image["file_name"]), image) for observation, image in images.items()]
+
+
+def _format_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> bytes:
+    key = "id" if "id" in rows[0].cells else "image_id"
+    images = [
+        {**row.cells, key: type(row.cells[key])(row.observation), "file_name": row.photo} for row in rows
+    ]  # an id that was a number stays one
+    is_list = found.table.read_bytes().lstrip().startswith(b"[")
+    return json.dumps(images if is_list else {**_read_coco(found.table)[1], "images": images}).encode("ascii")
+
+
+def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter) -> list[LabelledPhoto]:
+    table = found.path / found.table.relative_to(found.path).as_posix().replace("test", "train")
+    images, coco = _read_coco(table)
+    folder, photos, taxa, species = found.split_folder("train"), [], {}, {}
+    try:
+        for category in coco.get("categories", ()):
+            class_id = _coco_id(category, "category")
+            taxa[class_id] = tuple(str(category.get(rank) or "") for rank in TAXONOMY)
+            species[class_id] = str(category.get("name") or category.get("scientificName") or "")
+        for annotation in coco["annotations"]:
+            image, class_id = (clean_id(str(annotation[key])) for key in ("image_id", "category_id"))
+            if is_blank(class_id):
+                left_out[f"annotations of {table.name} without category_id"] += 1
+                continue
+            path = folder / photo_name(images[image]["file_name"])
+            unknown = ("",) * len(TAXONOMY)
+            photo = LabelledPhoto(
+                "train", image, class_id, path, taxa=taxa.get(class_id, unknown), species=species.get(class_id, "")
+            )
+            photos.append(photo)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
+    return photos
+
+
+_HERBARIUM_2020 = Competition(
+    name="herbarium",
+    slug="herbarium-2020-fgvc7",
+    table="nybg2020/test/metadata.json",
+    photos="nybg2020/{split}",
+    sample="sample_submission.csv",
+    header=("Id", "Predicted"),
+    guesses=1,
+    metric="macro_f1",
+    time_limit=9 * 3600,
+    read_rows=_read_rows,
+    read_labelled=_read_labelled,
+    format_rows=_format_rows,
+)
+COMPETITIONS = (
+    _HERBARIUM_2020,
+    replace(
+        _HERBARIUM_2020,
+        name="herbarium-2021",
+        slug="herbarium-2021-fgvc8",
+        table="test/metadata.json",
+        photos="{split}",
+    ),
+    replace(
+        _HERBARIUM_2020,
+        name="herbarium-2022",
+        slug="herbarium-2022-fgvc9",
+        table="test_metadata.json",
+        photos="{split}_images",
+    ),
+)

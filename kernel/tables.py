@@ -1,0 +1,168 @@
+"""Read CSV tables, ids and folders of photos, whatever has been done to them since they were downloaded."""
+
+import csv
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+from kernel.inputs import InputError
+
+RESOLUTIONS = ("300p", "500p", "720p", "fullsize")  # folders of photos by their shorter side in pixels, smallest first
+TAXONOMY = ("phylum", "class", "order", "family", "genus")  # ranks above the species, highest first
+SPLITS = ("train", "val", "valid", "validation", "test")  # usual names of the folders of splits
+# All formats that Pillow decodes by itself. A list, because Pillow cannot be imported this early.
+PHOTO_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga",
+    ".icb", ".vda", ".vst", ".blp", ".cur", ".dcx", ".dds", ".fit", ".fits", ".flc", ".fli", ".ftc", ".ftu", ".gbr",
+    ".icns", ".ico", ".iim", ".im", ".msp", ".pcd", ".pcx", ".psd", ".pxr", ".qoi", ".bw", ".rgb", ".rgba", ".sgi",
+    ".ras", ".xbm", ".xpm",
+))  # fmt: skip
+HIDDEN = ("__MACOSX", "@eaDir")  # left in archives by macOS and Synology; names with a leading dot are hidden too
+NULLS = frozenset(("", "nan", "<na>", "none", "null", "na", "n/a"))  # what programs write for a missing value
+# What people write for an unknown value.
+BLANKS = NULLS | frozenset(
+    ("n.a", "unknown", "unidentified", "unclassified", "undetermined", "unassigned", "not assigned", "unspecified",
+     "not specified", "incertae sedis")
+)  # fmt: skip
+
+
+def read_table(
+    path: Path, needed: Iterable[str], filled: Sequence[str] = (), left_out: Counter | None = None
+) -> list[dict[str, str]]:
+    """Read the rows of a CSV file as dictionaries of strings.
+
+    Args:
+        needed: columns that the file must have.
+        filled: columns that must not be blank; rows in which one is blank are left out.
+        left_out: counts the rows that are left out, by the blank column.
+
+    Raises:
+        InputError: the file is not CSV text, or lacks a needed column.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = sorted(set(needed) - set(reader.fieldnames or ()))
+            if missing:
+                raise InputError(f"{path} lacks the column {missing[0]!r}: it has {', '.join(reader.fieldnames or ())}")
+            rows = []
+            for row in reader:
+                blank = next((column for column in filled if is_blank(row[column])), None)
+                if blank is None:
+                    rows.append(row)
+                elif left_out is not None:
+                    left_out[f"rows of {path.name} without {blank}"] += 1
+            return rows
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def format_table(columns: Sequence[str], rows: Iterable[Mapping]) -> bytes:
+    """A CSV file of some columns of the rows."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def is_blank(cell: str | None) -> bool:
+    """Whether a cell holds no value. In a row that breaks off early, the last cells are None."""
+    return cell is None or cell.strip().casefold() in NULLS
+
+
+def names_nothing(text: str) -> bool:
+    """Whether a cell is blank or says that its value is unknown, as "nan", "Unknown", "incertae sedis" or "?" do."""
+    words = " ".join(text.casefold().replace("_", " ").split()).strip("<>()[].")
+    return words in BLANKS or not any(character.isalnum() for character in words)
+
+
+def clean_id(text: str) -> str:
+    """Undo what a program did that read ids as floats: "7.0" and "7" become "7", "1e+05" becomes "100000"."""
+    text = text.strip()
+    if re.fullmatch(r"[+-]?\d+(\.\d+)?([eE]\+\d\d+)?", text) and not text.isdecimal():
+        value = Decimal(text)
+        if value == value.to_integral_value():
+            return str(int(value))
+    return text
+
+
+def respell(ids: Iterable[str], sample: Iterable[str]) -> dict[str, str]:
+    """Spell ids as the sample submission does: "7" becomes "007" where that has "007".
+
+    Returns:
+        The spelling of each id; an id whose number the sample lacks stays as it is.
+
+    Raises:
+        InputError: two ids differ in leading zeros alone, and the sample does not say which is right.
+    """
+
+    def number(text: str) -> str:
+        return str(int(text)) if text.isascii() and text.isdecimal() else text
+
+    known: dict[str, set[str]] = {}
+    for text in sample:
+        known.setdefault(number(clean_id(text)), set()).add(text.strip())
+    spelt: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for text in ids:
+        spellings = known.get(number(text), set())
+        if len(spellings) == 1:
+            spelt[text] = next(iter(spellings))
+            continue
+        other = first.setdefault(number(text), text)
+        if other != text and text not in spellings:
+            raise InputError(
+                f"the ids {other!r} and {text!r} differ in leading zeros alone: spell them alike in all tables"
+            )
+        spelt[text] = text
+    return spelt
+
+
+def visible(paths: Iterable[Path]) -> list[Path]:
+    """Paths sorted by name, without hidden ones."""
+    return sorted(path for path in paths if not is_hidden(path.name))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name does not belong to what was downloaded."""
+    return name.startswith(".") or name in HIDDEN
+
+
+def find_photos(folder: Path, left_out: Counter) -> list[Path]:
+    """The photos in a folder and its subfolders, sorted by path. Follows links.
+
+    Args:
+        left_out: counts the other files by their suffix, without hidden ones.
+    """
+    seen: set[str] = set()  # a link may lead back to a folder above
+
+    def visit(folder: Path) -> Iterator[Path]:
+        real = os.path.realpath(folder)
+        if real in seen or not folder.is_dir():
+            return
+        seen.add(real)
+        for path in visible(folder.iterdir()):
+            if path.suffix.lower() in PHOTO_SUFFIXES:
+                yield path
+            elif path.is_dir():
+                yield from visit(path)
+            else:
+                left_out[f"{path.suffix.lower()} files" if path.suffix else "files without a suffix"] += 1
+
+    return list(visit(folder))
+
+
+def photo_name(cell: str) -> str:
+    """The relative path of a photo in a table's cell, which may have Windows' backslashes."""
+    return cell.strip().replace("\\", "/").lstrip("/")
+
+
+def describe_left_out(left_out: Counter) -> str:
+    """What was left out, in brackets, such as " (left out: .heic files: 3)"; empty if nothing was."""
+    return f" (left out: {', '.join(f'{what}: {count}' for what, count in left_out.most_common())})" if left_out else ""

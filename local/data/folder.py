@@ -1,0 +1,42 @@
+"""Recognise a competition's folder. Reads no table, so that a wrong `--data` is answered at once."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from kernel.competitions import COMPETITIONS
+from kernel.competitions.competition import CompetitionFolder
+from kernel.inputs import InputError, find_folders
+from kernel.observations import recognise
+
+
+def find_competition(folder: Path) -> CompetitionFolder:
+    """Recognise a competition's folder, as downloaded.
+
+    Raises:
+        InputError: the folder does not exist, or is no supported competition's.
+    """
+    if not folder.is_dir():
+        problem = "is a file: unpack it, and" if folder.exists() else "does not exist:"
+        raise InputError(f"{folder} {problem} give the competition's folder as downloaded")
+    found = recognise(folder)
+    if found:
+        return found
+    meant = next((other for other in _nearby(folder) if _looks_meant(other)), None)
+    if meant:
+        raise InputError(f"no supported competition found in {folder}: did you mean {meant}?")
+    looked_for = ", ".join(f"{one.arrangement or one.table} ({one.name})" for one in COMPETITIONS)
+    raise InputError(
+        f"no supported competition found in {folder}: looked for {looked_for}; give the folder as downloaded"
+    )
+
+
+def _nearby(folder: Path) -> Iterable[Path]:
+    """The folders above and below one."""
+    yield from folder.resolve().parents[:4]
+    yield from find_folders(folder, lambda below: below != folder and _looks_meant(below), depth=2)
+
+
+def _looks_meant(folder: Path) -> bool:
+    """Whether a folder is a competition's; folders of photos without a table or a train folder may be anything."""
+    found = recognise(folder)
+    return found is not None and (found.competition.has_table or found.split_folder("train").is_dir())
