@@ -3,12 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-# Before torch is imported: threads that wait in a spin would take the cores from the processes that tests start.
-os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"} | os.environ
+# Before torch is imported. The tests run side by side, each on one core; threads that wait in a spin, and threads of
+# which only some get a core, would hold up each other and the processes that tests start.
+os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"} | os.environ
 
 import numpy as np
 import pytest
@@ -21,8 +20,7 @@ from kernel.manifest import MANIFEST, Preprocessing
 from local.drawing.competition import generate
 from local.recipes.recipe import make_recipe
 from local.training.run import train_run
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.processes import ROOT, command  # noqa: F401
 
 
 def kernel_metadata(
@@ -53,11 +51,6 @@ def kernel_metadata(
     }
     path.write_text(json.dumps(metadata), encoding="utf-8")
     return path
-
-
-def command(*arguments: object, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
-    """Run a Python command of the repository in a process of its own."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, **options)
 
 
 def photo(path: Path, seed: int = 0, size: tuple[int, int] = (80, 60), **options) -> Path:
