@@ -1,11 +1,10 @@
-"""Read CSV tables, ids and folders of photos, whatever has been done to them since they were downloaded."""
+"""Read CSV tables and ids, whatever programs have done to them since they were downloaded."""
 
 import csv
 import io
-import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -13,15 +12,6 @@ from kernel.inputs import InputError
 
 RESOLUTIONS = ("300p", "500p", "720p", "fullsize")  # folders of photos by their shorter side in pixels, smallest first
 TAXONOMY = ("phylum", "class", "order", "family", "genus")  # ranks above the species, highest first
-SPLITS = ("train", "val", "valid", "validation", "test")  # usual names of the folders of splits
-# All formats that Pillow decodes by itself. A list, because Pillow cannot be imported this early.
-PHOTO_SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
-    ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga",
-    ".icb", ".vda", ".vst", ".blp", ".cur", ".dcx", ".dds", ".fit", ".fits", ".flc", ".fli", ".ftc", ".ftu", ".gbr",
-    ".icns", ".ico", ".iim", ".im", ".msp", ".pcd", ".pcx", ".psd", ".pxr", ".qoi", ".bw", ".rgb", ".rgba", ".sgi",
-    ".ras", ".xbm", ".xpm",
-))  # fmt: skip
 HIDDEN = ("__MACOSX", "@eaDir")  # left in archives by macOS and Synology; names with a leading dot are hidden too
 NULLS = frozenset(("", "nan", "<na>", "none", "null", "na", "n/a"))  # what programs write for a missing value
 # What people write for an unknown value.
@@ -132,30 +122,6 @@ def visible(paths: Iterable[Path]) -> list[Path]:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name does not belong to what was downloaded."""
     return name.startswith(".") or name in HIDDEN
-
-
-def find_photos(folder: Path, left_out: Counter) -> list[Path]:
-    """The photos in a folder and its subfolders, sorted by path. Follows links.
-
-    Args:
-        left_out: counts the other files by their suffix, without hidden ones.
-    """
-    seen: set[str] = set()  # a link may lead back to a folder above
-
-    def visit(folder: Path) -> Iterator[Path]:
-        real = os.path.realpath(folder)
-        if real in seen or not folder.is_dir():
-            return
-        seen.add(real)
-        for path in visible(folder.iterdir()):
-            if path.suffix.lower() in PHOTO_SUFFIXES:
-                yield path
-            elif path.is_dir():
-                yield from visit(path)
-            else:
-                left_out[f"{path.suffix.lower()} files" if path.suffix else "files without a suffix"] += 1
-
-    return list(visit(folder))
 
 
 def photo_name(cell: str) -> str:

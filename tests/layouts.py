@@ -1,8 +1,8 @@
-"""Small competitions of the layouts that `local/generate.py` does not draw, with photos, as they are downloaded."""
+"""A small folder of every competition, as downloaded, with photos: three classes, four test observations of each."""
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tests.conftest import photo
@@ -24,6 +24,28 @@ def write_csv(path: Path, rows: Iterable[Sequence[str]]) -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)
     return path
+
+
+def fungiclef(folder: Path) -> None:
+    """FungiCLEF 2025. Observations have one photo or two, and come in no order; the test table has no labels."""
+    subset = "FungiTastic-FewShot"
+    counts = {"Train": ("train", 2), "Val": ("val", 1), "Test": ("test", TEST_OBSERVATIONS)}
+    for first, (name, (split, count)) in enumerate(counts.items()):
+        rows = []
+        for number in range(count):
+            for label, ranks in SPECIES.items():
+                observation = f"{9 - number}{first}{label}"
+                for index in range(1 + number % 2):
+                    file = f"{index}-{observation}.JPG"
+                    rows.append((observation, file, "garden", *ranks, label))
+                    photo(folder / "images" / subset / split / "300p" / file, int(label), format="JPEG")
+        columns = COLUMNS[:3] if split == "test" else COLUMNS
+        write_csv(
+            folder / "metadata" / subset / f"{subset}-{name}.csv", [columns, *(row[: len(columns)] for row in rows)]
+        )
+    answered = dict.fromkeys(row[0] for row in rows)
+    sample = [("observationId", "predictions"), *((observation, "7 12 340") for observation in answered)]
+    write_csv(folder / "FungiCLEF25-SAMPLE_SUBMISSION.csv", sample)
 
 
 def fungitastic(folder: Path, subset: str = "FungiTastic-Mini", resolutions: Sequence[str] = ("300p",)) -> Path:
@@ -82,4 +104,27 @@ def herbarium(folder: Path, year: int) -> Path:
     for split, table in tables.items():
         path = folder / (f"{split}_metadata.json" if year == 2022 else f"{split_folder.format(split)}/metadata.json")
         path.write_text(json.dumps(table, ensure_ascii=False), encoding="utf-8" if year == 2022 else "ISO-8859-1")
+    write_csv(folder / "sample_submission.csv", [("Id", "Predicted"), *((image, "7") for image, _ in answers)])
     return write_csv(folder / "solution.csv", [("Id", "Predicted"), *answers])
+
+
+def class_folders(folder: Path) -> None:
+    """A folder per class, one with a space in its name, and a test folder."""
+    for seed, name in enumerate(("apple", "bell pepper", "carrot")):
+        for number in range(2):
+            photo(folder / "train" / name / f"{number}.png", seed)
+        for number in range(TEST_OBSERVATIONS):
+            photo(folder / "test" / f"{name} {number}.jpg", seed)
+
+
+# By the name of the competition.
+SMALLEST: dict[str, Callable[[Path], object]] = {
+    "fungiclef": fungiclef,
+    "fungitastic": lambda folder: fungitastic(folder, "FungiTastic"),
+    "fungitastic-mini": lambda folder: fungitastic(folder, "FungiTastic-Mini", ("300p", "500p")),
+    "fungitastic-fewshot": lambda folder: fungitastic(folder, "FungiTastic-FewShot"),
+    "herbarium": lambda folder: herbarium(folder, 2020),
+    "herbarium-2021": lambda folder: herbarium(folder, 2021),
+    "herbarium-2022": lambda folder: herbarium(folder, 2022),
+    "class-folders": class_folders,
+}

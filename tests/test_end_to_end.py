@@ -446,7 +446,7 @@ def test_a_competition_of_each_layout_goes_all_the_way(name, tmp_path, capsys):
     recipe = make_recipe({**TINY, "epochs": 0}, "the tests")
     train_run(recipe, data, tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / MANIFEST).read_text())
-    assert manifest["competition"]["layout"].startswith(layout)
+    assert manifest["competition"]["name"].startswith(layout)
     assert manifest["class_ids"] == list(SPECIES)
     bundle([tmp_path / "run"], tmp_path / "build")
     assert ("room for 10 classes" in capsys.readouterr().out) == (not year)  # there are three

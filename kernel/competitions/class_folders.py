@@ -10,12 +10,46 @@ Every photo is an observation.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kernel.competitions.competition import Competition, CompetitionFolder, LabelledPhoto, PhotoRow
 from kernel.inputs import InputError
-from kernel.tables import PHOTO_SUFFIXES, RESOLUTIONS, SPLITS, find_photos, is_hidden, visible
+from kernel.tables import RESOLUTIONS, is_hidden, visible
+
+SPLITS = ("train", "val", "valid", "validation", "test")  # usual names of the folders of splits
+# All formats that Pillow decodes by itself. A list, because Pillow cannot be imported this early.
+PHOTO_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
+    ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm", ".pfm", ".tga",
+    ".icb", ".vda", ".vst", ".blp", ".cur", ".dcx", ".dds", ".fit", ".fits", ".flc", ".fli", ".ftc", ".ftu", ".gbr",
+    ".icns", ".ico", ".iim", ".im", ".msp", ".pcd", ".pcx", ".psd", ".pxr", ".qoi", ".bw", ".rgb", ".rgba", ".sgi",
+    ".ras", ".xbm", ".xpm",
+))  # fmt: skip
+
+
+def find_photos(folder: Path, left_out: Counter) -> list[Path]:
+    """The photos in a folder and its subfolders, sorted by path. Follows links.
+
+    Args:
+        left_out: counts the other files by their suffix, without hidden ones.
+    """
+    seen: set[str] = set()  # a link may lead back to a folder above
+
+    def visit(folder: Path) -> Iterator[Path]:
+        real = os.path.realpath(folder)
+        if real in seen or not folder.is_dir():
+            return
+        seen.add(real)
+        for path in visible(folder.iterdir()):
+            if path.suffix.lower() in PHOTO_SUFFIXES:
+                yield path
+            elif path.is_dir():
+                yield from visit(path)
+            else:
+                left_out[f"{path.suffix.lower()} files" if path.suffix else "files without a suffix"] += 1
+
+    return list(visit(folder))
 
 
 def _is_recognised(folder: Path) -> bool:

@@ -16,7 +16,6 @@ from PIL import Image
 from kernel.competitions.competition import CompetitionFolder, PhotoRow
 from kernel.manifest import MANIFEST, read_manifest, write_manifest
 from kernel.observations import TestTable, read_rows
-from kernel.tables import PHOTO_SUFFIXES
 from local.data.folder import find_competition
 from local.rehearsal.staging import place, replace_file
 
@@ -30,7 +29,7 @@ def write_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> None:
         for path in [path for path in folder.rglob("*") if path not in named]:
             if path.is_file():
                 path.unlink()
-            elif path.suffix.lower() in PHOTO_SUFFIXES:
+            elif not any(path.iterdir()):  # it stood for a photo that cannot be read
                 path.rmdir()
 
 

@@ -1,17 +1,13 @@
-"""The test table of each layout: observations in order, with their photos."""
+"""The competition is found among what is mounted, and its test set is read as it is meant."""
 
-import json
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageFile
 
-from kernel.competitions import COMPETITIONS
 from kernel.inputs import InputError
 from kernel.observations import find_test_table, recognise
-from kernel.tables import PHOTO_SUFFIXES, clean_id, read_table, respell
 from tests.conftest import photo
-from tests.layouts import SPECIES, TEST_OBSERVATIONS, fungitastic, herbarium
+from tests.layouts import SPECIES, TEST_OBSERVATIONS, fungitastic
 
 FUNGI = "fungiclef"
 FOLDERS = "class-folders"
@@ -54,26 +50,6 @@ def test_a_missing_column_is_named_with_the_file(tmp_path, fungi):
     assert str(table) in str(error.value)
 
 
-def test_bytes_that_are_no_text_are_refused_in_one_line(tmp_path):
-    (tmp_path / "table.csv").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(InputError, match=r"table\.csv"):
-        read_table(tmp_path / "table.csv", ("a",))
-
-
-@pytest.mark.parametrize("year", [2020, 2021, 2022])
-def test_a_herbarium_is_read_from_its_coco_metadata_of_any_year(tmp_path, year):
-    solution = herbarium(tmp_path / "competitions" / "plants", year)
-    table = find_test_table(tmp_path)
-    assert table.competition.name.startswith("herbarium")
-    assert table.competition.header == ("Id", "Predicted")
-    assert table.folder == solution.parent
-    answered = [line.split(",")[0] for line in solution.read_text().splitlines()[1:]]
-    assert [observation.id for observation in table.observations] == answered
-    photos = [photo for observation in table.observations for photo in observation.photos]
-    assert len(photos) == len(answered)
-    assert all(photo.is_file() for photo in photos)
-
-
 @pytest.mark.parametrize("text", ['{"images": [', '{"images": [{"id": 1}]}', '[{"file_name": "1.jpg"}]', "3"])
 def test_damaged_coco_metadata_is_refused_in_one_line_with_its_path(tmp_path, text):
     (tmp_path / "test_metadata.json").write_text(text)
@@ -83,13 +59,13 @@ def test_damaged_coco_metadata_is_refused_in_one_line_with_its_path(tmp_path, te
 
 
 @pytest.mark.parametrize("subset", ["FungiTastic", "FungiTastic-Mini", "FungiTastic-FewShot"])
-def test_of_fungitastics_tables_the_closed_test_of_the_subset_with_photos_is_asked(tmp_path, subset):
+def test_the_closed_test_of_the_fungitastic_subset_whose_photos_are_there_is_read(tmp_path, subset):
     table = fungitastic(tmp_path, subset)
     found = recognise(tmp_path)
     assert (found.competition.name, found.table) == (subset.lower(), table)
-    asked = find_test_table(tmp_path, found.competition.name)
-    assert len(asked.observations) == TEST_OBSERVATIONS * len(SPECIES)
-    assert all(photo.is_file() for observation in asked.observations for photo in observation.photos)
+    test = find_test_table(tmp_path, found.competition.name)
+    assert len(test.observations) == TEST_OBSERVATIONS * len(SPECIES)
+    assert all(photo.is_file() for observation in test.observations for photo in observation.photos)
 
 
 def test_a_kernel_takes_the_subset_that_its_weights_were_trained_for_where_all_are_mounted(tmp_path):
@@ -100,102 +76,13 @@ def test_a_kernel_takes_the_subset_that_its_weights_were_trained_for_where_all_a
         assert {photo.parents[2].name for one in table.observations for photo in one.photos} == {subset}
 
 
-def test_in_class_folders_every_test_photo_is_an_observation(tmp_path):
-    (tmp_path / "photos" / "test").mkdir(parents=True)
-    for name in ("b.JPG", "a.png", "notes.txt"):
-        (tmp_path / "photos" / "test" / name).touch()
-    table = find_test_table(tmp_path, "class-folders")
-    assert [observation.id for observation in table.observations] == ["a", "b"]
-
-
 def test_an_input_without_a_competition_says_what_was_looked_for(tmp_path):
     with pytest.raises(InputError, match=r"Test\.csv"):
         find_test_table(tmp_path, FUNGI)
 
 
-def test_folder(root: Path, *names: str) -> Path:
-    """A folder of test photos under a competition's; files that are no photos are empty."""
-    for name in names:
-        (root / "test" / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / "test" / name).touch()
-    return root
-
-
-test_folder.__test__ = False
-
-
-def ids_of(root: Path, layout: str | None = None) -> list[str]:
-    return [observation.id for observation in find_test_table(root, layout).observations]
-
-
-def test_every_format_that_pillow_decodes_by_itself_is_a_photo():
-    Image.init()
-    needs_help = {"EPS", "MPEG"}  # Ghostscript; and nothing decodes the other
-    stubs = {
-        name
-        for name, (reader, _) in Image.OPEN.items()
-        if isinstance(reader, type) and issubclass(reader, ImageFile.StubImageFile)
-    }
-    formats = Image.OPEN.keys() - stubs - needs_help
-    assert {suffix for suffix, name in Image.EXTENSION.items() if name in formats} <= PHOTO_SUFFIXES
-    assert not PHOTO_SUFFIXES & {suffix for suffix, name in Image.EXTENSION.items() if name in stubs | needs_help}
-
-
-def test_what_is_no_photo_is_counted_by_its_suffix_and_what_is_hidden_is_not_there(tmp_path):
-    hidden = ("._a.jpg", ".DS_Store", ".ipynb_checkpoints/a-checkpoint.jpg", "__MACOSX/._b.bmp", "__MACOSX/b.bmp")
-    test_folder(tmp_path, "a.jpg", "b.BMP", "c.tif", "d.HEIC", "e.heic", "notes.txt", "README", *hidden)
-    table = find_test_table(tmp_path, FOLDERS)
-    assert [observation.id for observation in table.observations] == ["a", "b", "c"]
-    assert table.left_out == {".heic files": 2, ".txt files": 1, "files without a suffix": 1}
-
-
-@pytest.mark.parametrize(
-    ("names", "ids"),
-    [
-        (("oak/1.jpg", "elm/2.jpg"), ["2", "1"]),
-        (("oak/1.jpg", "elm/1.jpg"), ["elm/1", "oak/1"]),
-        (("a.jpg", "a.png", "b.jpg"), ["a.jpg", "a.png", "b.jpg"]),
-        (("01.jpg", "1.jpg", "2.0.jpg"), ["01", "1", "2.0"]),
-        (("oak/1.jpg", "oak/1.png", "elm/1.jpg"), ["elm/1.jpg", "oak/1.jpg", "oak/1.png"]),
-    ],
-)
-def test_photos_in_folders_or_of_one_stem_are_observations_of_their_own(tmp_path, names, ids):
-    test_folder(tmp_path, *names)
-    assert ids_of(tmp_path) == ids
-
-
-def test_photos_are_named_as_the_sample_submission_names_them(tmp_path):
-    test_folder(tmp_path, "a.jpg", "b.jpg")
-    (tmp_path / "sample_submission.csv").write_text("image_name,pred_label\nb.jpg,oak\na.jpg,oak\n")
-    assert ids_of(tmp_path) == ["a.jpg", "b.jpg"]
-
-
-def test_a_linked_folder_of_photos_is_read_once_even_where_it_leads_back(tmp_path):
-    test_folder(tmp_path / "elsewhere", "a.jpg")
-    test_folder(tmp_path / "data")
-    (tmp_path / "data" / "test").mkdir(parents=True)
-    (tmp_path / "data" / "test" / "more").symlink_to(Path("..", "..", "elsewhere", "test"))
-    (tmp_path / "elsewhere" / "test" / "back").symlink_to(tmp_path / "data" / "test")
-    assert ids_of(tmp_path / "data") == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("text", "id"),
-    [
-        ("7", "7"), ("7.0", "7"), (" 7 ", "7"), ("7.", "7."), ("1e+05", "100000"), ("2.38e+03", "2380"), ("0", "0"),
-        ("0.0", "0"), ("-1.0", "-1"), ("0100", "0100"), ("7.5", "7.5"), ("12e4", "12e4"), ("oak 2.0", "oak 2.0"),
-    ],
-)  # fmt: skip
-def test_an_id_that_a_program_took_for_a_float_is_a_whole_number_again(text, id):
-    assert clean_id(text) == id
-
-
-def test_ids_are_spelt_as_in_the_sample_submission_and_else_as_they_are():
-    assert respell(["7", "12", "oak"], ["007"]) == {"7": "007", "12": "12", "oak": "oak"}
-    assert respell(["7", "007"], ["007"]) == {"7": "007", "007": "007"}
-    assert respell(["7", "007"], ["007", "7"]) == {"7": "7", "007": "007"}
-    with pytest.raises(InputError, match="'7' and '007' differ in leading zeros alone"):
-        respell(["7", "007"], [])
+def ids_of(root: Path, name: str | None = None) -> list[str]:
+    return [observation.id for observation in find_test_table(root, name).observations]
 
 
 def test_observations_are_spelt_as_in_the_sample_submission(tmp_path, fungi):
@@ -205,7 +92,7 @@ def test_observations_are_spelt_as_in_the_sample_submission(tmp_path, fungi):
     assert ids_of(tmp_path, FUNGI) == ["007", "003"]
 
 
-def test_rows_that_say_nothing_are_left_out_and_a_row_without_a_photo_is_still_asked(tmp_path, fungi):
+def test_blank_rows_are_left_out_and_a_row_without_a_photo_still_asks_for_a_prediction(tmp_path, fungi):
     table = next(fungi.rglob("*-Test.csv"))
     table.write_text("filename,habitat,observationID\n0.JPG,wood,7\n,,\n,,\n,bog,8\n1.JPG,wood\n")
     found = find_test_table(tmp_path, FUNGI)
@@ -226,35 +113,30 @@ def test_a_hidden_table_beside_the_real_one_is_not_read(tmp_path, fungi):
     assert ids_of(tmp_path, FUNGI) == ["7", "3", "5"]
 
 
-@pytest.mark.parametrize("layout", ["fungiclef", "herbarium", "class-folders"])
-def test_a_test_set_without_observations_is_refused(tmp_path, layout, fungi):
-    root = tmp_path / layout
-    if layout == "fungiclef":
-        next(fungi.rglob("*-Test.csv")).write_text("observationID,filename\n")
-        root = fungi
-    elif layout == "herbarium":
-        (root / "nybg2020" / "test").mkdir(parents=True)
-        (root / "nybg2020" / "test" / "metadata.json").write_text(json.dumps({"images": []}))
-    else:
-        test_folder(root, "a.heic")
-    with pytest.raises(InputError, match="no test observation") as error:
-        find_test_table(root, layout)
-    assert ("(left out: .heic files: 1)" in str(error.value)) == (layout == "class-folders")
+def test_a_test_set_without_observations_is_refused(tmp_path, fungi):
+    next(fungi.rglob("*-Test.csv")).write_text("observationID,filename\n,a.jpg\n")
+    plants, folders = tmp_path / "plants", tmp_path / "folders"
+    for file, text in ((plants / "test_metadata.json", "[]"), (folders / "test" / "a.heic", "")):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    for root, left_out in ((fungi, "without observationID: 1"), (plants, ""), (folders, ".heic files: 1")):
+        with pytest.raises(InputError, match=f"no test observation.*{left_out}"):
+            find_test_table(root)
 
 
-def test_weights_for_one_kind_of_competition_do_not_answer_another(tmp_path, fungi):
+def test_weights_of_one_competition_do_not_predict_another(tmp_path, fungi):
     photo(fungi / "images" / "FungiTastic-FewShot" / "test" / "500p" / "0-7.JPG")
     with pytest.raises(InputError, match=r"for the competition class-folders .* \(fungiclef\) is attached"):
         find_test_table(tmp_path, FOLDERS)
     photo(tmp_path / "competitions" / "folders" / "train" / "elm" / "b.jpg")
     with pytest.raises(InputError, match=r"no competition under .* looked for test"):
         find_test_table(tmp_path / "competitions" / "folders", FOLDERS)
-    test_folder(tmp_path / "competitions" / "folders", "a.jpg")
+    photo(tmp_path / "competitions" / "folders" / "test" / "a.jpg")
     assert ids_of(tmp_path, FOLDERS) == ["a"]
     assert ids_of(tmp_path, FUNGI) == ["7", "3", "5"]
 
 
-def test_the_folders_of_resolutions_are_no_class_folders(tmp_path, fungi):
+def test_the_folders_of_resolutions_are_not_class_folders(tmp_path, fungi):
     photos = fungi / "images" / "FungiTastic-FewShot"
     for split in ("train", "val", "test"):
         photo(photos / split / "300p" / "0.JPG")
@@ -267,13 +149,3 @@ def test_folders_of_pictures_beside_the_competition_are_not_taken_for_it(tmp_pat
     for name in ("weights", "more"):
         photo(tmp_path / name / "curve.png")
     assert ids_of(tmp_path, FUNGI) == ["7", "3", "5"]
-
-
-@pytest.mark.parametrize("layout", COMPETITIONS, ids=lambda layout: layout.name)
-def test_the_parts_of_a_leaderboard_are_known_for_the_competitions_own_test_set_alone(layout):
-    assert layout.boards(0) == {"whole test": 0}
-    assert layout.boards(17) == {"whole test": 17}
-    if layout.leaderboard:
-        assert layout.boards(sum(layout.leaderboard)) == dict(
-            zip(("public", "private"), layout.leaderboard, strict=True)
-        )

@@ -394,6 +394,28 @@ def test_a_name_of_a_function_a_comprehension_or_a_class_body_may_come_twice(tmp
     assert as_script.stdout == as_package.stdout == "[3]\n"
 
 
+def test_of_a_registry_the_chosen_module_alone_is_in_the_script(tmp_path: Path) -> None:
+    folder = package(
+        tmp_path,
+        **{
+            "__main__": "from pkg.animals import ALL\n\nprint(ALL)\n",
+            "animals/__init__": "from pkg.animals import cats, dogs\n\nALL = cats.ALL + dogs.ALL\n",
+            "animals/animal": "LEGS = 4\n",
+            "animals/cats": "from pkg.animals.animal import LEGS\n\nALL = [f'a cat has {LEGS} legs']\n",
+            "animals/dogs": "ALL = ['a dog barks']\n",
+        },
+    )
+    text = flatten(folder, chosen={"animals": "cats"})
+    assert "# pkg/animals/cats.py" in text
+    assert "dog" not in text
+    script = tmp_path / "script.py"
+    script.write_text(text, encoding="utf-8")
+    assert python("-I", script).stdout == "['a cat has 4 legs']\n"
+    assert "import from a module of pkg.animals" in refusal(folder)
+    with pytest.raises(InputError, match=r"pkg\.animals has no ALL: import what it defines"):
+        flatten(folder, chosen={"animals": "animal"})
+
+
 def test_an_import_in_a_function_stays_there(tmp_path: Path) -> None:
     text = flatten(package(tmp_path, __main__="def f():\n    import json\n    return json\n\n\nf()\n"))
     assert "\n    import json\n" in text

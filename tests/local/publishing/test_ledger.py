@@ -63,27 +63,6 @@ def bundle_of(competition: Competition, observations: int) -> Bundle:
     return Bundle(Path(), metadata, manifest, {"kernel": "k", "manifest": "m"}, table, Path(), {})
 
 
-@pytest.mark.parametrize(
-    ("name", "metric"),
-    [
-        ("fungiclef", "recall_at_5"),
-        ("fungitastic", "recall_at_1"),
-        ("fungitastic-mini", "recall_at_1"),
-        ("fungitastic-fewshot", "recall_at_1"),
-        ("herbarium", "macro_f1"),
-        ("herbarium-2021", "macro_f1"),
-        ("herbarium-2022", "macro_f1"),
-        ("class-folders", "recall_at_1"),
-    ],
-)
-def test_a_submission_is_recorded_by_the_metric_of_its_competition(monkeypatch, name: str, metric: str) -> None:
-    monkeypatch.setattr(Bundle, "commit", "c")
-    recorded = row_of(bundle_of(competition_named(name), 20), 1)
-    order = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
-    assert (recorded["metric"], recorded["local"]) == (metric, f"{order.index(metric):.4f}")
-    assert recorded["observations"] == "20"
-
-
 def test_fungiclefs_public_score_is_of_226_observations(monkeypatch) -> None:
     monkeypatch.setattr(Bundle, "commit", "c")
     assert row_of(bundle_of(competition_named("fungiclef"), 999), 1)["observations"] == "226"

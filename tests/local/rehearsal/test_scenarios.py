@@ -19,12 +19,10 @@ from kernel.observations import find_test_table
 from local.base.kaggle_image import IMAGE, is_newer
 from local.data.competition import read_competition
 from local.rehearsal.scenarios import BY_NAME, SCENARIOS, conduct
-from local.rehearsal.staging import fingerprint, stage_competition
+from local.rehearsal.staging import fingerprint
 from local.rehearsal.trial import Rehearsal, refuse_other_competition
-from local.rehearsal.variations import keep_observations, keep_one_row, remove_photos, repeat_observations, spoil_photos
 from local.rehearse import conclude, report_on
-from tests.conftest import command, photo, trained_with
-from tests.layouts import fungitastic, herbarium
+from tests.conftest import command, trained_with
 
 
 @pytest.fixture(scope="module")
@@ -346,76 +344,3 @@ def test_a_bundle_is_rehearsed_on_the_competition_that_it_was_trained_on_and_no_
     table.write_text("".join([header, *(row for row in rest if observation not in row)]), encoding="utf-8")
     with pytest.raises(InputError, match=r"training observations of .* are not those"):
         refuse_other_competition(folder, trained)
-
-
-@pytest.fixture(
-    params=["fungiclef", "fungitastic", "herbarium-2020", "herbarium-2021", "herbarium-2022", "folders", "nested"]
-)
-def staged(request, drawn, tmp_path) -> Path:
-    """A staged competition of each layout, with 8 test observations or more."""
-    data, folder = tmp_path / "data", tmp_path / "staged"
-    name, _, year = request.param.partition("-")
-    if name == "fungiclef":
-        data = drawn.competition
-    elif name == "fungitastic":
-        fungitastic(data, resolutions=("300p", "500p"))
-    elif name == "herbarium":
-        herbarium(data, int(year))
-    else:
-        for number in range(10):  # nested, two have the same name
-            own = f"{number // 5}/photo {number % 5}.jpg" if name == "nested" else f"photo {number}.jpg"
-            photo(data / "test" / own, number)
-    stage_competition(data, folder)
-    return folder
-
-
-def test_what_is_staged_has_no_label_of_the_test_in_any_table(tmp_path):
-    fungitastic(tmp_path / "data", "FungiTastic")
-    stage_competition(tmp_path / "data", tmp_path / "staged")
-    tests = list((tmp_path / "staged").rglob("*-Test.csv"))
-    assert len(tests) == 3
-    for table in tests:
-        assert table.read_text().splitlines()[0] == "observationID,filename,habitat"
-    assert not (tmp_path / "staged" / "FungiTastic" / "train").exists()
-
-
-def test_variations_change_the_table_of_every_layout_and_no_file_of_the_user(staged):
-    def content(path: Path) -> bytes:
-        return path.read_bytes() if path.is_file() else b""
-
-    whole = find_test_table(staged).observations
-    wanted = {observation.id for observation in whole[1:7]}
-    linked = {path: (staged.parent / "before" / str(number)) for number, path in enumerate(staged.rglob("*"))}
-    (staged.parent / "before").mkdir()
-    kept = {}
-    for path, link in linked.items():
-        if path.is_file():
-            link.hardlink_to(path)
-            kept[link] = content(path)
-
-    keep_observations(staged, wanted)
-    assert [observation.id for observation in find_test_table(staged).observations] == [o.id for o in whole[1:7]]
-    originals = repeat_observations(staged, 3)
-    larger = find_test_table(staged).observations
-    assert {originals[observation.id] for observation in larger} == wanted
-    assert (
-        len({observation.id for observation in larger})
-        == len({p for o in larger for p in o.photos}) / len({p for o in whole[1:7] for p in o.photos}) * 6
-        == 18
-    )
-    by_id = {observation.id: observation for observation in larger}
-    for observation in larger:
-        for photo_, original in zip(observation.photos, by_id[originals[observation.id]].photos, strict=True):
-            assert content(photo_) == content(original) != b""
-    counts = spoil_photos(find_test_table(staged), seed=0)
-    assert sum(counts.values()) >= 3
-    if not find_test_table(staged).competition.has_table:
-        assert "missing" not in counts
-    else:
-        gone = remove_photos(find_test_table(staged), seed=1)
-        missing = {o.id for o in find_test_table(staged).observations if not any(p.exists() for p in o.photos)}
-        assert gone <= missing
-    keep_one_row(staged)
-    (row,) = find_test_table(staged).observations
-    assert len(row.photos) == 1
-    assert all(content(link) == before for link, before in kept.items())

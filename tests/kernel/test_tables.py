@@ -1,0 +1,31 @@
+"""Tables and ids are read as they were before programs changed them."""
+
+import pytest
+
+from kernel.inputs import InputError
+from kernel.tables import clean_id, read_table, respell
+
+
+def test_bytes_that_are_not_text_are_refused_in_one_line(tmp_path):
+    (tmp_path / "table.csv").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(InputError, match=r"table\.csv"):
+        read_table(tmp_path / "table.csv", ("a",))
+
+
+@pytest.mark.parametrize(
+    ("text", "id"),
+    [
+        ("7", "7"), ("7.0", "7"), (" 7 ", "7"), ("7.", "7."), ("1e+05", "100000"), ("2.38e+03", "2380"), ("0", "0"),
+        ("0.0", "0"), ("-1.0", "-1"), ("0100", "0100"), ("7.5", "7.5"), ("12e4", "12e4"), ("oak 2.0", "oak 2.0"),
+    ],
+)  # fmt: skip
+def test_an_id_that_a_program_read_as_a_float_is_a_whole_number_again(text, id):
+    assert clean_id(text) == id
+
+
+def test_ids_are_spelt_as_in_the_sample_submission_or_else_as_they_are():
+    assert respell(["7", "12", "oak"], ["007"]) == {"7": "007", "12": "12", "oak": "oak"}
+    assert respell(["7", "007"], ["007"]) == {"7": "007", "007": "007"}
+    assert respell(["7", "007"], ["007", "7"]) == {"7": "7", "007": "007"}
+    with pytest.raises(InputError, match="'7' and '007' differ in leading zeros alone"):
+        respell(["7", "007"], [])
