@@ -30,7 +30,7 @@ class TestTable:
 
     Attributes:
         folder: of the competition.
-        left_out: how many rows and files do not belong to it, by what they are.
+        left_out: number of rows and files that do not belong to it, by what they are.
     """
 
     folder: Path
@@ -43,8 +43,8 @@ def group_photos(rows: Iterable[tuple[str, Path | None, Mapping[str, str | None]
     """Observations in order of first appearance, each with its photos in order and without repeats.
 
     Args:
-        rows: of each photo the id of its observation, its path or None, and its metadata. An observation gets the first
-            value of each column that is not blank.
+        rows: for each photo the id of its observation, its path or None, and its metadata, of which an observation
+            gets the first value in each column that is not blank.
     """
     photos: dict[str, dict[Path, None]] = {}
     metadata: dict[str, dict[str, str]] = {}
@@ -60,10 +60,10 @@ def group_photos(rows: Iterable[tuple[str, Path | None, Mapping[str, str | None]
 
 
 def recognise(folder: Path, among: Iterable[Competition] = COMPETITIONS) -> CompetitionFolder | None:
-    """A folder as one of some competitions, or None if it is none of them.
+    """Recognise a folder as one of some competitions; None if it is another's or none.
 
-    A folder with a competition's table is never one of photos alone, even where that competition is not among them.
-    Where several tables are there, the competition whose test photos are there counts.
+    If it has the table of any competition, no competition without a table is considered. If it has the tables of
+    several, one whose test photos are there is preferred.
     """
     found = [one for one in (competition.recognise(folder) for competition in COMPETITIONS) if one]
     with_table = [one for one in found if one.competition.has_table]

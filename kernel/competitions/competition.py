@@ -1,4 +1,4 @@
-"""What a competition is: everything that differs between competitions, in one object of each module beside this one."""
+"""What a competition is. Each competition is one object, which knows all that differs between competitions."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ class PhotoRow:
 
     Attributes:
         observation: its id.
-        photo: path relative to the folder of photos, with "/"; empty where the table names none.
-        cells: all that the table says of it, by column or key; empty without a table.
+        photo: path relative to the folder of photos, with "/"; empty if the table names none.
+        cells: the whole row, by column or key; empty without a table.
     """
 
     observation: str
@@ -33,10 +33,10 @@ class LabelledPhoto:
         observation: its id.
         class_id: as the table spells it.
         path: of the file.
-        metadata: what is known of the observation, by the competition's `metadata` columns; blanks are "".
-        taxa: names by `kernel.tables.TAXONOMY`, "" where one is unknown; empty where the competition names none.
-        species: name of the class; "" where it is unknown.
-        poisonous: "1" if it is; "" where it is unknown.
+        metadata: of the observation, by the columns of `Competition.metadata`; "" for a blank.
+        taxa: name at each rank of `kernel.tables.TAXONOMY`, "" if unknown; empty if the competition has no taxonomy.
+        species: name of the class; "" if unknown.
+        poisonous: "1" if it is; "" if unknown.
     """
 
     split: str
@@ -51,40 +51,40 @@ class LabelledPhoto:
 
 @dataclass(frozen=True, kw_only=True)
 class Competition:
-    """One competition: its files, its submission and its rules.
+    """A competition: its files, the form of its submission, and its rules.
 
     Attributes:
-        name: by which a manifest knows it.
-        slug: Kaggle's name of it; empty where it is none of Kaggle's, or stands for several.
-        table: glob of the test table in the competition's folder, the first by name counts; or, without a table, the
-            folder of test photos.
-        has_table: whether a table lists the test photos. Without one, every photo is an observation, its id is the
-            name of its file, and a folder can only be recognised by its photos.
-        arrangement: for messages, how the photos are arranged where that is not what `table` says.
-        is_recognised: whether a folder looks right, where there is no table to recognise it by.
-        photos: folder of a split's photos, with {split} ("train", "val" or "test") and {subset}, the name of the
+        name: identifies the competition in a manifest.
+        slug: its name in Kaggle's URLs; empty if it is not on Kaggle.
+        table: glob of the test table in the competition's folder, of which the first match by name is used. Without a
+            table, the folder of test photos.
+        has_table: whether a table lists the test photos. If not, every photo is an observation, with a name made from
+            its path, and a folder can be recognised by its photos alone.
+        is_recognised: without a table, whether a folder looks right.
+        arrangement: without a table, how the photos are arranged; for messages.
+        photos: folder of the photos of a split, with {split} ("train", "val" or "test") and {subset}, the name of the
             table's folder.
-        resolutions: subfolders of `photos`, where the competition ships the photos in several sizes.
+        resolutions: subfolders of `photos`, if the competition ships the photos in several sizes.
         sample: glob of the sample submission.
         header: the two columns of the submission, spelt as the grader expects them.
         guesses: class ids in one row, best first.
-        metric: by which the leaderboard ranks, named as in a run's validation scores.
-        time_limit: for a kernel with a GPU, seconds.
-        leaderboard: observations of the public and of the private part, where they are known.
-        metadata: columns that describe an observation, in the test table too.
-        read_rows: reads the test set; counts what it leaves out.
-        read_labelled: reads the training set, with photos in one of the resolutions; counts what it leaves out.
-        format_rows: a test table of other rows, for the rehearsal; only where there is a table.
-        visible_tables: the tables that a kernel sees on Kaggle, for the rehearsal: the path of each, with the content
-            that it has without the test labels, or None where it has none.
+        metric: score of the leaderboard, by its name in a run's validation scores.
+        time_limit: of a kernel with a GPU, seconds.
+        leaderboard: number of observations of its public and its private part, if known.
+        metadata: columns that describe an observation; the test table has them too.
+        read_rows: reads the test set, with ids as the table spells them; counts what it leaves out.
+        read_labelled: reads the training set, with photos in the given resolution; counts what it leaves out.
+        format_rows: makes a test table of the given rows; for the rehearsal; None without a table.
+        visible_tables: for the rehearsal, the tables that a kernel can read on Kaggle. Maps the path of each to its
+            content without test labels, or to None if it has none.
     """
 
     name: str
     slug: str = ""
     table: str
     has_table: bool = True
-    arrangement: str = ""
     is_recognised: Callable[[Path], bool] = lambda folder: True
+    arrangement: str = ""
     photos: str
     resolutions: tuple[str, ...] = ()
     sample: str
@@ -100,7 +100,7 @@ class Competition:
     visible_tables: Callable[["CompetitionFolder"], dict[Path, bytes | None]] = lambda found: {found.table: None}
 
     def recognise(self, folder: Path) -> "CompetitionFolder | None":
-        """The folder as this competition's, or None if it is not."""
+        """The folder with its test table, or None if it is not this competition's."""
         tables = visible(folder.glob(self.table))[:1] if self.has_table else [folder / self.table]
         return CompetitionFolder(folder, self, tables[0]) if tables and self.is_recognised(folder) else None
 
@@ -108,7 +108,7 @@ class Competition:
         """How many observations each part of the leaderboard scores.
 
         Args:
-            observations: size of the test set; the parts are known only for the competition's own.
+            observations: in the test set. The parts are known for the competition's own test set only.
         """
         if self.leaderboard and sum(self.leaderboard) == observations:
             return dict(zip(("public", "private"), self.leaderboard, strict=True))
@@ -123,7 +123,7 @@ class Competition:
         return cell.split() if self.guesses > 1 else [cell]  # the one id may be a folder's name, with spaces
 
     def read_sample(self, folder: Path) -> list[tuple[str, list[str]]]:
-        """The ids and answers of the sample submission in a competition's folder; none without a readable one."""
+        """The rows of the sample submission, as of `read_submission`; none if there is no readable one."""
         for path in visible(folder.glob(self.sample)):
             try:
                 rows = self.read_submission(path)
@@ -134,7 +134,7 @@ class Competition:
         return []
 
     def read_submission(self, path: Path) -> list[tuple[str, list[str]]]:
-        """The observation of each row and the class ids that it is given, best first; without rows that have a blank.
+        """The observation and the class ids of each row, best first. Rows with a blank cell are left out.
 
         Raises:
             InputError: the file is not CSV text, or has another header.
@@ -149,7 +149,7 @@ class CompetitionFolder:
     """A folder that was recognised as a competition's.
 
     Attributes:
-        table: the test table; without one, the folder of test photos, which may be missing.
+        table: the test table. Without one, the folder of test photos, which may not exist.
     """
 
     path: Path
@@ -157,15 +157,15 @@ class CompetitionFolder:
     table: Path
 
     def split_folder(self, split: str) -> Path:
-        """The folder of a split's photos, or of its subfolders by resolution."""
+        """The folder of a split's photos, or that of its resolutions."""
         return self.path / self.competition.photos.format(subset=self.table.parent.name, split=split)
 
     def resolutions(self, split: str) -> list[str]:
-        """The resolutions in which a split's photos are there, smallest first."""
+        """The resolutions in which a split has been downloaded, smallest first."""
         return [name for name in self.competition.resolutions if (self.split_folder(split) / name).is_dir()]
 
     def photo_folder(self, split: str, resolution: str = RESOLUTIONS[0]) -> Path:
-        """The folder of a split's photos in a resolution, else in the next larger one, else in the largest there is."""
+        """The folder of a split's photos in a resolution, or in the next larger one, or in the largest there is."""
         if not self.competition.resolutions:
             return self.split_folder(split)
         there = self.resolutions(split)
