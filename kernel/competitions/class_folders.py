@@ -105,6 +105,9 @@ def _name_photos(photos: Sequence[Path], sample: Iterable[str]) -> list[str]:
     return max(distinct, key=lambda ids: len(known.intersection(ids)))
 
 
+# The kernel does not need the function below: training reads the labelled photos.
+
+
 def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter) -> list[LabelledPhoto]:
     folder, classes = found.path, _find_classes(found.path)
     if not classes:

@@ -9,7 +9,7 @@ from kernel.inputs import InputError
 from kernel.tables import RESOLUTIONS, read_table, visible
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class PhotoRow:
     """One photo of the test set.
 
@@ -24,7 +24,7 @@ class PhotoRow:
     cells: Mapping = field(default_factory=dict, hash=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # there may be millions
 class LabelledPhoto:
     """One photo of the training set.
 

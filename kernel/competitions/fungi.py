@@ -35,9 +35,7 @@ def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
     ]
 
 
-def _format_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> bytes:
-    cells = [{**row.cells, "observationID": row.observation, "filename": row.photo} for row in rows]
-    return format_table(list(cells[0]), cells)
+# The kernel does not need the functions below. Training reads the labelled photos, and the rehearsal writes test sets.
 
 
 def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter) -> list[LabelledPhoto]:
@@ -64,6 +62,11 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
             )
             photos.append(photo)
     return photos
+
+
+def _format_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> bytes:
+    cells = [{**row.cells, "observationID": row.observation, "filename": row.photo} for row in rows]
+    return format_table(list(cells[0]), cells)
 
 
 def _visible_tables(found: CompetitionFolder) -> dict[Path, bytes | None]:

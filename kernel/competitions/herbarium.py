@@ -19,8 +19,8 @@ from kernel.inputs import InputError
 from kernel.tables import TAXONOMY, clean_id, is_blank, photo_name
 
 
-def _read_coco(path: Path) -> tuple[dict[str, dict], dict]:
-    """The images of COCO metadata by their ids, and the whole content.
+def _read_coco(path: Path) -> tuple[dict[str, PhotoRow], dict]:
+    """The photos of COCO metadata by their ids, and the whole content.
 
     2020 and 2021 are written in ISO-8859-1. 2022 is UTF-8, calls an id `image_id` or `category_id`, and its test
     metadata are a list of images alone.
@@ -35,12 +35,10 @@ def _read_coco(path: Path) -> tuple[dict[str, dict], dict]:
         except UnicodeDecodeError:
             coco = json.loads(content.decode("ISO-8859-1"))
         coco = {"images": coco} if isinstance(coco, list) else coco
-        images = {_coco_id(image, "image"): image for image in coco["images"]}
-        for image in images.values():
-            photo_name(image["file_name"])
-        return images, coco
+        rows = [PhotoRow(_coco_id(image, "image"), photo_name(image["file_name"]), image) for image in coco["images"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as COCO metadata ({error!r}): download it again") from error
+    return {row.observation: row for row in rows}, coco
 
 
 def _coco_id(entry: dict, kind: str) -> str:
@@ -50,41 +48,46 @@ def _coco_id(entry: dict, kind: str) -> str:
 
 def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
     images, _ = _read_coco(found.table)
-    return [PhotoRow(observation, photo_name(image["file_name"]), image) for observation, image in images.items()]
+    return list(images.values())
 
 
-def _format_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> bytes:
-    key = "id" if "id" in rows[0].cells else "image_id"
-    images = [
-        {**row.cells, key: type(row.cells[key])(row.observation), "file_name": row.photo} for row in rows
-    ]  # an id that was a number stays one
-    is_list = found.table.read_bytes().lstrip().startswith(b"[")
-    return json.dumps(images if is_list else {**_read_coco(found.table)[1], "images": images}).encode("ascii")
+# The kernel does not need the functions below. Training reads the labelled photos, and the rehearsal writes test sets.
 
 
 def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter) -> list[LabelledPhoto]:
     table = found.path / found.table.relative_to(found.path).as_posix().replace("test", "train")
     images, coco = _read_coco(table)
-    folder, photos, taxa, species = found.split_folder("train"), [], {}, {}
+    folder, unknown = found.split_folder("train"), (("",) * len(TAXONOMY), "")
     try:
-        for category in coco.get("categories", ()):
-            class_id = _coco_id(category, "category")
-            taxa[class_id] = tuple(str(category.get(rank) or "") for rank in TAXONOMY)
-            species[class_id] = str(category.get("name") or category.get("scientificName") or "")
+        classes = {
+            _coco_id(category, "category"): (
+                tuple(str(category.get(rank) or "") for rank in TAXONOMY),
+                str(category.get("name") or category.get("scientificName") or ""),
+            )
+            for category in coco.get("categories", ())
+        }
+        photos = []
         for annotation in coco["annotations"]:
             image, class_id = (clean_id(str(annotation[key])) for key in ("image_id", "category_id"))
             if is_blank(class_id):
                 left_out[f"annotations of {table.name} without category_id"] += 1
                 continue
-            path = folder / photo_name(images[image]["file_name"])
-            unknown = ("",) * len(TAXONOMY)
-            photo = LabelledPhoto(
-                "train", image, class_id, path, taxa=taxa.get(class_id, unknown), species=species.get(class_id, "")
-            )
-            photos.append(photo)
+            taxa, species = classes.get(class_id, unknown)
+            path = folder / images[image].photo
+            photos.append(LabelledPhoto("train", image, class_id, path, taxa=taxa, species=species))
     except (KeyError, TypeError) as error:
         raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
     return photos
+
+
+def _format_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> bytes:
+    key = "id" if "id" in rows[0].cells else "image_id"
+    images = []
+    for row in rows:
+        observation = type(row.cells[key])(row.observation)  # an id that was a number stays one
+        images.append({**row.cells, key: observation, "file_name": row.photo})
+    is_list = found.table.read_bytes().lstrip().startswith(b"[")
+    return json.dumps(images if is_list else {**_read_coco(found.table)[1], "images": images}).encode("ascii")
 
 
 _HERBARIUM_2020 = Competition(
