@@ -1,146 +1,167 @@
-"""The bank: from an observation's embedding to ranked classes."""
+"""The bank: from an observation's embedding to a score for every class.
+
+All methods of the field (class means, nearest neighbour, linear classifiers, an MLP) are one formula:
+
+    x        = normalize(layers(embedding))
+    score(c) = logit_scale * max over the prototypes p of class c of <x, p> + bias(c)
+
+The log-softmax of the scores is log p(class | photos). A member of an ensemble may have several banks, whose
+probabilities are averaged. The log-probabilities of the members are summed, each times the member's weight.
+"""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-CHUNK = 1024  # observations matched at once: scores of 32,000 classes then take 130 MB, not all the memory
-ROUNDS = 3  # of transduction; more of them drift
+from kernel.inputs import InputError
+
+CHUNK = 1024  # observations scored at once: with 32,000 classes their scores take 130 MB
+TRANSDUCTION_ROUNDS = 3  # with more rounds the prototypes drift
 
 
 @dataclass(frozen=True)
 class Layer:
-    """x -> x @ weight + bias, and what is negative cut off where it is rectified.
+    """x -> x @ weight + bias, followed by a ReLU or not.
 
     Attributes:
         weight: (features in, features out).
         bias: (features out,).
-        rectified: 1 or 0.
+        relu: 1 with a ReLU, 0 without.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
-    rectified: torch.Tensor
+    relu: torch.Tensor
 
 
-def through(layers: Sequence[Layer], values: torch.Tensor) -> torch.Tensor:
+def apply_layers(layers: Sequence[Layer], values: torch.Tensor) -> torch.Tensor:
     """(observations, features) -> (observations, features of the last layer), in the precision of `values`."""
     for layer in layers:
         values = torch.addmm(layer.bias.to(values.dtype), values, layer.weight.to(values.dtype))
-        values = values.relu() if layer.rectified else values
+        values = values.relu() if layer.relu else values
     return values
 
 
 @dataclass(frozen=True)
 class Bank:
-    """Prototypes in a space of their own; an observation resembles a class as much as the nearest of its prototypes.
+    """Layers, prototypes, and a bias per class; see the formula above.
 
-    Centring, whitening, a random projection, an MLP are layers; class means, photos, the columns of a linear classifier
-    are prototypes. So all methods of the field are one formula:
-
-        log p(class | x) = log_softmax(scale * max over its prototypes of <unit(layers(x)), prototype> + bias)
+    Centring, whitening, a random projection and an MLP are layers. Class means, single photos and the columns of a
+    linear classifier are prototypes.
 
     Attributes:
-        layers: from the encoder's space to the prototypes'; none leaves it as it is.
-        prototypes: (prototypes, features).
-        owners: (prototypes,) int64, the class of each.
-        counts: (prototypes,) how much each weighs against the test's own observations in transduction.
+        layers: from the encoder's space to the space of the prototypes; none leaves the embedding as it is.
+        prototypes: (prototypes, features), rows of length 1.
+        prototype_labels: (prototypes,) int64, the index of each prototype's class.
+        counts: (prototypes,) weight of each prototype against the test observations in transduction, such as the number
+            of observations that it is the mean of.
         bias: (classes,) added to the logits.
-        scale: (), the inverse temperature.
-        share: (), of this bank among those of its member.
-        transduction: (), how strongly test observations move the prototypes; 0 leaves them.
+        logit_scale: (), the inverse of the softmax's temperature.
+        mixture_weight: (), of this bank's probabilities among the banks of its member.
+        transduction: (), weight of the test observations in transduction; 0 switches it off.
     """
 
     layers: tuple[Layer, ...]
     prototypes: torch.Tensor
-    owners: torch.Tensor
+    prototype_labels: torch.Tensor
     counts: torch.Tensor
     bias: torch.Tensor
-    scale: torch.Tensor
-    share: torch.Tensor
+    logit_scale: torch.Tensor
+    mixture_weight: torch.Tensor
     transduction: torch.Tensor
 
     def transform(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(observations, features) -> (observations, features of the prototypes), rows of length 1."""
-        return nn.functional.normalize(through(self.layers, embeddings), dim=1)
+        return nn.functional.normalize(apply_layers(self.layers, embeddings), dim=1)
 
     def similarities(self, transformed: torch.Tensor) -> torch.Tensor:
-        """(observations, features of the prototypes) -> (observations, classes): to the nearest of each."""
+        """(observations, features of the prototypes) -> (observations, classes), by the nearest prototype of each."""
         similarities = transformed @ self.prototypes.T
-        if torch.equal(self.owners, torch.arange(len(self.bias))):  # one prototype per class
+        if torch.equal(self.prototype_labels, torch.arange(len(self.bias))):  # one prototype per class
             return similarities
         nearest = similarities.new_full((len(transformed), len(self.bias)), -1.0)
-        return nearest.scatter_reduce_(1, self.owners.expand_as(similarities), similarities, "amax")
+        return nearest.scatter_reduce_(1, self.prototype_labels.expand_as(similarities), similarities, "amax")
 
     def log_probabilities(self, similarities: torch.Tensor) -> torch.Tensor:
-        """(observations, classes) similarities -> the same of log-probabilities."""
-        return (similarities * self.scale + self.bias).log_softmax(dim=1)
+        """Similarities (observations, classes) -> log-probabilities of the same shape."""
+        return (similarities * self.logit_scale + self.bias).log_softmax(dim=1)
 
-    def moved(self, transformed: torch.Tensor) -> "Bank":
+    def refined(self, transformed: torch.Tensor) -> "Bank":
         """The bank with its prototypes moved towards the test observations that resemble them.
 
-        Soft k-means that starts at the reference and never forgets it: a prototype is the mean of the observations that
-        it was made of and of the test's, each weighted by its probability (Ren et al. 2018,
-        https://arxiv.org/abs/1803.00676).
+        Soft k-means that starts at the prototypes: each becomes the mean of itself, weighted by `counts`, and of the
+        test observations, weighted by their probability (Ren et al. 2018, https://arxiv.org/abs/1803.00676).
+
+        Args:
+            transformed: (observations, features of the prototypes), rows of length 1.
         """
-        bank, kept = self, self.prototypes * self.counts[:, None]
-        for _ in range(ROUNDS):
-            total = torch.zeros_like(kept)
+        bank, start = self, self.prototypes * self.counts[:, None]
+        for _ in range(TRANSDUCTION_ROUNDS):
+            total = torch.zeros_like(start)
             for chunk in transformed.split(CHUNK):
-                logits = chunk @ bank.prototypes.T * self.scale + self.bias[self.owners]
+                logits = chunk @ bank.prototypes.T * self.logit_scale + self.bias[self.prototype_labels]
                 total.addmm_(logits.softmax(dim=1).T, chunk)
-            prototypes = nn.functional.normalize(kept + self.transduction * total, dim=1)
+            prototypes = nn.functional.normalize(start + self.transduction * total, dim=1)
             bank = replace(bank, prototypes=prototypes)
         return bank
 
 
 def read_banks(path: Path) -> list[Bank]:
-    """The banks of a member, whose probabilities are averaged, from its safetensors file."""
+    """The banks of a member from their safetensors file, with tensors such as "0.prototypes" and "0.layers.0.weight".
+
+    Raises:
+        InputError: the tensors are not those of a bank, as in a file of an earlier version.
+    """
     tensors, banks = load_file(path), []
+    expected = {field.name for field in fields(Bank)} - {"layers"}
     while any(name.startswith(f"{len(banks)}.") for name in tensors):
         own = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{len(banks)}.")}
         depth = len({name.split(".")[1] for name in own if name.startswith("layers.")})
-        parts = ("weight", "bias", "rectified")
-        layers = tuple(Layer(*(own.pop(f"layers.{place}.{part}") for part in parts)) for place in range(depth))
+        names = [[f"layers.{index}.{field.name}" for field in fields(Layer)] for index in range(depth)]
+        if set(own) != expected.union(*names):
+            differing = ", ".join(sorted(set(own) ^ expected.union(*names)))
+            raise InputError(f"{path} is not a bank of this version (it differs in {differing}): train again")
+        layers = tuple(Layer(*(own.pop(name) for name in parts)) for parts in names)
         banks.append(Bank(layers, **own))
     return banks
 
 
-def move(bank: Bank, transformed: torch.Tensor) -> Bank:
-    """The bank after transduction; as it was, where there is none, or where it fails: no gain is worth the run."""
+def refine_transductively(bank: Bank, transformed: torch.Tensor) -> Bank:
+    """The bank after transduction; the bank itself where transduction is off or fails, since the run must go on."""
     if not bank.transduction or not len(transformed):
         return bank
     try:
-        moved = bank.moved(transformed)
-        if moved.prototypes.isfinite().all():
-            return moved
-        reason = "it overflows"
+        refined = bank.refined(transformed)
+        if refined.prototypes.isfinite().all():
+            return refined
+        reason = "the prototypes are not finite"
     except (RuntimeError, MemoryError) as error:
         reason = str(error).splitlines()[0]
-    print(f"transduction is left out: {reason}", flush=True)
+    print(f"predicting without transduction: {reason}", flush=True)
     return bank
 
 
 def classify(banks: Sequence[Bank], embeddings: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Log-probabilities (observations of a chunk, classes), chunk by chunk, by the mean probability of some banks.
+    """Log-probabilities (observations of a chunk, classes) of the banks' mean probability, chunk by chunk.
 
     Args:
-        embeddings: (observations, features); rows of zeros, of observations without a readable photo, move nothing and
-            say nothing: their log-probabilities are zeros.
+        embeddings: (observations, features). A row of zeros is an observation without a readable photo: it takes no
+            part in transduction, and its log-probabilities are zeros.
     """
-    seen = embeddings.norm(dim=1) > 0
+    has_embedding = embeddings.norm(dim=1) > 0
     spaces = [bank.transform(embeddings) for bank in banks]
-    banks = [move(bank, space[seen]) for bank, space in zip(banks, spaces, strict=True)]
-    for is_seen, *chunks in zip(seen.split(CHUNK), *(space.split(CHUNK) for space in spaces), strict=True):
+    banks = [refine_transductively(bank, space[has_embedding]) for bank, space in zip(banks, spaces, strict=True)]
+    chunks = (space.split(CHUNK) for space in spaces)
+    for mask, *parts in zip(has_embedding.split(CHUNK), *chunks, strict=True):
         each = [
-            bank.log_probabilities(bank.similarities(part)) + bank.share.log()
-            for bank, part in zip(banks, chunks, strict=True)
+            bank.log_probabilities(bank.similarities(part)) + bank.mixture_weight.log()
+            for bank, part in zip(banks, parts, strict=True)
         ]
-        yield torch.stack(each).logsumexp(dim=0) * is_seen[:, None]
+        yield torch.stack(each).logsumexp(dim=0) * mask[:, None]
 
 
 def rank(
@@ -153,11 +174,11 @@ def rank(
     """The best classes of each observation, by the weighted sum of the log-probabilities of an ensemble's members.
 
     Args:
-        members: the banks of each, all over the same classes.
+        members: the banks of each member, all over the same classes.
         weights: one per member.
         embeddings: (observations, features of the member), one per member.
         guesses: how many classes to return; all, if there are fewer.
-        prior: (observations, classes) of log-probabilities to add, weighted already.
+        prior: (observations, classes) log-probabilities to add, weighted already.
 
     Returns:
         (observations, guesses) int64 indices of classes, best first.
@@ -168,7 +189,7 @@ def rank(
         total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
         if prior is not None:
             total = total + prior[first : first + len(total)]
-        # A sorted order in which equal scores keep the order of the classes is the same on every machine.
+        # A stable sort keeps the classes' order where scores are equal, so every machine gives the same ranking.
         best.append(total.sort(dim=1, descending=True, stable=True).indices[:, :guesses])
         first += len(total)
     return torch.cat(best) if best else torch.zeros((0, guesses), dtype=torch.long)

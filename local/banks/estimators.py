@@ -19,7 +19,7 @@ from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.linear_model import LogisticRegression
 
-from kernel.bank import Bank, Layer, through
+from kernel.bank import Bank, Layer, apply_layers
 from local.base.files import write_tensors
 from local.data.taxonomy import Taxonomy
 
@@ -297,11 +297,11 @@ def make_bank(
     bank = Bank(
         layers=(*transform, *getattr(matcher, "layers_", ())),
         prototypes=tensor(matcher.prototypes_),
-        owners=torch.tensor(matcher.owners_),
+        prototype_labels=torch.tensor(matcher.owners_),
         counts=tensor(matcher.counts_),
         bias=tensor(matcher.bias_),
-        scale=tensor(matcher.scale_),
-        share=tensor(share),
+        logit_scale=tensor(matcher.scale_),
+        mixture_weight=tensor(share),
         transduction=tensor(transduction),
     )
     return bank if scale is None else rescale(bank, scale)
@@ -312,8 +312,8 @@ def rescale(bank: Bank, scale: float) -> Bank:
 
     The ranking of the classes does not change by it, and a class that the reference lacks stays out.
     """
-    bias = torch.where(bank.bias > NEVER, bank.bias * (scale / bank.scale), bank.bias)
-    return replace(bank, bias=bias, scale=tensor(scale))
+    bias = torch.where(bank.bias > NEVER, bank.bias * (scale / bank.logit_scale), bank.bias)
+    return replace(bank, bias=bias, logit_scale=tensor(scale))
 
 
 def spread_over(bank: Bank, own: Sequence[str], classes: Sequence[str]) -> Bank:
@@ -322,7 +322,7 @@ def spread_over(bank: Bank, own: Sequence[str], classes: Sequence[str]) -> Bank:
     places = torch.tensor([place[class_id] for class_id in own])
     bias = torch.full((len(classes),), NEVER)
     bias[places] = bank.bias
-    return replace(bank, owners=places[bank.owners], bias=bias)
+    return replace(bank, prototype_labels=places[bank.prototype_labels], bias=bias)
 
 
 def centroids(embeddings: np.ndarray, classes: np.ndarray, count: int) -> Bank:
@@ -340,7 +340,7 @@ def centroids(embeddings: np.ndarray, classes: np.ndarray, count: int) -> Bank:
 
 def apply(layers: Sequence[Layer], values: np.ndarray) -> np.ndarray:
     """The kernel's transform in double precision: (observations, features) -> the same in the prototypes' space."""
-    return unit(through(layers, torch.tensor(values, dtype=torch.float64)).numpy())
+    return unit(apply_layers(layers, torch.tensor(values, dtype=torch.float64)).numpy())
 
 
 def save_banks(banks: Sequence[Bank], path: Path) -> None:

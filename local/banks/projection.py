@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
-from kernel.bank import Bank, Layer, through
+from kernel.bank import Bank, Layer, apply_layers
 from local.banks.estimators import NEVER, ClassMeans, Whitening, make_bank, pool
 from local.banks.folds import make_folds
 from local.base.metrics import GUESSES, paired_gain
@@ -122,7 +122,7 @@ class ProjectionEnsemble:
         for member, state in zip(members, states, strict=True):
             member.network.load_state_dict(state)
         # A tensor each: safetensors refuses shared ones.
-        self.banks_ = [replace(member.bank(), share=torch.tensor(1 / self.members)) for member in members]
+        self.banks_ = [replace(member.bank(), mixture_weight=torch.tensor(1 / self.members)) for member in members]
         return self
 
 
@@ -229,7 +229,7 @@ class Member:
         self.kept, self.held = torch.tensor(np.flatnonzero(kept)), torch.tensor(np.flatnonzero(held))
         self.generator = torch.Generator().manual_seed(seed)
         self.start = fit_start(settings.start, reference, kept)
-        self.space = through(self.start, reference.pooled)
+        self.space = apply_layers(self.start, reference.pooled)
         self.network = Projection(self.space[self.kept], settings.hidden, settings.width, self.generator)
         self.columns = self.prototypes(self.kept).requires_grad_()
         classes = reference.classes[self.kept]
@@ -271,7 +271,7 @@ class Member:
         donor = self.donors[torch.randint(len(self.donors), (rows,), generator=generator)]
         given = reference.photos[donor, torch.randint(views, (rows,), generator=generator)]
         difference = given - self.class_means[reference.classes[reference.observations[donor]]]
-        return through(self.start, normalize(mixed + self.settings.variation * difference, dim=1))
+        return apply_layers(self.start, normalize(mixed + self.settings.variation * difference, dim=1))
 
     def loss(self, observations: torch.Tensor) -> torch.Tensor:
         """Of two samples of each observation of a batch, (batch,)."""
@@ -332,7 +332,7 @@ def fit_start(start, reference: Reference, kept: np.ndarray) -> list[Layer]:
     classes = reference.classes.numpy()[kept][observations]
     fitted = copy(start).fit(reference.photos.numpy()[photos], observations, classes, reference.taxonomy)
     *before, last = fitted.layers_
-    space = through(fitted.layers_, reference.pooled[torch.tensor(kept)])
+    space = apply_layers(fitted.layers_, reference.pooled[torch.tensor(kept)])
     mean = space.mean(dim=0)
     length = (space - mean).norm(dim=1).mean().clamp_min(1e-9)
     return [*before, replace(last, weight=last.weight / length, bias=(last.bias - mean) / length)]

@@ -143,7 +143,8 @@ def fit_matched(
     else:
         transform, space = embedded.space(settings, seen, spread)
         banks = [make_bank(transform, make_matcher(settings, seed).fit(space, *given))]
-    banks = [replace(bank, share=bank.share * (1 - settings.nearest_neighbour_weight)) for bank in banks]
+    rest = 1 - settings.nearest_neighbour_weight
+    banks = [replace(bank, mixture_weight=bank.mixture_weight * rest) for bank in banks]
     if settings.nearest_neighbour_weight:
         transform, space = embedded.space(settings, seen, spread)
         matcher = SeveralPrototypes(most=len(classes)).fit(space, *given)
@@ -163,7 +164,7 @@ def finish(
 ) -> list[Bank]:
     """Banks at some inverse temperatures, one of each group of `in_scales`, with the class prior, which has none."""
     groups = [banks[group] for group in in_scales(settings)]
-    scales = scales or [float(group[0].scale) for group in groups]
+    scales = scales or [float(group[0].logit_scale) for group in groups]
     scaled = [rescale(bank, scale) for group, scale in zip(groups, scales, strict=True) for bank in group]
     return [replace(bank, bias=bank.bias + prior) for bank in scaled]
 
@@ -336,7 +337,7 @@ def fit_scale(
             parts.append(torch.stack(each).logsumexp(dim=0))
         return torch.nn.functional.nll_loss(torch.cat(parts), torch.tensor(truth)[asked], ignore_index=-1).item()
 
-    return min((float(folds[0][0].scale) * SCALES).tolist(), key=loss)
+    return min((float(folds[0][0].logit_scale) * SCALES).tolist(), key=loss)
 
 
 def compare(log_probabilities: torch.Tensor, truth: np.ndarray, scales: tuple[float, ...] = ()) -> Outcome:

@@ -143,10 +143,10 @@ class Head(nn.Module):
         return Bank(
             layers=tuple(layers),
             prototypes=normalize(head.prototypes, dim=1),
-            owners=torch.arange(len(head.sizes)),
+            prototype_labels=torch.arange(len(head.sizes)),
             counts=head.sizes,
             bias=torch.where(head.sizes > 0, 0.0, NEVER),
-            scale=torch.tensor(float(self.scale)),
-            share=torch.tensor(1.0),
+            logit_scale=torch.tensor(float(self.scale)),
+            mixture_weight=torch.tensor(1.0),
             transduction=torch.tensor(0.0),
         )

@@ -1,27 +1,29 @@
-"""Matching: one formula for all banks, in chunks, moved by the test's own observations, summed over an ensemble."""
+"""The bank: one formula for all methods, in chunks, with transduction, summed over an ensemble."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from kernel import bank as module
-from kernel.bank import Bank, Layer, classify, rank
+from kernel.bank import Bank, Layer, classify, rank, read_banks
+from kernel.inputs import InputError
 
 
 def random_bank(classes=30, features=8, seed=0, **changes):
-    """Centred class means."""
+    """A bank of random class means behind a layer that shifts the embedding."""
     generator = torch.Generator().manual_seed(seed)
     centre = Layer(torch.eye(features), torch.randn(features, generator=generator) / 10, torch.tensor(0.0))
     bank = Bank(
         layers=(centre,),
         prototypes=normalize(torch.randn(classes, features, generator=generator)),
-        owners=torch.arange(classes),
+        prototype_labels=torch.arange(classes),
         counts=torch.ones(classes),
         bias=torch.zeros(classes),
-        scale=torch.tensor(10.0),
-        share=torch.tensor(1.0),
+        logit_scale=torch.tensor(10.0),
+        mixture_weight=torch.tensor(1.0),
         transduction=torch.tensor(0.0),
     )
     return replace(bank, **changes)
@@ -33,12 +35,12 @@ def classified(banks, queries):
 
 def test_scores_are_cosines_after_centring():
     bank, queries = random_bank(), normalize(torch.randn(5, 8))
-    moved = queries + bank.layers[0].bias
-    cosines = torch.stack([torch.cosine_similarity(row[None], bank.prototypes) for row in moved])
+    centred = queries + bank.layers[0].bias
+    cosines = torch.stack([torch.cosine_similarity(row[None], bank.prototypes) for row in centred])
     assert torch.allclose(classified([bank], queries), (10 * cosines).log_softmax(dim=1), atol=1e-5)
 
 
-def test_a_rectified_layer_is_a_perceptron():
+def test_a_layer_with_a_relu_and_one_without_are_a_perceptron():
     weight, bias = torch.randn(8, 12), torch.randn(12)
     hidden = Layer(weight, bias, torch.tensor(1.0))
     out = Layer(torch.randn(12, 8), torch.zeros(8), torch.tensor(0.0))
@@ -47,18 +49,19 @@ def test_a_rectified_layer_is_a_perceptron():
     assert torch.allclose(random_bank(layers=(hidden, out)).transform(queries), expected, atol=1e-5)
 
 
-def test_a_class_is_as_near_as_the_nearest_of_its_prototypes():
+def test_the_nearest_of_its_prototypes_scores_for_a_class():
     single, queries = random_bank(classes=6), normalize(torch.randn(9, 8))
-    double = replace(single, owners=torch.tensor([0, 1, 2, 2, 1, 0]), counts=torch.ones(6), bias=torch.zeros(3))
+    labels = torch.tensor([0, 1, 2, 2, 1, 0])
+    double = replace(single, prototype_labels=labels, bias=torch.zeros(3))
     each, nearest = single.similarities(single.transform(queries)), double.similarities(double.transform(queries))
     for index, own in enumerate(([0, 5], [1, 4], [2, 3])):
         assert torch.equal(nearest[:, index], each[:, own].amax(dim=1))
 
 
-def test_prototypes_in_another_order_than_the_classes_still_belong_to_them():
+def test_the_order_of_the_prototypes_does_not_matter():
     bank, queries = random_bank(classes=4), normalize(torch.randn(7, 8))
     order = torch.tensor([2, 0, 3, 1])
-    shuffled = replace(bank, prototypes=bank.prototypes[order], owners=order)
+    shuffled = replace(bank, prototypes=bank.prototypes[order], prototype_labels=order)
     assert torch.allclose(classified([bank], queries), classified([shuffled], queries), atol=1e-6)
 
 
@@ -71,9 +74,9 @@ def test_chunks_do_not_change_the_ranking(monkeypatch):
 
 
 def test_a_members_banks_average_their_probabilities():
-    banks = [random_bank(seed=1, share=torch.tensor(0.3)), random_bank(seed=2, share=torch.tensor(0.7))]
+    banks = [random_bank(seed=seed, mixture_weight=torch.tensor(weight)) for seed, weight in ((1, 0.3), (2, 0.7))]
     queries = normalize(torch.randn(9, 8))
-    alone = [classified([replace(bank, share=torch.tensor(1.0))], queries).exp() for bank in banks]
+    alone = [classified([replace(bank, mixture_weight=torch.tensor(1.0))], queries).exp() for bank in banks]
     assert torch.allclose(classified(banks, queries).exp(), 0.3 * alone[0] + 0.7 * alone[1], atol=1e-5)
 
 
@@ -101,48 +104,68 @@ def test_a_bias_moves_a_class_up():
     assert (rank([[favoured]], [1.0], [torch.randn(6, 8)], 1) == 4).all()
 
 
-def crescent(seed=0, moved=0.6):
-    """Two classes, one known observation of each, and test observations that lie to one side of it."""
-    generator = torch.Generator().manual_seed(seed)
-    known = normalize(torch.tensor([[1.0, 0.0, 0.2], [0.0, 1.0, 0.2]]))
-    shift = torch.tensor([[moved, 0.0, 0.9], [0.0, moved, -0.9]])
+def shifted(shift=0.6):
+    """Two classes with one reference observation each, and 80 test observations that lie to one side of it."""
+    generator = torch.Generator().manual_seed(0)
+    reference = normalize(torch.tensor([[1.0, 0.0, 0.2], [0.0, 1.0, 0.2]]))
+    means = torch.tensor([[shift, 0.0, 0.9], [0.0, shift, -0.9]])
     truth = torch.arange(2).repeat(40)
-    queries = normalize(shift[truth] + 0.35 * torch.randn(80, 3, generator=generator))
-    return known, queries, truth
+    queries = normalize(means[truth] + 0.35 * torch.randn(80, 3, generator=generator))
+    return reference, queries, truth
 
 
-def test_transduction_moves_prototypes_towards_what_resembles_them():
-    known, queries, truth = crescent()
-    still = random_bank(classes=2, features=3, layers=(), prototypes=known, bias=torch.zeros(2))
-    moving = replace(still, transduction=torch.tensor(1.0))
-    assert (rank([[moving]], [1.0], [queries], 1)[:, 0] == truth).sum() > (
-        rank([[still]], [1.0], [queries], 1)[:, 0] == truth
-    ).sum()
-    moved = moving.moved(queries).prototypes
-    centres = normalize(torch.stack([queries[truth == index].mean(dim=0) for index in range(2)]))
-    assert ((moved * centres).sum(dim=1) > (known * centres).sum(dim=1)).all()
+def transductive(reference, **changes):
+    """A bank of two classes that moves its prototypes."""
+    settings = {"bias": torch.zeros(2), "transduction": torch.tensor(1.0), **changes}
+    return random_bank(classes=2, features=3, layers=(), prototypes=reference, **settings)
 
 
-def test_observations_without_a_readable_photo_move_nothing():
-    known, queries, _ = crescent()
-    bank = random_bank(classes=2, features=3, prototypes=known, bias=torch.zeros(2), transduction=torch.tensor(1.0))
-    blind = torch.cat([queries, torch.zeros(500, 3)])
-    assert torch.allclose(classified([bank], blind)[:80], classified([bank], queries), atol=1e-6)
+def test_transduction_is_soft_k_means_that_starts_at_the_prototypes():
+    reference, queries, _ = shifted()
+    counts, weight, bias = torch.tensor([1.0, 3.0]), 0.5, torch.tensor([0.2, -0.1])
+    prototypes = reference
+    for _ in range(module.TRANSDUCTION_ROUNDS):
+        probabilities = torch.softmax(10 * queries @ prototypes.T + bias, dim=1)
+        sums = [
+            counts[c] * reference[c] + weight * (probabilities[:, c, None] * queries).sum(dim=0) for c in range(2)
+        ]
+        prototypes = normalize(torch.stack(sums))
+    bank = transductive(reference, counts=counts, bias=bias, transduction=torch.tensor(weight))
+    assert torch.allclose(bank.refined(queries).prototypes, prototypes, atol=1e-5)
 
 
-@pytest.mark.parametrize("count", [0.0, 1e9])
-def test_a_prototype_of_many_observations_hardly_moves(count):
-    known, queries, _ = crescent()
-    bank = random_bank(
-        classes=2, features=3, layers=(), prototypes=known, bias=torch.zeros(2), transduction=torch.tensor(1.0)
-    )
-    moved = replace(bank, counts=torch.full((2,), count)).moved(queries).prototypes
-    assert torch.allclose(moved, known, atol=1e-4) == (count > 0)
+def test_transduction_helps_where_the_test_observations_are_shifted():
+    reference, queries, truth = shifted()
+    fixed = transductive(reference, transduction=torch.tensor(0.0))
+    hits = [(rank([[bank]], [1.0], [queries], 1)[:, 0] == truth).sum() for bank in (fixed, transductive(reference))]
+    assert hits[1] > hits[0]
+
+
+def test_observations_without_a_readable_photo_take_no_part_in_transduction():
+    reference, queries, _ = shifted()
+    bank = transductive(reference)
+    padded = classified([bank], torch.cat([queries, torch.zeros(500, 3)]))
+    assert torch.allclose(padded[:80], classified([bank], queries), atol=1e-6)
+    assert not padded[80:].any()
+
+
+@pytest.mark.parametrize(("count", "is_fixed"), [(0.0, False), (1e9, True)])
+def test_a_prototype_of_many_observations_hardly_moves(count, is_fixed):
+    reference, queries, _ = shifted()
+    refined = transductive(reference, counts=torch.full((2,), count)).refined(queries).prototypes
+    assert torch.allclose(refined, reference, atol=1e-4) == is_fixed
 
 
 def test_transduction_that_fails_leaves_the_bank_as_it_was(capsys):
-    known, queries, _ = crescent()
-    bank = random_bank(classes=2, features=3, layers=(), prototypes=known, bias=torch.zeros(2))
-    broken = replace(bank, transduction=torch.tensor(1.0), counts=torch.full((2,), torch.nan))
-    assert torch.allclose(classified([broken], queries), classified([bank], queries))
-    assert "transduction" in capsys.readouterr().out
+    reference, queries, _ = shifted()
+    fixed = transductive(reference, transduction=torch.tensor(0.0))
+    broken = transductive(reference, counts=torch.full((2,), torch.nan))
+    assert torch.equal(classified([broken], queries), classified([fixed], queries))
+    assert capsys.readouterr().out == "predicting without transduction: the prototypes are not finite\n"
+
+
+def test_a_bank_of_an_earlier_version_is_refused_in_one_line(tmp_path):
+    names = ("prototypes", "owners", "counts", "bias", "scale", "share", "transduction")
+    save_file({f"0.{name}": torch.zeros(1) for name in names}, tmp_path / "bank.safetensors")
+    with pytest.raises(InputError, match=r"bank\.safetensors is not a bank of this version .*owners.*: train"):
+        read_banks(tmp_path / "bank.safetensors")

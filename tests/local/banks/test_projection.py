@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_banks_and_another_seed_others(problem, ens
 
 def test_members_differ_and_share_the_whole_equally(ensemble) -> None:
     assert len(ensemble.banks_) == 3
-    assert sum(bank.share.item() for bank in ensemble.banks_) == pytest.approx(1)
+    assert sum(bank.mixture_weight.item() for bank in ensemble.banks_) == pytest.approx(1)
     assert not torch.equal(ensemble.banks_[0].prototypes, ensemble.banks_[1].prototypes)
 
 
@@ -91,13 +91,13 @@ def test_the_kernel_computes_what_the_network_does(problem) -> None:
     member.advance(20)
     network = member.network(member.space)
     bank = member.bank()
-    assert bank.layers[-2].rectified
+    assert bank.layers[-2].relu
     assert torch.allclose(bank.transform(member.reference.pooled), network, atol=1e-5)
     # Averaged over members, the kernel's probabilities are the mean of each one's softmax of cosines.
     other = a_member(problem, steps=20, seed=5).bank()
     pair = [bank, other]
     expected = torch.stack([(b.transform(member.reference.pooled) @ b.prototypes.T / 0.1).softmax(1) for b in pair])
-    halves = [b.__class__(**{**vars(b), "share": torch.tensor(0.5)}) for b in pair]
+    halves = [b.__class__(**{**vars(b), "mixture_weight": torch.tensor(0.5)}) for b in pair]
     assert torch.allclose(torch.cat(list(classify(halves, member.reference.pooled))).exp(), expected.mean(0), atol=1e-5)
 
 
@@ -148,7 +148,7 @@ def test_training_that_gains_nothing_is_undone() -> None:
     chance = np.random.default_rng(0).permutation(np.repeat(np.arange(CLASSES), 4))[observations]
     fitted = ProjectionEnsemble(Centring(), **SMALL).fit(embeddings, observations, chance, Taxonomy.unknown(CLASSES))
     assert fitted.steps_ == 0
-    assert not any(layer.rectified for bank in fitted.banks_ for layer in bank.layers)
+    assert not any(layer.relu for bank in fitted.banks_ for layer in bank.layers)
 
 
 def test_a_single_observation_is_no_evidence_for_a_training() -> None:
@@ -194,8 +194,8 @@ def test_a_recipe_may_ask_for_networks_and_all_members_have_one_scale(problem, m
     )
     everyone = np.ones(len(embedded.classes), dtype=bool)
     banks = fit_banks(recipe, embedded, everyone, scales=(8.0, 32.0))
-    assert [bank.scale.item() for bank in banks] == [8, 8, 8, 32]
-    assert [bank.share.item() for bank in banks] == pytest.approx([0.25] * 4)
+    assert [bank.logit_scale.item() for bank in banks] == [8, 8, 8, 32]
+    assert [bank.mixture_weight.item() for bank in banks] == pytest.approx([0.25] * 4)
     save_banks(banks, tmp_path / "bank.safetensors")
     search = Search(lambda fit: embedded, "encoder", make_folds(embedded.classes, 0), 10, everyone)
     outcome = search.judge(recipe)

@@ -172,7 +172,7 @@ def test_every_matcher_makes_banks_that_the_kernel_applies(matcher):
         views=VIEWS[:2], whitening=1.0, matcher=matcher, nearest_neighbour_weight=0.25, transduction=0.25
     )
     banks = fit_banks(recipe, embedded, np.ones(len(embedded.classes), dtype=bool))
-    assert sum(bank.share.item() for bank in banks) == pytest.approx(1)
+    assert sum(bank.mixture_weight.item() for bank in banks) == pytest.approx(1)
     queries = torch.tensor(embedded.pooled(recipe), dtype=torch.float32)
     probabilities = torch.cat(list(classify(banks, queries))).exp()
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(len(queries)), atol=1e-4)
