@@ -1,16 +1,16 @@
-"""The wall-clock budget: measure what a photo costs, plan how many views all of them can have, and keep to it.
+"""The wall-clock budget: measure what a photo costs, and give every photo as many views as the time allows.
 
-A tenth of the time limit stays in reserve. The first photos are timed; from then on every photo gets as many of the
-bank's views as fit into the time left, more or fewer as the machine gets faster or slower. The views are dropped from
-the end of the list, the least useful ones first. Photos for which there is no time keep the fallback prediction, and
-the last line of the log says how many.
+A tenth of the time limit is kept in reserve. The first photos are timed. From then on every photo gets as many of the
+views as fit into the remaining time, more or fewer as the machine becomes faster or slower; the last views of the list
+are dropped first. Photos for which there is no time keep the fallback prediction, and the last line of the log says
+how many observations that concerns.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-MARGIN = 0.1  # of the limit, kept for matching, for writing, and for what Kaggle does after the script's last line
+MARGIN = 0.1  # fraction of the limit that is reserved for scoring, for writing, and for what Kaggle does afterwards
 
 
 @dataclass(frozen=True)
@@ -31,22 +31,25 @@ class Budget:
         """Seconds since the start."""
         return self.clock() - self.started
 
-    def left(self) -> float:
-        """Seconds until photos must stop."""
+    def remaining(self) -> float:
+        """Seconds until embedding must stop, the reserve left out."""
         return self.limit * (1 - MARGIN) - self.elapsed()
 
 
-class Pace:
-    """What photos have cost lately, and so how many views the rest can have.
+UNLIMITED = Budget(limit=float("inf"), started=0.0)
 
-    A photo costs its decode and its views; whichever takes longer, where one runs beside the other. Both are running
-    means that forget: a disk or a neighbour that slows down shows within a few batches.
+
+class Pace:
+    """What a photo has cost in the latest batches, and so how many views the others can have.
+
+    A photo costs its decoding and its forward passes: their sum, or the larger of the two where they overlap. Both are
+    exponential moving averages, so that a slower disk or a busy machine shows within a few batches.
 
     Args:
         overlaps: whether decoding runs beside the forward passes.
     """
 
-    MEMORY = 0.7  # weight of the past against one new batch
+    MEMORY = 0.7  # weight of the average so far against one new batch
 
     def __init__(self, overlaps: bool) -> None:
         self.overlaps = overlaps
@@ -54,11 +57,11 @@ class Pace:
         self.batches = 0
 
     def record(self, photos: int, views: int, waited: float, forward: float) -> None:
-        """Note a batch.
+        """Take a batch into the averages.
 
         Args:
-            waited: seconds until its photos were there. Where decoding overlaps, these are what the forward passes did
-                not hide, and none at all says only that decoding is no slower than they are.
+            waited: seconds until its photos were there. Where decoding overlaps, this is only the part of the decoding
+                that the forward passes did not hide; no wait says that decoding is at least as fast as they are.
             forward: seconds of its forward passes, all views together.
         """
         decode = waited / photos
@@ -70,9 +73,9 @@ class Pace:
         self.batches += 1
 
     def seconds(self, photos: int, views: int) -> float:
-        """How long photos will take, each in so many views."""
+        """How long so many photos will take with so many views each."""
         return photos * (max if self.overlaps else sum)((self.decode, views * self.per_view))
 
-    def affordable(self, photos: int, views: int, left: float) -> int:
-        """The largest number of views, up to `views`, that so many photos can have in `left` seconds; at least 1."""
-        return max((count for count in range(1, views + 1) if self.seconds(photos, count) <= left), default=1)
+    def affordable_views(self, photos: int, views: int, seconds: float) -> int:
+        """The largest number of views, up to `views`, that so many photos can have in the given time; at least 1."""
+        return max((count for count in range(1, views + 1) if self.seconds(photos, count) <= seconds), default=1)

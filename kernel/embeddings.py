@@ -1,8 +1,8 @@
 """From photos to observation embeddings, in batches and within the budget.
 
-When memory runs out, the batch is halved. Several GPUs share each batch; an encoder that fits on no GPU runs on the
-CPU, and one that overflows in half precision continues in full precision. In the scored rerun, an error that cannot be
-recovered from affects only the observations that are not embedded yet: they keep the fallback prediction.
+The embedding of an observation is the mean over its photos and their views of L2-normalised embeddings. When memory
+runs out, the batch is halved. Several GPUs share each batch. In the scored rerun, an error costs only the observations
+that are not embedded yet: they keep the fallback prediction.
 """
 
 import math
@@ -22,26 +22,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from kernel.budget import MARGIN, Budget, Pace
+from kernel.budget import MARGIN, UNLIMITED, Budget, Pace
 from kernel.encoders import Encoder
 from kernel.observations import Observation
 from kernel.photos import decode_all
+from kernel.progress import Progress
 from kernel.views import VIEWS
 
 T = TypeVar("T")
-PROBE = 8  # photos in the first batch, from which the plan is made; few, since a slow machine pays for all their views
+FIRST_BATCH = 8  # photos by which the time is planned; few, since on a slow machine the first pass is the slowest
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """What an encoder made of a list of observations.
+    """The embeddings of a list of observations, by one encoder.
 
     Attributes:
-        values: (observations, features) float32, each row of length 1, or zero where no photo was seen.
-        photos: (observations,) photos that went into each row.
+        values: (observations, features) float32, each row of length 1, or zero where no photo was embedded.
+        photos: (observations,) number of photos in each row.
         unreadable: path and cause of every photo that could not be read.
-        late: observations left out because the budget was spent.
-        views: photos by the number of their views.
+        late: number of observations left out because the budget was spent, or because of an error.
+        views: number of photos by the number of their views.
     """
 
     values: torch.Tensor
@@ -52,39 +53,60 @@ class Embeddings:
 
     @property
     def failures(self) -> Counter:
-        """Photos that could not be read, by cause."""
+        """Number of photos that could not be read, by cause."""
         return Counter(cause for _, cause in self.unreadable)
 
     @property
-    def seen(self) -> torch.Tensor:
-        """(observations,) bool: which rows hold an embedding."""
+    def has_embedding(self) -> torch.Tensor:
+        """(observations,) bool: which rows are not zero."""
         return self.photos > 0
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What embedding may cost, and what happens when it costs more.
+
+    Attributes:
+        budget: when it is spent, observations that are not complete are left out.
+        fraction: of the remaining time, for which the views are planned; the rest is for other encoders.
+        is_optional: stop at once when there is no time for even one view of every photo.
+        tolerates_errors: an error after the first batch costs the observations to come, and those before it are kept.
+    """
+
+    budget: Budget = UNLIMITED
+    fraction: float = 1.0
+    is_optional: bool = False
+    tolerates_errors: bool = False
+
+
 class Pool:
-    """Sums up photo embeddings by observation; its memory grows with the observations, not with the photos."""
+    """Combines photo embeddings by observation. Its memory grows with the observations, not with the photos.
+
+    Args:
+        pooling: "mean", or element-wise "max".
+    """
 
     def __init__(self, observations: int, features: int, pooling: str):
         self.pooling = pooling
         self.totals = torch.full((observations, features), 0.0 if pooling == "mean" else -torch.inf)
         self.counts = torch.zeros(observations, dtype=torch.long)
 
-    def add(self, owners: Sequence[int], embedded: torch.Tensor) -> None:
-        """Add (photos, features) to the observations that own them."""
-        index = torch.tensor(owners)
+    def add(self, indices: Sequence[int], embedded: torch.Tensor) -> None:
+        """Add (photos, features) to the observations of these indices, one per photo."""
+        index = torch.tensor(indices)
         if self.pooling == "mean":
             self.totals.index_add_(0, index, embedded)
         else:
             self.totals.scatter_reduce_(0, index[:, None].expand_as(embedded), embedded, "amax")
         self.counts.index_add_(0, index, torch.ones_like(index))
 
-    def leave_out(self, first: int) -> int:
-        """Forget the observations from `first` on: half of one would not be comparable. Returns how many."""
+    def drop_from(self, first: int) -> int:
+        """Drop the observations from `first` on, since some of their photos are missing. Returns how many."""
         self.counts[first:] = 0
         return len(self.counts) - first
 
     def values(self) -> torch.Tensor:
-        """(observations, features), of length 1. A mean has the direction of its sum, which is all that is needed."""
+        """(observations, features), rows of length 1. A sum has the direction of the mean, so it is not divided."""
         return nn.functional.normalize(self.totals.where(self.counts[:, None] > 0, torch.zeros(())), dim=1)
 
 
@@ -93,79 +115,80 @@ def embed_observations(
     observations: Sequence[Observation],
     views: Sequence[str],
     pooling: str = "mean",
-    budget: Budget | None = None,
-    share: float = 1.0,
-    is_optional: bool = False,
-    keeps_going: bool = False,
+    limits: Limits | None = None,
     name: str = "",
 ) -> Embeddings:
     """Embed every observation: photos averaged over views, then pooled over the observation, then normalised.
 
     Args:
-        views: keys of VIEWS, in order of worth. When time is short, photos get the first of them.
+        views: keys of VIEWS, the most useful first. When time is short, photos get the first of them.
         pooling: over an observation's photos, "mean" or element-wise "max".
-        budget: when it is spent, observations that are not complete are left out. None is no limit.
-        share: of the time left that the views may be planned for; the rest is for other encoders.
-        is_optional: give up at once when not even one view of every photo is affordable.
-        keeps_going: an error after the first batch, in loading photos or in embedding them, costs the observations to
-            come, and not those that are done.
-        name: of the encoder, to tell the plan and every tenth of the way; empty is silent.
+        limits: None sets none.
+        name: of the encoder, for the plan and for the progress in the log; empty prints neither.
     """
-    budget, failures = budget or Budget(math.inf, 0.0), []
-    # Beside a GPU decoding runs ahead; on a CPU it would take cores from the forward pass, whose threads then wait.
-    overlaps, batches = encoder.device.type != "cpu", load_batches(encoder, observations, failures, budget.left)
+    limits, unreadable = limits or Limits(), []
+    budget = limits.budget
+    batches = load_batches(encoder, observations, unreadable, budget.remaining)
+    # Beside a GPU decoding runs ahead. On a CPU it would take the cores from the forward pass.
+    overlaps = encoder.device.type != "cpu"
     if overlaps:
-        batches = ahead(batches, budget.left)
-    pool, pace = Pool(len(observations), encoder.features, pooling), Pace(overlaps)
-    used, done, incomplete = Counter(), 0, 0  # `incomplete` is the first observation of which photos may be missing
+        batches = prefetch(batches, budget.remaining)
     total = sum(len(observation.photos) for observation in observations)
-    end, asked = budget.elapsed() + budget.left() * share, budget.elapsed()
+    pool, pace = Pool(len(observations), encoder.features, pooling), Pace(overlaps)
+    # `incomplete` is the first observation of which photos may be missing.
+    photos_by_views, done, incomplete = Counter(), 0, 0
+    requested = budget.elapsed()
+    deadline = requested + budget.remaining() * limits.fraction
     try:
-        for owners, photos in batches:
-            arrived = budget.elapsed()
-            if not done and 0 < budget.left() < math.inf:
-                # Once untimed, since the first pass also sets the libraries up; then one view, to plan all of them by.
-                encoder.embed(photos, [VIEWS[views[0]]])
-                warm = budget.elapsed()
-                encoder.embed(photos, [VIEWS[views[0]]])
-                pace.record(len(owners), 1, arrived - asked, budget.elapsed() - warm)
-                if name:
-                    planned = pace.affordable(total, len(views), end - budget.elapsed())
-                    tell_plan(name, total, planned, len(views), pace, budget)
-                if is_optional and pace.seconds(total, 1) > budget.left():
+        with Progress(name, total) as progress:
+            for indices, photos in batches:
+                arrived = budget.elapsed()
+                if not done and 0 < budget.remaining() < math.inf:
+                    pace.record(len(indices), 1, arrived - requested, time_one_view(encoder, photos, views[0], budget))
+                    if name:
+                        print_plan(name, total, len(views), deadline, pace, budget)
+                    if limits.is_optional and pace.seconds(total, 1) > budget.remaining():
+                        break
+                # One batch more than there is, so that a last batch that is slow costs views and not photos.
+                rest = total - done - len(unreadable) + len(indices)
+                count = pace.affordable_views(rest, len(views), deadline - budget.elapsed())
+                incomplete = indices[0]
+                if budget.remaining() <= max(0, pace.seconds(len(indices), count)):
                     break
-            # As if there were one batch more: a batch that takes longer than the last then costs views, not photos.
-            rest = total - done - len(failures) + len(owners)
-            count = pace.affordable(rest, len(views), end - budget.elapsed())
-            incomplete = owners[0]
-            if budget.left() <= max(0, pace.seconds(len(owners), count)):
-                break
-            start = budget.elapsed()
-            embedded = encoder.embed(photos, [VIEWS[view] for view in views[:count]])
-            pool.add(owners, embedded.mean(dim=1))
-            incomplete = owners[-1]
-            if done:
-                pace.record(len(owners), count, arrived - asked, budget.elapsed() - start)
-            asked = budget.elapsed()
-            used[count] += len(owners)
-            if name and (done + len(owners)) * 10 // total > done * 10 // total:
-                print(f"{name}: {done + len(owners)} of {total} photos, {count} views", flush=True)
-            done += len(owners)
+                start = budget.elapsed()
+                embedded = encoder.embed(photos, [VIEWS[view] for view in views[:count]])
+                pool.add(indices, embedded.mean(dim=1))
+                incomplete = indices[-1]
+                if done:
+                    pace.record(len(indices), count, arrived - requested, budget.elapsed() - start)
+                requested = budget.elapsed()
+                photos_by_views[count] += len(indices)
+                done += len(indices)
+                progress.update(done, f"{count} of {len(views)} views")
     except Exception:
-        if not (keeps_going and done):
+        if not (limits.tolerates_errors and done):
             raise
         traceback.print_exc()
     finally:
         batches.close()
-    late = pool.leave_out(incomplete) if done + len(failures) < total else 0
-    return Embeddings(pool.values(), pool.counts, failures, late, used)
+    late = pool.drop_from(incomplete) if done + len(unreadable) < total else 0
+    return Embeddings(pool.values(), pool.counts, unreadable, late, photos_by_views)
 
 
-def tell_plan(name: str, photos: int, planned: int, views: int, pace: Pace, budget: Budget) -> None:
-    """One line: what the time left is planned for."""
+def time_one_view(encoder: Encoder, photos: torch.Tensor, view: str, budget: Budget) -> float:
+    """Seconds that one view of a batch takes. A first pass is not timed, since it also sets the libraries up."""
+    encoder.embed(photos, [VIEWS[view]])
+    start = budget.elapsed()
+    encoder.embed(photos, [VIEWS[view]])
+    return budget.elapsed() - start
+
+
+def print_plan(name: str, photos: int, views: int, deadline: float, pace: Pace, budget: Budget) -> None:
+    """One line: how many views there is time for."""
+    planned = pace.affordable_views(photos, views, deadline - budget.elapsed())
     print(
         f"{name}: {planned} of {views} views of {photos} photos, about {pace.seconds(photos, planned):.0f} s of the "
-        f"{budget.left():.0f} s left ({MARGIN:.0%} of the limit is kept in reserve)",
+        f"{budget.remaining():.0f} s left ({MARGIN:.0%} of the limit is kept in reserve)",
         flush=True,
     )
 
@@ -183,56 +206,57 @@ def decoding_threads() -> Iterator[ThreadPoolExecutor]:
 def load_batches(
     encoder: Encoder,
     observations: Sequence[Observation],
-    failures: list[tuple[Path, str]],
-    left: Callable[[], float] = lambda: math.inf,
+    unreadable: list[tuple[Path, str]],
+    remaining: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-    """Readable photos in order, as (index of the observation of each, (batch, 3, decoded, decoded) uint8).
+    """Readable photos in order, as (index of each photo's observation, (batch, 3, decoded, decoded) uint8).
 
     Args:
-        failures: gets the path of every photo that could not be read, and the cause.
-        left: seconds that a batch may take; when it takes longer, as when a disk hangs, there are no more batches.
+        unreadable: gets the path of every photo that could not be read, and the cause.
+        remaining: seconds that a batch may take. When it takes longer, as when a disk hangs, there are no more batches.
     """
     photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
     with decoding_threads() as threads:
-        first, end = 0, PROBE
+        first, end = 0, FIRST_BATCH
         while first < len(photos):
             part = photos[first:end]
             first, end = end, end + encoder.batch_size
-            paths, timeout = [path for _, path in part], min(max(0, left()), threading.TIMEOUT_MAX)
+            paths, timeout = [path for _, path in part], min(max(0, remaining()), threading.TIMEOUT_MAX)
             try:
                 decoded = decode_all(paths, encoder.preprocessing, threads, timeout)
             except TimeoutError:
                 return
             readable = []
-            for (owner, path), photo in zip(part, decoded, strict=True):
+            for (index, path), photo in zip(part, decoded, strict=True):
                 if isinstance(photo, str):
-                    failures.append((path, photo))
+                    unreadable.append((path, photo))
                 else:
-                    readable.append((owner, photo))
+                    readable.append((index, photo))
             if readable:
-                owners, batch = zip(*readable, strict=True)
-                yield owners, stack(batch, encoder)
+                indices, batch = zip(*readable, strict=True)
+                yield indices, to_batch(batch, encoder)
 
 
-def stack(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:
-    """Photos as one tensor, (batch, 3, decoded, decoded) uint8, in memory from which a GPU can fetch them by itself."""
+def to_batch(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:
+    """Photos as one (batch, 3, decoded, decoded) uint8 tensor, in pinned memory where a GPU will fetch them."""
     batch = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2)
     return batch.pin_memory() if encoder.device.type == "cuda" else batch
 
 
-def ahead(batches: Iterator[T], left: Callable[[], float], depth: int = 2) -> Iterator[T]:
-    """The same batches, made in a thread of their own while the ones before are being embedded.
+def prefetch(batches: Iterator[T], remaining: Callable[[], float], depth: int = 2) -> Iterator[T]:
+    """The same batches, made in a thread while the batches before them are being embedded.
 
     Args:
-        left: seconds that may be waited for the next one; then there are no more, as when a disk hangs.
+        remaining: seconds to wait for the next batch at most. After that there are no more, as when a disk hangs.
+        depth: batches that are ready at most.
     """
-    waiting: Queue = Queue(depth)
+    ready: Queue = Queue(depth)
     stopped = threading.Event()
 
     def put(item: object) -> bool:
         while not stopped.is_set():
             with suppress(Full):
-                waiting.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
                 return True
         return False
 
@@ -247,11 +271,11 @@ def ahead(batches: Iterator[T], left: Callable[[], float], depth: int = 2) -> It
         finally:
             batches.close()
 
-    threading.Thread(target=work, name="ahead", daemon=True).start()
+    threading.Thread(target=work, name="prefetch", daemon=True).start()
     try:
         while True:
             try:
-                batch, error = waiting.get(timeout=min(max(0, left()), threading.TIMEOUT_MAX))
+                batch, error = ready.get(timeout=min(max(0, remaining()), threading.TIMEOUT_MAX))
             except Empty:
                 return
             if isinstance(error, StopIteration):

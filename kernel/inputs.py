@@ -1,7 +1,7 @@
 """Find what is mounted: the weights and the competition, wherever Kaggle put them.
 
-Kaggle has mounted one dataset under `/kaggle/input/<slug>`, and later under `/kaggle/input/datasets/<owner>/<slug>`;
-competitions moved likewise. So nothing here trusts a path: a folder is known by a marker file that lies in it.
+Kaggle used to mount a dataset at `/kaggle/input/<slug>`, and now mounts it at `/kaggle/input/datasets/<owner>/<slug>`;
+competitions moved likewise. So no path is fixed here: a folder is recognised by the files in it.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ class InputError(Exception):
 
 
 def shorten(reason: object, width: int = 200) -> str:
-    """Somebody else's words, such as an error's, on one line; a line over `width` ends after a whole word with "…"."""
+    """Any text, such as another library's error, on one line; a line over `width` ends after a whole word with "…"."""
     line = " ".join(str(reason).split())
     if not line and isinstance(reason, BaseException):
         return type(reason).__name__
     if len(line) <= width:
         return line
-    kept = line[: width - 1].rpartition(" ")[0] or line.partition(" ")[0]  # a first word that is too long stays whole
+    kept = line[: width - 1].rpartition(" ")[0] or line.partition(" ")[0]  # a first word that is too long is kept whole
     return f"{kept} …"
 
 
 def escape_unprintable(*streams: TextIO) -> None:
-    """Have a console that lacks a character show its escape: printing must never end the work."""
+    """Print an escape for a character that the console does not have, instead of failing."""
     for stream in streams:
-        if hasattr(stream, "reconfigure"):  # what stands in for a console in a notebook lacks none
+        if hasattr(stream, "reconfigure"):  # not so in a notebook, which has all characters
             stream.reconfigure(errors="backslashreplace")
 
 
@@ -42,8 +42,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_folders(root: Path, is_wanted: Callable[[Path], bool], depth: int = 6) -> Iterator[Path]:
-    """Folders under `root` that hold what is wanted, nearest first and in order of name; none inside another.
+def find_folders(root: Path, matches: Callable[[Path], bool], depth: int = 6) -> Iterator[Path]:
+    """Folders under `root` that match, level by level and in order of name; not those inside another match.
 
     Args:
         depth: levels below `root` to search; `models/owner/model/framework/variation/version` takes 6.
@@ -52,7 +52,7 @@ def find_folders(root: Path, is_wanted: Callable[[Path], bool], depth: int = 6) 
     for _ in range(depth + 1):
         below = []
         for folder in level:
-            if is_wanted(folder):
+            if matches(folder):
                 yield folder
             else:
                 with os.scandir(folder) as entries:
@@ -61,13 +61,13 @@ def find_folders(root: Path, is_wanted: Callable[[Path], bool], depth: int = 6) 
 
 
 def install_wheels(wheels: Sequence[Path], packages: Path) -> None:
-    """Make the libraries importable that Kaggle's image lacks, or has only an older version of.
+    """Make libraries importable that Kaggle's image lacks, or has only in an older version.
 
-    Their wheels travel with the weights, and are pure Python, so that unpacking is all of it. They take precedence over
-    what is installed, which stays as it was. To be called before anything is imported that they replace.
+    Their wheels come with the weights and are pure Python, so they only need to be unpacked. They take precedence over
+    what is installed. Call this before importing what they replace.
 
     Args:
-        packages: a folder of the kernel's own, first on the import path from then on.
+        packages: the folder to unpack them into, which becomes the first on the import path.
 
     Raises:
         InputError: a wheel is damaged, or would write outside of `packages`.
@@ -86,8 +86,13 @@ def install_wheels(wheels: Sequence[Path], packages: Path) -> None:
         importlib.invalidate_caches()
 
 
-def tree(root: Path, depth: int = 3, width: int = 8) -> str:
-    """The upper levels of a folder, for a log in which something was not found."""
+def list_folder(root: Path, depth: int = 3, width: int = 8) -> str:
+    """The upper levels of a folder, for the log when something was not found there.
+
+    Args:
+        depth: levels below `root` to list.
+        width: entries of each folder to list.
+    """
     lines = [str(root)]
 
     def visit(folder: Path, level: int) -> None:

@@ -1,4 +1,4 @@
-"""Test-time views: variants of a photo, made on the device in batches, all from one decode."""
+"""Test-time views: variants of a photo, made in batches on the encoder's device from one decoded photo."""
 
 import math
 from collections.abc import Callable
@@ -9,38 +9,40 @@ from torch import nn
 
 
 def rotate(photos: torch.Tensor, degrees: float) -> torch.Tensor:
-    """Turn (batch, 3, size, size) counter-clockwise about the centre; the corners mirror what is beside them."""
+    """Rotate (batch, 3, size, size) counter-clockwise about the centre; the corners are filled by reflection."""
     angle = math.radians(degrees)
-    turn = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
-    matrix = torch.tensor(turn, device=photos.device, dtype=photos.dtype).expand(len(photos), 2, 3)
+    rows = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
+    matrix = torch.tensor(rows, device=photos.device, dtype=photos.dtype).expand(len(photos), 2, 3)
     grid = nn.functional.affine_grid(matrix, list(photos.shape), align_corners=False)
     return nn.functional.grid_sample(photos, grid, padding_mode="reflection", align_corners=False)
 
 
-def crop(photos: torch.Tensor, left: float, top: float, share: float = 0.8) -> torch.Tensor:
-    """Cut a square of `share` of the side out of (batch, 3, size, size), and enlarge it to the whole.
+def crop(photos: torch.Tensor, left: float, top: float, fraction: float = 0.8) -> torch.Tensor:
+    """Crop a square out of (batch, 3, size, size), and resize it to the original size.
 
     Args:
-        left, top: where it lies, from 0 (left, top) to 1 (right, bottom).
+        left, top: position of the square, from 0 (left, top) to 1 (right, bottom).
+        fraction: side of the square, as a fraction of the photo's.
     """
     size = photos.shape[-1]
-    side = round(size * share)
+    side = round(size * fraction)
     x, y = round((size - side) * left), round((size - side) * top)
     cut = photos[:, :, y : y + side, x : x + side]
     return nn.functional.interpolate(cut, size=(size, size), mode="bilinear", align_corners=False)
 
 
 def shrink(photos: torch.Tensor, size: int) -> torch.Tensor:
-    """Bring (batch, 3, side, side) to a smaller size, without aliasing; photos that have it stay as they are."""
+    """Resize (batch, 3, side, side) to a smaller size, with antialiasing; photos of that size are returned as is."""
     if photos.shape[-1] == size:
         return photos
     return nn.functional.interpolate(photos, size=(size, size), mode="bicubic", antialias=True)
 
 
 def larger(photos: torch.Tensor) -> torch.Tensor:
-    """The photo as it was decoded, larger than an encoder's own size (Touvron et al. 2019, arXiv:1906.06423).
+    """The photo as decoded, larger than the encoder's own size (Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
 
-    The one view that is not made of the photo at the encoder's size; an encoder that takes it knows it by this name.
+    All other views are made of the photo at the encoder's size. `Encoder.embed` recognises this function, and gives it
+    the photo as decoded.
     """
     return photos
 

@@ -135,7 +135,7 @@ def test_a_valid_submission_is_on_disk_when_torch_cannot_be_imported(kaggle, dra
     result = run_script(kaggle, PYTHONPATH=str(kaggle / "broken"), **rerun)
     assert result.returncode == code
     assert "this torch is broken" in result.stderr
-    assert (result.stderr.splitlines()[-1] == "scored rerun: the fallback submission stands") == is_rerun
+    assert (result.stderr.splitlines()[-1] == "scored rerun: the fallback submission will be scored") == is_rerun
     written = rows(kaggle / "working" / "submission.csv")
     assert [row[0] for row in written] == [row[0] for row in rows(next(drawn.competition.glob("*SAMPLE*.csv")))]
     assert all(len(set(row[1].split())) == 10 for row in written[1:])

@@ -1,12 +1,14 @@
 """Flatten a package into one script that reads, runs and fails like the package.
 
-The modules follow one another in the order in which Python would run them, each under a header. Imports among them
-go; all other lines stay as they were written, so a traceback points at real, readable lines. What cannot be flattened
-without changing what it means is refused, with its place and the mend.
+The script opens with an introduction and a table of contents. The modules follow in the order in which Python would run
+them, a section each. Imports among them are left out, and every other import is written once, at the head of the first
+section that needs it. All other lines stay as they are, so a traceback points at real, readable lines. Code that would
+have another meaning in one file is refused, with its line and the fix.
 """
 
 import ast
 import builtins
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -19,14 +21,29 @@ SIZE_LIMIT = 1_000_000  # bytes; Kaggle refuses larger scripts
 
 
 @dataclass
+class Section:
+    """A module, or the part of it up to an import of a sibling that must come first.
+
+    Attributes:
+        title: the module's path, such as `kernel/bank.py`.
+        docstring: of the module.
+        lines: of the module, without its docstring and without what is imported already.
+    """
+
+    title: str
+    docstring: str
+    lines: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Script:
     """The script while it is put together.
 
     Attributes:
         package: the folder, whose name is the package's.
         chosen: see `flatten`.
-        lines: what is written so far.
-        begun: modules whose header is written; True once they are complete.
+        sections: those written so far.
+        begun: modules of which a part is written; True once they are complete.
         bound: top-level name -> (what it is, where it was bound).
         imported: the imports, in words, that are written already.
         names: module -> the top-level names that it has, its own and imported ones.
@@ -34,19 +51,22 @@ class Script:
 
     package: Path
     chosen: Mapping[str, str]
-    lines: list[str] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
     begun: dict[str, bool] = field(default_factory=dict)
     bound: dict[str, tuple[str, str]] = field(default_factory=dict)
     imported: set[str] = field(default_factory=set)
     names: dict[str, set[str]] = field(default_factory=dict)
 
 
-def flatten(package: Path, entry: str = "__main__", chosen: Mapping[str, str] = MappingProxyType({})) -> str:
+def flatten(
+    package: Path, entry: str = "__main__", introduction: str = "", chosen: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """One script from a package.
 
     Args:
         package: the package's folder.
-        entry: the module that `python -m` would run; it alone may ask for `__name__`.
+        entry: the module that `python -m` would run; it alone may use `__name__`.
+        introduction: text for the script's docstring, before the table of contents.
         chosen: subpackage -> one of its modules. Where the package has all of them to choose from, the script has this
             one: `from PACKAGE.SUBPACKAGE import NAME` takes NAME from it, and the subpackage's __init__.py is left out.
 
@@ -59,7 +79,7 @@ def flatten(package: Path, entry: str = "__main__", chosen: Mapping[str, str] = 
         if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             raise _refusal(initial, node, "a script runs no __init__.py", "move it into a module")
     _add_module(script, entry, is_entry=True)
-    text = "\n".join(script.lines).strip("\n") + "\n"
+    text = _render(introduction, script.sections)
     if len(text.encode()) > SIZE_LIMIT:
         raise InputError(f"{package} makes a script of {len(text.encode())} bytes, over {SIZE_LIMIT}: shorten it")
     return text
@@ -71,42 +91,48 @@ def _add_module(script: Script, name: str, is_entry: bool = False) -> None:
     try:
         tree = ast.parse(source, str(path))
     except SyntaxError as error:
-        raise InputError(f"{path}:{error.lineno or 1}: {error.msg}: mend the syntax") from error
+        raise InputError(f"{path}:{error.lineno or 1}: {error.msg}: fix the syntax") from error
     _refuse_what_cannot_be_flattened(script, path, tree, is_entry)
     script.begun[name] = False
     docstring = ast.get_docstring(tree)
+    section = Section(path.relative_to(script.package.parent).as_posix(), docstring or "")
     body = tree.body[1:] if docstring is not None else tree.body
     # Not splitlines: it also splits at form feeds and at separators within strings, where Python counts no line.
     lines, at = source.split("\n"), tree.body[0].end_lineno if docstring is not None else 0
     while at < len(lines) and not lines[at].strip():
         at += 1
     names = script.names.setdefault(name, set())
-    header = _header(script.package, path, docstring)
     for is_import, nodes in groupby(body, lambda node: isinstance(node, ast.Import | ast.ImportFrom)):
         nodes = list(nodes)
         end = nodes[-1].end_lineno
         if is_import:
             # Siblings first: what they import, this module need not import again.
-            if _add_siblings(script, path, nodes):
-                header = header or _header(script.package, path, None)
+            _add_siblings(script, path, nodes)
             comments = [line for line in lines[at:end] if line.startswith("#")]
             names.update(_imported_names(nodes))
             block = comments + [line for node in nodes for line in _new_imports(script, path, node)]
-            script.lines += [*header, *block]
+            _write(script, section, block)
         else:
             for node in nodes:
                 for bound in _bound_names(node):
                     names.add(bound)
                     _bind(script, path, node, bound, f"{name}:{bound}")
-            script.lines += [*header, *lines[at:end]]
-        header, at = [], end
-    script.lines += [*header, *lines[at:]]
+            _write(script, section, lines[at:end])
+        at = end
+    _write(script, section, lines[at:])
     script.begun[name] = True
 
 
-def _add_siblings(script: Script, path: Path, nodes: Sequence[ast.stmt]) -> bool:
-    """Add the modules that a block of imports names, where they are new. Returns whether any was."""
-    added = False
+def _write(script: Script, section: Section, lines: Sequence[str]) -> None:
+    """Append lines to a module's section; to a further part of it, where other modules have been written since."""
+    if script.sections and script.sections[-1].title == section.title:
+        script.sections[-1].lines += lines
+    elif any(line.strip() for line in lines):
+        script.sections.append(Section(section.title, section.docstring, list(lines)))
+
+
+def _add_siblings(script: Script, path: Path, nodes: Sequence[ast.stmt]) -> None:
+    """Add the modules that a block of imports names, where they are new."""
     for node in nodes:
         sibling = _sibling(script, node)
         if sibling is None:
@@ -115,27 +141,43 @@ def _add_siblings(script: Script, path: Path, nodes: Sequence[ast.stmt]) -> bool
             raise _refusal(path, node, f"{sibling} imports this module too", "move what both need into a third")
         if sibling not in script.begun:
             _add_module(script, sibling)
-            added = True
         for alias in node.names:
             if alias.name not in script.names[sibling]:
                 raise _refusal(path, node, f"{node.module} has no {alias.name}", "import what it defines")
-    return added
 
 
-def _header(package: Path, path: Path, docstring: str | None) -> list[str]:
-    """The lines that open a module: its name, and its docstring as a comment."""
-    title = path.relative_to(package.parent).as_posix()
+def _render(introduction: str, sections: Sequence[Section]) -> str:
+    """The whole script: a docstring of introduction and table of contents, then every section under its header."""
+    titles = [section.title for section in sections]
+    headers, contents = [], []
+    for index, section in enumerate(sections):
+        parts, part = titles.count(section.title), titles[: index + 1].count(section.title)
+        name = section.title if parts == 1 else f"{section.title}, part {part} of {parts}"
+        docstring = section.docstring if part == parts else ""  # the last part is what the docstring tells of
+        headers.append(_header(name, docstring))
+        contents.append((name, re.split(r"[:\n]|\.$", section.docstring, maxsplit=1, flags=re.MULTILINE)[0]))
+    bodies = [_without_blank_ends(section.lines) for section in sections]
+    opening = [*introduction.splitlines(), *([""] if introduction else []), "Contents, by line:"]
+    width = max((len(name) for name, _ in contents), default=0)
+    line = len(opening) + len(contents) + 2  # the first after the docstring, whose closing quotes have a line
+    for (name, summary), header, lines in zip(contents, headers, bodies, strict=True):
+        opening.append(f"{line + header.index(f'# {name}'):6}  {name:{width}}  {summary}".rstrip())
+        line += len(header) + len(lines)
+    text = "\n".join(opening).replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
+    body = [line for header, lines in zip(headers, bodies, strict=True) for line in (*header, *lines)]
+    return "\n".join([f'"""{text}', '"""', *body, ""])
+
+
+def _without_blank_ends(lines: Sequence[str]) -> Sequence[str]:
+    filled = [at for at, line in enumerate(lines) if line.strip()]
+    return lines[filled[0] : filled[-1] + 1] if filled else []
+
+
+def _header(name: str, docstring: str) -> list[str]:
+    """The lines that open a section: its name, and the module's docstring as a comment."""
     rule = "# " + "=" * 117
-    text = [f"# {line}".rstrip() for line in (docstring or "").splitlines()]
-    return [
-        "",
-        "",
-        rule,
-        f"# {title}" + ("" if docstring else ", continued"),
-        *(["#", *text] if text else []),
-        rule,
-        "",
-    ]
+    text = [f"# {line}".rstrip() for line in docstring.splitlines()]
+    return ["", "", rule, f"# {name}", *(["#", *text] if text else []), rule, ""]
 
 
 def _sibling(script: Script, node: ast.AST) -> str | None:
@@ -172,10 +214,10 @@ def _new_imports(script: Script, path: Path, node: ast.Import | ast.ImportFrom) 
 
 def _bind(script: Script, path: Path, node: ast.AST, name: str, what: str) -> None:
     """Note a top-level name, and refuse a second meaning of it."""
-    place = f"{path}:{node.lineno}"
+    location = f"{path}:{node.lineno}"
     if name in vars(builtins):
         raise _refusal(path, node, f"{name} hides a builtin from every other module of the script", "rename it")
-    earlier, where = script.bound.setdefault(name, (what, place))
+    earlier, where = script.bound.setdefault(name, (what, location))
     if earlier != what:
         raise _refusal(path, node, f"{name} is also a top-level name at {where}", "rename one of the two")
 
@@ -202,7 +244,7 @@ def _refuse_what_cannot_be_flattened(script: Script, path: Path, tree: ast.Modul
     package = script.package.name
     for one, other in pairwise(tree.body):
         if one.end_lineno == other.lineno:
-            raise _refusal(path, other, "two statements on one line cannot be taken apart", "give each its own")
+            raise _refusal(path, other, "two statements on one line cannot be separated", "give each its own")
     for node in ast.walk(tree):
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if "*" in imported:
@@ -239,5 +281,5 @@ def _refuse_what_cannot_be_flattened(script: Script, path: Path, tree: ast.Modul
             raise _refusal(path, node, "__name__ would be '__main__' in the script", "move what runs into __main__.py")
 
 
-def _refusal(path: Path, node: ast.AST, problem: str, mend: str) -> InputError:
-    return InputError(f"{path}:{node.lineno}: {problem}: {mend}")
+def _refusal(path: Path, node: ast.AST, problem: str, fix: str) -> InputError:
+    return InputError(f"{path}:{node.lineno}: {problem}: {fix}")

@@ -126,9 +126,7 @@ def test_transduction_is_soft_k_means_that_starts_at_the_prototypes():
     prototypes = reference
     for _ in range(module.TRANSDUCTION_ROUNDS):
         probabilities = torch.softmax(10 * queries @ prototypes.T + bias, dim=1)
-        sums = [
-            counts[c] * reference[c] + weight * (probabilities[:, c, None] * queries).sum(dim=0) for c in range(2)
-        ]
+        sums = [counts[c] * reference[c] + weight * (probabilities[:, c, None] * queries).sum(dim=0) for c in range(2)]
         prototypes = normalize(torch.stack(sums))
     bank = transductive(reference, counts=counts, bias=bias, transduction=torch.tensor(weight))
     assert torch.allclose(bank.refined(queries).prototypes, prototypes, atol=1e-5)

@@ -15,7 +15,7 @@ def pace(overlaps: bool, *batches: tuple[int, int, float, float]) -> Pace:
 def test_a_tenth_of_the_limit_is_kept_in_reserve():
     budget = Budget(100, 7, lambda: 30)
     assert budget.elapsed() == 23
-    assert budget.left() == pytest.approx(100 * (1 - MARGIN) - 23)
+    assert budget.remaining() == pytest.approx(100 * (1 - MARGIN) - 23)
 
 
 def test_on_a_cpu_decode_and_views_add_up():
@@ -42,10 +42,10 @@ def test_beside_a_gpu_no_wait_tells_that_decoding_is_no_slower():
 
 def test_as_many_views_are_affordable_as_fit_and_never_none():
     measured = pace(False, (10, 1, 1.0, 1.0))  # .1 s and .1 s
-    assert measured.affordable(100, 11, 1000) == 11
-    assert measured.affordable(100, 11, 60) == 5
-    assert measured.affordable(100, 11, 59) == 4
-    assert measured.affordable(100, 11, 0) == 1
+    assert measured.affordable_views(100, 11, 1000) == 11
+    assert measured.affordable_views(100, 11, 60) == 5
+    assert measured.affordable_views(100, 11, 59) == 4
+    assert measured.affordable_views(100, 11, 0) == 1
 
 
 def test_a_slower_machine_shows_within_a_few_batches():

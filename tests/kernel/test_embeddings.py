@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernel.budget import Budget
-from kernel.embeddings import ahead, embed_observations, stack
+from kernel.embeddings import Limits, embed_observations, prefetch, to_batch
 from kernel.encoders import Encoder, open_encoder
 from kernel.manifest import read_weights
 from kernel.observations import Observation
@@ -112,7 +112,7 @@ def test_an_unreadable_photo_leaves_its_observation_to_the_others(encoder, obser
     found = embed_observations(encoder, [mixed, Observation("none", (missing,))], ["plain"])
     expected = embed_observations(encoder, [observations[1]], ["plain"])
     assert torch.allclose(found.values[0], expected.values[0], atol=1e-6)
-    assert found.seen.tolist() == [True, False]
+    assert found.has_embedding.tolist() == [True, False]
     assert found.values[1].abs().sum() == 0
     assert found.failures == {"FileNotFoundError": 2}
 
@@ -141,7 +141,7 @@ PHOTOS = 79  # of the 40 observations
 
 def test_with_time_enough_every_photo_gets_every_view(encoder, observations, capsys):
     machine = Machine(encoder, 1.0)
-    found = embed_observations(machine, observations, FOUR, budget=machine.budget(10_000), name="tiny")
+    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(10_000)), name="tiny")
     assert found.views == {4: PHOTOS}
     assert torch.allclose(found.values, embed_observations(encoder, observations, FOUR).values, atol=1e-6)
     assert "tiny: 4 of 4 views of 79 photos, about 316 s" in capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_with_time_enough_every_photo_gets_every_view(encoder, observations, cap
 
 def test_a_limit_too_short_for_all_views_gives_every_photo_fewer(encoder, observations):
     machine = Machine(encoder, 1.0)
-    found = embed_observations(machine, observations, FOUR, budget=machine.budget(3 * PHOTOS))
+    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(3 * PHOTOS)))
     assert set(found.views) == {2, 3}  # 2.7 after the reserve
     assert (found.late, found.views.total()) == (0, PHOTOS)
     assert torch.allclose(found.values[0], embed_observations(encoder, observations[:1], FOUR[:2]).values[0], atol=1e-6)
@@ -158,9 +158,9 @@ def test_a_limit_too_short_for_all_views_gives_every_photo_fewer(encoder, observ
 
 def test_a_machine_that_slows_down_sheds_views_from_the_photos_to_come(encoder, observations):
     machine = Machine(encoder, 1.0, slower=(4, 3.0))
-    found = embed_observations(machine, observations, FOUR, budget=machine.budget(6 * PHOTOS))
+    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(6 * PHOTOS)))
     assert found.late == 0
-    assert found.seen.all()
+    assert found.has_embedding.all()
     assert found.views[4] > 0
     assert sum(count for views, count in found.views.items() if views < 4) > 0
     assert machine.now <= 6 * PHOTOS
@@ -168,7 +168,7 @@ def test_a_machine_that_slows_down_sheds_views_from_the_photos_to_come(encoder, 
 
 def test_a_machine_that_speeds_up_gives_more_views_to_the_photos_to_come(encoder, observations):
     machine = Machine(encoder, 4.0, slower=(3, 0.25))
-    found = embed_observations(machine, observations, FOUR, budget=machine.budget(6 * PHOTOS))
+    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(6 * PHOTOS)))
     assert found.late == 0
     assert found.views[1] > 0
     assert found.views[4] > PHOTOS / 2
@@ -177,17 +177,17 @@ def test_a_machine_that_speeds_up_gives_more_views_to_the_photos_to_come(encoder
 
 def test_last_batches_that_take_twice_as_long_are_still_in_time(encoder, observations):
     machine = Machine(encoder, 1.0, slower=(19, 2.0))  # two calls of the probe, a batch of 8, and 18 of 4
-    found = embed_observations(machine, observations, FOUR, budget=machine.budget(3 * PHOTOS))
+    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(3 * PHOTOS)))
     assert found.late == 0
     assert machine.now <= 0.9 * 3 * PHOTOS
 
 
 def test_when_not_even_one_view_fits_the_rest_is_left_out_whole(encoder, observations):
     machine = Machine(encoder, 1.0)
-    found = embed_observations(machine, observations, FOUR, budget=machine.budget(0.7 * PHOTOS))
-    complete = found.seen.tolist().index(False)
+    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(0.7 * PHOTOS)))
+    complete = found.has_embedding.tolist().index(False)
     assert complete > 0
-    assert not any(found.seen[complete:])
+    assert not any(found.has_embedding[complete:])
     assert found.late == len(observations) - complete
     assert found.photos[:complete].tolist() == [1 + number % 3 for number in range(complete)]
     assert machine.now <= 0.7 * PHOTOS
@@ -200,11 +200,11 @@ def test_an_encoder_that_breaks_down_costs_what_it_has_not_embedded(encoder, obs
                 raise RuntimeError("CUDA error: unspecified launch failure")
             return super().embed(photos, views)
 
-    found = embed_observations(Breaking(encoder, 1.0), observations, FOUR, keeps_going=True)
-    complete = found.seen.tolist().index(False)
+    found = embed_observations(Breaking(encoder, 1.0), observations, FOUR, limits=Limits(tolerates_errors=True))
+    complete = found.has_embedding.tolist().index(False)
     assert complete > 10
     assert found.late == len(observations) - complete
-    assert not any(found.seen[complete:])
+    assert not any(found.has_embedding[complete:])
     assert torch.allclose(found.values[:complete], embed_observations(encoder, observations[:complete], FOUR).values)
     assert "unspecified launch failure" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="unspecified launch failure"):
@@ -214,15 +214,15 @@ def test_an_encoder_that_breaks_down_costs_what_it_has_not_embedded(encoder, obs
 def test_photos_that_break_down_on_their_way_cost_what_is_not_embedded(encoder, observations, monkeypatch, capsys):
     whole, batches = embed_observations(encoder, observations, ["plain"]), []
 
-    def stack_three(photos, encoder):
+    def fail_at_every_fourth(photos, encoder):
         batches.append(photos)
         if len(batches) % 4 == 0:
             raise MemoryError("no memory to pin")
-        return stack(photos, encoder)
+        return to_batch(photos, encoder)
 
-    monkeypatch.setattr("kernel.embeddings.stack", stack_three)
-    found = embed_observations(encoder, observations, ["plain"], keeps_going=True)
-    complete = found.seen.tolist().index(False)
+    monkeypatch.setattr("kernel.embeddings.to_batch", fail_at_every_fourth)
+    found = embed_observations(encoder, observations, ["plain"], limits=Limits(tolerates_errors=True))
+    complete = found.has_embedding.tolist().index(False)
     assert found.late == len(observations) - complete
     assert 10 < complete < len(observations) - 10
     assert torch.allclose(found.values[:complete], whole.values[:complete], atol=1e-6)
@@ -236,8 +236,9 @@ def test_a_photo_that_hangs_costs_the_time_that_is_left_and_nothing_that_is_done
     os.mkfifo(tmp_path / "hangs.jpg")
     hanging = Observation("hangs", (tmp_path / "hangs.jpg",))
     budget = Budget(2.0, 0.0, lambda: 0.0)  # a batch may take 1.8 s, as long as it lasts
-    found = embed_observations(encoder, [*observations[:20], hanging, *observations[20:]], ["plain"], budget=budget)
-    complete = found.seen.tolist().index(False)
+    rows = [*observations[:20], hanging, *observations[20:]]
+    found = embed_observations(encoder, rows, ["plain"], limits=Limits(budget))
+    complete = found.has_embedding.tolist().index(False)
     assert 0 < complete <= 20
     assert found.late == 41 - complete
     whole = embed_observations(encoder, observations, ["plain"])
@@ -247,22 +248,22 @@ def test_a_photo_that_hangs_costs_the_time_that_is_left_and_nothing_that_is_done
 
 def test_without_any_time_nothing_is_embedded(encoder, observations):
     machine = Machine(encoder, 1.0)
-    found = embed_observations(machine, observations, FOUR, budget=machine.budget(0))
-    assert (machine.calls, found.late, found.seen.any().item()) == (0, len(observations), False)
+    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(0)))
+    assert (machine.calls, found.late, found.has_embedding.any().item()) == (0, len(observations), False)
 
 
 def test_an_optional_encoder_that_cannot_finish_is_given_up_at_once(encoder, observations):
     machine = Machine(encoder, 1.0)
     budget = machine.budget(0.7 * PHOTOS)
-    found = embed_observations(machine, observations, FOUR, budget=budget, is_optional=True)
+    found = embed_observations(machine, observations, FOUR, limits=Limits(budget, is_optional=True))
     assert found.late == len(observations)
-    assert not found.seen.any()
+    assert not found.has_embedding.any()
     assert machine.calls == 2  # the probe, and nothing else
 
 
-def test_views_are_planned_within_the_share_of_this_encoder(encoder, observations):
+def test_views_are_planned_within_the_encoders_fraction_of_the_time(encoder, observations):
     machine = Machine(encoder, 1.0)
-    found = embed_observations(machine, observations, FOUR, budget=machine.budget(5 * PHOTOS), share=0.5)
+    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(5 * PHOTOS), fraction=0.5))
     assert set(found.views) == {1, 2}
     assert machine.now <= 0.5 * 0.9 * 5 * PHOTOS
 
@@ -271,29 +272,29 @@ def forever() -> float:
     return math.inf
 
 
-def test_batches_that_do_not_come_are_waited_for_no_longer_than_there_is_time():
+def test_a_batch_that_does_not_come_is_waited_for_no_longer_than_there_is_time():
     hangs, time_left = threading.Event(), iter([60.0, 60.0, 0.1])
 
     def numbers():
         yield from range(2)
         hangs.wait()
 
-    assert list(ahead(numbers(), lambda: next(time_left))) == [0, 1]
+    assert list(prefetch(numbers(), lambda: next(time_left))) == [0, 1]
     hangs.set()
 
 
-def test_batches_made_ahead_are_the_same_batches_and_errors_come_through():
+def test_prefetched_batches_are_the_same_batches_and_errors_come_through():
     def numbers(fails: bool):
         yield from range(5)
         if fails:
             raise OSError("the disk is gone")
 
-    assert list(ahead(numbers(False), forever)) == [0, 1, 2, 3, 4]
+    assert list(prefetch(numbers(False), forever)) == [0, 1, 2, 3, 4]
     with pytest.raises(OSError, match="the disk is gone"):
-        list(ahead(numbers(True), forever))
+        list(prefetch(numbers(True), forever))
 
 
-def test_a_reader_that_stops_early_ends_the_work_ahead_of_it():
+def test_a_reader_that_stops_early_ends_the_prefetching():
     closed = []
 
     def numbers():
@@ -302,11 +303,11 @@ def test_a_reader_that_stops_early_ends_the_work_ahead_of_it():
         finally:
             closed.append(True)
 
-    batches = ahead(numbers(), forever)
+    batches = prefetch(numbers(), forever)
     assert next(batches) == 0
     batches.close()
     for thread in threading.enumerate():
-        if thread.name.startswith("ahead"):
+        if thread.name.startswith("prefetch"):
             thread.join(timeout=10)
     assert closed == [True]
 

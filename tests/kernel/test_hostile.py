@@ -205,7 +205,7 @@ def test_when_most_photos_are_unreadable_the_visible_run_fails_and_the_rerun_sta
     result = predict(tmp_path, env={**os.environ, **rerun})
     assert result.returncode == code
     assert "6 of 10 photos cannot be read" in result.stderr
-    assert (result.stderr.splitlines()[-1] == "scored rerun: the predictions stand") == is_rerun
+    assert (result.stderr.splitlines()[-1] == "scored rerun: the predictions will be scored") == is_rerun
     assert len((tmp_path / "working" / "submission.csv").read_text().splitlines()) == 11
 
 

@@ -7,18 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from kernel.inputs import InputError, install_wheels, tree
+from kernel.inputs import InputError, install_wheels, list_folder
 
 
-def test_the_tree_for_the_log_is_short_however_many_files_there_are(tmp_path):
+def test_the_listing_for_the_log_is_short_however_many_files_there_are(tmp_path):
     for number in range(100):
         (tmp_path / f"{number:03}.jpg").touch()
-    lines = tree(tmp_path).splitlines()
+    lines = list_folder(tmp_path).splitlines()
     assert len(lines) < 12
     assert "92 more" in lines[-1]
 
 
-def lay_wheel(folder: Path, member: str, text: str) -> Path:
+def make_wheel(folder: Path, member: str, text: str) -> Path:
     """A wheel of one file."""
     folder.mkdir()
     with zipfile.ZipFile(folder / "a-1-py3-none-any.whl", "w") as wheel:
@@ -38,14 +38,14 @@ def test_a_library_of_the_weights_is_imported_before_the_installed_one(tmp_path,
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "library_of_a_wheel.py").write_text("ORIGIN = 'installed'")
     import_path.insert(0, str(tmp_path / "site"))
-    wheel = lay_wheel(tmp_path / "wheels", "library_of_a_wheel/__init__.py", "ORIGIN = 'wheel'")
+    wheel = make_wheel(tmp_path / "wheels", "library_of_a_wheel/__init__.py", "ORIGIN = 'wheel'")
     install_wheels([wheel], tmp_path / "packages")
     assert importlib.import_module("library_of_a_wheel").ORIGIN == "wheel"
 
 
 @pytest.mark.parametrize("member", ["../outside.py", "a/../../outside.py", "/tmp/outside.py"])
 def test_a_wheel_that_would_write_elsewhere_is_refused(tmp_path, import_path, member):
-    wheel, before = lay_wheel(tmp_path / "wheels", member, "x"), list(import_path)
+    wheel, before = make_wheel(tmp_path / "wheels", member, "x"), list(import_path)
     with pytest.raises(InputError, match="outside of its own folder"):
         install_wheels([wheel], tmp_path / "packages")
     assert not (tmp_path / "packages").exists()

@@ -50,4 +50,4 @@ def test_crops_show_the_part_that_their_name_says():
 
 
 def test_a_crop_of_the_whole_is_the_photo(photos):
-    assert torch.allclose(crop(photos, 0.5, 0.5, share=1.0), photos, atol=1e-6)
+    assert torch.allclose(crop(photos, 0.5, 0.5, fraction=1.0), photos, atol=1e-6)

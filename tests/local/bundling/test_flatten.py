@@ -1,4 +1,4 @@
-"""A package flattened into one script reads, runs and fails like the package, or is refused with place and mend.
+"""A package flattened into one script reads, runs and fails like the package, or is refused with line and fix.
 
 python -m pytest tests/local/bundling/test_flatten.py
 """
@@ -156,17 +156,40 @@ def test_a_comment_before_the_first_statement_or_after_the_last_survives(tmp_pat
     assert "# the last" in text
 
 
-def test_every_section_names_its_module_and_a_story_taken_up_again_says_so(tmp_path: Path) -> None:
+def test_every_section_names_its_module_and_the_parts_of_one_that_is_interrupted(tmp_path: Path) -> None:
     text = flatten(package(tmp_path, **CHAIN))
-    titles = [line for line in text.splitlines() if re.match(r"# pkg/\w+\.py", line)]
-    assert [title.split(",")[0] for title in titles] == [
-        "# pkg/b.py",
-        "# pkg/a.py",
-        "# pkg/__main__.py",
-        "# pkg/c.py",
-        "# pkg/__main__.py",
+    assert [line[2:] for line in text.splitlines() if re.match(r"# pkg/\w+\.py", line)] == [
+        "pkg/b.py",
+        "pkg/a.py",
+        "pkg/__main__.py, part 1 of 2",
+        "pkg/c.py",
+        "pkg/__main__.py, part 2 of 2",
     ]
-    assert titles[-1] == "# pkg/__main__.py, continued"
+    first, last = text.split("# pkg/c.py")
+    assert "# The entry's docstring." in last.splitlines()
+    assert "# The entry's docstring." not in first.splitlines()
+
+
+def contents(text: str) -> list[tuple[int, str, str]]:
+    """Line, section and summary of each entry in a script's table of contents."""
+    lines = ast.get_docstring(ast.parse(text)).partition("Contents, by line:\n")[2].splitlines()
+    entries = [re.fullmatch(r" *(\d+)  (\S+\.py(?:, part \d of \d)?)(?: +(.+))?", line) for line in lines]
+    return [(int(entry[1]), entry[2], entry[3] or "") for entry in entries]
+
+
+def test_the_table_of_contents_gives_the_line_of_every_section(tmp_path: Path) -> None:
+    text = flatten(package(tmp_path, **CHAIN), introduction='What it "is":\n\n  C:\\new """quoted"""')
+    assert ast.get_docstring(ast.parse(text)).startswith('What it "is":\n\n  C:\\new """quoted"""\n\nContents')
+    found = contents(text)
+    assert [(section, summary) for _, section, summary in found] == [
+        ("pkg/b.py", ""),
+        ("pkg/a.py", "What a is for"),
+        ("pkg/__main__.py, part 1 of 2", "The entry's docstring"),
+        ("pkg/c.py", ""),
+        ("pkg/__main__.py, part 2 of 2", "The entry's docstring"),
+    ]
+    lines = text.split("\n")
+    assert [lines[line - 1] for line, _, _ in found] == [f"# {section}" for _, section, _ in found]
 
 
 def test_a_traceback_points_at_the_same_source_at_its_real_line_in_the_script(tmp_path: Path) -> None:
@@ -363,22 +386,22 @@ REFUSED = {
     "a syntax error": (
         {"__main__": "from pkg.a import X\n", "a": "X = 1\n\nif X\n    print(X)\n"},
         "a.py:3",
-        "mend the syntax",
+        "fix the syntax",
     ),
 }
 
 
-@pytest.mark.parametrize(("modules", "place", "mend"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_cannot_be_flattened_is_refused_with_its_place_and_mend(
-    tmp_path: Path, modules: dict, place: str, mend: str
+@pytest.mark.parametrize(("modules", "location", "fix"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_flattened_is_refused_with_its_line_and_the_fix(
+    tmp_path: Path, modules: dict, location: str, fix: str
 ) -> None:
     folder = package(tmp_path, **modules)
     message = refusal(folder)
-    assert message.startswith(f"{folder}/{place}: ")
-    assert mend in message
+    assert message.startswith(f"{folder}/{location}: ")
+    assert fix in message
 
 
-def test_an_equal_name_is_refused_with_both_places(tmp_path: Path) -> None:
+def test_an_equal_name_is_refused_with_both_lines(tmp_path: Path) -> None:
     folder = package(tmp_path, __main__="from pkg.a import X\n\nLIMIT = 2\n", a="X = 1\nLIMIT = 1\n")
     assert f"{folder}/a.py:2" in refusal(folder)
 
@@ -456,7 +479,7 @@ def test_in_the_kernels_script_everything_but_the_standard_library_comes_after_t
         for statement in body
         if not isinstance(statement, ast.FunctionDef)
         for node in ast.walk(statement)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "open_inputs"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "start"
     ]
     third_party = {}
     for node in body:
