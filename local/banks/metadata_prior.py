@@ -15,7 +15,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
-from kernel.metadata_prior import CELL, FEATURES, Prior, feature_value, finite
+from kernel.metadata_prior import CELL, FEATURES, MetadataPrior, feature_value, parse_number
 from kernel.observations import Observation
 from local.base.files import write_tensors
 from local.data.competition import Labelled
@@ -55,7 +55,7 @@ def place_kernel(values: Sequence[str], km: float = 4.0) -> np.ndarray:
 KERNELS: dict[str, Callable[[Sequence[str]], np.ndarray]] = {
     "season": season_kernel,
     "elevation": elevation_kernel,
-    "place": place_kernel,
+    "location": place_kernel,
 }
 
 
@@ -239,11 +239,13 @@ class PriorEstimator:
         return values, tables
 
 
-def weighted(values: Mapping[str, list[str]], tables: Mapping[str, np.ndarray], weights: Mapping[str, float]) -> Prior:
+def weighted(
+    values: Mapping[str, list[str]], tables: Mapping[str, np.ndarray], weights: Mapping[str, float]
+) -> MetadataPrior:
     """What the kernel applies, of unweighted tables; a feature without weight is left out."""
     kept = {feature: known for feature, known in values.items() if weights[feature] > 0}
     classes = sum(weights[term] * tables[term][0] for term in (RECENCY, SHOTS))
-    return Prior(
+    return MetadataPrior(
         torch.from_numpy(classes).log_softmax(dim=0).float(),
         kept,
         {feature: torch.from_numpy(weights[feature] * tables[feature]).float().contiguous() for feature in kept},
@@ -268,11 +270,11 @@ def lay_out(
 def year_of(observation: Observation) -> float:
     """The year of an observation, NaN where the metadata do not say."""
     try:
-        return finite(observation.metadata["year"])
+        return parse_number(observation.metadata["year"])
     except (KeyError, ValueError):
         return math.nan
 
 
-def write_prior(prior: Prior, path: Path) -> None:
+def write_prior(prior: MetadataPrior, path: Path) -> None:
     """Write what `kernel.metadata_prior.read_prior` reads."""
     write_tensors({"classes": prior.classes, **prior.tables}, path, {"values": json.dumps(prior.values)})

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from kernel.bank import Bank, Layer, classify
-from kernel.metadata_prior import fused
 from local.banks.estimators import (
     Centring,
     ClassMeans,
@@ -290,7 +289,10 @@ class Search:
         for number, (banks, prior, queries) in enumerate(zip(fitted, priors, asked, strict=True)):
             answers = torch.cat(list(classify(finish(settings, banks, prior, scales), queries)))
             if settings.metadata_weight:
-                answers = fused(answers, self.prior(number), settings.metadata_weight).log_softmax(dim=1)
+                said = self.prior(number)
+                if said is not None:
+                    answers = answers + settings.metadata_weight * said
+                answers = answers.log_softmax(dim=1)
             parts.append(answers)
         return torch.cat(parts), scales
 

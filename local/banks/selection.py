@@ -11,7 +11,7 @@ import torch
 from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.inputs import shorten
-from kernel.metadata_prior import Prior
+from kernel.metadata_prior import MetadataPrior
 from local.banks.ensemble import VALIDATION_FILE
 from local.banks.estimators import spread_over
 from local.banks.folds import make_folds
@@ -104,7 +104,7 @@ class Study:
         photos = sum(len(observation.photos) for observation in self.labelled.observations)
         check_readable(list(self.unreadable.items()), photos)
 
-    def fit_prior(self, reference: np.ndarray) -> Prior:
+    def fit_prior(self, reference: np.ndarray) -> MetadataPrior:
         """What place, season and substrate say of the classes, learnt from some of the observations."""
         return PriorEstimator().fit(self.labelled.subset(reference), self.classes, self.lineages).prior_
 

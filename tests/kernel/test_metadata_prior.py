@@ -1,13 +1,19 @@
-"""The metadata prior at work: each value adds its log-likelihood, and what cannot be read says nothing."""
+"""The metadata prior: each value adds its log-likelihood, and a value that cannot be read is ignored."""
 
 import csv
+import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from kernel.competitions.fungi import METADATA
-from kernel.metadata_prior import FEATURES, Prior, feature_value, fused
+from kernel.inputs import sha256
+from kernel.manifest import Weights
+from kernel.metadata_prior import FEATURES, MetadataPrior, feature_value, weighted_prior
 from kernel.observations import Observation, find_test_table
+from tests.manifests import manifest
 
 OAK, SAND = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([0.0, 2.0, 0.0])
 JUNE = {"month": "6.0", "day": "21.0"}
@@ -18,20 +24,20 @@ GOOD = JUNE | {
 }  # fmt: skip
 
 
-def asked(*metadata: dict) -> list[Observation]:
-    return [Observation(str(number), (), said) for number, said in enumerate(metadata)]
+def queries(*metadata: dict) -> list[Observation]:
+    return [Observation(str(number), (), values) for number, values in enumerate(metadata)]
 
 
 @pytest.fixture
-def prior() -> Prior:
-    """Three classes, told apart by what they grow on and by a habitat."""
+def prior() -> MetadataPrior:
+    """Three classes, which differ in substrate and habitat."""
     tables = {"substrate": torch.stack([OAK, SAND]), "habitat": torch.tensor([[0.0, 0.0, 5.0]])}
     classes = torch.tensor([0.5, 0.3, 0.2]).log()
-    return Prior(classes, {"substrate": ["oak", "sand"], "habitat": ["bog"]}, tables)
+    return MetadataPrior(classes, {"substrate": ["oak", "sand"], "habitat": ["bog"]}, tables)
 
 
-def test_what_the_features_say_adds_up_in_log_space(prior):
-    found = prior.log_probabilities(asked({"substrate": "sand", "habitat": "bog"}, {"substrate": "oak"}))
+def test_log_likelihoods_of_the_features_add_up(prior):
+    found = prior.log_probabilities(queries({"substrate": "sand", "habitat": "bog"}, {"substrate": "oak"}))
     expected = torch.stack([prior.classes + SAND + prior.tables["habitat"][0], prior.classes + OAK]).log_softmax(1)
     assert found.dtype == torch.float32
     assert torch.allclose(found, expected)
@@ -39,36 +45,49 @@ def test_what_the_features_say_adds_up_in_log_space(prior):
 
 
 def test_spelling_and_floats_do_not_hide_a_value(prior):
-    assert torch.equal(prior.log_likelihoods(asked({"substrate": " Oak "}))[0], OAK)
+    assert torch.equal(prior.log_likelihoods(queries({"substrate": " Oak "}))[0], OAK)
     assert feature_value("landcover", {"landcover": "17.0"}) == feature_value("landcover", {"landcover": "17"}) == "17"
     assert feature_value("season", JUNE) == feature_value("season", {"month": " 6", "day": "21"}) == "17"
 
 
 @pytest.mark.parametrize("cell", ["", " ", "None", "NaN", "N/A", "Unknown", " unidentified ", "?", "-", "<NA>"])
-def test_a_cell_that_says_that_its_value_is_not_known_is_no_value(cell):
+def test_a_cell_that_says_unknown_has_no_value(cell):
     assert feature_value("habitat", {"habitat": cell}) is None
 
 
 def test_a_table_without_the_columns_switches_the_prior_off(prior):
-    nothing = asked({}, {}, {"district": "Gribskov"})
+    nothing = queries({}, {}, {"district": "Gribskov"})
     assert prior.log_probabilities(nothing) is None
     assert not prior.log_likelihoods(nothing).any()
     assert prior.log_probabilities([]) is None
-    photos = torch.randn(3, 3)
-    assert torch.equal(fused(photos, prior.log_probabilities(nothing), 0.5), photos)
 
 
-def test_an_observation_without_a_known_value_gets_the_classes_alone(prior):
-    found = prior.log_probabilities(asked({"substrate": "oak"}, {}, {"substrate": "glass", "habitat": ""}))
+def test_an_observation_without_a_known_value_gets_the_prior_of_the_classes(prior):
+    found = prior.log_probabilities(queries({"substrate": "oak"}, {}, {"substrate": "glass", "habitat": ""}))
     assert torch.allclose(found[1:], prior.classes.expand(2, -1))
 
 
-def test_fusing_adds_the_weighted_prior_to_the_photos(prior):
-    photos = torch.tensor([[0.6, 0.3, 0.1]]).log()
-    found = prior.log_probabilities(asked({"substrate": "sand"}))
-    assert fused(photos, found, 0.0).argmax() == 0
-    assert fused(photos, found, 1.0).argmax() == 1
-    assert torch.allclose(fused(photos, found, 0.5), photos + found / 2)
+def test_an_ensemble_adds_the_weighted_priors_of_its_members(prior, tmp_path):
+    save_file({"classes": prior.classes, **prior.tables}, tmp_path / "p", {"values": json.dumps(prior.values)})
+    files = {"p": sha256(tmp_path / "p")}
+    one = manifest().members[0]
+    members = [replace(one, weight=0.75, metadata_prior="p", metadata_prior_weight=0.5), replace(one, weight=0.25)]
+    weights = Weights(tmp_path, replace(manifest(), members=tuple(members), files=files))
+    found = queries({"substrate": "sand"}, {})
+    expected = 0.75 * 0.5 * prior.log_probabilities(found)
+    assert torch.allclose(weighted_prior(weights, members, found), expected)
+    assert weighted_prior(weights, members[1:], found) is None
+    assert weighted_prior(weights, members, queries({})) is None
+
+
+def test_a_prior_that_cannot_be_read_leaves_the_predictions_to_the_photos(prior, tmp_path, capsys):
+    values = {"weather": ["rain"]}
+    tables = {"classes": prior.classes, "weather": torch.zeros(1, 3)}
+    save_file(tables, tmp_path / "p", {"values": json.dumps(values)})
+    member = replace(manifest().members[0], metadata_prior="p", metadata_prior_weight=0.5)
+    weights = Weights(tmp_path, replace(manifest(), files={"p": sha256(tmp_path / "p")}))
+    assert weighted_prior(weights, [member], queries({"weather": "rain"})) is None
+    assert "predicting without metadata: " in capsys.readouterr().out
 
 
 def test_every_feature_reads_a_good_row():
@@ -88,19 +107,19 @@ def test_a_hostile_value_costs_no_more_than_its_own_feature(value):
 
 
 @pytest.mark.parametrize("month", ["0", "13.0", "6.5", "-1", "inf", "June"])
-def test_a_month_that_is_none_has_no_season(month):
+def test_an_invalid_month_has_no_season(month):
     assert feature_value("season", JUNE | {"month": month}) is None
 
 
 @pytest.mark.parametrize("day", ["0", "32", "nan", "", "x"])
-def test_a_day_that_is_none_leaves_the_middle_of_its_month(day):
+def test_an_invalid_day_counts_as_the_middle_of_the_month(day):
     assert feature_value("season", JUNE | {"day": day}) == feature_value("season", {"month": "6", "day": "15"})
 
 
-def test_coordinates_off_the_globe_are_no_place():
+def test_coordinates_off_the_globe_have_no_location():
     for wrong in ({"latitude": "91"}, {"longitude": "-181"}, {"latitude": ""}, {"longitude": "1e400"}):
-        assert feature_value("place", GOOD | wrong) is None
-    assert feature_value("place", GOOD) == feature_value("place", GOOD | {"latitude": "55.951"})
+        assert feature_value("location", GOOD | wrong) is None
+    assert feature_value("location", GOOD) == feature_value("location", GOOD | {"latitude": "55.951"})
 
 
 def test_the_metadata_of_an_observation_are_the_first_that_are_not_blank(tmp_path):
