@@ -21,11 +21,12 @@ from pathlib import Path
 
 from kernel.competitions import competition_named, module_of
 from kernel.inputs import InputError, sha256
-from kernel.manifest import MANIFEST
+from kernel.manifest import MANIFEST, Weights, read_weights
 from local.base.console import command_parser, run, say
 from local.base.files import write_json
 from local.base.repository import commit
 from local.bundling.flatten import flatten
+from local.bundling.introduction import introduce
 from local.bundling.weights import gather_weights
 from local.publishing.metadata import (
     DATASET_METADATA,
@@ -38,7 +39,6 @@ from local.publishing.metadata import (
     write_metadata,
 )
 from local.publishing.preflight import find_owner
-from local.runs import open_run
 
 ROOT = Path(__file__).resolve().parent
 BEFORE = ".weights.before"  # the weights that are being replaced
@@ -52,17 +52,13 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
         InputError: a run, the metadata or the kernel cannot be bundled.
     """
     metadata = with_owner(read_kernel_metadata(metadata_path), find_owner())
-    competition = competition_named(open_run(runs[0]).manifest.competition.name)
-    body = flatten(ROOT / "kernel", chosen={"competitions": module_of(competition)})
-    if body.count(DIGEST_LINE) != 1:
-        raise InputError(f"kernel/manifest.py must hold the line {DIGEST_LINE} once: the script's digest goes there")
     weights, partial, script = out / "weights", out / ".weights.partial", out / ".kernel.py.partial"
     try:
         tidy(out)
         partial.mkdir(parents=True)
         digest = sha256(gather_weights(runs, partial))
         write_json(dataset_metadata(metadata), partial / DATASET_METADATA)
-        script.write_text(banner(digest) + body.replace(DIGEST_LINE, f'MANIFEST_SHA256 = "{digest}"'), encoding="utf-8")
+        script.write_text(make_script(read_weights(partial), digest), encoding="utf-8")
         put_in_place(out)
         write_metadata(out, metadata)
     except OSError as error:
@@ -78,6 +74,20 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
             f"{PLACEHOLDER} stands for your Kaggle name: local/publish.py fills it in; to push by hand, set "
             "KAGGLE_USERNAME and bundle again"
         )
+
+
+def make_script(weights: Weights, digest: str) -> str:
+    """The script that accepts these weights only.
+
+    Args:
+        digest: SHA-256 of their manifest.
+    """
+    competition = competition_named(weights.manifest.competition.name)
+    introduction = introduce(weights, digest, commit("kernel"))
+    script = flatten(ROOT / "kernel", introduction=introduction, chosen={"competitions": module_of(competition)})
+    if script.count(DIGEST_LINE) != 1:
+        raise InputError(f"kernel/manifest.py must hold the line {DIGEST_LINE} once: the script's digest goes there")
+    return script.replace(DIGEST_LINE, f'MANIFEST_SHA256 = "{digest}"')
 
 
 def put_in_place(out: Path) -> None:
@@ -126,19 +136,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def banner(digest: str) -> str:
-    """The script's first lines: what it is, and of what it was made."""
-    return f'''"""An offline Kaggle kernel for few-shot species recognition, made by bundle.py from kernel/.
-
-commit    {commit("kernel")}
-manifest  {digest}
-
-It finds the competition and the weights under /kaggle/input, has a valid submission on disk before it imports torch,
-and replaces it by the predictions: observation embeddings, averaged over photos and views, matched against a bank.
-"""
-'''
 
 
 def main() -> None:

@@ -470,6 +470,14 @@ def test_the_kernel_flattens_into_a_script_that_compiles_and_has_no_undefined_or
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_kernels_table_of_contents_gives_the_line_of_every_section_and_says_what_it_is(kernel_script: Path) -> None:
+    text = kernel_script.read_text(encoding="utf-8")
+    lines, found = text.split("\n"), contents(text)
+    assert [lines[line - 1] for line, _, _ in found] == [f"# {section}" for _, section, _ in found]
+    assert len(found) == sum(line.startswith("# kernel/") for line in lines) > 10
+    assert all(summary for _, _, summary in found)
+
+
 def test_in_the_kernels_script_everything_but_the_standard_library_comes_after_the_fallback(
     kernel_script: Path,
 ) -> None:

@@ -1,0 +1,112 @@
+"""The first lines of the bundled script: what it is, the model in words, and the formula."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from kernel.inputs import InputError, shorten
+from kernel.manifest import Member, Weights
+from local.base.console import counted
+
+INTRODUCTION = """\
+An offline Kaggle kernel for few-shot species recognition, made by bundle.py from kernel/.
+
+It ranks the classes for every observation of the competition's test set, and writes them into submission.csv. An
+observation is one or more photos of one specimen. A valid submission, which names the commonest classes everywhere, is
+on disk before torch is imported. The script accepts only the weights that it was bundled with, needs no network, and
+gives every photo as many views as the time limit allows.
+
+The model
+{model}
+
+The formula
+  embedding  = normalize(mean over an observation's photos and their views of normalize(encoder(view)))
+  x          = normalize(layers(embedding))
+  score(c)   = logit_scale * max over the prototypes p of class c of <x, p> + bias(c)
+  log p(c)   = log_softmax(score)(c)
+  {ranking}
+
+Made from
+  commit     {commit}
+  manifest   {digest}
+"""
+
+
+def introduce(weights: Weights, digest: str, commit: str) -> str:
+    """The introduction of the script that goes with a bundle's weights.
+
+    Args:
+        digest: SHA-256 of their manifest.
+        commit: of kernel/.
+
+    Raises:
+        InputError: a bank's file is damaged, or of an earlier version.
+    """
+    manifest = weights.manifest
+    members, spec = manifest.members, manifest.competition
+    lines = [f"  classes    {len(manifest.class_ids):,}, of the competition {spec.name}"]
+    for number, member in enumerate(members, 1):
+        if len(members) > 1:
+            run = shorten(member.run, 60)
+            lines.append(f"  member {number} of {len(members)}, weight {member.weight:.3g}, from the run {run}")
+        lines += [f"  {name:9}  {text}" for name, text in describe_member(member, weights.folder)]
+    terms = ["log p(c)"] if len(members) == 1 else ["the sum over the members of weight * log p(c)"]
+    if any(member.metadata_prior for member in members):
+        terms.append("the weighted log p(c | metadata)")
+    ranking = f"The classes are ranked by {' + '.join(terms)}."
+    return INTRODUCTION.format(model="\n".join(lines), ranking=ranking, commit=commit, digest=digest)
+
+
+def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
+    """Names and texts of what a member consists of."""
+    encoder = member.encoder
+    size = encoder.preprocessing.size
+    yield (
+        "encoder",
+        f"{encoder.architecture} of {encoder.library}, {size} x {size} pixels, {encoder.features:,} features, "
+        f"{'half precision on a GPU' if encoder.precision == 'half' else 'full precision'}",
+    )
+    first = ", the most useful first" if len(member.views) > 1 else ""
+    yield "views", f"{len(member.views)}{first}: {', '.join(member.views)}"
+    if member.pooling != "mean":
+        yield "pooling", f"{member.pooling} over an observation's photos, in the place of the mean"
+    banks = list(describe_banks(folder / member.bank))
+    methods = [f"{member.recipe.get('matcher', 'bank')}"] * len(banks)
+    if member.recipe.get("nearest_neighbour_weight"):
+        methods[-1] = "nearest neighbour"
+    for method, bank in zip(methods, banks, strict=True):
+        yield "bank", f"{method}: {bank}"
+    if member.metadata_prior:
+        yield "metadata", f"log p(c | metadata) with weight {member.metadata_prior_weight:.3g}"
+
+
+def describe_banks(path: Path) -> Iterator[str]:
+    """Each bank of a file in words; only its shapes and scalars are read, without torch.
+
+    Raises:
+        InputError: the file is damaged, or of an earlier version.
+    """
+    try:
+        with safe_open(path, "numpy") as file:
+            names = list(file.keys())
+            banks = sum(name.endswith(".prototypes") for name in names)
+            for index in range(banks):
+                scalars = {
+                    name: float(file.get_tensor(f"{index}.{name}"))
+                    for name in ("logit_scale", "mixture_weight", "transduction")
+                }
+                prototypes, features = file.get_slice(f"{index}.prototypes").get_shape()
+                layers = sum(name.startswith(f"{index}.layers.") and name.endswith(".weight") for name in names)
+                parts = [
+                    f"{counted(prototypes, 'prototype')} of {counted(features, 'feature')}",
+                    *([f"after {counted(layers, 'layer')}"] if layers else []),
+                    f"logit_scale {scalars['logit_scale']:.3g}",
+                ]
+                if scalars["transduction"]:
+                    parts.append(f"transduction {scalars['transduction']:.3g}")
+                if banks > 1:
+                    parts.append(f"{scalars['mixture_weight']:.0%} of the probability")
+                yield ", ".join(parts)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a bank of this version ({shorten(error)}): train again") from error

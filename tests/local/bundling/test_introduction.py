@@ -1,0 +1,76 @@
+"""The script opens with the model in words, read from the manifest and the banks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from kernel.inputs import InputError
+from kernel.manifest import Weights
+from local.bundling.introduction import introduce
+from tests.manifests import manifest, member
+
+
+def bank(index: int = 0, layers: int = 1, prototypes: int = 3, **scalars: float) -> dict[str, np.ndarray]:
+    """The tensors that matter of one bank of a file."""
+    values = {"logit_scale": 20.0, "mixture_weight": 1.0, "transduction": 0.0} | scalars
+    tensors = {f"{index}.{name}": np.array(value, dtype=np.float32) for name, value in values.items()}
+    tensors |= {f"{index}.layers.{layer}.weight": np.eye(8, dtype=np.float32) for layer in range(layers)}
+    return tensors | {f"{index}.prototypes": np.zeros((prototypes, 8), dtype=np.float32)}
+
+
+def introduction(folder: Path, *members) -> list[str]:
+    return introduce(Weights(folder, replace(manifest(), members=members)), "digest", "commit").splitlines()
+
+
+def test_a_run_is_its_encoder_views_and_bank(tmp_path):
+    save_file(bank(layers=2, transduction=0.25), tmp_path / "bank.safetensors")
+    lines = introduction(tmp_path, member(recipe={"matcher": "means"}, views=("plain", "hflip")))
+    assert lines[lines.index("The model") + 1 : lines.index("The formula") - 1] == [
+        "  classes    2, of the competition class-folders",
+        "  encoder    test_resnet of timm, 64 x 64 pixels, 96 features, half precision on a GPU",
+        "  views      2, the most useful first: plain, hflip",
+        "  bank       means: 3 prototypes of 8 features, after 2 layers, logit_scale 20, transduction 0.25",
+    ]
+    assert "  The classes are ranked by log p(c)." in lines
+    assert lines[-2:] == ["  commit     commit", "  manifest   digest"]
+
+
+def test_an_ensemble_names_its_members_and_what_it_sums(tmp_path):
+    save_file(bank(), tmp_path / "1")
+    save_file(bank(0, mixture_weight=0.75) | bank(1, 0, 12, mixture_weight=0.25), tmp_path / "2")
+    lines = introduction(
+        tmp_path,
+        member(bank="1", weight=0.625, run="first", recipe={"matcher": "means"}),
+        member(
+            bank="2",
+            weight=0.375,
+            run="a\nb",
+            recipe={"matcher": "means", "nearest_neighbour_weight": 0.25},
+            metadata_prior="prior",
+            metadata_prior_weight=0.5,
+        ),
+    )
+    assert "  member 1 of 2, weight 0.625, from the run first" in lines
+    second = lines[lines.index("  member 2 of 2, weight 0.375, from the run a b") :]
+    assert second[3:6] == [
+        "  bank       means: 3 prototypes of 8 features, after 1 layer, logit_scale 20, 75% of the probability",
+        "  bank       nearest neighbour: 12 prototypes of 8 features, logit_scale 20, 25% of the probability",
+        "  metadata   log p(c | metadata) with weight 0.5",
+    ]
+    assert (
+        "  The classes are ranked by the sum over the members of weight * log p(c) + the weighted log p(c | metadata)."
+        in lines
+    )
+
+
+@pytest.mark.parametrize("tensors", [{"0.prototypes": np.zeros((3, 8))}, None], ids=["an earlier version", "damaged"])
+def test_a_bank_that_cannot_be_read_is_named_in_one_line(tmp_path, tensors):
+    if tensors:
+        save_file(tensors, tmp_path / "bank.safetensors")
+    else:
+        (tmp_path / "bank.safetensors").write_bytes(b"12345678")
+    with pytest.raises(InputError, match=r"bank\.safetensors is not a bank of this version [^\n]*: train again$"):
+        introduction(tmp_path, member())
