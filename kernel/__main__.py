@@ -24,20 +24,6 @@ from kernel.inputs import InputError
 from kernel.submission import fallback_guesses, write_submission
 
 
-def main(setup: Setup) -> None:
-    """Replace the fallback submission by the predictions."""
-    print(describe_versions(setup.weights.manifest.members), flush=True)
-    began = setup.budget.elapsed()
-    embedded = embed_members(setup)
-    seconds = setup.budget.elapsed() - began
-    fallbacks = write_predictions(setup, embedded)
-    handle_errors(setup.working, setup.is_rerun, "the predictions")
-    remove_packages(setup.working)
-    write_unreadable(embedded[0].unreadable, setup.working / UNREADABLE_FILE)
-    summarise(setup, embedded, fallbacks, seconds)
-    exit_beside_busy_threads()
-
-
 def embed_members(setup: Setup) -> list[Embeddings]:
     """Embed the test set with each member of the ensemble, best first, as far as time allows; at least with the first.
 
@@ -149,6 +135,20 @@ def exit_beside_busy_threads(patience: float = 1.0) -> None:
             if thread.is_alive():
                 sys.stdout.flush()
                 os._exit(0)
+
+
+def main(setup: Setup) -> None:
+    """Replace the fallback submission by the predictions."""
+    print(describe_versions(setup.weights.manifest.members), flush=True)
+    began = setup.budget.elapsed()
+    embedded = embed_members(setup)
+    seconds = setup.budget.elapsed() - began
+    fallbacks = write_predictions(setup, embedded)
+    handle_errors(setup.working, setup.is_rerun, "the predictions")
+    remove_packages(setup.working)
+    write_unreadable(embedded[0].unreadable, setup.working / UNREADABLE_FILE)
+    summarise(setup, embedded, fallbacks, seconds)
+    exit_beside_busy_threads()
 
 
 if __name__ == "__main__":
