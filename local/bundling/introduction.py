@@ -21,15 +21,15 @@ The model
 {model}
 
 The formula
-  embedding  = normalize(mean over an observation's photos and their views of normalize(encoder(view)))
-  x          = normalize(layers(embedding))
-  score(c)   = logit_scale * max over the prototypes p of class c of <x, p> + bias(c)
-  log p(c)   = log_softmax(score)(c)
+  embedding    = normalize(mean over an observation's photos and their views of normalize(encoder(view)))
+  x            = normalize(layers(embedding))
+  score(c)     = logit_scale * max over the prototypes p of class c of <x, p> + bias(c)
+  log p(c)     = log_softmax(score)(c)
   {ranking}
 
 Made from
-  commit     {commit}
-  manifest   {digest}
+  commit       {commit}
+  manifest     {digest}
 """
 
 
@@ -45,12 +45,12 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
     """
     manifest = weights.manifest
     members, spec = manifest.members, manifest.competition
-    lines = [f"  classes    {len(manifest.class_ids):,}, of the competition {spec.name}"]
+    lines = [f"  competition  {spec.name}, {counted(len(manifest.class_ids), 'class')}"]
     for number, member in enumerate(members, 1):
         if len(members) > 1:
             run = shorten(member.run, 60)
             lines.append(f"  member {number} of {len(members)}, weight {member.weight:.3g}, from the run {run}")
-        lines += [f"  {name:9}  {text}" for name, text in describe_member(member, weights.folder)]
+        lines += [f"  {name:11}  {text}" for name, text in describe_member(member, weights.folder)]
     terms = ["log p(c)"] if len(members) == 1 else ["the sum over the members of weight * log p(c)"]
     if any(member.metadata_prior for member in members):
         terms.append("the weighted log p(c | metadata)")
