@@ -44,8 +44,8 @@ class Script:
         chosen: see `flatten`.
         sections: those written so far.
         begun: modules of which a part is written; True once they are complete.
-        bound: top-level name -> (what it is, where it was bound).
-        imported: the imports, in words, that are written already.
+        bound: top-level name -> (what it is, where it is bound).
+        imported: the imports that are written already, in words.
         names: module -> the top-level names that it has, its own and imported ones.
     """
 
@@ -138,7 +138,7 @@ def _add_siblings(script: Script, path: Path, nodes: Sequence[ast.stmt]) -> None
         if sibling is None:
             continue
         if script.begun.get(sibling) is False:
-            raise _refusal(path, node, f"{sibling} imports this module too", "move what both need into a third")
+            raise _refusal(path, node, f"{sibling} imports this module too", "move what both need into a third module")
         if sibling not in script.begun:
             _add_module(script, sibling)
         for alias in node.names:
@@ -213,7 +213,7 @@ def _new_imports(script: Script, path: Path, node: ast.Import | ast.ImportFrom) 
 
 
 def _bind(script: Script, path: Path, node: ast.AST, name: str, what: str) -> None:
-    """Note a top-level name, and refuse a second meaning of it."""
+    """Remember a top-level name, and refuse a second meaning of it."""
     location = f"{path}:{node.lineno}"
     if name in vars(builtins):
         raise _refusal(path, node, f"{name} hides a builtin from every other module of the script", "rename it")
@@ -227,7 +227,7 @@ def _imported_names(nodes: Sequence[ast.Import | ast.ImportFrom]) -> list[str]:
 
 
 def _bound_names(node: ast.AST) -> list[str]:
-    """The names that a top-level statement binds, not looking into functions and classes."""
+    """The names that a top-level statement binds, without those inside functions and classes."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
@@ -252,11 +252,11 @@ def _refuse_what_cannot_be_flattened(script: Script, path: Path, tree: ast.Modul
         if isinstance(node, ast.ImportFrom) and node.level:
             raise _refusal(path, node, "a relative import has no package in a script", f"write from {package}.… import")
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-            raise _refusal(path, node, "a future import must be a script's first statement", "do without it")
+            raise _refusal(path, node, "a future import must be a script's first statement", "remove it")
         if (isinstance(node, ast.Import) and any(name.partition(".")[0] == package for name in imported)) or (
             isinstance(node, ast.ImportFrom) and node.module == package
         ):
-            raise _refusal(path, node, "a module is no object in a script", f"write from {package}.MODULE import NAME")
+            raise _refusal(path, node, "a script has no modules", f"write from {package}.MODULE import NAME")
         if _sibling(script, node):
             if node not in tree.body:
                 raise _refusal(path, node, "a lazy import of a sibling finds no package", "import it at the top")
@@ -272,7 +272,7 @@ def _refuse_what_cannot_be_flattened(script: Script, path: Path, tree: ast.Modul
             if any(isinstance(name, str) and name.partition(".")[0] in ("", package) for name in named):
                 raise _refusal(path, node, "a lazy import of a sibling finds no package", "import it at the top")
         if isinstance(node, ast.Name) and node.id in ("__file__", "__path__", "__spec__", "__package__"):
-            raise _refusal(path, node, f"{node.id}: nothing lies beside a script on Kaggle", "ship it in the weights")
+            raise _refusal(path, node, f"{node.id}: on Kaggle no file is beside the script", "ship it in the weights")
         if isinstance(node, ast.Global):
             raise _refusal(path, node, "global would rebind the name in every module", "keep what changes in an object")
         if isinstance(node, ast.Name) and node.id == "__doc__":

@@ -1,4 +1,4 @@
-"""What a photo costs, and what the rest can afford, from measurements alone."""
+"""The budget: what a photo costs is measured, and decides how many views the other photos get."""
 
 import pytest
 
@@ -24,23 +24,23 @@ def test_on_a_cpu_decode_and_views_add_up():
     assert measured.seconds(100, 4) == pytest.approx(140)
 
 
-def test_beside_a_gpu_the_longer_of_the_two_counts():
+def test_beside_a_gpu_the_longer_of_decode_and_views_counts():
     measured = pace(True, (10, 1, 2.0, 1.0))
     assert measured.seconds(100, 1) == pytest.approx(20)
     assert measured.seconds(100, 4) == pytest.approx(40)
 
 
-def test_beside_a_gpu_a_wait_tells_how_slow_decoding_is():
+def test_beside_a_gpu_waiting_shows_how_slow_decoding_is():
     measured = pace(True, (10, 1, 1.0, 1.0), *[(10, 2, 3.0, 2.0)] * 30)  # .5 s a photo, .2 s of it hidden
     assert measured.seconds(100, 1) == pytest.approx(50, rel=0.01)
 
 
-def test_beside_a_gpu_no_wait_tells_that_decoding_is_no_slower():
+def test_beside_a_gpu_no_waiting_shows_that_decoding_is_no_slower_than_the_views():
     measured = pace(True, (10, 1, 9.0, 1.0), *[(10, 2, 0.0, 2.0)] * 30)
     assert measured.seconds(100, 1) == pytest.approx(20, rel=0.01)
 
 
-def test_as_many_views_are_affordable_as_fit_and_never_none():
+def test_as_many_views_are_affordable_as_fit_and_at_least_one():
     measured = pace(False, (10, 1, 1.0, 1.0))  # .1 s and .1 s
     assert measured.affordable_views(100, 11, 1000) == 11
     assert measured.affordable_views(100, 11, 60) == 5

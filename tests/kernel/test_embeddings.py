@@ -63,12 +63,12 @@ def test_an_embedding_is_the_mean_over_the_views(encoder, observations):
 
 
 def test_the_larger_view_sees_the_photo_decoded_larger_and_the_others_see_it_at_the_encoders_size(encoder, tmp_path):
-    def sees(**sizes: int) -> Encoder:
+    def encoder_with(**sizes: int) -> Encoder:
         preprocessing = replace(encoder.preprocessing, **sizes)
         return Encoder(encoder.module, preprocessing, encoder.features, [encoder.device])
 
     path = photo(tmp_path / "a.jpg", size=(400, 300))
-    both, at_96 = sees(larger=96), sees(size=96)
+    both, at_96 = encoder_with(larger=96), encoder_with(size=96)
     assert torch.allclose(by_hand(both, path, ["larger"]), by_hand(at_96, path), atol=1e-6)
     for view in ("plain", "rotate90", "top-left"):
         assert by_hand(both, path, [view]) @ by_hand(encoder, path, [view]) > 0.999
@@ -106,7 +106,7 @@ def test_the_order_of_the_table_does_not_change_an_observation(encoder, observat
     assert torch.allclose(forward, backward.flip(0), atol=1e-5)
 
 
-def test_an_unreadable_photo_leaves_its_observation_to_the_others(encoder, observations, tmp_path):
+def test_an_observation_with_an_unreadable_photo_is_embedded_by_its_other_photos(encoder, observations, tmp_path):
     missing = tmp_path / "missing.jpg"
     mixed = Observation("mixed", (*observations[1].photos, missing))
     found = embed_observations(encoder, [mixed, Observation("none", (missing,))], ["plain"])
@@ -118,7 +118,7 @@ def test_an_unreadable_photo_leaves_its_observation_to_the_others(encoder, obser
 
 
 class Machine:
-    """A clock that only the encoder moves: every view of a photo takes so many seconds."""
+    """An encoder with a clock that only its work moves: every view of a photo takes so many seconds."""
 
     def __init__(self, encoder: Encoder, seconds: float, slower: tuple[int, float] = (10**9, 1.0)):
         self.now, self.seconds, self.calls, self.slower, self.inner = 0.0, seconds, 0, slower, encoder
@@ -147,6 +147,14 @@ def test_with_time_enough_every_photo_gets_every_view(encoder, observations, cap
     assert "tiny: 4 of 4 views of 79 photos, about 316 s" in capsys.readouterr().out
 
 
+def test_decoding_ahead_beside_another_device_gives_the_same_embeddings(encoder, observations):
+    machine = Machine(encoder, 1.0)
+    machine.device = torch.device("meta")  # as beside a GPU, batches are loaded in a thread
+    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(10_000)))
+    assert found.views == {4: PHOTOS}
+    assert torch.allclose(found.values, embed_observations(encoder, observations, FOUR).values, atol=1e-6)
+
+
 def test_a_limit_too_short_for_all_views_gives_every_photo_fewer(encoder, observations):
     machine = Machine(encoder, 1.0)
     found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(3 * PHOTOS)))
@@ -156,7 +164,7 @@ def test_a_limit_too_short_for_all_views_gives_every_photo_fewer(encoder, observ
     assert 0.8 * 3 * PHOTOS < machine.now <= 0.9 * 3 * PHOTOS
 
 
-def test_a_machine_that_slows_down_sheds_views_from_the_photos_to_come(encoder, observations):
+def test_when_the_machine_slows_down_the_photos_to_come_get_fewer_views(encoder, observations):
     machine = Machine(encoder, 1.0, slower=(4, 3.0))
     found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(6 * PHOTOS)))
     assert found.late == 0
@@ -166,7 +174,7 @@ def test_a_machine_that_slows_down_sheds_views_from_the_photos_to_come(encoder, 
     assert machine.now <= 6 * PHOTOS
 
 
-def test_a_machine_that_speeds_up_gives_more_views_to_the_photos_to_come(encoder, observations):
+def test_when_the_machine_speeds_up_the_photos_to_come_get_more_views(encoder, observations):
     machine = Machine(encoder, 4.0, slower=(3, 0.25))
     found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(6 * PHOTOS)))
     assert found.late == 0
@@ -175,14 +183,14 @@ def test_a_machine_that_speeds_up_gives_more_views_to_the_photos_to_come(encoder
     assert machine.now <= 6 * PHOTOS
 
 
-def test_last_batches_that_take_twice_as_long_are_still_in_time(encoder, observations):
-    machine = Machine(encoder, 1.0, slower=(19, 2.0))  # two calls of the probe, a batch of 8, and 18 of 4
+def test_last_batches_that_take_twice_as_long_are_still_embedded_in_time(encoder, observations):
+    machine = Machine(encoder, 1.0, slower=(19, 2.0))  # two calls to measure, a batch of 8, and 18 of 4
     found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(3 * PHOTOS)))
     assert found.late == 0
     assert machine.now <= 0.9 * 3 * PHOTOS
 
 
-def test_when_not_even_one_view_fits_the_rest_is_left_out_whole(encoder, observations):
+def test_without_time_for_one_view_of_all_photos_the_last_observations_are_left_out(encoder, observations):
     machine = Machine(encoder, 1.0)
     found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(0.7 * PHOTOS)))
     complete = found.has_embedding.tolist().index(False)
@@ -193,7 +201,7 @@ def test_when_not_even_one_view_fits_the_rest_is_left_out_whole(encoder, observa
     assert machine.now <= 0.7 * PHOTOS
 
 
-def test_an_encoder_that_breaks_down_costs_what_it_has_not_embedded(encoder, observations, capsys):
+def test_an_error_of_the_encoder_costs_only_what_is_not_embedded_yet(encoder, observations, capsys):
     class Breaking(Machine):
         def embed(self, photos, views):
             if self.calls == 9:
@@ -211,7 +219,7 @@ def test_an_encoder_that_breaks_down_costs_what_it_has_not_embedded(encoder, obs
         embed_observations(Breaking(encoder, 1.0), observations, FOUR)
 
 
-def test_photos_that_break_down_on_their_way_cost_what_is_not_embedded(encoder, observations, monkeypatch, capsys):
+def test_an_error_while_loading_photos_costs_only_what_is_not_embedded_yet(encoder, observations, monkeypatch, capsys):
     whole, batches = embed_observations(encoder, observations, ["plain"]), []
 
     def fail_at_every_fourth(photos, encoder):
@@ -232,7 +240,7 @@ def test_photos_that_break_down_on_their_way_cost_what_is_not_embedded(encoder, 
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a pipe stands for a photo on a disk that hangs")
-def test_a_photo_that_hangs_costs_the_time_that_is_left_and_nothing_that_is_done(encoder, observations, tmp_path):
+def test_a_photo_that_hangs_costs_the_remaining_time_and_no_embedding(encoder, observations, tmp_path):
     os.mkfifo(tmp_path / "hangs.jpg")
     hanging = Observation("hangs", (tmp_path / "hangs.jpg",))
     budget = Budget(2.0, 0.0, lambda: 0.0)  # a batch may take 1.8 s, as long as it lasts
@@ -252,13 +260,13 @@ def test_without_any_time_nothing_is_embedded(encoder, observations):
     assert (machine.calls, found.late, found.has_embedding.any().item()) == (0, len(observations), False)
 
 
-def test_an_optional_encoder_that_cannot_finish_is_given_up_at_once(encoder, observations):
+def test_an_optional_encoder_without_time_for_one_view_stops_at_once(encoder, observations):
     machine = Machine(encoder, 1.0)
     budget = machine.budget(0.7 * PHOTOS)
     found = embed_observations(machine, observations, FOUR, limits=Limits(budget, is_optional=True))
     assert found.late == len(observations)
     assert not found.has_embedding.any()
-    assert machine.calls == 2  # the probe, and nothing else
+    assert machine.calls == 2  # to measure one view, and nothing else
 
 
 def test_views_are_planned_within_the_encoders_fraction_of_the_time(encoder, observations):

@@ -59,9 +59,9 @@ CHAIN = {
 import json
 from pkg.a import double, note
 
-note("entry, first half")
+note("entry, part 1")
 
-# What follows is imported late, after the first half has run.
+# What follows is imported late, after part 1 has run.
 import json
 import os.path
 from pkg.c import LATE
@@ -122,12 +122,12 @@ def test_the_script_does_in_order_what_the_package_does(tmp_path: Path) -> None:
     as_package, as_script = run_both(package(tmp_path, **CHAIN))
     assert as_package.returncode == 0, as_package.stderr
     lines = as_package.stdout.splitlines()
-    assert lines[:4] == ['"b"', '"a"', '"entry, first half"', '"c"']
+    assert lines[:4] == ['"b"', '"a"', '"entry, part 1"', '"c"']
     assert lines[4].startswith("[8, ")
     assert (as_script.stdout, as_script.stderr, as_script.returncode) == (as_package.stdout, "", 0)
 
 
-def test_imports_of_siblings_go_and_all_others_appear_once(tmp_path: Path) -> None:
+def test_imports_of_siblings_are_left_out_and_all_others_appear_once(tmp_path: Path) -> None:
     tree = ast.parse(flatten(package(tmp_path, **CHAIN)))
     imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     assert sorted(imports) == ["from math import floor, pi", "import json", "import os.path"]
@@ -142,7 +142,7 @@ def test_comments_and_docstrings_survive(tmp_path: Path) -> None:
         "# The entry's docstring.",
         "# What a is for.",
         "# And more of it.",
-        "# What follows is imported late, after the first half has run.",
+        "# What follows is imported late, after part 1 has run.",
         "    return floor(value * FACTOR)  # never rounded",
         "# A comment above a function.",
         "# in a string'''",
@@ -265,7 +265,7 @@ FAITHFUL = {
 
 
 @pytest.mark.parametrize("modules", FAITHFUL.values(), ids=FAITHFUL.keys())
-def test_a_script_never_says_other_than_its_package_unless_it_is_refused(tmp_path: Path, modules: dict) -> None:
+def test_a_script_does_what_its_package_does_or_is_refused(tmp_path: Path, modules: dict) -> None:
     folder = package(tmp_path, **modules)
     try:
         flatten(folder)
@@ -381,7 +381,7 @@ REFUSED = {
     "a future import": (
         {"__main__": "from __future__ import annotations\n"},
         "__main__.py:1",
-        "do without it",
+        "remove it",
     ),
     "a syntax error": (
         {"__main__": "from pkg.a import X\n", "a": "X = 1\n\nif X\n    print(X)\n"},
