@@ -1,17 +1,22 @@
-"""What every command does at its border: errors of the user become one line, and long work shows progress."""
+"""What every command shares: errors of the user become one line, and long work shows progress."""
 
 import argparse
 import os
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from functools import cache
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from kernel.inputs import InputError, escape_unprintable
 
+T = TypeVar("T")
+LINE_SECONDS = 10.0  # between two lines of progress
 CLOSED = 141  # the exit code where the reader of the output went away: 128 + SIGPIPE, as in a shell
 
 
@@ -94,6 +99,98 @@ def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
-def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
-    """A progress bar on a terminal; nothing elsewhere, where the lines of the log tell enough."""
-    return tqdm(items, desc=what, total=total, leave=False, disable=not sys.stderr.isatty())
+class Progress:
+    """How far a long step is: a bar on a terminal; elsewhere a line every `LINE_SECONDS`, even when nothing advances.
+
+    with Progress("embedding", total=240, unit="photo") as bar:
+        bar.advance(16)
+
+    The line reads `embedding: 16 of 240 photos (7%), 3.2 per second, 1:10 left`.
+
+    Args:
+        what: the step, as the line begins.
+        total: how many units there are; None where nobody knows.
+        unit: what is counted, in the singular.
+        clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        total: int | None = None,
+        unit: str = "step",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.what, self.total, self.unit, self.clock = what, total, unit, clock
+        self.done, self.began = 0, clock()
+        self._bar: tqdm | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self.report, args=(self._ended.wait,), daemon=True, name="progress")
+
+    def __enter__(self) -> "Progress":
+        self.began = self.clock()
+        if sys.stderr.isatty():
+            self._bar = tqdm(desc=self.what, total=self.total, unit=self.unit, leave=False)
+        else:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.close()
+        else:
+            self._ended.set()
+            self._thread.join()
+
+    def advance(self, count: int = 1) -> None:
+        """Another `count` units are done."""
+        self.done += count
+        if self._bar:
+            self._bar.update(count)
+
+    def report(self, wait: Callable[[float], bool]) -> None:
+        """Print a line after every `LINE_SECONDS`.
+
+        Args:
+            wait: for so many seconds; true as soon as the step has ended.
+        """
+        # A reader that has gone, or a closed stream, is for the main thread to notice when it prints.
+        with suppress(OSError, ValueError):
+            while not wait(LINE_SECONDS):
+                print(self.line(), flush=True)
+
+    def line(self) -> str:
+        """How far, how fast and how long still, as far as each is known."""
+        seconds = self.clock() - self.began
+        if not self.done and not self.total:
+            return f"{self.what}: {clock_time(seconds)} so far"
+        if not self.done:
+            return f"{self.what}: 0 of {counted(self.total, self.unit)}, {clock_time(seconds)} so far"
+        each = seconds / self.done
+        speed = f"{1 / each:,.1f} per second" if each < 1 else f"{each:,.1f} s each"
+        if not self.total:
+            return f"{self.what}: {counted(self.done, self.unit)}, {speed}, {clock_time(seconds)} so far"
+        left = clock_time(max(0, self.total - self.done) * each)
+        far = f"{self.done:,} of {counted(self.total, self.unit)} ({self.done / self.total:.0%})"
+        return f"{self.what}: {far}, {speed}, {left} left"
+
+
+def progress(items: Iterable[T], what: str, total: int | None = None, unit: str = "step") -> Iterator[T]:
+    """The same items, with `Progress` over them.
+
+    Args:
+        total: how many there are, where `len` cannot tell.
+    """
+    items, total = iter(items), len(items) if total is None and isinstance(items, Sized) else total
+    # After `iter`, which may fork the workers of a DataLoader: no thread of ours may be running then.
+    with Progress(what, total, unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def clock_time(seconds: float) -> str:
+    """`0:07`, `12:34` or `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
