@@ -70,10 +70,10 @@ def main() -> None:
     resumes = options.resume or is_restarted()
     check_start(recipe, options.data, out, resumes)
     # Imported here, since torch and what is built on it take seconds, and a mistake is to be answered at once.
-    from local.training import distributed
+    from local.base import distributed
     from local.training.run import train_run
 
-    with distributed.joined():
+    with distributed.process_group():
         train_run(recipe, options.data, out, resumes=resumes)
 
 

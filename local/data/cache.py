@@ -27,8 +27,8 @@ from kernel.encoders import Encoder
 from kernel.observations import Observation
 from kernel.photos import PIXELS_VERSION
 from kernel.views import VIEWS
+from local.base import distributed
 from local.base.console import counted, progress
-from local.training import distributed
 
 PART = 256  # photos between two writes
 
@@ -74,10 +74,10 @@ class EmbeddingCache:
             for digest, (_, path) in zip(digests, photos, strict=True)
             if any(digest not in known[view] for view in views)
         }
-        missing = distributed.from_first(missing)  # another run may have filled some in between
-        causes = distributed.merged(self._fill(missing, views, known)) if missing else {}
-        if distributed.place()[1] > 1:
-            distributed.wait()
+        missing = distributed.broadcast_object(missing)  # another run may have filled some in between
+        causes = distributed.all_gather_dict(self._fill(missing, views, known)) if missing else {}
+        if distributed.rank_and_world_size()[1] > 1:
+            distributed.barrier()
             known = {view: self._read(view) for view in views}
         kept = [place for place, digest in enumerate(digests) if all(digest in known[view] for view in views)]
         shape = (len(kept), len(views), self.encoder.features)
@@ -97,7 +97,7 @@ class EmbeddingCache:
         Returns:
             The cause of each that this process could not read.
         """
-        digests, causes, (rank, world) = list(missing), {}, distributed.place()
+        digests, causes, (rank, world) = list(missing), {}, distributed.rank_and_world_size()
         parts = [digests[start : start + PART] for start in range(0, len(digests), PART)][rank::world]
         for part in progress(parts, f"embedding {counted(len(digests), 'photo')} in {counted(len(views), 'view')}"):
             single = [Observation(digest, (missing[digest],)) for digest in part]

@@ -16,12 +16,12 @@ from kernel.encoders import Encoder
 from kernel.observations import Observation
 from local.banks.estimators import centroids
 from local.banks.search import compare
+from local.base import distributed
 from local.base.console import counted
 from local.base.metrics import GUESSES, macro_f1, paired_gain
 from local.data.competition import Labelled, places_of, sort_ids
 from local.data.photos import check_readable
 from local.recipes.settings import MONITORS
-from local.training import distributed
 
 MONITORED = {"recalls": "the mean of Recall@1, 5 and 10"}  # what a monitor is called where its own name says too little
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the tuned weights in the encoder; 0 leaves it as it came
@@ -94,10 +94,10 @@ def embed_together(
     encoder: Encoder, observations: Sequence[Observation], views: Sequence[str], pooling: str
 ) -> torch.Tensor:
     """(observations, features): every process of the team embeds its share."""
-    rank, world = distributed.place()
+    rank, world = distributed.rank_and_world_size()
     embeddings = embed_observations(encoder, observations[rank::world], views, pooling)
     check_readable(embeddings.unreadable, sum(len(observation.photos) for observation in observations[rank::world]))
-    return distributed.gather(embeddings.values, len(observations), encoder.device)
+    return distributed.all_gather_rows(embeddings.values, len(observations), encoder.device)
 
 
 def monitored(scores: dict[str, float], monitor: str) -> float:

@@ -17,14 +17,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.inputs import InputError
+from local.base import distributed
 from local.base.console import counted, say
 from local.base.files import write_tensors
 from local.data.competition import Labelled, places_of, sort_ids
 from local.recipes.recipe import Recipe
 from local.recipes.settings import EncoderSettings, TrainSettings
-from local.training import distributed
 from local.training.adaptation import copy_state, interpolate
 from local.training.checkpoints import Checkpoint, full_disk_named, memory_named
+from local.training.checks import is_first
 from local.training.evaluation import (
     MONITORED,
     SHARES,
@@ -188,7 +189,7 @@ def is_over(log: Sequence[dict], train: TrainSettings, keeps_head: bool, since: 
 
 def keep_best(folder: Path, training: Training, judged: Judged) -> None:
     """Write the weights of the epoch that is the best so far; those before it are kept as long as checkpoints are."""
-    if not distributed.is_first():
+    if not is_first():
         return
     tensors = {f"encoder.{name}": value for name, value in copy_state(training.kept.module).items()}
     tensors |= {f"head.{name}": value for name, value in training.head.state_dict().items()}
@@ -208,7 +209,7 @@ def settle(encoder: Encoder, training: Training, start: Judged, judged: Callable
         say("chosen: the encoder as it came: no epoch was finished")
         return Tuning(log, 0, 0.0)
     epoch = best_of(log[1:], monitor) + 1
-    distributed.wait()  # until it is written
+    distributed.barrier()  # until it is written
     path = training.folder / f"best-{epoch:06}.safetensors"
     try:
         best = Checkpoint(load_file(path), {})
@@ -239,7 +240,7 @@ def settle(encoder: Encoder, training: Training, start: Judged, judged: Callable
 @contextlib.contextmanager
 def events(folder: Path) -> Iterator[Callable[[dict], None]]:
     """A function that adds a row of the log to TensorBoard's events."""
-    if not distributed.is_first():
+    if not is_first():
         yield lambda row: None
         return
     from torch.utils.tensorboard import SummaryWriter  # takes a second to import, which only training should pay

@@ -35,6 +35,7 @@ from local.banks.estimators import commonest_classes, save_banks
 from local.banks.metadata_prior import write_prior
 from local.banks.search import fit_banks
 from local.banks.selection import Study
+from local.base import distributed
 from local.base.console import counted, say
 from local.base.files import write_json, write_table, write_tensors
 from local.base.repository import commit
@@ -51,9 +52,8 @@ from local.data.photos import refuse_missing
 from local.encoders.load import load_encoder, take_larger, weights_digest
 from local.recipes.recipe import Recipe, current_names, differences, settings_of, write_recipe
 from local.recipes.settings import TrainSettings
-from local.training import distributed
 from local.training.checkpoints import full_disk_named, memory_named, read_notes, tidy
-from local.training.checks import CACHE, CHECKPOINTS, check_start, has_checkpoint, named, partial_of
+from local.training.checks import CACHE, CHECKPOINTS, check_start, has_checkpoint, is_first, named, partial_of
 from local.training.evaluation import log_row, peak_memory_gb
 from local.training.finetuning import Tuning, finetune, refuse_large
 from local.training.plots import plot_class_distribution, plot_training_curve
@@ -111,28 +111,28 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     notes = read_notes(begun) if begun else None
     if begun and notes:
         refuse_other(begun, notes, recipe, competition.digest())
-    if distributed.is_first():
+    if is_first():
         checkpoints = partial / CHECKPOINTS
         with full_disk_named(checkpoints), memory_named("opening the encoder as the kernel will", checkpoints):
             on_cpu = Encoder(module, preprocessing, spec.features, [torch.device("cpu")])
             rehearse_opening(on_cpu, spec, recipe, out)
-    device = distributed.device_of(pick_devices())
+    device = distributed.local_device(pick_devices())
     with memory_named(f"moving the encoder to {device}", partial / CHECKPOINTS):
         module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     encoder = Encoder(module, preprocessing, spec.features, [device])
 
-    if distributed.is_first():
+    if is_first():
         with full_disk_named(partial / CHECKPOINTS):
             prepare(partial, out)
-    distributed.wait()
+    distributed.barrier()
     try:
         checkpoints = partial / CHECKPOINTS
         with full_disk_named(checkpoints), memory_named("embedding the photos and choosing the bank", checkpoints):
             fill_run(partial, out.parent / CACHE, recipe, competition, encoder, spec, source, given)
-            if distributed.is_first():
+            if is_first():
                 put_in_place(partial, out)
     finally:
-        if distributed.is_first() and not has_checkpoint(partial / CHECKPOINTS):
+        if is_first() and not has_checkpoint(partial / CHECKPOINTS):
             shutil.rmtree(partial, ignore_errors=True)
     say(f"{out}: done")
 
@@ -365,7 +365,7 @@ def fill_run(
         seed=recipe.train.seed,
     )
     study.embed_together()
-    if not distributed.is_first():
+    if not is_first():
         return
     write_unreadable(list(study.unreadable.items()), folder / UNREADABLE_FILE)
     write_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)

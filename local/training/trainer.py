@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader
 
 from kernel.encoders import Encoder, is_out_of_memory, pick_dtype
 from kernel.inputs import InputError
+from local.base import distributed
 from local.base.console import counted, progress, say
 from local.data.competition import Labelled, places_of, sort_ids
 from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, current_names, differences, settings_of
 from local.recipes.settings import CANDIDATES
-from local.training import distributed
 from local.training.adaptation import add_low_rank, group_by_layer, learning_state, set_training, unfreeze
 from local.training.batches import Batch, Draws, Mixing, Photos, collate, seed_all, seed_of
 from local.training.checkpoints import (
@@ -36,6 +36,7 @@ from local.training.checkpoints import (
     restore_optimiser,
     write_checkpoint,
 )
+from local.training.checks import is_first
 from local.training.evaluation import monitored
 from local.training.head import Head
 
@@ -137,7 +138,7 @@ class Training:
         self.encoder = self.kept = with_module(encoder, copy.deepcopy(encoder.module))
         self.classes = sort_ids(fit.class_ids)
         self.targets = places_of(fit.class_ids, self.classes)
-        self.draws = Draws(self.targets, recipe.train, distributed.place())
+        self.draws = Draws(self.targets, recipe.train, distributed.rank_and_world_size())
         self.loader = DataLoader(
             Photos(fit.observations, encoder.preprocessing, recipe.augment, recipe.train.photos_per_observation),
             batch_sampler=self.draws,
@@ -189,7 +190,7 @@ class Training:
         uses_fp16 = device.type == "cuda" and pick_dtype(device) == torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=uses_fp16)
         self.learner: nn.Module = Learner(self.encoder, self.head)
-        if distributed.place()[1] > 1:
+        if distributed.rank_and_world_size()[1] > 1:
             self.learner = DistributedDataParallel(self.learner)
         self.schedule = self.make_schedule(train.head_only_epochs if is_head_only else train.epochs)
 
@@ -242,19 +243,19 @@ class Training:
                 return loss
             if (number + 1) % group == 0 or is_last:
                 self.batch = number + 1
-                is_asked = distributed.any_of(signals.pending, self.encoder.device)
+                is_asked = distributed.all_reduce_any(signals.pending, self.encoder.device)
                 if is_asked or is_last or time.monotonic() - saved > SAVE_SECONDS:
                     self.save()
                     saved = time.monotonic()
                 if is_asked:
                     raise Stopped(self.where)
-        total, seen = distributed.total_of(self.losses, self.encoder.device)
+        total, seen = distributed.all_reduce_sum(self.losses, self.encoder.device)
         return total / max(1.0, seen)
 
     def follow(self, batch: Batch, number: int, size: int, is_step: bool) -> float:
         """One batch, one of `size` of a step. Returns its loss."""
         device, train = self.encoder.device, self.recipe.train
-        seed_all(seed_of(train.seed, self.epoch + train.head_only_epochs, number, distributed.place()[0]))
+        seed_all(seed_of(train.seed, self.epoch + train.head_only_epochs, number, distributed.rank_and_world_size()[0]))
         pixels = self.encoder.normalise(batch.photos, device)
         targets = torch.tensor(self.targets[batch.index.numpy()], device=device)
         pixels, targets = self.mixing(pixels, targets)
@@ -262,7 +263,7 @@ class Training:
         with contextlib.nullcontext() if syncs else self.learner.no_sync():
             loss = self.learner(pixels, batch.owners.to(device), targets.to(device), batch.asked.to(device))
             value = loss.item()
-            if distributed.any_of(not math.isfinite(value), device):
+            if distributed.all_reduce_any(not math.isfinite(value), device):
                 return value if not math.isfinite(value) else math.nan
             self.scaler.scale(loss / size).backward()
         self.losses = [self.losses[0] + value * len(batch.index), self.losses[1] + len(batch.index)]
@@ -309,7 +310,7 @@ class Training:
 
     def save(self) -> None:
         """Write a checkpoint of where the training stands."""
-        if not distributed.is_first():
+        if not is_first():
             return
         learning = learning_state(self.encoder.module)
         average = self.average.module.state_dict() if self.average else {}
