@@ -28,7 +28,7 @@ from local.benchmarks.accuracy import Rung, Task, bundle_answers, cell, heading,
 from local.data.competition import Labelled, places_of, read_competition, read_ranks
 from local.encoders.load import load_encoder
 from local.recipes.recipe import Recipe, read_recipe
-from local.training.adaptation import set_training, unfreeze
+from local.training.adaptation import set_training_mode, unfreeze
 from local.training.run import CACHE, train_run
 
 COLUMNS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
@@ -116,7 +116,7 @@ def follow(
     )
     for epoch in range(epochs):
         # Transformers, which most systems are, have no batch statistics; a few shots would spoil those there are.
-        set_training(encoder.module, pretrained=True)
+        set_training_mode(encoder.module, pretrained=True)
         heads.train()
         for photos, wanted in progress(batches, f"epoch {epoch + 1}"):
             embedded = raw(encoder, photos)

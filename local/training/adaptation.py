@@ -1,4 +1,4 @@
-"""What of an encoder learns, how fast, and how what it learnt is mixed with what it was."""
+"""Which parameters of an encoder are trained, at which learning rates, and its weights before and after."""
 
 import math
 
@@ -12,10 +12,10 @@ from local.recipes.settings import OptimSettings
 
 
 def unfreeze(module: nn.Module, groups: int) -> list[nn.Parameter]:
-    """Let the last groups of layers learn, all for -1, and freeze the rest.
+    """Train the last groups of layers, or all for -1, and freeze the rest.
 
     Returns:
-        The parameters that learn.
+        The trainable parameters.
     """
     if groups < 0:
         module.requires_grad_(True)
@@ -24,17 +24,17 @@ def unfreeze(module: nn.Module, groups: int) -> list[nn.Parameter]:
         module.lock(unlocked_groups=groups, freeze_bn_stats=False)
     else:
         layers = group_parameters(module, module.group_matcher(coarse=False))
-        learning = {name for layer in sorted(layers)[-groups:] for name in layers[layer]} if groups else set()
+        trainable = {name for layer in sorted(layers)[-groups:] for name in layers[layer]} if groups else set()
         for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name in learning)
+            parameter.requires_grad_(name in trainable)
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-class LowRank(nn.Module):
-    """W -> W + up @ down, of which up and down alone learn (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+class LowRankUpdate(nn.Module):
+    """W -> W + up @ down, where only up and down are trained (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685).
 
     Args:
-        weight: (features out, ...), a matrix once all but the first dimension are one.
+        weight: (features out, ...); the dimensions after the first are flattened into one.
     """
 
     def __init__(self, weight: torch.Tensor, rank: int):
@@ -47,12 +47,12 @@ class LowRank(nn.Module):
         return weight + (self.up @ self.down).view_as(weight)
 
 
-def add_low_rank(module: nn.Module, rank: int) -> None:
-    """Let every matrix that learns do so by a low-rank addition, and freeze all else.
+def add_low_rank_updates(module: nn.Module, rank: int) -> None:
+    """Train a low-rank update of every trainable matrix in its place, and freeze all else.
 
-    Matrices are those of linear layers, of attention, and of convolutions over all channels, when larger than the rank.
+    Matrices are the weights of linear layers, attention, and convolutions without groups, if larger than the rank.
     """
-    learning = [
+    trainable = [
         (layer, name)
         for layer in module.modules()
         if isinstance(layer, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)) and getattr(layer, "groups", 1) == 1
@@ -60,13 +60,13 @@ def add_low_rank(module: nn.Module, rank: int) -> None:
         if weight.requires_grad and weight.ndim > 1 and min(len(weight), weight[0].numel()) > rank
     ]
     module.requires_grad_(False)
-    for layer, name in learning:
-        parametrize.register_parametrization(layer, name, LowRank(getattr(layer, name), rank))
+    for layer, name in trainable:
+        parametrize.register_parametrization(layer, name, LowRankUpdate(getattr(layer, name), rank))
 
 
 def group_by_layer(module: nn.Module, optim: OptimSettings) -> list[dict]:
-    """What learns of an encoder as parameter groups, the learning rate smaller by `layer_decay` from layer to layer."""
-    if hasattr(getattr(module, "transformer", None), "resblocks"):  # open_clip's transformers, in timm's terms
+    """The trainable parameters of an encoder as groups; each layer down, the learning rate is times `layer_decay`."""
+    if hasattr(getattr(module, "transformer", None), "resblocks"):  # open_clip's towers, described as timm's are
         blocks = [(r"^transformer\.resblocks\.(\d+)", None), (r"^(?:ln_post|proj)", (99999,))]
         module.group_matcher = lambda coarse: {
             "stem": r"^(?:conv1|class_embedding|positional|ln_pre)",
@@ -76,8 +76,8 @@ def group_by_layer(module: nn.Module, optim: OptimSettings) -> list[dict]:
     return [{**group, "lr": optim.learning_rate * group.pop("lr_scale")} for group in groups if group["params"]]
 
 
-def set_training(module: nn.Module, pretrained: bool) -> None:
-    """Training mode; a pretrained encoder's batch statistics stay, since a few shots would only blur them."""
+def set_training_mode(module: nn.Module, pretrained: bool) -> None:
+    """Training mode, in which a pretrained encoder keeps its batch statistics: a few shots would make them worse."""
     module.train()
     if pretrained:
         for layer in module.modules():
@@ -85,19 +85,8 @@ def set_training(module: nn.Module, pretrained: bool) -> None:
                 layer.eval()
 
 
-def interpolate(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], share: float) -> dict:
-    """Weights on the line between two encoders, which are often better than either and forget less.
-
-    WiSE-FT (Wortsman et al. 2022, https://arxiv.org/abs/2109.01903).
-    """
-    return {
-        name: value.lerp(after[name], share) if value.is_floating_point() else after[name] if share else value
-        for name, value in before.items()
-    }
-
-
 def copy_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A copy of the weights in memory, under their own names; low-rank additions are added to theirs."""
+    """A copy of the weights under their names before training; low-rank updates are added to their weights."""
     own = {name: value for name, value in module.state_dict().items() if ".parametrizations." not in name}
     for path, layer in module.named_modules(remove_duplicate=False):  # a layer may have two names
         if parametrize.is_parametrized(layer):
@@ -105,7 +94,7 @@ def copy_state(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in own.items()}
 
 
-def learning_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What training may change: the parameters that learn, and the buffers; not what is frozen and known already."""
+def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All that training may change: the trainable parameters and the buffers."""
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     return {name: value for name, value in module.state_dict().items() if name not in frozen}

@@ -1,10 +1,11 @@
-"""What training sees, step by step: which observations, in what order, and how their photos are varied.
+"""What training sees, batch by batch: which observations, in what order, and how their photos are augmented.
 
-Every random draw is a function of the seed, the epoch and the place in it, and of nothing that came before. So a run
-that was interrupted goes on exactly as it would have, whatever the number of workers.
+Every random draw depends on the seed, the epoch and its position in the epoch alone. So a training that was interrupted
+continues exactly as it would have, with any number of workers.
 """
 
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from kernel.manifest import Preprocessing
@@ -22,145 +23,174 @@ from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
 from local.recipes.settings import AugmentSettings, TrainSettings
 
-ERASED = (0.02, 0.1)  # of a photo's area
+ERASED_AREA = (0.02, 0.1)  # fraction of a photo's area
 
 
 @dataclass(frozen=True)
-class Draw:
-    """One observation of a step.
+class Sample:
+    """One observation of a batch.
 
     Attributes:
-        index: of the observation.
-        is_asked: false for the support of an episode.
-        seed: of its photos and their augmentation.
+        index: of the observation in the training set.
+        is_query: false for the support set of an episode.
+        seed: of the choice of its photos and of their augmentation.
     """
 
     index: int
-    is_asked: bool
+    is_query: bool
     seed: int
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The photos of a step.
+    """The photos of a batch of observations.
 
     Attributes:
         photos: (photos, 3, size, size) uint8.
-        owners: (photos,) place in `index` of each photo's observation.
-        index: (observations,).
-        asked: (observations,) bool.
+        observation_index: (photos,) the row of `indices` that each photo belongs to.
+        indices: (observations,) of the observations in the training set.
+        query_mask: (observations,) bool; false for the support set of an episode.
     """
 
     photos: torch.Tensor
-    owners: torch.Tensor
-    index: torch.Tensor
-    asked: torch.Tensor
+    observation_index: torch.Tensor
+    indices: torch.Tensor
+    query_mask: torch.Tensor
 
     def pin_memory(self) -> "Batch":
-        """The same, where a GPU can fetch the photos by itself; a DataLoader asks for it by this name."""
+        """The same with pinned photos; a DataLoader calls it by this name."""
         return replace(self, photos=self.photos.pin_memory())
 
 
-class Draws:
-    """The steps of an epoch, as lists of draws.
+class ObservationBatchSampler:
+    """The batches of an epoch, as lists of samples.
 
     Args:
-        classes: (observations,) of each.
-        share: (rank, world): of every batch this process sees each `world`-th, so that all of them together see what
-            one alone would.
+        labels: (observations,) the class index of each.
+        rank: each process gets every `world_size`-th observation of each batch, from this one on; together they see
+            what one process alone would.
     """
 
-    def __init__(self, classes: np.ndarray, train: TrainSettings, share: tuple[int, int] = (0, 1)):
-        self.classes, self.train, self.share, self.epoch, self.first = classes, train, share, 1, 0
-        self.is_episodic = train.prototypes == "episodic"
-        self.size = train.ways * (train.support + train.queries) if self.is_episodic else train.batch_size
+    def __init__(self, labels: np.ndarray, settings: TrainSettings, rank: int = 0, world_size: int = 1):
+        self.labels, self.settings, self.rank, self.world_size = labels, settings, rank, world_size
+        self.epoch, self.start_batch = 1, 0
+        self.is_episodic = settings.prototypes == "episodic"
+        episode = settings.ways * (settings.support + settings.queries)
+        self.batch_size = episode if self.is_episodic else settings.batch_size
 
     def __len__(self) -> int:
-        return math.ceil(len(self.classes) / self.size)
+        return math.ceil(len(self.labels) / self.batch_size)
 
-    def start(self, epoch: int, first: int = 0) -> "Draws":
-        """The next iteration is of this epoch, from this batch on."""
-        self.epoch, self.first = epoch, first
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> "ObservationBatchSampler":
+        """Make the next iteration that of this epoch, from this batch on. Returns itself."""
+        self.epoch, self.start_batch = epoch, start_batch
         return self
 
-    def __iter__(self) -> Iterator[list[Draw]]:
-        rank, world = self.share
+    def __iter__(self) -> Iterator[list[Sample]]:
         batches = self._episodes() if self.is_episodic else self._shuffled()
         for number, batch in enumerate(batches):
-            if number >= self.first:
-                draws = [
-                    Draw(int(index), bool(asked), seed_of(self.train.seed, self.epoch, number, place))
-                    for place, (index, asked) in enumerate(batch)
-                ]
-                # Every process has a part in every step, since they wait for each other.
-                yield draws if self.is_episodic else draws[rank::world] or draws[:1]
+            if number < self.start_batch:
+                continue
+            samples = [
+                Sample(int(index), bool(is_query), derive_seed(self.settings.seed, self.epoch, number, position))
+                for position, (index, is_query) in enumerate(batch)
+            ]
+            # No rank's part may be empty, since the others would wait for its gradient.
+            yield samples if self.is_episodic else samples[self.rank :: self.world_size] or samples[:1]
 
     def _shuffled(self) -> Iterator[list[tuple[int, bool]]]:
-        """Every observation once; with `balance` as often as its class asks for, in as many draws."""
-        rng, balance = np.random.default_rng((self.train.seed, self.epoch)), self.train.balance
-        order = rng.permutation(len(self.classes))
+        """Every observation once; with `balance` as many draws, with replacement, weighted by the class's size."""
+        rng, balance = np.random.default_rng((self.settings.seed, self.epoch)), self.settings.balance
+        order = rng.permutation(len(self.labels))
         if balance:
-            chances = np.bincount(self.classes)[self.classes] ** -float(balance)
-            order = rng.choice(len(self.classes), len(self.classes), p=chances / chances.sum())
-        for first in range(0, len(order), self.size):
-            yield [(index, True) for index in order[first : first + self.size]]
+            weights = np.bincount(self.labels)[self.labels] ** -float(balance)
+            order = rng.choice(len(self.labels), len(self.labels), p=weights / weights.sum())
+        for first in range(0, len(order), self.batch_size):
+            yield [(index, True) for index in order[first : first + self.batch_size]]
 
     def _episodes(self) -> Iterator[list[tuple[int, bool]]]:
-        """Some classes, of each a few observations that make its prototype and a few that are asked.
+        """Episodes of up to `ways` classes, each with up to `support` and `queries` observations.
 
-        A class of fewer keeps one at least to be asked; a class of one observation only makes the others' episode
-        harder. An episode without a question is drawn again.
+        A class of few observations keeps at least one for the queries. A class of one observation has no query, and its
+        prototype only makes the episode harder. An episode without any query is drawn again.
         """
-        train, (rank, world) = self.train, self.share
-        members = [np.flatnonzero(self.classes == index) for index in np.unique(self.classes)]
+        settings = self.settings
+        members = [np.flatnonzero(self.labels == label) for label in np.unique(self.labels)]
         for number in range(len(self)):
-            # Each process has episodes of its own: half of one would be another task.
-            rng = np.random.default_rng((train.seed, self.epoch, number * world + rank))
+            # Each rank has episodes of its own: half of one would be another task.
+            rng = np.random.default_rng((settings.seed, self.epoch, number * self.world_size + self.rank))
             episode: list[tuple[int, bool]] = []
-            while not any(asked for _, asked in episode):
+            while not any(is_query for _, is_query in episode):
                 episode = []
-                for place in rng.permutation(len(members))[: train.ways]:
-                    own = rng.permutation(members[place])
-                    support = min(train.support, max(1, len(own) - 1))
+                for label in rng.permutation(len(members))[: settings.ways]:
+                    own = rng.permutation(members[label])
+                    support = min(settings.support, max(1, len(own) - 1))
                     episode += [(index, False) for index in own[:support]]
-                    episode += [(index, True) for index in own[support : support + train.queries]]
+                    episode += [(index, True) for index in own[support : support + settings.queries]]
             yield episode
 
 
-class Photos(Dataset):
-    """Augmented photos by draw: Draw -> ((photos, 3, size, size) uint8, the draw).
+class PhotoDataset(Dataset):
+    """The augmented photos of a sample: Sample -> ((photos, 3, size, size) uint8, the sample).
 
     Args:
         observations: each with at least one readable photo.
-        limit: of photos of one observation, drawn at random.
+        max_photos: of one observation, drawn at random.
     """
 
     def __init__(
-        self, observations: Sequence[Observation], preprocessing: Preprocessing, augment: AugmentSettings, limit: int
+        self,
+        observations: Sequence[Observation],
+        preprocessing: Preprocessing,
+        augment: AugmentSettings,
+        max_photos: int,
     ):
-        self.observations, self.limit = observations, limit
+        self.observations, self.max_photos = observations, max_photos
         self.decoded, self.size = shorter_side(preprocessing), preprocessing.size
-        self.augment = augmentation(preprocessing, augment)
+        self.augment = make_augmentation(preprocessing, augment)
 
     def __len__(self) -> int:
         return len(self.observations)
 
-    def __getitem__(self, draw: Draw) -> tuple[torch.Tensor, Draw]:
-        seed_all(draw.seed)
-        photos = self.observations[draw.index].photos
-        views: list[torch.Tensor] = []
-        for place in torch.randperm(len(photos)).tolist():
+    def __getitem__(self, sample: Sample) -> tuple[torch.Tensor, Sample]:
+        seed_everything(sample.seed)
+        photos = self.observations[sample.index].photos
+        augmented: list[torch.Tensor] = []
+        for index in torch.randperm(len(photos)).tolist():
             try:
-                views.append(self.augment(read_photo(photos[place], self.decoded)))
-            except Exception:  # as wide as the kernel's own guard; the evaluation has counted it by its cause
+                augmented.append(self.augment(read_photo(photos[index], self.decoded)))
+            except Exception:  # as wide as the kernel's own guard; the evaluation has counted the photo with its cause
                 continue
-            if len(views) == self.limit:
+            if len(augmented) == self.max_photos:
                 break
-        return torch.stack(views) if views else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8), draw
+        return torch.stack(augmented) if augmented else torch.zeros(0, 3, self.size, self.size).byte(), sample
 
 
-def augmentation(preprocessing: Preprocessing, augment: AugmentSettings) -> v2.Compose:
-    """A photo -> (3, size, size) uint8, randomly varied."""
+def make_loader(dataset: PhotoDataset, sampler: ObservationBatchSampler, device: torch.device) -> DataLoader:
+    """Batches of photos, loaded by worker processes that live as long as the loader."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        worker_init_fn=leave_process_group,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its own, so that it draws nothing from the global one
+    )
+
+
+def leave_process_group(worker: int) -> None:
+    """Move a worker out of the group of processes that Ctrl-C and torchrun signal.
+
+    Otherwise the signal kills it before the training has written its checkpoint.
+    """
+    if hasattr(os, "setsid"):
+        os.setsid()
+
+
+def make_augmentation(preprocessing: Preprocessing, augment: AugmentSettings) -> v2.Compose:
+    """A photo -> (3, size, size) uint8, varied at random."""
     interpolation = v2.InterpolationMode[preprocessing.interpolation.upper()]
     fill = [round(255 * value) for value in preprocessing.mean]
     jitter, side = augment.colour_jitter, preprocessing.size
@@ -179,46 +209,46 @@ def augmentation(preprocessing: Preprocessing, augment: AugmentSettings) -> v2.C
     return v2.Compose([*steps, v2.ColorJitter(jitter, jitter, jitter, augment.hue), v2.PILToTensor()])
 
 
-def collate(items: Sequence[tuple[torch.Tensor, Draw]]) -> Batch:
-    """Photos of several observations in one batch; an observation without a photo is left out."""
-    items = [(photos, draw) for photos, draw in items if len(photos)] or list(items[:1])
-    sizes = torch.tensor([len(photos) for photos, _ in items])
+def collate(items: Sequence[tuple[torch.Tensor, Sample]]) -> Batch:
+    """The photos of several observations as one batch, without observations that have no readable photo."""
+    items = [(photos, sample) for photos, sample in items if len(photos)] or list(items[:1])
+    counts = torch.tensor([len(photos) for photos, _ in items])
     return Batch(
         photos=torch.cat([photos for photos, _ in items]),
-        owners=torch.repeat_interleave(torch.arange(len(items)), sizes),
-        index=torch.tensor([draw.index for _, draw in items]),
-        asked=torch.tensor([draw.is_asked for _, draw in items]),
+        observation_index=torch.repeat_interleave(torch.arange(len(items)), counts),
+        indices=torch.tensor([sample.index for _, sample in items]),
+        query_mask=torch.tensor([sample.is_query for _, sample in items]),
     )
 
 
-class Mixing:
-    """What is done to a batch on the device: rectangles erased, photos mixed with their targets, as timm does both."""
+class BatchAugmentation:
+    """The augmentation of a batch on its device: random erasing, mixup and CutMix, all by timm."""
 
     def __init__(self, classes: int, augment: AugmentSettings, device: torch.device):
-        self.erase = RandomErasing(augment.erase, *ERASED, mode="pixel", device=device.type) if augment.erase else None
-        self.mix = None
+        self.classes, self.erase, self.mix = classes, None, None
+        if augment.erase:
+            self.erase = RandomErasing(augment.erase, *ERASED_AREA, mode="pixel", device=device.type)
         if augment.mixup or augment.cutmix:
             self.mix = Mixup(augment.mixup, augment.cutmix, label_smoothing=0.0, num_classes=classes)
-        self.classes = classes
 
-    def __call__(self, pixels: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(photos, 3, size, size), (observations,) int -> the same of pixels, (observations, classes) targets."""
+    def __call__(self, pixels: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(photos, 3, size, size), (photos,) int -> the same of pixels, (photos, classes) targets."""
         if self.erase:
             self.erase(pixels)
         if self.mix and len(pixels) > 1:
-            even = len(pixels) // 2 * 2  # it pairs the first with the last
-            mixed, soft = self.mix(pixels[:even], targets[:even])
-            rest = torch.nn.functional.one_hot(targets[even:], self.classes)
-            return torch.cat([mixed, pixels[even:]]), torch.cat([soft, rest.to(soft)])
-        return pixels, torch.nn.functional.one_hot(targets, self.classes).float()
+            even = len(pixels) // 2 * 2  # timm mixes pairs
+            mixed, targets = self.mix(pixels[:even], labels[:even])
+            rest = torch.nn.functional.one_hot(labels[even:], self.classes)
+            return torch.cat([mixed, pixels[even:]]), torch.cat([targets, rest.to(targets)])
+        return pixels, torch.nn.functional.one_hot(labels, self.classes).float()
 
 
-def seed_of(*numbers: int) -> int:
-    """One seed of several numbers."""
+def derive_seed(*numbers: int) -> int:
+    """One seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def seed_all(seed: int) -> None:
+def seed_everything(seed: int) -> None:
     """Seed every generator that an augmentation or a layer may draw from."""
     random.seed(seed)
     np.random.seed(seed)

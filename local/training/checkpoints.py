@@ -1,7 +1,7 @@
-"""Checkpoints of a training: complete or not there, checked when read, the last good one where the newest is damaged.
+"""Checkpoints of a training: written whole or not at all, and verified when read.
 
-A checkpoint is a safetensors file whose name ends with its own digest. It is written beside its place and moved there
-in one step; the one before is kept until the next.
+A checkpoint is a safetensors file, named by its number and the digest of its contents. It is written under another name
+and renamed. The one before it is kept, and is read instead if the newest is damaged.
 """
 
 import contextlib
@@ -23,15 +23,16 @@ from local.training.checks import has_checkpoint
 
 KEPT = 2
 DIGITS = 16  # of the digest
+FORMAT = 2  # of the tensors and notes
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a training stands.
+    """The state of a training.
 
     Attributes:
         tensors: by name.
-        notes: what JSON can say.
+        notes: all else, as JSON.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -47,17 +48,17 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Add a checkpoint to a folder, and forget all but the newest KEPT.
+    """Add a checkpoint to a folder, and remove all but the newest KEPT.
 
     Raises:
-        InputError: the disk is full; the ones before are still there.
+        InputError: the disk is full; earlier checkpoints are still there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     older = _newest_first(folder)
     number = int(older[0].name.split(".")[0]) + 1 if older else 0
     unnamed = folder / ".unnamed"
     with full_disk_named(folder):
-        write_tensors(checkpoint.tensors, unnamed, {"notes": json.dumps(checkpoint.notes)})
+        write_tensors(checkpoint.tensors, unnamed, {"notes": json.dumps({"format": FORMAT} | checkpoint.notes)})
         with unnamed.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(unnamed, folder / f"{number:06}.{sha256(unnamed)[:DIGITS]}.safetensors")
@@ -67,34 +68,33 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 @contextlib.contextmanager
 def full_disk_named(folder: Path) -> Iterator[None]:
-    """Turn a full disk into one line, with the checkpoints in `folder` kept."""
+    """Turn a full disk into one line; the checkpoints in `folder` are kept."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         for path in folder.glob(".*"):
             path.unlink()
         full = (errno.ENOSPC, errno.EDQUOT)
-        # safetensors and shutil.copytree say so in their messages alone
-        told = any(f"os error {code})" in str(error) or f"[Errno {code}]" in str(error) for code in full)
-        if not told and getattr(error, "errno", None) not in full:
+        # safetensors and shutil.copytree give the error number in their messages alone
+        is_named = any(f"os error {code})" in str(error) or f"[Errno {code}]" in str(error) for code in full)
+        if not is_named and getattr(error, "errno", None) not in full:
             raise
         if not has_checkpoint(folder):
             raise InputError(
-                f"the disk is full: no checkpoint was written to {folder}; free some space and run the command again, "
+                f"the disk is full: no checkpoint was written to {folder}; free some space and run the command again "
                 "with --resume"
             ) from error
         raise InputError(
-            f"the disk is full: {folder} keeps what was learnt until the last checkpoint; free some space and go on "
-            "with --resume"
+            f"the disk is full: {folder} keeps the last checkpoint; free some space and continue with --resume"
         ) from error
 
 
 @contextlib.contextmanager
 def memory_named(doing: str, folder: Path) -> Iterator[None]:
-    """Turn a lack of memory outside of a training's steps into one line, with the checkpoints in `folder` kept.
+    """Turn a lack of memory outside of a training's batches into one line; the checkpoints in `folder` are kept.
 
     Args:
-        doing: what needed the memory, as `judging epoch 3`.
+        doing: what needed the memory, such as `evaluating epoch 3`.
     """
     try:
         yield
@@ -111,27 +111,45 @@ def memory_named(doing: str, folder: Path) -> Iterator[None]:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is as it was written; None where there is none."""
+    """The newest checkpoint that is not damaged; None where there is none.
+
+    Raises:
+        InputError: it was written by an earlier version.
+    """
     for path in _newest_first(folder):
         if sha256(path)[:DIGITS] != path.name.split(".")[1]:
-            say(f"{path} is damaged: going on from the one before")
+            say(f"{path} is damaged: continuing from the one before")
             continue
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
-            return Checkpoint(tensors, json.loads(file.metadata()["notes"]))
+            return Checkpoint(tensors, _parse_notes(file.metadata(), path))
     return None
 
 
 def read_notes(folder: Path) -> dict | None:
-    """The notes of the newest checkpoint, which is not checked for damage; None where there is none to read."""
+    """The notes of the newest checkpoint, which is not checked for damage; None where there is none to read.
+
+    Raises:
+        InputError: it was written by an earlier version.
+    """
     for path in _newest_first(folder)[:1]:
         with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["notes"])
+            return _parse_notes(file.metadata(), path)
     return None
 
 
+def _parse_notes(metadata: dict[str, str], path: Path) -> dict:
+    notes = json.loads(metadata["notes"])
+    if notes.pop("format", None) != FORMAT:
+        raise InputError(
+            f"{path} was written by an earlier version of this code and cannot be resumed: remove {path.parent.parent} "
+            "and train again"
+        )
+    return notes
+
+
 def tidy(folder: Path) -> None:
-    """Forget what only an interruption would have needed: all but the newest of each kind of file."""
+    """Remove what only an interrupted training needs: all but the newest of each kind of file."""
     for pattern in ("[0-9]*.safetensors", "best-*.safetensors"):
         for path in sorted(folder.glob(pattern))[:-1]:
             path.unlink()
@@ -139,20 +157,3 @@ def tidy(folder: Path) -> None:
 
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"), reverse=True)
-
-
-def flatten_optimiser(optimiser: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """The moments of an optimiser as named tensors; its rates are the recipe's business."""
-    for place, state in optimiser.state_dict()["state"].items():
-        for name, value in state.items():
-            if value is not None:
-                yield f"{place}.{name}", torch.as_tensor(value)
-
-
-def restore_optimiser(optimiser: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Take up the moments that `flatten_optimiser` gave."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        place, _, name = key.partition(".")
-        state.setdefault(int(place), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})

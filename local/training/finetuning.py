@@ -1,9 +1,9 @@
-"""Train an encoder with its head, judge it at every epoch as the kernel would use it, and keep what is worth it."""
+"""Fine-tune an encoder: train it, evaluate every epoch as the kernel would, keep what validation finds better."""
 
-import contextlib
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,150 +12,170 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.inputs import InputError
+from local.banks.estimators import NEVER
 from local.base import distributed
 from local.base.console import counted, say
 from local.base.files import write_tensors
 from local.data.competition import Labelled, places_of, sort_ids
 from local.recipes.recipe import Recipe
-from local.recipes.settings import EncoderSettings, TrainSettings
-from local.training.adaptation import copy_state, interpolate
+from local.recipes.settings import EncoderSettings
+from local.training.adaptation import copy_state
 from local.training.checkpoints import Checkpoint, full_disk_named, memory_named
 from local.training.checks import is_first
 from local.training.evaluation import (
-    MONITORED,
-    SHARES,
-    Judged,
-    Unusable,
-    best_of,
-    choose_share,
-    judge,
-    log_line,
-    log_row,
-    monitored,
-    told_choice,
+    MONITOR_NAMES,
+    Evaluation,
+    Evaluator,
+    NoUsableEmbedding,
+    best_row,
+    monitored_score,
 )
 from local.training.head import Head
-from local.training.trainer import Signals, Training
+from local.training.log import describe_scores, log_row, tensorboard
+from local.training.mixing import MIX_RATIOS, choose_mix_ratio, describe_choice, interpolate_weights
+from local.training.signals import StopSignals
+from local.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class TuningData:
+    """What an encoder is trained on and evaluated by.
+
+    Attributes:
+        rank_groups: see `Head`, for the classes of `train` in the order of `sort_ids`.
+        sha256: of the data, by which a training that is resumed knows them again.
+    """
+
+    train: Labelled
+    validation: Labelled
+    rank_groups: Sequence[np.ndarray | None] = ()
+    sha256: str = ""
+
+    def where(self, is_kept: np.ndarray) -> "TuningData":
+        """The data without the training observations where `is_kept`, (observations,) bool, is false."""
+        train, before = self.train.subset(is_kept), sort_ids(self.train.class_ids)
+        kept = places_of(np.array(sort_ids(train.class_ids), dtype=object), before)
+        groups = [one if one is None else one[kept] for one in self.rank_groups]
+        return dataclasses.replace(self, train=train, rank_groups=groups)
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What training came to.
+    """The result of a fine-tuning.
 
     Attributes:
-        log: the rows of log.csv, one per epoch.
-        epoch: whose weights were mixed in; 0 where the encoder stays as it came.
-        share: of them in the encoder, one of SHARES.
-        head: that was trained with it, where the recipe keeps it.
+        log: the rows of log.csv, one for each epoch.
+        epoch: whose weights are kept; 0 where the encoder is unchanged.
+        mix_ratio: of these weights in the encoder, one of MIX_RATIOS; the rest are those before training.
+        head: the bank that was trained with the encoder, where the recipe keeps it.
         classes: of the head.
     """
 
     log: list[dict]
     epoch: int
-    share: float
+    mix_ratio: float
     head: Bank | None = None
     classes: Sequence[str] = ()
 
 
-def finetune(
-    encoder: Encoder,
-    fit: Labelled,
-    validation: Labelled,
-    recipe: Recipe,
-    folder: Path,
-    ranks: Sequence[np.ndarray | None] = (),
-    data_sha256: str = "",
-) -> Tuning:
-    """Train in place, from the newest checkpoint in `folder`, if there is one.
+def finetune(encoder: Encoder, data: TuningData, recipe: Recipe, folder: Path) -> Tuning:
+    """Fine-tune an encoder in place, from the newest checkpoint in `folder` if there is one.
 
-    Every epoch is judged by a bank rebuilt from the tuned encoder, or by the head where the recipe keeps it. The best
-    epoch's weights are then mixed with those that the encoder came with, in a share that validation chooses; with a
-    share of 0 the encoder stays as it came. An encoder whose head is kept is that of the best epoch.
+    Every epoch is evaluated by a bank of the class means of the encoder at that epoch, or by the head where the recipe
+    keeps it. The weights of the best epoch are then interpolated with those before training, in the ratio that
+    validation chooses; with a ratio of 0 the encoder is unchanged. Where the head is kept, the encoder is that of the
+    best epoch.
 
     Args:
         folder: for checkpoints.
-        ranks: see `Head`.
-        data_sha256: of what is learnt from, to go on with the same alone.
 
     Raises:
         InputError: the checkpoint is of another training; memory or disk do not suffice.
         Stopped: by the user or the system.
     """
-    train, views, keeps_head = recipe.train, recipe.bank.views[:1], recipe.keeps_head  # one view is enough to compare
-
-    def judged(candidate: Encoder, head: Head | None = None) -> Judged:
-        return judge(candidate, fit, validation, views, recipe.bank.pooling, head.bank() if head else None)
-
+    settings, monitor, keeps_head = recipe.train, recipe.train.monitor, recipe.keeps_head
     encoder.module.requires_grad_(False).eval()
-    with memory_named("judging the encoder as it came", folder):
-        start = judged(encoder)
-    if not start.seen.all():
-        say(f"{counted(int((~start.seen).sum()), 'observation')} without a readable photo: nothing is learnt from that")
-    before, fit = sort_ids(fit.class_ids), fit.subset(start.seen)
-    classes = sort_ids(fit.class_ids)  # a class none of whose photos can be read is not learnt
-    kept = places_of(np.array(classes, dtype=object), before)
-    prototypes, ranks = start.bank.prototypes[kept], [groups if groups is None else groups[kept] for groups in ranks]
-    centre = -start.bank.layers[0].bias
-    torch.manual_seed(train.seed)
-    sizes = np.bincount(places_of(fit.class_ids, classes), minlength=len(classes))
-    with memory_named("making the head", folder):
-        head = Head(centre, prototypes, sizes, train, ranks, recipe.bank.pooling).to(encoder.device)
-    refuse_large(recipe.encoder, encoder.module, head)
-    if train.prototypes == "episodic" and sizes.max() < 2:
-        raise InputError("no class has two observations: an episode needs one to learn from and one to ask")
-    with memory_named("copying the encoder to train it", folder):
-        training = Training(encoder, head, fit, recipe, data_sha256, folder)
-    if not training.log:
-        training.log.append(log_row(0, "", 0.0, start.scores))
-    say(f"epoch 0: {log_line(training.log[0])}")
+    # One view suffices to compare epochs.
+    evaluator = Evaluator(data.train, data.validation, recipe.bank.views[:1], recipe.bank.pooling)
+    with memory_named("evaluating the encoder before training", folder):
+        initial = evaluator.evaluate(encoder, "epoch 0")
+    if not initial.has_embedding.all():
+        say(f"{counted(int((~initial.has_embedding).sum()), 'observation')} without a readable photo: not trained on")
+    data = data.where(initial.has_embedding)
+    evaluator = dataclasses.replace(evaluator, train=data.train)
+    trainer = make_trainer(encoder, data, initial, recipe, folder)
+    say(f"epoch 0: {describe_scores(trainer.log[0])}")
 
-    with Signals() as signals, events(folder.parent / "tensorboard") as note:
-        while training.epoch <= train.epochs and not is_over(training.log, train, keeps_head, training.since):
-            began = time.monotonic()
-            with signals.held(), memory_named(f"training epoch {training.epoch}", folder):
-                mean_loss = training.train_epoch(signals)
-            if not math.isfinite(mean_loss):
-                say(
-                    f"epoch {training.epoch}, batch {training.batch}: the loss is {mean_loss}; stopping with what was "
-                    "learnt before; a smaller learning_rate may help"
-                )
+    with StopSignals() as signals, tensorboard(folder.parent / "tensorboard") as write_row:
+        while trainer.epoch <= settings.epochs and not is_patience_over(trainer):
+            started = time.monotonic()
+            with signals.deferred(), memory_named(f"training epoch {trainer.epoch}", folder):
+                loss = trainer.train_epoch(signals)
+            if not math.isfinite(loss):
+                say(describe_divergence(f"epoch {trainer.epoch}, batch {trainer.batch}: the loss is {loss}"))
                 break
-            if training.epoch < 1:
-                say(f"head-only epoch {training.epoch + train.head_only_epochs}: loss {mean_loss:.4f}")
-                with memory_named("freeing the encoder's weights to learn", folder):
-                    training.next_epoch()
+            if trainer.is_head_only:
+                say(f"head-only epoch {trainer.epoch + settings.head_only_epochs}: loss {loss:.4f}")
+                with memory_named("unfreezing the encoder", folder):
+                    trainer.next_epoch()
                 continue
             try:
-                with memory_named(f"judging epoch {training.epoch}", folder):
-                    present = judged(training.kept, head if keeps_head else None)
-            except Unusable as error:
-                kept = "stopping with what was learnt before; a smaller learning_rate may help"
-                say(f"epoch {training.epoch}: {error}; {kept}")
+                with memory_named(f"evaluating epoch {trainer.epoch}", folder):
+                    head = trainer.head.bank() if keeps_head else None
+                    evaluation = evaluator.evaluate(trainer.evaluated, f"epoch {trainer.epoch}", head)
+            except NoUsableEmbedding as error:
+                say(describe_divergence(f"epoch {trainer.epoch}: {error}"))
                 break
-            rate = training.learning_rate
-            row = log_row(training.epoch, mean_loss, rate, present.scores, time.monotonic() - began)
-            training.log.append(row)
-            say(f"epoch {training.epoch}: loss {mean_loss:.4f}  {log_line(row)}")
-            note(row)
-            if best_of(training.log[1:], train.monitor) == training.epoch - 1:
-                keep_best(folder, training, present)
-            if isinstance(training.schedule, ReduceLROnPlateau):
-                training.schedule.step(monitored(row, train.monitor))
-            if train.prototypes == "updated":
-                head.prototypes.copy_(present.bank.prototypes)
-                head.centre.copy_(-present.bank.layers[0].bias)
-            training.next_epoch()
-    with memory_named("mixing the trained weights with those that the encoder came with", folder):
-        return settle(encoder, training, start, judged)
+            seconds, rate = time.monotonic() - started, trainer.optimization.learning_rate
+            row = log_row(trainer.epoch, loss, rate, evaluation.scores, seconds)
+            trainer.log.append(row)
+            say(f"epoch {trainer.epoch}: loss {loss:.4f}  {describe_scores(row)}")
+            write_row(row)
+            if best_row(trainer.log[1:], monitor) == trainer.epoch - 1:
+                save_best(trainer, evaluation)
+            trainer.optimization.end_epoch(monitored_score(row, monitor))
+            if settings.prototypes == "updated":
+                trainer.head.prototypes.copy_(evaluation.bank.prototypes)
+                trainer.head.centre.copy_(-evaluation.bank.layers[0].bias)
+            trainer.next_epoch()
+    with memory_named("interpolating the weights before and after training", folder):
+        return keep_best_weights(encoder, trainer, evaluator, initial)
+
+
+def make_trainer(encoder: Encoder, data: TuningData, initial: Evaluation, recipe: Recipe, folder: Path) -> Trainer:
+    """The trainer of an encoder and a head that starts at the class means, at its start or its newest checkpoint.
+
+    Args:
+        data: of observations that all have an embedding.
+        initial: of the encoder, by a bank that may have more classes than the data.
+    """
+    classes = sort_ids(data.train.class_ids)  # a class without any readable photo is not trained on
+    labels = places_of(data.train.class_ids, classes)
+    class_counts = np.bincount(labels, minlength=len(classes))
+    is_kept = initial.bank.bias > NEVER
+    prototypes, centre = initial.bank.prototypes[is_kept], -initial.bank.layers[0].bias
+    torch.manual_seed(recipe.train.seed)
+    with memory_named("making the head", folder):
+        head = Head(centre, prototypes, class_counts, recipe.train, data.rank_groups, recipe.bank.pooling)
+        head.to(encoder.device)
+    refuse_large(recipe.encoder, encoder.module, head)
+    if recipe.train.prototypes == "episodic" and class_counts.max() < 2:
+        raise InputError(
+            "no class has two observations: an episode needs one for the support set and one for the queries"
+        )
+    with memory_named("copying the encoder to train it", folder):
+        trainer = Trainer(encoder, head, data.train, recipe, data.sha256, folder)
+    if not trainer.log:
+        trainer.log.append(log_row(0, "", 0.0, initial.scores))
+    return trainer
 
 
 def refuse_large(settings: EncoderSettings, *modules: nn.Module) -> None:
-    """Check the limit of parameters.
+    """Check the limit on parameters.
 
     Raises:
         InputError: there are more.
@@ -168,88 +188,93 @@ def refuse_large(settings: EncoderSettings, *modules: nn.Module) -> None:
         )
 
 
-def is_over(log: Sequence[dict], train: TrainSettings, keeps_head: bool, since: int) -> bool:
-    """Whether validation has stood still for as long as patience says. A head is not compared with the start.
-
-    Args:
-        since: rows of the log that were there when the present course began.
-    """
-    first = 1 if keeps_head and len(log) > 1 else 0
-    best = first + best_of(log[first:], train.monitor)
-    over = min(len(log) - since, len(log) - 1 - best) >= train.patience
-    if over:
-        monitor = MONITORED.get(train.monitor, train.monitor)
-        say(
-            f"stopping after epoch {log[-1]['epoch']} of {train.epochs}: {monitor} has not been better than the "
-            f"{monitored(log[best], train.monitor):.3f} of epoch {log[best]['epoch']} for "
-            f"{counted(train.patience, 'epoch')} (patience)"
-        )
-    return over
+def describe_divergence(what: str) -> str:
+    """What ended a training early."""
+    return f"{what}; stopping; the epochs before are not lost; a smaller learning_rate may help"
 
 
-def keep_best(folder: Path, training: Training, judged: Judged) -> None:
-    """Write the weights of the epoch that is the best so far; those before it are kept as long as checkpoints are."""
+def is_patience_over(trainer: Trainer) -> bool:
+    """Whether the score has not improved for `patience` epochs; says so. A head is not compared with epoch 0."""
+    log, settings = trainer.log, trainer.recipe.train
+    first = 1 if trainer.recipe.keeps_head and len(log) > 1 else 0
+    best = first + best_row(log[first:], settings.monitor)
+    if min(len(log) - trainer.schedule_start, len(log) - 1 - best) < settings.patience:
+        return False
+    say(
+        f"stopping after epoch {log[-1]['epoch']} of {settings.epochs}: "
+        f"{MONITOR_NAMES.get(settings.monitor, settings.monitor)} has not been better than the "
+        f"{monitored_score(log[best], settings.monitor):.3f} of epoch {log[best]['epoch']} for "
+        f"{counted(settings.patience, 'epoch')} (patience)"
+    )
+    return True
+
+
+def save_best(trainer: Trainer, evaluation: Evaluation) -> None:
+    """Write the weights of the best epoch so far; of those before, the last is kept, as checkpoints are."""
     if not is_first():
         return
-    tensors = {f"encoder.{name}": value for name, value in copy_state(training.kept.module).items()}
-    tensors |= {f"head.{name}": value for name, value in training.head.state_dict().items()}
-    older = sorted(folder.glob("best-*.safetensors"))
-    with full_disk_named(folder):
-        write_tensors(tensors | {"hits": torch.tensor(judged.hits)}, folder / f"best-{training.epoch:06}.safetensors")
+    tensors = {f"encoder.{name}": value for name, value in copy_state(trainer.evaluated.module).items()}
+    tensors |= {f"head.{name}": value for name, value in trainer.head.state_dict().items()}
+    tensors["hits"] = torch.tensor(evaluation.hits)
+    older = sorted(trainer.folder.glob("best-*.safetensors"))
+    with full_disk_named(trainer.folder):
+        write_tensors(tensors, best_path(trainer.folder, trainer.epoch))
     for path in older[:-1]:
         path.unlink(missing_ok=True)
 
 
-def settle(encoder: Encoder, training: Training, start: Judged, judged: Callable[[Encoder], Judged]) -> Tuning:
-    """Put into the encoder what is worth keeping of a training that is over."""
-    log, monitor, keeps_head = training.log, training.recipe.train.monitor, training.recipe.keeps_head
-    if len(log) == 1:
-        if keeps_head:
-            raise InputError("nothing was learnt, so that there is no head to keep: try a smaller learning_rate")
-        say("chosen: the encoder as it came: no epoch was finished")
-        return Tuning(log, 0, 0.0)
-    epoch = best_of(log[1:], monitor) + 1
-    distributed.barrier()  # until it is written
-    path = training.folder / f"best-{epoch:06}.safetensors"
+def best_path(folder: Path, epoch: int) -> Path:
+    """Where `save_best` writes an epoch's weights."""
+    return folder / f"best-{epoch:06}.safetensors"
+
+
+def read_best(folder: Path, epoch: int) -> Checkpoint:
+    """What `save_best` wrote.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = best_path(folder, epoch)
     try:
-        best = Checkpoint(load_file(path), {})
+        return Checkpoint(load_file(path), {})
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged: {error}; remove {training.folder.parent} and train again") from error
+        raise InputError(f"{path} is damaged: {error}; remove {folder.parent} and train again") from error
+
+
+def keep_best_weights(encoder: Encoder, trainer: Trainer, evaluator: Evaluator, initial: Evaluation) -> Tuning:
+    """Give the encoder the weights that validation finds best, and say which they are and why.
+
+    Args:
+        encoder: as it was before training.
+        initial: its evaluation.
+    """
+    log, monitor = trainer.log, trainer.recipe.train.monitor
+    if len(log) == 1:
+        if trainer.recipe.keeps_head:
+            raise InputError("no epoch was finished, so there is no trained head to keep: try a smaller learning_rate")
+        say("kept: the encoder before training, unchanged: no epoch was finished")
+        return Tuning(log, 0, 0.0)
+    epoch = best_row(log[1:], monitor) + 1
+    distributed.barrier()  # until the first process has written it
+    best = read_best(trainer.folder, epoch)
     after = {name: value.to(encoder.device) for name, value in best.part("encoder").items()}
-    if keeps_head:
+    if trainer.recipe.keeps_head:
         encoder.module.load_state_dict(after)
-        training.head.load_state_dict(best.part("head"))
+        trainer.head.load_state_dict(best.part("head"))
         say(
-            f"chosen: epoch {epoch}, with its head: {MONITORED.get(monitor, monitor)} is "
-            f"{monitored(log[epoch], monitor):.3f}, the best of "
-            f"{counted(len(log) - 1, 'epoch')}; a trained head is not compared with the encoder as it came"
+            f"kept: the encoder and head of epoch {epoch}: {MONITOR_NAMES.get(monitor, monitor)} is "
+            f"{monitored_score(log[epoch], monitor):.3f}, the best of {counted(len(log) - 1, 'epoch')}; a trained head "
+            "is not compared with the encoder before training"
         )
-        return Tuning(log, epoch, 1.0, training.head.bank(), training.classes)
-    before, mixes = copy_state(encoder.module), []
-    for share in SHARES[1:-1]:
-        encoder.module.load_state_dict(interpolate(before, after, share))
-        mixes.append(judged(encoder))
-        say(f"{share:.0%} of epoch {epoch}: {log_line(mixes[-1].scores)}")
-    every = [start, *mixes, Judged(start.bank, best.tensors["hits"].numpy(), {})]
-    share = choose_share(every)
-    encoder.module.load_state_dict(interpolate(before, after, share))
-    say(told_choice(every, share, epoch))
-    return Tuning(log, epoch if share else 0, share)
-
-
-@contextlib.contextmanager
-def events(folder: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that adds a row of the log to TensorBoard's events."""
-    if not is_first():
-        yield lambda row: None
-        return
-    from torch.utils.tensorboard import SummaryWriter  # takes a second to import, which only training should pay
-
-    with SummaryWriter(str(folder)) as writer:
-
-        def note(row: dict) -> None:
-            for name, value in row.items():
-                if name != "epoch" and value != "":
-                    writer.add_scalar(name, value, row["epoch"])
-
-        yield note
+        return Tuning(log, epoch, 1.0, trainer.head.bank(), trainer.classes)
+    before, evaluations = copy_state(encoder.module), [initial]
+    for mix_ratio in MIX_RATIOS[1:-1]:
+        encoder.module.load_state_dict(interpolate_weights(before, after, mix_ratio))
+        what = f"{mix_ratio:.0%} of the weights of epoch {epoch}"
+        evaluations.append(evaluator.evaluate(encoder, what))
+        say(f"{what}: {describe_scores(evaluations[-1].scores)}")
+    evaluations.append(Evaluation(initial.bank, best.tensors["hits"].numpy(), {}))
+    mix_ratio = choose_mix_ratio(evaluations)
+    encoder.module.load_state_dict(interpolate_weights(before, after, mix_ratio))
+    say(describe_choice(evaluations, mix_ratio, epoch))
+    return Tuning(log, epoch if mix_ratio else 0, mix_ratio)

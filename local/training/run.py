@@ -54,10 +54,10 @@ from local.recipes.recipe import Recipe, current_names, differences, settings_of
 from local.recipes.settings import TrainSettings
 from local.training.checkpoints import full_disk_named, memory_named, read_notes, tidy
 from local.training.checks import CACHE, CHECKPOINTS, check_start, has_checkpoint, is_first, named, partial_of
-from local.training.evaluation import log_row, peak_memory_gb
-from local.training.finetuning import Tuning, finetune, refuse_large
+from local.training.finetuning import Tuning, TuningData, finetune, refuse_large
+from local.training.log import log_row, peak_memory_gb
 from local.training.plots import plot_class_distribution, plot_training_curve
-from local.training.trainer import FREE, KEEP, refuse_fewer_epochs, refuse_other
+from local.training.resuming import CHANGEABLE, KEEP, refuse_fewer_epochs, refuse_other_training
 
 VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
@@ -110,7 +110,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     begun = next(filter(has_checkpoint, (partial / CHECKPOINTS, out / CHECKPOINTS)), None)
     notes = read_notes(begun) if begun else None
     if begun and notes:
-        refuse_other(begun, notes, recipe, competition.digest())
+        refuse_other_training(begun, notes, recipe, competition.digest())
     if is_first():
         checkpoints = partial / CHECKPOINTS
         with full_disk_named(checkpoints), memory_named("opening the encoder as the kernel will", checkpoints):
@@ -208,7 +208,7 @@ def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool, resumes: bool
     if not found:
         return True
     notes = read_notes(out / CHECKPOINTS) if old["epochs"] and recipe.train.epochs else None
-    fixed = [said for key, said in found.items() if not notes or key not in FREE]
+    fixed = [said for key, said in found.items() if not notes or key not in CHANGEABLE]
     if fixed:
         why = "cannot be continued" if notes else "is finished and holds no training that could be continued"
         raise InputError(f"{out} {why}: {'; '.join(fixed)}; {KEEP}")
@@ -344,10 +344,10 @@ def fill_run(
     if recipe.train.epochs:
         learnt, judges = (largest_classes(part, fit, recipe.train.max_classes) for part in (fit, validation))
         ranks = read_ranks(competition, sort_ids(learnt.class_ids))
-        tuning = finetune(encoder, learnt, judges, recipe, folder / CHECKPOINTS, ranks, digest)
+        tuning = finetune(encoder, TuningData(learnt, judges, ranks, digest), recipe, folder / CHECKPOINTS)
     # From here on in the kernel's precision, so that the bank is made of what it will be compared with.
     encoder.module.to(pick_dtype(encoder.device, recipe.encoder.precision))
-    if tuning.share:
+    if tuning.mix_ratio:
         learnt_from[source] = part
     is_tuned = source in learnt_from
     study = Study(
@@ -384,7 +384,7 @@ def fill_run(
     metrics = {
         "validation": scores,
         "chosen_epoch": tuning.epoch,
-        "chosen_share": tuning.share,
+        "mix_ratio": tuning.mix_ratio,
         "seconds": round(time.monotonic() - started, 1),
         "memory_gb": peak_memory_gb(),
     }

@@ -1,4 +1,4 @@
-"""What of an encoder learns is what the recipe says, and mixing weights is exact."""
+"""The recipe says which parameters of an encoder are trained, and how fast."""
 
 import pytest
 import timm
@@ -7,11 +7,10 @@ from torch import nn
 
 from local.recipes.settings import OptimSettings
 from local.training.adaptation import (
-    add_low_rank,
+    add_low_rank_updates,
     copy_state,
     group_by_layer,
-    interpolate,
-    set_training,
+    set_training_mode,
     unfreeze,
 )
 
@@ -44,14 +43,14 @@ ARCHITECTURES = [tiny_transformer, tiny_tower, lambda: timm.create_model("test_r
 
 
 @pytest.mark.parametrize("make", ARCHITECTURES)
-def test_low_rank_additions_start_as_nothing_and_merge_exactly(make):
+def test_low_rank_updates_start_at_zero_and_merge_exactly(make):
     module, photos = make(), torch.randn(2, 3, 160, 160)
     before = module(photos)
     unfreeze(module, -1)
-    add_low_rank(module, 2)
-    learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    assert learning
-    assert all(name.endswith((".up", ".down")) for name in learning)
+    add_low_rank_updates(module, 2)
+    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(name.endswith((".up", ".down")) for name in trainable)
     assert torch.allclose(module(photos), before, atol=1e-6)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -64,23 +63,23 @@ def test_low_rank_additions_start_as_nothing_and_merge_exactly(make):
     assert torch.allclose(merged(photos), moved, atol=1e-5)  # attention takes another path where nothing learns
 
 
-def test_low_rank_additions_keep_to_the_last_groups():
+def test_low_rank_updates_are_in_the_last_groups_alone():
     module = tiny_transformer()
     unfreeze(module, 2)
     wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
-    add_low_rank(module, 2)
-    learning = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    assert learning
-    assert {name.split(".parametrizations.")[0] for name in learning} <= {name.rsplit(".", 1)[0] for name in wanted}
+    add_low_rank_updates(module, 2)
+    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert {name.split(".parametrizations.")[0] for name in trainable} <= {name.rsplit(".", 1)[0] for name in wanted}
 
 
 @pytest.mark.parametrize("make", ARCHITECTURES)
 @pytest.mark.parametrize("rank", [0, 2])
-def test_lower_layers_learn_more_slowly(make, rank):
+def test_lower_layers_have_a_smaller_learning_rate(make, rank):
     module = make()
     unfreeze(module, -1)
     if rank:
-        add_low_rank(module, rank)
+        add_low_rank_updates(module, rank)
     groups = group_by_layer(module, OptimSettings(layer_decay=0.5, learning_rate=1.0))
     rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
     in_order = [rates[id(parameter)] for parameter in module.parameters() if parameter.requires_grad]
@@ -89,33 +88,23 @@ def test_lower_layers_learn_more_slowly(make, rank):
     assert max(in_order) == in_order[-1] == 1.0
 
 
-def test_without_layer_decay_all_layers_learn_alike(module):
+def test_without_layer_decay_all_layers_have_the_same_learning_rate(module):
     unfreeze(module, -1)
     assert {group["lr"] for group in group_by_layer(module, OptimSettings())} == {OptimSettings().learning_rate}
 
 
-def test_the_ends_of_the_interpolation_are_the_two_encoders(module):
-    before, after = copy_state(module), {}
-    for name, value in before.items():
-        after[name] = value + torch.randn_like(value) if value.is_floating_point() else value + 7
-    assert same(interpolate(before, after, 0.0), before)
-    assert same(interpolate(before, after, 1.0), after)
-    half = interpolate(before, after, 0.5)["conv1.0.weight"]
-    assert torch.allclose(half, (before["conv1.0.weight"] + after["conv1.0.weight"]) / 2)
-
-
-def test_only_the_last_groups_learn(module):
-    learning = unfreeze(module, 1)
+def test_only_the_last_groups_are_trained(module):
+    trainable = unfreeze(module, 1)
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    assert 0 < len(learning) < len(list(module.parameters()))
-    assert len(names) == len(learning)
+    assert 0 < len(trainable) < len(list(module.parameters()))
+    assert len(names) == len(trainable)
     assert not any(name.startswith(("conv1", "bn1", "layer1")) for name in names)
-    assert len(unfreeze(module, 2)) > len(learning)
+    assert len(unfreeze(module, 2)) > len(trainable)
     assert len(unfreeze(module, -1)) == len(list(module.parameters()))
     assert unfreeze(module, 0) == []
 
 
-def test_only_the_last_groups_of_an_open_clip_tower_learn():
+def test_only_the_last_groups_of_an_open_clip_tower_are_trained():
     tower = tiny_tower()
     unfreeze(tower, 2)
     names = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
@@ -127,19 +116,19 @@ def test_only_the_last_groups_of_an_open_clip_tower_learn():
 def test_a_pretrained_encoder_keeps_its_batch_statistics(module):
     photos = torch.randn(4, 3, 64, 64)
     before = copy_state(module)
-    set_training(module, pretrained=True)
+    set_training_mode(module, pretrained=True)
     module(photos)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    set_training(module, pretrained=False)
+    set_training_mode(module, pretrained=False)
     module(photos)
     assert any(not torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def test_a_layer_of_two_names_is_copied_under_both_with_its_low_rank_addition():
+def test_a_layer_of_two_names_is_copied_under_both_with_its_low_rank_update():
     layer = nn.Linear(8, 8)
     module = nn.Sequential(layer, nn.ReLU(), layer)
     names = set(module.state_dict())
-    add_low_rank(module, 2)
+    add_low_rank_updates(module, 2)
     layer.parametrizations.weight[0].up.data.fill_(1.0)
     copied = copy_state(module)
     assert set(copied) == names

@@ -1,16 +1,11 @@
-"""A checkpoint is complete or not there."""
+"""A checkpoint is written whole or not at all."""
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from local.training.checkpoints import (
-    KEPT,
-    Checkpoint,
-    flatten_optimiser,
-    read_checkpoint,
-    restore_optimiser,
-    write_checkpoint,
-)
+from kernel.inputs import InputError, sha256
+from local.training.checkpoints import DIGITS, KEPT, Checkpoint, read_checkpoint, read_notes, write_checkpoint
 
 
 def write(folder, count):
@@ -43,19 +38,11 @@ def test_there_is_none_in_an_empty_folder_or_where_all_are_damaged(tmp_path):
     assert read_checkpoint(tmp_path) is None
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)])
-def test_an_optimiser_goes_on_where_it_was(make):
-    weights = []
-    for stops in (False, True):
-        parameter = torch.nn.Parameter(torch.ones(4))
-        optimiser = make([parameter])
-        for step in range(6):
-            if stops and step == 3:
-                state = dict(flatten_optimiser(optimiser))
-                optimiser = make([parameter])
-                restore_optimiser(optimiser, state)
-            optimiser.zero_grad()
-            (parameter**2 * torch.arange(4.0)).sum().backward()
-            optimiser.step()
-        weights.append(parameter.detach())
-    assert torch.equal(*weights)
+def test_a_checkpoint_of_an_earlier_version_is_one_line(tmp_path):
+    write(tmp_path / "run" / "checkpoints", 1)
+    path = next((tmp_path / "run" / "checkpoints").iterdir())
+    save_file(load_file(path), path, {"notes": '{"epoch": 3}'})
+    path = path.rename(path.with_name(f"000000.{sha256(path)[:DIGITS]}.safetensors"))
+    for read in (read_checkpoint, read_notes):
+        with pytest.raises(InputError, match=r"earlier version .* cannot be resumed: remove .*/run and train again$"):
+            read(path.parent)

@@ -1,18 +1,22 @@
-"""Two processes under torchrun train what one would."""
+"""Two processes under torchrun train what one process would."""
 
 import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
-from safetensors.torch import load_file
+import torch
 
+from local.encoders.load import load_encoder
 from local.recipes.recipe import make_recipe
+from local.training.checkpoints import read_checkpoint
+from local.training.checks import CHECKPOINTS
 from local.training.run import train_run
 from tests.conftest import LEARNING, ROOT, TINY
 from tests.local.training.test_run import train
 
-# Without batch statistics, which each process has of its own share.
+# Without batch statistics, which each process has of its own part of a batch.
 ENCODER = "timm:test_convnext"
 SETTINGS = {"epochs": 2, "batch_size": 8, "colour_jitter": 0.0, "crop_scale": 1.0}
 
@@ -33,32 +37,36 @@ def torchrun(processes, *arguments):
 def test_two_processes_give_the_metrics_of_one(drawn, alone, tmp_path):
     done = torchrun(2, *train(tmp_path / "run", drawn, "--encoder", ENCODER, **SETTINGS))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\nepoch 1:") == 1  # only one of them speaks
+    assert done.stdout.count("\nepoch 1:") == 1  # only rank 0 prints
     one, two = (json.loads((run / "metrics.json").read_text())["validation"] for run in (alone, tmp_path / "run"))
     for name in ("recall_at_1", "recall_at_5", "macro_f1"):
         assert two[name] == pytest.approx(one[name], abs=0.25)
-    logs = [
-        [line.split(",") for line in (run / "log.csv").read_text().splitlines()] for run in (alone, tmp_path / "run")
-    ]
-    assert float(logs[0][2][1]) == pytest.approx(float(logs[1][2][1]), rel=1e-3)  # the loss of the first epoch
-    weights = [load_file(run / "encoder.safetensors") for run in (alone, tmp_path / "run")]
-    assert weights[0].keys() == weights[1].keys()
+    logs = [pd.read_csv(run / "log.csv") for run in (alone, tmp_path / "run")]
+    assert logs[0]["loss"][1:].tolist() == pytest.approx(logs[1]["loss"][1:].tolist(), rel=1e-2)
+    # The sums of gradients are rounded differently, and Adam divides by them; so not bit for bit.
+    torch.manual_seed(0)
+    before = load_encoder(ENCODER, False, TINY["image_size"])[0].state_dict()
+    first, second = (read_checkpoint(run / CHECKPOINTS).part("encoder") for run in (alone, tmp_path / "run"))
+    assert first.keys() == second.keys()
+    moved = torch.cat([(first[name] - before[name]).flatten() for name in first])
+    apart = torch.cat([(first[name] - second[name]).flatten() for name in first])
+    assert apart.norm() < 0.1 * moved.norm()
 
 
 @pytest.mark.slow
-def test_a_team_whose_member_dies_is_restarted_and_ends(drawn, alone, tmp_path):
+def test_when_one_process_dies_both_are_restarted_and_the_run_is_finished(drawn, alone, tmp_path):
     """The second process fails once, after the first checkpoint; torchrun then starts both again."""
     script = tmp_path / "fragile.py"
     script.write_text(
         "import os, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from local.training.trainer import Training\n"
-        "follow = Training.follow\n"
+        "from local.training.trainer import Trainer\n"
+        "forward_backward = Trainer.forward_backward\n"
         "def fragile(self, *given):\n"
         "    if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and self.epoch == 2:\n"
         "        raise RuntimeError('this device is lost')\n"
-        "    return follow(self, *given)\n"
-        "Training.follow = fragile\n"
+        "    return forward_backward(self, *given)\n"
+        "Trainer.forward_backward = fragile\n"
         "from local.train import main\n"
         "main()\n"
     )
@@ -66,5 +74,5 @@ def test_a_team_whose_member_dies_is_restarted_and_ends(drawn, alone, tmp_path):
     done = torchrun(2, "--max-restarts", "1", str(script), *arguments)
     assert done.returncode == 0, done.stderr
     assert "RuntimeError: this device is lost" in done.stderr
-    assert "going on in epoch 1 after batch" in done.stdout
+    assert "continuing in epoch 1 after batch" in done.stdout
     assert (tmp_path / "run" / "manifest.json").is_file()

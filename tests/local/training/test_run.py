@@ -393,7 +393,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing_of_a_training(drawn, whole
     recipe = make_recipe(SETTINGS, "the test")
     with monkeypatch.context() as patched:
         patched.setattr("local.training.run.write_manifest", full)
-        with pytest.raises(InputError, match=r"the disk is full: .* keeps what was learnt .* with --resume$"):
+        with pytest.raises(InputError, match=r"the disk is full: .* keeps the last checkpoint.* with --resume$"):
             train_run(recipe, drawn.competition, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train_run(recipe, drawn.competition, tmp_path / "run", resumes=True)
