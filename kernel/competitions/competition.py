@@ -71,6 +71,7 @@ class Competition:
         metric: score of the leaderboard, by its name in a run's validation scores.
         time_limit: of a kernel with a GPU, seconds.
         leaderboard: number of observations of its public and its private part, if known.
+        solution_columns: of the observation and the class in a test table with labels, which can serve as a solution.
         metadata: columns that describe an observation; the test table has them too.
         read_rows: reads the test set, with ids as the table spells them; counts what it leaves out.
         read_labelled: reads the training set, with photos in the given resolution; counts what it leaves out.
@@ -93,6 +94,7 @@ class Competition:
     metric: str
     time_limit: float
     leaderboard: tuple[int, ...] = ()
+    solution_columns: tuple[str, str] | None = None
     metadata: tuple[str, ...] = ()
     read_rows: Callable[["CompetitionFolder", Counter], list[PhotoRow]]
     read_labelled: Callable[["CompetitionFolder", str, Counter], list[LabelledPhoto]]

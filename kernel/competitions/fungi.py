@@ -94,6 +94,7 @@ _FUNGICLEF = Competition(
     metric="recall_at_5",
     time_limit=12 * 3600,
     leaderboard=(226, 773),
+    solution_columns=("observationID", "category_id"),
     metadata=METADATA,
     read_rows=_read_rows,
     read_labelled=_read_labelled,

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.competitions import competition_named
+from kernel.competitions import COMPETITIONS, competition_named
 from kernel.inputs import InputError
 from kernel.manifest import CompetitionSpec, read_weights
 from kernel.observations import TestTable, find_test_table, recognise
@@ -261,7 +261,7 @@ def refuse_other_competition(data: Path, trained: CompetitionSpec) -> None:
 
 
 def read_solution(solution: Path, observations: Iterable[str] = (), classes: Iterable[str] = ()) -> dict[str, str]:
-    """The class id of each observation, of a CSV with the two in its first columns; or of FungiTastic's own test table.
+    """The class id of each observation, of a CSV with the two in its first columns, or of a test table with labels.
 
     Args:
         observations, classes: ids that are known, as the submission spells them.
@@ -273,9 +273,12 @@ def read_solution(solution: Path, observations: Iterable[str] = (), classes: Ite
     try:
         with solution.open(encoding="utf-8-sig", newline="") as file:
             header, *rows = csv.reader(file)
-        columns = 0, 1
-        if {"observationID", "category_id"}.issubset(header):
-            columns = header.index("observationID"), header.index("category_id")
+        labels = [
+            one.solution_columns
+            for one in COMPETITIONS
+            if one.solution_columns and set(one.solution_columns).issubset(header)
+        ]
+        columns = [header.index(name) for name in labels[0]] if labels else [0, 1]
         pairs = [[row[column] for column in columns] for row in rows if any(cell.strip() for cell in row)]
     except (OSError, ValueError, csv.Error, IndexError) as error:
         raise InputError(f"no solution in {solution} ({error}): give a CSV of observation and class id") from error

@@ -81,6 +81,7 @@ def test_the_json_on_disk_has_the_names_of_the_fields(tmp_path):
 def test_the_earlier_names_of_keys_are_read(tmp_path):
     content = to_json(full_manifest())
     content["prior"] = content.pop("fallback_classes")
+    content["competition"]["layout"] = content["competition"].pop("name")
     for one in content["members"]:
         one["prior"], one["prior_weight"] = one.pop("metadata_prior"), one.pop("metadata_prior_weight")
     (tmp_path / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
