@@ -70,16 +70,16 @@ def write_predictions(setup: Setup, embedded: Sequence[Embeddings]) -> int:
     """
     weights, table, manifest = setup.weights, setup.table, setup.weights.manifest
     members = manifest.members[: len(embedded)]
-    prior = weighted_prior(weights, members, table.observations)
+    metadata_prior = weighted_prior(weights, members, table.observations)
     ranked = rank(
         [read_banks(weights.file(member.bank)) for member in members],
         [member.weight for member in members],
         [embeddings.values for embeddings in embedded],
         table.competition.guesses,
-        prior,
+        metadata_prior,
     )
     is_predicted = torch.stack([embeddings.has_embedding for embeddings in embedded]).all(dim=0)
-    if prior is not None:
+    if metadata_prior is not None:
         is_predicted = torch.ones_like(is_predicted)
     fallback, class_ids = fallback_guesses(table, manifest.fallback_classes), manifest.class_ids
     guesses = [

@@ -169,7 +169,7 @@ def rank(
     weights: Sequence[float],
     embeddings: Sequence[torch.Tensor],
     guesses: int,
-    prior: torch.Tensor | None = None,
+    metadata_prior: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The best classes of each observation, by the weighted sum of the log-probabilities of an ensemble's members.
 
@@ -178,7 +178,7 @@ def rank(
         weights: one per member.
         embeddings: (observations, features of the member), one per member.
         guesses: how many classes to return; all, if there are fewer.
-        prior: (observations, classes) log-probabilities to add, weighted already.
+        metadata_prior: (observations, classes) weighted log-probabilities to add; see `weighted_prior`.
 
     Returns:
         (observations, guesses) int64 indices of classes, best first.
@@ -187,8 +187,8 @@ def rank(
     best, first = [], 0
     for parts in zip(*map(classify, members, embeddings), strict=True):
         total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        if prior is not None:
-            total = total + prior[first : first + len(total)]
+        if metadata_prior is not None:
+            total = total + metadata_prior[first : first + len(total)]
         # A stable sort keeps the classes' order where scores are equal, so every machine gives the same ranking.
         best.append(total.sort(dim=1, descending=True, stable=True).indices[:, :guesses])
         first += len(total)

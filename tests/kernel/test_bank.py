@@ -89,6 +89,13 @@ def test_an_ensemble_ranks_by_the_weighted_sum_of_its_members_log_probabilities(
     )
 
 
+def test_the_metadata_prior_is_added_to_the_observation_that_it_belongs_to(monkeypatch):
+    bank, queries, prior = random_bank(), normalize(torch.randn(50, 8)), 3 * torch.randn(50, 30)
+    monkeypatch.setattr(module, "CHUNK", 7)
+    expected = (classified([bank], queries) + prior).sort(descending=True, stable=True).indices[:, :10]
+    assert torch.equal(rank([[bank]], [1.0], [queries], 10, prior), expected)
+
+
 def test_equal_scores_keep_the_order_of_the_classes():
     bank = random_bank(classes=4, features=2, layers=(), prototypes=torch.tensor([[1.0, 0.0]] * 4))
     assert rank([[bank]], [1.0], [torch.tensor([[1.0, 0.0]])], 4).tolist() == [[0, 1, 2, 3]]
