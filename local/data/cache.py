@@ -28,7 +28,7 @@ from kernel.observations import Observation
 from kernel.photos import PIXELS_VERSION
 from kernel.views import VIEWS
 from local.base import distributed
-from local.base.console import counted, progress
+from local.base.console import Progress, counted, progress
 
 PART = 256  # photos between two writes
 
@@ -67,7 +67,8 @@ class EmbeddingCache:
         """All photos in all views, from the cache where it has them."""
         photos = [(place, path) for place, observation in enumerate(observations) for path in observation.photos]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            digests = list(threads.map(content_digest, (path for _, path in photos)))
+            each = threads.map(content_digest, (path for _, path in photos))
+            digests = list(progress(each, "looking up photos in the cache", len(photos), "photo"))
         known = {view: self._read(view) for view in views}
         missing = {
             digest: path
@@ -99,19 +100,23 @@ class EmbeddingCache:
         """
         digests, causes, (rank, world) = list(missing), {}, distributed.rank_and_world_size()
         parts = [digests[start : start + PART] for start in range(0, len(digests), PART)][rank::world]
-        for part in progress(parts, f"embedding {counted(len(digests), 'photo')} in {counted(len(views), 'view')}"):
-            single = [Observation(digest, (missing[digest],)) for digest in part]
-            found: dict[str, np.ndarray] = {}
-            unreadable: list[tuple[Path, str]] = []
-            for owners, batch in load_batches(self.encoder, single, unreadable):
-                embedded = self.encoder.embed(batch, [VIEWS[view] for view in views]).half().numpy()
-                found |= {part[owner]: row for owner, row in zip(owners, embedded, strict=True)}
-            digest_of = {missing[digest]: digest for digest in part}
-            causes |= {digest_of[path]: cause for path, cause in unreadable}
-            for column, view in enumerate(views):
-                rows = {digest: row[column] for digest, row in found.items()}
-                known[view] |= rows
-                self._write(view, rows)
+        what = f"embedding in {counted(len(views), 'view')}"
+        with Progress(what, sum(map(len, parts)), "photo") as bar:
+            for part in parts:
+                single = [Observation(digest, (missing[digest],)) for digest in part]
+                found: dict[str, np.ndarray] = {}
+                unreadable: list[tuple[Path, str]] = []
+                for indices, batch in load_batches(self.encoder, single, unreadable):
+                    embedded = self.encoder.embed(batch, [VIEWS[view] for view in views]).half().numpy()
+                    found |= {part[index]: row for index, row in zip(indices, embedded, strict=True)}
+                    bar.advance(len(indices))
+                bar.advance(len(unreadable))
+                digest_of = {missing[digest]: digest for digest in part}
+                causes |= {digest_of[path]: cause for path, cause in unreadable}
+                for column, view in enumerate(views):
+                    rows = {digest: row[column] for digest, row in found.items()}
+                    known[view] |= rows
+                    self._write(view, rows)
         return causes
 
     def _write(self, view: str, rows: dict[str, np.ndarray]) -> None:

@@ -54,6 +54,24 @@ def test_a_photo_is_embedded_once_also_under_another_name(encoder, observations,
     assert np.array_equal(again.values[0], first.values[0])
 
 
+def test_progress_counts_every_photo_after_each_batch_also_those_that_cannot_be_read(
+    encoder, observations, passes, tmp_path, monkeypatch
+):
+    progress, advance = {}, module.Progress.advance
+
+    def recorded(self, count=1):
+        advance(self, count)
+        progress.setdefault(self, []).append((sum(passes), self.done))
+
+    monkeypatch.setattr(module.Progress, "advance", recorded)
+    (tmp_path / "broken.jpg").write_bytes(b"no photo")
+    many = [*observations, Observation("c", tuple(photo(tmp_path / f"{seed}.jpg", seed) for seed in range(10, 20)))]
+    EmbeddingCache(tmp_path / "cache", encoder).embed([*many, Observation("d", (tmp_path / "broken.jpg",))], VIEWS)
+    (embedding,) = [bar for bar in progress if bar.what.startswith("embedding")]
+    assert (embedding.total, embedding.unit) == (18, "photo")
+    assert progress[embedding] == [(8, 8), (17, 17), (17, 18)]
+
+
 def test_other_views_weights_or_preprocessing_are_other_embeddings(encoder, observations, passes, tmp_path):
     import copy
     import dataclasses
