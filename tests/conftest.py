@@ -77,7 +77,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory):
 
 
 TINY = {"encoder": "timm:test_resnet", "pretrained": False, "image_size": 64, "reference": "train", "epochs": 1}
-LEARNING = {"unfreeze": -1, "prototypes": "learned", "learning_rate": 1e-3}
+# Several steps in an epoch, since the learning rate of the last one is 0.
+LEARNING = {"unfreeze": -1, "prototypes": "learned", "learning_rate": 1e-3, "batch_size": 8}
 
 
 @pytest.fixture(scope="session")

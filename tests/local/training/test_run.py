@@ -116,7 +116,7 @@ def test_a_training_that_is_killed_over_and_over_ends_with_the_same_weights_bit_
             [sys.executable, *train(out, drawn, "--resume")], cwd=ROOT, stdout=subprocess.PIPE, text=True
         )
         for line in process.stdout:
-            if re.match("epoch [1-9]|going on", line):
+            if re.match("epoch [1-9]|continuing", line):
                 break
         time.sleep(rng.random() / 2)
         process.send_signal(signal.SIGKILL)
