@@ -28,6 +28,7 @@ if not __package__:  # run as a script
 
 from local.base.console import command_parser, run, say
 from local.base.files import write_json, write_text
+from local.base.run_folder import require_answers
 from local.data.folder import find_competition
 from local.runs import open_run
 
@@ -43,6 +44,7 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
     """
     for run_folder in (folder, *others):
         open_run(run_folder)
+        require_answers(run_folder)
     find_competition(data)
     # Imported here, since torch, scikit-learn and matplotlib take seconds, and a mistake is to be answered at once.
     from local.report.evidence import read_evidence

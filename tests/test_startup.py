@@ -10,6 +10,7 @@ import pytest
 
 from kernel.manifest import MANIFEST, write_manifest
 from kernel.views import VIEWS
+from local.base.run_folder import VALIDATION_FILE
 from local.recipes import settings
 from tests.conftest import ROOT
 from tests.manifests import manifest
@@ -43,6 +44,8 @@ def test_help_imports_nothing_heavy(command):
 
 TRAIN = ("local/train.py", "--recipe", "demo", "--out", "{folder}/new", "--data")
 
+EVALUATE = ("local/evaluate.py", "{folder}/run", "--data", "{data}")
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -54,7 +57,19 @@ TRAIN = ("local/train.py", "--recipe", "demo", "--out", "{folder}/new", "--data"
         ((*TRAIN, "{data}", "--out", "{folder}/file/new"), "cannot be written"),
         ((*TRAIN, "{data}", "--encoder", "{folder}/nowhere", "--set", "pretrained=true"), "no encoder"),
         (("local/evaluate.py", "{folder}/run", "--data", "{folder}/nowhere"), "nowhere does not exist"),
-        (("local/evaluate.py", "{folder}/run", "--data", "{data}", "--against", "{folder}/lost"), "lost"),
+        (
+            ("local/evaluate.py", "{folder}/run", "--data", "{data}", "--against", "{folder}/lost"),
+            "no such run: {folder}/lost",
+        ),
+        (
+            ("local/evaluate.py", "{folder}/run", "--data", "{data}", "--against", "{folder}/empty"),
+            "{folder}/empty is not",
+        ),
+        (
+            ("local/evaluate.py", "{folder}/run", "--data", "{data}", "--against", "{folder}/blind"),
+            "{folder}/blind has no",
+        ),
+        (("local/evaluate.py", "{folder}/blind", "--data", "{data}"), "{folder}/blind has no validation"),
         (("bundle.py", "{folder}/nowhere"), "no such run"),
         (("local/rehearse.py", "--data", "{data}", "--solution", "{folder}/lost.csv"), "lost.csv"),
         (("local/demo.py", "--out", "{folder}/run"), "run exists"),
@@ -66,16 +81,18 @@ TRAIN = ("local/train.py", "--recipe", "demo", "--out", "{folder}/new", "--data"
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_mistake_imports_nothing_heavy(arguments, message, tmp_path):
-    for path in ("empty", "data/train/amanita", "data/train/boletus", "run"):
+    for path in ("empty", "data/train/amanita", "data/train/boletus", "run", "blind"):
         (tmp_path / path).mkdir(parents=True)
     for name in ("train/amanita/1.png", "train/boletus/1.png"):
         (tmp_path / "data" / name).touch()
     (tmp_path / "file").touch()
-    write_manifest(manifest(), tmp_path / "run" / MANIFEST)
+    for run in ("run", "blind"):
+        write_manifest(manifest(), tmp_path / run / MANIFEST)
+    (tmp_path / "run" / VALIDATION_FILE).touch()
     filled = [text.format(folder=tmp_path, data=tmp_path / "data") for text in arguments]
     code, _, errors, imported = start(*filled)
     assert code == 2, errors
-    assert message in errors
+    assert message.format(folder=tmp_path) in errors
     assert errors.startswith("error: ")
     assert len(errors.splitlines()) == 1
     assert imported == set()

@@ -13,8 +13,8 @@ from kernel.inputs import InputError
 from local.banks.search import compare, worth
 from local.base.console import say
 from local.base.metrics import FEWEST, gained
+from local.base.run_folder import VALIDATION_FILE
 
-VALIDATION_FILE = "validation.safetensors"
 STEPS = 20  # weights are multiples of one twentieth
 
 

@@ -12,7 +12,6 @@ from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.inputs import shorten
 from kernel.metadata_prior import MetadataPrior
-from local.banks.ensemble import VALIDATION_FILE
 from local.banks.estimators import spread_over
 from local.banks.folds import make_folds
 from local.banks.metadata_prior import PriorEstimator
@@ -20,6 +19,7 @@ from local.banks.search import Embedded, Search, cross_validated, walk
 from local.base.console import counted, say
 from local.base.files import write_table, write_tensors
 from local.base.metrics import describe, held_out_scores
+from local.base.run_folder import VALIDATION_FILE
 from local.data.cache import EmbeddingCache
 from local.data.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
 from local.data.photos import check_readable

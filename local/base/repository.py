@@ -1,7 +1,16 @@
-"""What git knows of this repository."""
+"""Which code made a file: the commit of this repository, and the versions of the packages."""
 
+import platform
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
+
+PACKAGES = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")  # what computes
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of PACKAGES."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def commit(part: str = ".") -> str:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from kernel.bank import classify, read_banks
-from kernel.encoders import open_encoder, pick_devices
 from kernel.inputs import InputError
 from kernel.manifest import Manifest, read_weights
 from kernel.metadata_prior import weighted_prior
@@ -27,13 +26,14 @@ from local.banks.search import compare
 from local.base.console import counted, say
 from local.base.files import write_json
 from local.base.metrics import GUESSES, bounded, gained, hit_matrix, interval_of, score
-from local.data.cache import EmbeddingCache, PhotoEmbeddings
+from local.base.run_folder import CACHE
+from local.data.cache import embed_with_run
 from local.data.competition import Labelled, labelled, places_of, read_competition
 from local.data.folder import find_competition
 from local.drawing.competition import generate
 from local.recipes.recipe import read_recipe
 from local.rehearsal.trial import read_solution
-from local.training.run import CACHE, train_run
+from local.training.run import train_run
 
 RECIPES = ("fungiclef-baseline", "fungiclef-protonet", "fungiclef-best")
 SPECIES = 60  # of the competition that is drawn where none is given
@@ -212,8 +212,8 @@ def photo_rungs(task: Task, run: Path, cache: Path, of: str) -> list[Rung]:
     manifest = weights.manifest
     classes, resolution = manifest.class_ids, manifest.competition.resolution
     support, queries = task.support(resolution), task.queries(resolution)
-    known = embed(run, support.observations, ["plain"], cache)
-    asked = embed(run, queries, ["plain"], cache)
+    known = embed_with_run(run, support.observations, ["plain"], cache)
+    asked = embed_with_run(run, queries, ["plain"], cache)
     owners = places_of(support.class_ids, classes)[known.observations]
     means, _ = group_means(known.values[:, 0].astype(float), owners, len(classes))
     photos = asked.values[:, 0].astype(float)
@@ -275,7 +275,7 @@ def bundle_answers(task: Task, runs: Sequence[Path], shares: Sequence[float], ca
     total, seen = 0, np.ones(len(queries), dtype=bool)
     for run, manifest, share in opened:
         member = manifest.members[0]
-        photos = embed(run, queries, member.views, cache)
+        photos = embed_with_run(run, queries, member.views, cache)
         embeddings = pool(photos.values, photos.observations, len(queries), member.pooling)
         banks = read_banks(read_weights(run).file(member.bank))
         total += share * torch.cat(list(classify(banks, torch.tensor(embeddings, dtype=torch.float32))))
@@ -291,14 +291,6 @@ def run_rung(
     """The rung of some runs; see `bundle_answers`."""
     found = bundle_answers(task, runs, shares, cache)
     return rank_rung(task, found.queries, found.manifest, found.log_probabilities, found.seen, name, below)
-
-
-def embed(run: Path, observations: Sequence[Observation], views: Sequence[str], cache: Path) -> PhotoEmbeddings:
-    """The photos of some observations as a run's encoder sees them."""
-    weights = read_weights(run)
-    spec = weights.manifest.members[0].encoder
-    encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
-    return EmbeddingCache(cache, encoder).embed(observations, views)
 
 
 def rank_rung(

@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kernel.encoders import open_encoder, pick_devices
-from kernel.manifest import read_weights
 from kernel.observations import Observation
 from local.banks.estimators import unit
 from local.base.console import counted, progress, say
+from local.base.run_folder import CACHE
 from local.benchmarks.alphabets import find_alphabets
-from local.data.cache import EmbeddingCache
+from local.data.cache import embed_with_run
 from local.recipes.recipe import read_recipe
-from local.training.run import CACHE, train_run
+from local.training.run import train_run
 
 TURNS = (0, 90, 180, 270)  # a turned character is another class to learn from (Snell et al. 2017)
 TASKS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways, shots
@@ -70,12 +69,9 @@ def turned(alphabets: list[Path], folder: Path) -> Iterator[tuple[Path, Path, in
 
 def embed_alphabet(alphabet: Path, run: Path) -> tuple[np.ndarray, np.ndarray]:
     """(drawings, features) of length 1 by a run's encoder, and (drawings,) the character of each."""
-    weights = read_weights(run)
-    spec = weights.manifest.members[0].encoder
-    encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
     drawings = sorted(alphabet.glob("*/*.png"))
     single = [Observation(str(path), (path,)) for path in drawings]
-    photos = EmbeddingCache(run.parent / CACHE, encoder).embed(single, ["plain"])
+    photos = embed_with_run(run, single, ["plain"], run.parent / CACHE)
     characters = np.array([path.parent.name for path in drawings])[photos.observations]
     return photos.values[:, 0].astype(float), np.unique(characters, return_inverse=True)[1]
 

@@ -24,12 +24,13 @@ from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
 from local.base.console import progress, say
 from local.base.metrics import bounded, describe, gained, hit_matrix, interval_of, score
+from local.base.run_folder import CACHE
 from local.benchmarks.accuracy import Rung, Task, bundle_answers, cell, heading, rank_rung, read_task
 from local.data.competition import Labelled, places_of, read_competition, read_ranks
 from local.encoders.load import load_encoder
 from local.recipes.recipe import Recipe, read_recipe
 from local.training.adaptation import set_training_mode, unfreeze
-from local.training.run import CACHE, train_run
+from local.training.run import train_run
 
 COLUMNS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
 

@@ -14,14 +14,14 @@ from kernel.inputs import InputError
 from kernel.manifest import Manifest
 from kernel.observations import Observation
 from kernel.tables import TAXONOMY, names_nothing
-from local.banks.ensemble import VALIDATION_FILE, Answers, read_answers
+from local.banks.ensemble import Answers, read_answers
 from local.banks.estimators import pool, unit
 from local.banks.search import Outcome, compare
-from local.benchmarks.accuracy import embed
+from local.base.run_folder import CACHE, require_answers
+from local.data.cache import embed_with_run
 from local.data.competition import NAMES, Competition, labelled, lineages, places_of, read_competition, sort_ids
 from local.recipes.recipe import Recipe, make_recipe
 from local.runs import open_run
-from local.training.run import CACHE
 
 SPECIES = "species"  # the finest rank: the class itself
 
@@ -189,11 +189,9 @@ def answers_of(run: Path) -> Answers:
     Raises:
         InputError: there is no such run, or it kept none.
     """
-    answers = read_answers(run)
-    if answers is None:
-        open_run(run)
-        raise InputError(f"{run / VALIDATION_FILE} is missing: nothing could be held out, or train the run again")
-    return answers
+    open_run(run)
+    require_answers(run)
+    return read_answers(run)
 
 
 def asked(answers: Answers) -> tuple[list[str], list[str]]:
@@ -235,7 +233,7 @@ def read_embeddings(evidence: Evidence) -> Embedded:
     # Queries first, so that their places are those of the evidence.
     known = {observation.id: observation for observation in [*evidence.queries, *reference]}
     observations = list(known.values())
-    found = embed(evidence.run, observations, evidence.recipe.bank.views, evidence.run.parent / CACHE)
+    found = embed_with_run(evidence.run, observations, evidence.recipe.bank.views, evidence.run.parent / CACHE)
     everything = labelled(evidence.competition, "train", "val")
     ids = [observation.id for observation in everything.observations]
     class_of = dict(zip(ids, everything.class_ids, strict=True))

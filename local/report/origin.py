@@ -2,20 +2,17 @@
 
 import csv
 import json
-import platform
 import shlex
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from kernel.inputs import sha256
 from kernel.manifest import MANIFEST
-from local.base.repository import commit
+from local.base.repository import commit, versions
 from local.data.competition import labelled, places_of
 from local.report.evidence import Evidence
-from local.training.run import VERSIONED
 
 
 def training(evidence: Evidence) -> dict:
@@ -72,8 +69,3 @@ def reproduce(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) 
         "digests": {MANIFEST: sha256(evidence.run / MANIFEST), **evidence.manifest.files},
         "data": {"sha256": digest, "is_of_training": digest == member.data_sha256},
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what computed the figures."""
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}

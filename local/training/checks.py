@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 
 from kernel.inputs import InputError
+from local.base.run_folder import CACHE
 from local.data.folder import find_competition
 from local.encoders.source import find_source
 from local.recipes.recipe import Recipe
 
-CACHE = ".embeddings"  # beside the runs, which share it
 CHECKPOINTS = "checkpoints"
 
 

@@ -6,7 +6,6 @@ A run folder is a bundle of one: the kernel's own code reads its manifest, encod
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import time
 from importlib.metadata import version
@@ -38,7 +37,8 @@ from local.banks.selection import Study
 from local.base import distributed
 from local.base.console import counted, say
 from local.base.files import write_json, write_table, write_tensors
-from local.base.repository import commit
+from local.base.repository import commit, versions
+from local.base.run_folder import CACHE
 from local.data.competition import (
     Competition,
     Labelled,
@@ -53,13 +53,12 @@ from local.encoders.load import load_encoder, take_larger, weights_digest
 from local.recipes.recipe import Recipe, current_names, differences, settings_of, write_recipe
 from local.recipes.settings import TrainSettings
 from local.training.checkpoints import full_disk_named, memory_named, read_notes, tidy
-from local.training.checks import CACHE, CHECKPOINTS, check_start, has_checkpoint, is_first, named, partial_of
+from local.training.checks import CHECKPOINTS, check_start, has_checkpoint, is_first, named, partial_of
 from local.training.finetuning import Tuning, TuningData, finetune, refuse_large
 from local.training.log import log_row, peak_memory_gb
 from local.training.plots import plot_class_distribution, plot_training_curve
 from local.training.resuming import CHANGEABLE, KEEP, refuse_fewer_epochs, refuse_other_training
 
-VERSIONED = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")
 ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
 EVENTS = "tensorboard"
 
@@ -410,7 +409,7 @@ def fill_run(
         recipe=settings_of(chosen),
         given=GivenSettings(recipe=settings_of(given), weights=weights_digest(given.encoder.encoder)),
         data_sha256=digest,
-        versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED}},
+        versions=versions(),
     )
     files = [ENCODER_FILE, BANK_FILE, *([PRIOR_FILE] if bank.metadata_weight else [])]
     manifest = Manifest(

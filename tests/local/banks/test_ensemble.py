@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from kernel.inputs import InputError
-from local.banks.ensemble import VALIDATION_FILE, weigh
+from local.banks.ensemble import weigh
+from local.base.run_folder import VALIDATION_FILE
 
 QUERIES, CLASSES = 400, 30
 

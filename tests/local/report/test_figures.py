@@ -37,7 +37,7 @@ from local.report.figures import (
 )
 from local.report.trust import best_temperature, calibration, risk_coverage
 from local.training.run import train_run
-from tests.conftest import TINY, command, photo
+from tests.conftest import TINY, photo
 from tests.layouts import fungitastic, herbarium
 
 
@@ -375,12 +375,7 @@ def test_a_species_that_is_unknown_is_one_line_with_the_nearest_names(evidence):
         find_species(evidence, evidence.names[0][:-1])
 
 
-def test_other_data_and_a_run_without_answers_are_one_line(run, drawn, tmp_path):
-    copy = shutil.copytree(run, tmp_path / "run")
-    (copy / "validation.safetensors").unlink()
-    result = command("local/evaluate.py", copy, "--data", drawn.competition)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and "train the run again" in result.stderr
+def test_the_data_of_another_competition_are_refused(run, drawn, tmp_path):
     data = shutil.copytree(drawn.competition, tmp_path / "fungi")
     next(data.glob("metadata/*/*-Val.csv")).unlink()
     with pytest.raises(InputError, match="give the data of the run"):

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 
 from kernel.encoders import Encoder
 from kernel.inputs import InputError
-from local.banks.ensemble import VALIDATION_FILE, read_answers
+from local.banks.ensemble import read_answers
 from local.banks.search import compare
+from local.base.run_folder import VALIDATION_FILE
 from local.data.competition import read_competition, split_for_validation
 from local.encoders.load import load_encoder
 from local.recipes.recipe import FORMER_NAMES, make_recipe

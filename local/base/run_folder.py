@@ -1,0 +1,21 @@
+"""Names of files that training leaves in a run's folder, or beside it, for other commands to read."""
+
+from pathlib import Path
+
+from kernel.inputs import InputError
+
+VALIDATION_FILE = "validation.safetensors"  # the run's answers to the held-out observations
+CACHE = ".embeddings"  # beside the runs, which share it
+
+
+def require_answers(run: Path) -> None:
+    """Check that a run kept its answers to held-out observations, without reading them.
+
+    Raises:
+        InputError: it kept none.
+    """
+    if not (run / VALIDATION_FILE).is_file():
+        raise InputError(
+            f"{run} has no {VALIDATION_FILE}: its data left nothing to hold out, or the file was removed; "
+            "train the run again, or choose another run"
+        )
