@@ -1,20 +1,20 @@
-"""Evaluate a run on what was held out from it: all figures as metrics.json, and a page to look at, report.html.
+"""Evaluate a run on its held-out observations: write all figures to metrics.json, and a page to read, report.html.
 
 python local/evaluate.py runs/best --data data/fungi-clef-2025
 python local/evaluate.py runs/best --data data/fungi-clef-2025 --against runs/baseline --focus "Amanita fulvoides"
 
-Nothing is embedded again: the embeddings are those that training has cached. The page contains its photos and works
-offline, and every number on it is in metrics.json. It shows
+Photos are not embedded again: training has cached the embeddings. The page contains its photos and works offline; every
+number on it is also in metrics.json. It shows
 
-- how good the run is: Recall@1/5/10, macro and weighted F1, log-loss, with 95% intervals; with --against, the paired
-  difference from other runs, what both would do together, and how likely a leaderboard of its size ranks them wrongly;
-- where it fails: by taxonomic rank, number of training observations and of photos, habitat and month; confusion
+- how good the run is: Recall@1/5/10, macro and weighted F1, and log-loss, with 95% intervals; with --against, the
+  paired difference from other runs, the gain of an ensemble, and the probability that the leaderboard shows the better
+  run as the worse one;
+- where it fails: by taxonomic rank, number of observations in the bank, number of photos, habitat and month; confusion
   matrices in taxonomic order; the commonest confusions side by side; poisonous species taken for edible ones and the
-  reverse, at the costs of FungiCLEF 2024; the species of --focus; the best and worst recognised observations, each
-  guess beside the photo that supports it most; unreadable photos; a table of all classes to search (press /) and sort;
-- whether it can be trusted: reliability, calibration error and what of it is chance, coverage of five guesses, risk by
-  coverage, confidence by rank, and what it means when views of a photo disagree;
-- what to try next; then the training, a map of the embeddings, and everything that reproduces the run.
+  reverse, by the costs of FungiCLEF 2024; the species of --focus; the best and the worst recognised observations, with
+  the most similar photo of each guess; unreadable photos; a table of all classes to search (press /) and sort;
+- whether its probabilities can be trusted: calibration, risk by coverage, confidence by rank, agreement of views;
+- what to try next; the training, a map of the embeddings, and all that is needed to reproduce the run.
 """
 
 import argparse
@@ -34,28 +34,29 @@ from local.runs import open_run
 
 
 def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequence[str] = ()) -> Path:
-    """Write metrics.json and report.html into a run's folder. What training left in metrics.json stays there.
+    """Write report.html into a run's folder, and the figures into its metrics.json beside what training left there.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        InputError: something of the user's is wrong; then nothing is written.
+        InputError: a folder is no run or no competition, a run has no answers, or a species is unknown. Then nothing
+            is written.
     """
     for run_folder in (folder, *others):
         open_run(run_folder)
         require_answers(run_folder)
     find_competition(data)
-    # Imported here, since torch, scikit-learn and matplotlib take seconds, and a mistake is to be answered at once.
+    # Imported here because torch, scikit-learn and matplotlib take seconds, and mistakes must be answered at once.
     from local.report.evidence import read_evidence
-    from local.report.figures import evaluate
+    from local.report.figures import compute_figures
     from local.report.page import render
 
     evidence = read_evidence(folder, data)
-    figures = json.loads(json.dumps(evaluate(evidence, others, focus), default=float, allow_nan=False))
+    figures = compute_figures(evidence, others, focus)
     page = render(figures, data)
     by_training = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    write_json(by_training | {"evaluation": figures}, folder / "metrics.json")
+    write_json(by_training | {"evaluation": figures.to_dict()}, folder / "metrics.json")
     write_text(page, folder / "report.html")
     return folder / "report.html"
 

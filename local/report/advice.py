@@ -1,165 +1,178 @@
-"""What to try next: rules that look at the figures, what can gain most first."""
+"""What to try next: rules that look at the figures, the largest gain first."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from local.base.console import counted
 from local.report.evidence import Evidence
+from local.report.scores import METRIC_NAMES
 
-Advice = dict | None  # what: what was found; then: what to do; observations: that it concerns
+if TYPE_CHECKING:
+    from local.report.figures import Figures
 
 
-def advise(evidence: Evidence, figures: dict) -> list[dict]:
-    """The advice that applies."""
+@dataclass(frozen=True)
+class Advice:
+    """What was found, what to do, and how many observations it concerns."""
+
+    what: str
+    then: str
+    observations: int
+
+
+def advise(evidence: Evidence, figures: "Figures") -> list[Advice]:
+    """The advice of every rule that applies."""
     return list(filter(None, (rule(evidence, figures) for rule in RULES)))
 
 
-def note(what: str, then: str, observations: int) -> Advice:
+def advice_for(observations: int, what: str, then: str) -> Advice | None:
     """Advice, if it concerns any observation."""
-    return {"what": what, "then": then, "observations": int(observations)} if observations else None
+    return Advice(what, then, int(observations)) if observations else None
 
 
-def reorder(evidence: Evidence, figures: dict) -> Advice:
-    """The right class is among the ten, but not the first."""
+def reorder(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """The true class is among the ten guesses, but not the first."""
     places = evidence.outcome.places
-    near = ((places > 0) & (places < 10)).sum()
+    near, missed = ((places > 0) & (places < 10)).sum(), (places > 0).sum()
     if evidence.recipe.search.choose:
-        then = "A stronger encoder, or a second run with other weights; `python bundle.py runs/A runs/B` weighs them."
+        then = "Try a stronger encoder, or an ensemble with a second run: `python bundle.py runs/A runs/B`."
     else:
-        then = "Let cross-validation choose whitening, views, transduction and metadata: `--recipe fungiclef-best`"
-    missed = (places > 0).sum()
-    return note(f"{near} of {missed} misses have the right class among the other nine guesses.", then, near)
+        then = "Let cross-validation choose whitening, views, transduction and metadata: `--recipe fungiclef-best`."
+    return advice_for(near, f"In {near} of {missed} wrong answers the true class is among the ten guesses.", then)
 
 
-def relatives(evidence: Evidence, figures: dict) -> Advice:
-    """Confusion within the rank above the species asks for detail; across it, for another way of seeing."""
+def relatives(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """Most mistakes are within the rank above the species, or most are not."""
     if len(evidence.ranks) < 2:
         return None
     rank = evidence.ranks[-2]
-    missed = evidence.guesses != evidence.truth
-    close = (missed & (rank.groups[evidence.guesses] == rank.groups[evidence.truth])).sum()
-    if close * 2 >= missed.sum():
-        return note(
-            f"{close} of {missed.sum()} misses are in the right {rank.name}: relatives are confused.",
-            "Show more detail: `--set image_size=...`, the view `larger`, or an encoder of higher resolution.",
+    is_missed = evidence.guesses != evidence.truth
+    close = (is_missed & (rank.groups[evidence.guesses] == rank.groups[evidence.truth])).sum()
+    missed = is_missed.sum()
+    if close * 2 >= missed:
+        return advice_for(
             close,
+            f"In {close} of {missed} wrong answers the {rank.name} is right: close relatives are confused.",
+            "Show more detail: `--set image_size=...`, the view `larger`, or an encoder of higher resolution.",
         )
-    return note(
-        f"{missed.sum() - close} of {missed.sum()} misses are in a wrong {rank.name}: not even relatives.",
-        "A better encoder gains most, one that was trained on photos of this kind; then `--recipe fungiclef-tuned`.",
-        missed.sum() - close,
+    return advice_for(
+        missed - close,
+        f"In {missed - close} of {missed} wrong answers the {rank.name} is wrong too.",
+        "Try a better encoder, best one trained on similar photos; then fine-tune it: `--recipe fungiclef-tuned`.",
     )
 
 
-def one_shot(evidence: Evidence, figures: dict) -> Advice:
-    """Classes of a single observation."""
-    missed = evidence.guesses != evidence.truth
-    alone = missed & (evidence.shots <= 1)
+def one_shot(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """Many mistakes are in classes of a single observation."""
+    is_missed = evidence.guesses != evidence.truth
+    alone = (is_missed & (evidence.shots <= 1)).sum()
     bank = evidence.recipe.bank
-    draws_on_relatives = bank.genus_weight or bank.family_weight or "genus_weight" in evidence.recipe.search.choose
-    if draws_on_relatives or len(evidence.ranks) < 2 or alone.sum() * 3 < missed.sum():
+    uses_relatives = bank.genus_weight or bank.family_weight or "genus_weight" in evidence.recipe.search.choose
+    if uses_relatives or len(evidence.ranks) < 2 or alone * 3 < is_missed.sum():
         return None
-    return note(
-        f"Of {counted(missed.sum(), 'miss')}, {alone.sum()} in classes with one observation to learn from.",
-        "Draw them towards their relatives: `--set genus_weight=0.5`, or `--recipe fungiclef-best`, which chooses it.",
-        alone.sum(),
+    return advice_for(
+        alone,
+        f"{alone} of {is_missed.sum()} wrong answers are in classes with at most one observation in the bank.",
+        "Draw these classes towards their relatives: `--set genus_weight=0.5`, or `--recipe fungiclef-best`.",
     )
 
 
-def views(evidence: Evidence, figures: dict) -> Advice:
-    """Views that disagree are an average worth making."""
-    rows = figures["trust"]["agreement"]
-    split = sum(row["observations"] for row in rows if row["least"] < 1)
+def views(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """Views of one photo disagree, and there are few views."""
+    split = sum(row.observations for row in figures.trust.agreement if row.least < 1)
     if len(evidence.recipe.bank.views) > 4:
         return None
-    return note(
-        f"In {counted(split, 'observation')} views of one photo see different classes.",
-        "Average over more of them: `--set views=plain,hflip,rotate90,rotate270,rotate15,rotate345,centre`",
+    return advice_for(
         split,
+        f"In {counted(split, 'observation')}, views of the same photo resemble different classes.",
+        "Average over more views: `--set views=plain,hflip,rotate90,rotate270,rotate15,rotate345,centre`.",
     )
 
 
-def metadata(evidence: Evidence, figures: dict) -> Advice:
-    """Place and season that nobody asked."""
-    said = sum(bool(set(query.metadata) - {"year"}) for query in evidence.queries)
+def metadata(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """The run ignores location and season."""
+    described = sum(bool(set(query.metadata) - {"year"}) for query in evidence.queries)
     if evidence.recipe.bank.metadata_weight or "metadata_weight" in evidence.recipe.search.choose:
         return None
-    return note(
-        f"{counted(said, 'observation')} with place, season or substrate, which this run leaves aside.",
-        "Give it a weight: `--set metadata_weight=0.5`, or `--set choose=metadata_weight`.",
-        said,
+    return advice_for(
+        described,
+        f"This run ignores the metadata (location, season, substrate) of {counted(described, 'observation')}.",
+        "Use it: `--set metadata_weight=0.5`, or `--set choose=metadata_weight`.",
     )
 
 
-def reference(evidence: Evidence, figures: dict) -> Advice:
-    """A validation split that the bank leaves out."""
+def reference(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """The bank leaves out the validation split."""
     photos = evidence.competition.photos
     if evidence.recipe.bank.reference != "train" or not evidence.competition.has_val:
         return None
     left = photos.loc[photos["split"] == "val", "observation"].nunique()
-    return note(
+    return advice_for(
+        left,
         f"The bank is made of train alone; val has {counted(left, 'more labelled observation')}.",
         "For a submission, train the same recipe with `--set reference=train+val`.",
-        left,
     )
 
 
-def temperature(evidence: Evidence, figures: dict) -> Advice:
-    """Probabilities that mean something else than they say."""
-    first, best = figures["trust"]["first"], figures["trust"]["best_temperature"]
-    if first["error"] <= first["chance"] or best["log_loss_now"] - best["log_loss"] < 0.01:
+def temperature(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """Probabilities are too high or too low."""
+    first, best = figures.trust.first, figures.trust.best_temperature
+    if first.error <= first.chance or best.log_loss_now - best.log_loss < 0.01:
         return None
-    way = "too sure" if best["value"] > 1 else "not sure enough"
-    return note(
-        f"The run is {way}: it says {first['confidence']:.2f} and is right in {first['right']:.2f}. Divided by "
-        f"{best['value']:.2f}, its log-probabilities would take the log-loss from {best['log_loss_now']:.3f} to "
-        f"{best['log_loss']:.3f}.",
-        "Ranks do not change by it; an ensemble's weights and the decisions about poisonous species do.",
+    way = "overconfident" if best.value > 1 else "underconfident"
+    return advice_for(
         len(evidence.queries),
+        f"The run is {way}: its mean confidence is {first.confidence:.2f}, its accuracy {first.right:.2f}. Dividing "
+        f"its log-probabilities by {best.value:.2f} would lower the log-loss from {best.log_loss_now:.3f} to "
+        f"{best.log_loss:.3f}.",
+        "The order of the guesses would stay the same; only decisions by probability would change, such as warnings "
+        "of poisonous species.",
     )
 
 
-def together(evidence: Evidence, figures: dict) -> Advice:
-    """An ensemble that pays beyond its interval."""
-    gains = [(other["together"]["recall_at_5"], other) for other in figures["against"]]
-    gains = [(gain, other) for gain, other in gains if gain["low"] > 0 and other["is_evidence"]]
+def ensemble(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """An ensemble with another run is better by the competition's metric, beyond the interval."""
+    metric = figures.leaderboard.metric
+    gains = [(other.ensemble_gain[metric], other) for other in figures.against if other.is_evidence]
+    gains = [(gain, other) for gain, other in gains if gain.low > 0]
     if not gains:
         return None
-    gain, other = max(gains, key=lambda pair: pair[0]["value"])
-    return note(
-        f"Together with {other['run']} Recall@5 is {gain['value']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] "
-        "better than with the better of the two alone.",
-        f"Bundle both: `python bundle.py {evidence.run} {other['path']}`",
-        np.ceil(gain["value"] * other["observations"]),
+    gain, other = max(gains, key=lambda pair: pair[0].value)
+    return advice_for(
+        np.ceil(gain.value * other.observations),
+        f"Together with {other.run}, {METRIC_NAMES[metric]} is {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] "
+        "better than that of the better run alone.",
+        f"Bundle both: `python bundle.py {evidence.run} {other.path}`.",
     )
 
 
-def caution(evidence: Evidence, figures: dict) -> Advice:
-    """Poison that a decision by expected cost would have caught."""
-    deadly = figures["deadly"]
-    if not deadly or deadly["careful"]["cost"]["value"] >= deadly["cost"]["value"]:
+def poisonous(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """Warning by the expected cost would be cheaper than warning by the first guess."""
+    deadly = figures.deadly
+    if not deadly or deadly.careful.cost.value >= deadly.cost.value:
         return None
-    missed, careful = deadly["kinds"]["poisonous taken for edible"], deadly["careful"]
-    return note(
-        f"{counted(missed, 'observation')} of poisonous species {'was' if missed == 1 else 'were'} taken for edible.",
-        "Where eating is decided, warn by the summed probability of poisonous species above "
-        f"{careful['threshold']:.3f}, not by the first guess: the cost falls from {deadly['cost']['value']:.2f} to "
-        f"{careful['cost']['value']:.2f} an observation.",
+    missed, careful = deadly.counts["poisonous taken for edible"], deadly.careful
+    return advice_for(
         missed,
+        f"{counted(missed, 'observation')} of poisonous species {'was' if missed == 1 else 'were'} taken for edible.",
+        f"To decide about eating, warn if poisonous species together have a probability above {careful.threshold:.3f}, "
+        f"whatever the first guess: the mean cost falls from {deadly.cost.value:.2f} to {careful.cost.value:.2f}.",
     )
 
 
-def unreadable(evidence: Evidence, figures: dict) -> Advice:
-    """Photos that failed."""
-    failed = figures["photos"]["unreadable"]
-    return note(
-        f"{counted(len(failed), 'photo')} could not be read: see the list under Photos.",
-        "Download them again: a class of one observation has nothing else.",
-        len({one["observation"] for one in failed}),
+def unreadable(evidence: Evidence, figures: "Figures") -> Advice | None:
+    """Photos could not be read."""
+    failed = figures.unreadable
+    return advice_for(
+        len({photo.observation for photo in failed}),
+        f"{counted(len(failed), 'photo')} could not be read; they are listed above.",
+        "Download them again: a class of one observation has no other photo.",
     )
 
 
-RULES: tuple[Callable[[Evidence, dict], Advice], ...] = (
-    relatives, reorder, one_shot, together, metadata, views, caution, temperature, reference, unreadable,
+RULES: tuple[Callable[[Evidence, "Figures"], Advice | None], ...] = (
+    relatives, reorder, one_shot, ensemble, metadata, views, poisonous, temperature, reference, unreadable,
 )  # fmt: skip

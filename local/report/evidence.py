@@ -1,8 +1,8 @@
-"""Read what a report rests on: a run's answers to what was held out from it, and what these are about."""
+"""Read the evidence of a report: a run's answers to its held-out observations, with their photos and taxonomy."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Rank:
 
     Attributes:
         names: (groups,) in the order of the taxonomy, so that relatives are neighbours.
-        groups: (classes,) the group of each; a class whose group is not named is alone in its own.
+        groups: (classes,) index of the group of each class. A class without a named group is a group of its own.
         is_named: (groups,) bool.
     """
 
@@ -41,24 +41,39 @@ class Rank:
     groups: np.ndarray
     is_named: np.ndarray
 
-    def pooled(self, probabilities: np.ndarray) -> np.ndarray:
-        """(queries, classes) -> (queries, groups): a group is as likely as its species together."""
+    def sum_probabilities(self, probabilities: np.ndarray) -> np.ndarray:
+        """(queries, classes) -> (queries, groups): the probability of a group is the sum over its classes."""
         order = np.argsort(self.groups, kind="stable")
         starts = np.searchsorted(self.groups[order], np.arange(len(self.names)))
         return np.add.reduceat(probabilities[:, order], starts, axis=1)
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """Photos of the reference and of the queries, as the run's encoder sees them, the reference's mean subtracted.
+class RankAnswers:
+    """The answers at one rank.
 
     Attributes:
-        photos: (photos, views, features) float32, of length 1: those of the queries.
-        owners: (photos,) the query of each.
-        observations: all that were embedded, the queries first.
-        readable: (observations,) how many of its photos could be read.
-        pooled: (observations, features), of length 1, or 0 where no photo could be read.
-        classes: (observations,) place of the class.
+        truth: (queries,) index of the true group.
+        outcome: of the probabilities of the groups.
+        confidence: (queries,) probability of the first guess.
+    """
+
+    truth: np.ndarray
+    outcome: Outcome
+    confidence: np.ndarray
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of the queries and of the reference set, minus the mean of the reference set.
+
+    Attributes:
+        photos: (photos, views, features) float32 of length 1, of the queries.
+        owners: (photos,) index of the query of each photo.
+        observations: that were embedded, the queries first.
+        readable: (observations,) number of readable photos.
+        pooled: (observations, features) of length 1, or 0 where no photo is readable.
+        classes: (observations,) label.
         is_reference: (observations,) bool.
     """
 
@@ -76,17 +91,17 @@ class Evidence:
     """A run's answers to its held-out observations.
 
     Attributes:
-        classes: the bank's class ids, and after them those of queries whose class the bank lacks.
-        names: (classes,) of species, for people; no two are alike.
+        classes: the class ids of the bank, then those of queries whose class the bank lacks.
+        names: (classes,) unique names of species, for people.
         poisonous: (classes,) 1, 0, or NaN where the competition does not say.
         ranks: of the taxonomy, the widest first, the species last.
         queries: the held-out observations.
-        truth: (queries,) place in `classes`.
+        truth: (queries,) label: index into `classes`.
         log_probabilities: (queries, classes) float32; minus infinity for a class that the bank lacks.
-        weights: (queries,) by which the bank was chosen, of mean 1; see `local.base.metrics.held_out_scores`.
-        shots: (queries,) observations of the true class to learn from, the query itself left out. (So it is in every
-            fold for classes of up to five observations; of more, a fold leaves out several, and four or more remain.)
-        reference: (classes,) observations of each in the run's bank.
+        weights: (queries,) of mean 1, by which the bank was chosen; see `local.base.metrics.held_out_scores`.
+        shots: (queries,) observations of the true class in the bank, without the query itself. In cross-validation
+            this is exact for classes of up to five observations; larger classes keep at least four in every fold.
+        reference: (classes,) observations of each class in the bank.
     """
 
     run: Path
@@ -103,7 +118,6 @@ class Evidence:
     weights: np.ndarray
     shots: np.ndarray
     reference: np.ndarray
-    memory: dict = field(default_factory=dict, compare=False)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -112,13 +126,22 @@ class Evidence:
 
     @cached_property
     def outcome(self) -> Outcome:
-        """Guesses, places of the true class, and log-losses."""
-        return judge(self.log_probabilities, self.truth)
+        """Guesses, the position of the true class among them, and log-losses."""
+        return evaluate_answers(self.log_probabilities, self.truth)
 
     @cached_property
     def guesses(self) -> np.ndarray:
         """(queries,) the first guess."""
         return self.outcome.top[:, 0]
+
+    @cached_property
+    def rank_answers(self) -> dict[str, RankAnswers]:
+        """By rank, the answers at that rank."""
+        return {rank.name: self._answers_at(rank) for rank in self.ranks}
+
+    def _answers_at(self, rank: Rank) -> RankAnswers:
+        truth, probabilities = rank.groups[self.truth], rank.sum_probabilities(self.probabilities)
+        return RankAnswers(truth, compare(torch.tensor(probabilities), truth), probabilities.max(axis=1))
 
     @cached_property
     def embedded(self) -> Embedded:
@@ -130,34 +153,34 @@ class Evidence:
         return path.relative_to(self.competition.folder).as_posix()
 
 
-def judge(log_probabilities: np.ndarray, truth: np.ndarray) -> Outcome:
-    """What (queries, classes) log-probabilities answer; the loss of a class that they lack is NaN."""
+def evaluate_answers(log_probabilities: np.ndarray, truth: np.ndarray) -> Outcome:
+    """The outcome of (queries, classes) log-probabilities; the loss is NaN where they lack the true class."""
     outcome = compare(torch.tensor(log_probabilities), truth)
     return Outcome(outcome.top, outcome.places, np.where(np.isinf(outcome.losses), np.nan, outcome.losses), ())
 
 
 def read_evidence(run: Path, data: Path) -> Evidence:
-    """All that is known of a run's held-out answers.
+    """Read a run's answers to its held-out observations, and the competition's labels and names.
 
     Raises:
-        InputError: `run` is no run or kept no answers; `data` is not the competition that they are about.
+        InputError: `run` is no run or kept no answers; `data` is another competition than the run's.
     """
-    manifest, answers = open_run(run).manifest, answers_of(run)
+    manifest, answers = open_run(run).manifest, read_run_answers(run)
     recipe = make_recipe(manifest.members[0].recipe, str(run), ignores_removed=True)
     competition = read_competition(data, manifest.competition.resolution)
     if recipe.train.subset:
         competition = competition.sample(recipe.train.subset, recipe.train.seed)
     known = labelled(competition, "train", "val")
     place = {observation.id: number for number, observation in enumerate(known.observations)}
-    ids, bank = asked(answers)
+    ids, bank = queries_of(answers)
     missing = [name for name in ids if name not in place]
     if missing:
-        raise InputError(f"{data} lacks observation {missing[0]}, which {run} was judged by: give the data of the run")
-    asked_places = np.array([place[name] for name in ids])
-    class_ids = known.class_ids[asked_places]
+        raise InputError(f"{data} lacks observation {missing[0]}, which {run} held out: give the data of the run")
+    rows = np.array([place[name] for name in ids])
+    class_ids = known.class_ids[rows]
     stored = np.array([bank[number] if number >= 0 else "" for number in answers.truth.tolist()], dtype=object)
     if ((stored != class_ids) & (stored != "")).any():
-        raise InputError(f"{data} names other classes than {run} was judged by: give the data of the run")
+        raise InputError(f"{data} has other labels than the held-out observations of {run}: give the data of the run")
     classes = [*bank, *sort_ids(set(class_ids) - set(bank))]
     lacking = np.full((len(ids), len(classes) - len(bank)), -np.inf, dtype=np.float32)
     names, poisonous = names_of(competition, classes)
@@ -174,7 +197,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         names,
         poisonous,
         name_ranks(competition, classes, names),
-        [known.observations[number] for number in asked_places],
+        [known.observations[number] for number in rows],
         truth,
         np.concatenate([answers.log_probabilities.numpy(), lacking], axis=1),
         answers.weights,
@@ -183,8 +206,8 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     )
 
 
-def answers_of(run: Path) -> Answers:
-    """The answers that training kept.
+def read_run_answers(run: Path) -> Answers:
+    """Read the answers that training kept.
 
     Raises:
         InputError: there is no such run, or it kept none.
@@ -194,14 +217,14 @@ def answers_of(run: Path) -> Answers:
     return read_answers(run)
 
 
-def asked(answers: Answers) -> tuple[list[str], list[str]]:
-    """The ids of the observations that answers are to, and of the classes that they are about."""
+def queries_of(answers: Answers) -> tuple[list[str], list[str]]:
+    """The ids of the held-out observations, and of the classes of the bank."""
     said = json.loads(answers.asked)
     return json.loads(said["observations"]), json.loads(said["classes"])
 
 
 def names_of(competition: Competition, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Of each class its species' name, with the id where two share it; and whether it is poisonous (1, 0, NaN)."""
+    """The name of each class's species, with the id where two share it; and whether it is poisonous (1, 0, NaN)."""
     said = competition.photos.reindex(columns=["class_id", *NAMES], fill_value="").groupby("class_id").max()
     said = said.reindex(classes, fill_value="")
     names = np.where(said["species"].map(names_nothing), classes, said["species"])
@@ -211,7 +234,7 @@ def names_of(competition: Competition, classes: Sequence[str]) -> tuple[list[str
 
 
 def name_ranks(competition: Competition, classes: Sequence[str], names: Sequence[str]) -> list[Rank]:
-    """The ranks that the competition names, and the species."""
+    """The ranks that the competition names, then the species."""
     known, unknown = lineages(competition), ("",) * len(TAXONOMY)
     lines = [known.get(one, unknown) for one in classes]
     order = sorted(range(len(classes)), key=lambda place: (lines[place], names[place]))
@@ -228,9 +251,9 @@ def name_ranks(competition: Competition, classes: Sequence[str], names: Sequence
 
 
 def read_embeddings(evidence: Evidence) -> Embedded:
-    """The photos of the reference and of the queries, embedded already unless the cache was removed."""
+    """Embed the queries and the reference set; all are in the cache unless it was removed."""
     reference = labelled(evidence.competition, *evidence.recipe.bank.reference.split("+")).observations
-    # Queries first, so that their places are those of the evidence.
+    # Queries first, so that they have the same indices as in the evidence.
     known = {observation.id: observation for observation in [*evidence.queries, *reference]}
     observations = list(known.values())
     found = embed_with_run(evidence.run, observations, evidence.recipe.bank.views, evidence.run.parent / CACHE)

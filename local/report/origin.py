@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,57 +16,84 @@ from local.data.competition import labelled, places_of
 from local.report.evidence import Evidence
 
 
-def training(evidence: Evidence) -> dict:
-    """The log, what training left in metrics.json, and how observations spread over classes."""
-    path = evidence.run / "log.csv"
-    rows = []
+@dataclass(frozen=True)
+class Training:
+    """What training left.
+
+    Attributes:
+        log: rows of log.csv; a cell is None where an epoch has no value.
+        notes: the single values of metrics.json.
+        distribution: photos, and observations as the run sees them, of each class; the largest first.
+    """
+
+    log: list[dict[str, float | None]]
+    notes: dict[str, int | float | str]
+    distribution: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What reproduces a run and its report; `training` and `report` say what each was made with."""
+
+    commands: list[str]
+    recipe: str
+    training_versions: dict[str, str]
+    report_versions: dict[str, str]
+    training_commit: str
+    report_commit: str
+    digests: dict[str, str]
+    data_sha256: str
+    is_data_of_training: bool
+
+
+def read_training(evidence: Evidence) -> Training:
+    """Read log.csv and metrics.json of the run."""
+    path, rows = evidence.run / "log.csv", []
     if path.is_file():
         with path.open(encoding="utf-8", newline="") as file:
-            rows = [{key: number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+            rows = [{key: float(cell) if cell else None for key, cell in row.items()} for row in csv.DictReader(file)]
     metrics = json.loads((evidence.run / "metrics.json").read_text(encoding="utf-8"))
     notes = {key: value for key, value in metrics.items() if isinstance(value, (int, float, str))}
-    return {"log": rows, "notes": notes, "distribution": distribution(evidence)}
+    return Training(rows, notes, class_distribution(evidence))
 
 
-def number(text: str) -> float | None:
-    """A cell of log.csv; None for an empty one."""
-    return float(text) if text else None
+def class_distribution(evidence: Evidence) -> dict[str, list[int]]:
+    """By what is counted, the number of each class in the reference set, the largest first.
 
-
-def distribution(evidence: Evidence) -> dict:
-    """Photos of each class in the table, and what the run saw of it: each sorted, the largest first.
-
-    An epoch shows at most `photos_per_observation` of each observation; a bank takes each observation once.
+    An epoch shows at most `photos_per_observation` photos of each observation. A bank takes each observation once.
     """
     known = labelled(evidence.competition, *evidence.recipe.bank.reference.split("+"))
-    places = places_of(known.class_ids, evidence.classes)
+    labels = places_of(known.class_ids, evidence.classes)
     photos = np.array([len(observation.photos) for observation in known.observations])
-    seen = np.minimum(photos, evidence.recipe.train.photos_per_observation)
-    counts = {"photos": photos, "seen in an epoch": seen, "observations": np.ones_like(photos)}
-    if not evidence.recipe.train.epochs:
-        del counts["seen in an epoch"]
+    counts = {"photos": photos}
+    if evidence.recipe.train.epochs:
+        counts["photos in an epoch"] = np.minimum(photos, evidence.recipe.train.photos_per_observation)
+    counts["observations"] = np.ones_like(photos)
     return {
-        name: sorted(np.bincount(places, each, minlength=len(evidence.classes)).astype(int).tolist(), reverse=True)
+        name: sorted(np.bincount(labels, each, minlength=len(evidence.classes)).astype(int).tolist(), reverse=True)
         for name, each in counts.items()
     }
 
 
-def reproduce(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -> dict:
-    """Recipe, versions, commits, digests, and the commands."""
+def trace_origin(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -> Origin:
+    """The commands, recipe, versions, commits and digests of a run and its report."""
     member, data = evidence.manifest.members[0], shlex.quote(str(evidence.competition.folder))
     run = shlex.quote(str(evidence.run))
-    more = [f"--against {shlex.join(map(str, others))}"] if others else []
-    more += [f"--focus {shlex.join(focus)}"] if focus else []
+    options = [f"--against {shlex.join(map(str, others))}"] if others else []
+    options += [f"--focus {shlex.join(focus)}"] if focus else []
     digest = evidence.competition.digest()
-    return {
-        "commands": [
+    return Origin(
+        commands=[
             f"python local/train.py --recipe {run}/recipe.toml --data {data} --out {run}-again",
-            " ".join([f"python local/evaluate.py {run} --data {data}", *more]),
+            " ".join([f"python local/evaluate.py {run} --data {data}", *options]),
             f"python bundle.py {run} && python local/rehearse.py --data {data}",
         ],
-        "recipe": (evidence.run / "recipe.toml").read_text(encoding="utf-8"),
-        "versions": {"training": member.versions, "report": versions()},
-        "commit": {"training": evidence.manifest.commit, "report": commit()},
-        "digests": {MANIFEST: sha256(evidence.run / MANIFEST), **evidence.manifest.files},
-        "data": {"sha256": digest, "is_of_training": digest == member.data_sha256},
-    }
+        recipe=(evidence.run / "recipe.toml").read_text(encoding="utf-8"),
+        training_versions=dict(member.versions),
+        report_versions=versions(),
+        training_commit=evidence.manifest.commit,
+        report_commit=commit(),
+        digests={MANIFEST: sha256(evidence.run / MANIFEST), **evidence.manifest.files},
+        data_sha256=digest,
+        is_data_of_training=digest == member.data_sha256,
+    )

@@ -1,9 +1,11 @@
-"""Show the figures of a report on one page that needs nothing beside itself. Adds photos and plots, and no number."""
+"""Render the figures of a report as one HTML file that works offline. Adds photos and plots, but computes no figure."""
 
 import base64
 import io
 import json
 import re
+from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import matplotlib
@@ -14,129 +16,107 @@ from PIL import Image, ImageOps
 from kernel.photos import read_photo
 from local.base.console import progress
 from local.report import pictures
+from local.report.figures import Figures
+from local.report.scores import METRIC_NAMES, SCORE_NAMES, Estimate
 
 TEMPLATES = Path(__file__).parent
-SMALL, LARGE = 96, 208  # sides of a photo, pixels: in a table, on its own
-PHOTOS_MOST = 10_000_000  # characters of photos on a page; the classes that were not asked go without first
-DATA_COLUMNS = (
-    "id",
-    "name",
-    "lineage",
-    "poisonous",
-    "shots",
-    "asked",
-    "guessed",
-    "recall_at_1",
-    "recall_at_5",
-    "f1",
-    "probability",
-)
+SMALL, LARGE = 96, 208  # pixels of the sides of a photo: in a table, on its own
+MAX_CHARACTERS = 10_000_000  # of photos on a page
+DATA_COLUMNS = ("id", "name", "lineage", "poisonous", "shots", "queries", "guessed", "recall_at_1", "recall_at_5", "f1",
+                "probability")  # fmt: skip
 
 
 class Album:
-    """The photos of a page, each once, as small as they are shown.
+    """The photos of a page, each stored once in the size in which it is shown.
 
     Args:
         folder: of the competition.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self.places, self.photos, self.size = folder, {}, [], 0
+        self.folder, self.indices, self.photos, self.size = folder, {}, [], 0
 
     def add(self, photo: str, side: int = LARGE) -> int | None:
-        """A photo's place among `photos`; None for one that cannot be read, or has no room any more."""
-        if (photo, side) not in self.places:
-            said = self._encode(self.folder / photo, side) if self.size < PHOTOS_MOST else ""
-            self.places[photo, side] = len(self.photos) if said else None
-            self.photos += [said] if said else []
-            self.size += len(said)
-        return self.places[photo, side]
+        """The index of a photo in `photos`; None if it is unreadable, or if the page is full."""
+        if (photo, side) not in self.indices:
+            encoded = self._encode(self.folder / photo, side) if self.size < MAX_CHARACTERS else ""
+            self.indices[photo, side] = len(self.photos) if encoded else None
+            self.photos += [encoded] if encoded else []
+            self.size += len(encoded)
+        return self.indices[photo, side]
 
     @staticmethod
     def _encode(path: Path, side: int) -> str:
         file = io.BytesIO()
         try:
             ImageOps.fit(read_photo(path, side), (side, side), Image.Resampling.BICUBIC).save(file, "WEBP", quality=55)
-        except Exception:  # as wide as the kernel's own guard: a photo that fails is listed, and costs only itself
+        except Exception:  # whatever a decoder raises: an unreadable photo is listed, and costs only itself
             return ""
         return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def render(figures: dict, folder: Path) -> str:
-    """The page.
-
-    Args:
-        figures: what `local.report.figures` computed.
-        folder: of the competition, for the photos.
-    """
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"bounds": bounds, "number": number, "signed": signed, "share": share, "code": code}
-    environment.globals |= {
-        name: plain_svg(getattr(pictures, name)) for name in dir(pictures) if name.startswith("draw_")
-    }
+def render(figures: Figures, folder: Path) -> str:
+    """The HTML of the page; `folder` is that of the competition, for the photos."""
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
+    environment.filters |= {"bounds": bounds, "number": number, "percent": percent, "code": code}
+    drawings = {name: mark_svg(getattr(pictures, name)) for name in dir(pictures) if name.startswith("draw_")}
+    environment.globals |= drawings | {"source": source, "small": SMALL}
+    environment.globals |= {"metric_names": METRIC_NAMES, "score_names": SCORE_NAMES}
     album = Album(folder)
-    species = {row["class"]: row for row in figures["species"]}
-    first = environment.get_template("report.html").render(
-        f=figures, species=species, photo=album.add, source=source, small=SMALL
-    )
-    # The classes come last, those that were asked before the others, so that what has no room is what matters least.
-    order = sorted(figures["species"], key=lambda row: not (row["asked"] or row["guessed"]))
-    photos = {row["class"]: album.add(row["photo"], SMALL) for row in progress(order, "photos") if row["photo"]}
-    data = {
-        "ranks": [rank["rank"] for rank in figures["ranks"][:-1]],
+    species = {row.label: row for row in figures.species}
+    html = environment.get_template("report.html").render(f=figures, species=species, photo=album.add)
+    return html.replace("@DATA@", embedded_json(table_data(figures, album)))
+
+
+def table_data(figures: Figures, album: Album) -> dict:
+    """What the script of the page shows: the tables of classes and of confusions, and all photos."""
+    # If the page gets full, the classes that were neither held out nor guessed have no photo.
+    order = sorted(figures.species, key=lambda row: not (row.queries or row.guessed))
+    photos = {row.label: album.add(row.photo, SMALL) for row in progress(order, "photos") if row.photo}
+    return {
+        "ranks": [rank.rank for rank in figures.ranks[:-1]],
         "columns": DATA_COLUMNS,
-        "classes": {row["class"]: [compact(row[name]) for name in DATA_COLUMNS] for row in figures["species"]},
-        "order": [row["class"] for row in figures["species"]],
-        "mistaken": figures["mistaken"],
-        "photo_of": {place: photo for place, photo in photos.items() if photo is not None},
+        "classes": {row.label: [compact(getattr(row, name)) for name in DATA_COLUMNS] for row in figures.species},
+        "order": [row.label for row in figures.species],
+        "mistaken": figures.mistaken,
+        "photo_of": {label: photo for label, photo in photos.items() if photo is not None},
         "photos": album.photos,
     }
-    return first.replace("@DATA@", embedded_json(data))
 
 
-def plain_svg(drawing):
-    """A drawing for the template, which would escape text that is not marked as SVG."""
+def mark_svg(draw: Callable[..., str]) -> Callable[..., Markup]:
+    """Draw in the style of the page, and mark the SVG so that the template does not escape it."""
 
-    def drawn(*given: object) -> Markup:
+    def marked(*arguments: object) -> Markup:
         with matplotlib.rc_context(pictures.STYLE):
-            return Markup(drawing(*given))
+            return Markup(draw(*arguments))
 
-    return drawn
+    return marked
 
 
 def embedded_json(data: dict) -> str:
-    """JSON that cannot end the script element that it stands in."""
+    """JSON that cannot end the script element around it."""
     return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def compact(value: object) -> object:
-    """A number with the digits that a table shows."""
+    """A number with as many digits as a table shows."""
     return round(value, 4) if isinstance(value, float) else value
 
 
 def source(name: str) -> Markup:
-    """A file of the page, as it is."""
+    """A file of the page, unescaped."""
     return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """`0.319`, or a dash for what there is not."""
+    """`0.319`, or a dash for None."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def signed(value: float) -> str:
-    """`+0.012`."""
-    return f"{value:+.3f}"
-
-
-def share(value: float | None) -> str:
-    """`32 %`; what is not quite nothing or all does not look like it."""
+def percent(value: float | None) -> str:
+    """`32 %`, or a dash for None; only exactly 0 and 1 are shown as 0 % and 100 %."""
     if value is None:
         return "–"
     text = "< 1 %" if 0 < value < 0.01 else "> 99 %" if 0.99 < value < 1 else f"{100 * value:.0f} %"
@@ -144,13 +124,13 @@ def share(value: float | None) -> str:
 
 
 def code(text: str) -> Markup:
-    """Text with what stands between backticks as code."""
+    """Text in which the parts between backticks become code elements."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def bounds(value: dict | None, sign: str = "") -> Markup:
-    """`0.319 [0.292, 0.346]`, or a dash for what there is not."""
-    if value is None:
+def bounds(estimate: Estimate | None, sign: str = "") -> Markup:
+    """`0.319 [0.292, 0.346]`, or a dash for None."""
+    if estimate is None:
         return Markup("–")
-    middle, low, high = (f"{value[key]:{sign}.3f}" for key in ("value", "low", "high"))
-    return Markup(f'{middle} <small class="interval">[{low}, {high}]</small>')
+    value, low, high = (f"{one:{sign}.3f}" for one in astuple(estimate))
+    return Markup(f'{value} <small class="interval">[{low}, {high}]</small>')

@@ -1,8 +1,9 @@
-"""The plots of a report, as SVG that takes the page's colours. Draws the figures, and decides nothing."""
+"""The plots of a report, as SVG in the colours of the page."""
 
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import matplotlib
 import numpy as np
@@ -11,12 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from local.training.plots import ACCENT, INK, MUTED
+from local.report import failures, trust
+from local.report.closeup import Map
+from local.report.failures import Confusion, GroupRecalls, RankScores, Span
+from local.report.trust import Calibration, RiskCoverage
 
-# Colours of the page, which the dark one changes.
+# Matplotlib draws in these; `as_svg` replaces them by colours of the page, which are others in dark mode.
+INK, ACCENT, MUTED = "#1b3a4b", "#c8553d", "#9aa5ab"
 THEMED = {INK: "currentColor", ACCENT: "var(--accent)", MUTED: "var(--muted)"}
 STYLE = {
-    "svg.fonttype": "none",  # text stays text: small, found by the browser's search, in the page's own font
+    "svg.fonttype": "none",  # text stays text: small, searchable in the browser, in the font of the page
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -25,10 +30,11 @@ STYLE = {
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "legend.labelcolor"), INK
     ),
 }
-BLOCKS, LARGE_BLOCKS = 60, 240  # rows of a matrix at most; neighbours of more groups share one
+BLOCKS, LARGE_BLOCKS = 60, 240  # rows of a matrix at most; of more groups, neighbours share a row
 NAMED = 24  # rows of a matrix with a name each
-LARGEST = 8  # groups with a name where not all have one
+LARGEST = 8  # groups with a name if not all have one
 GROUPS = ("#d9603b", "#2a8c82", "#7a5ea8", "#c79a1c", "#4f83c4", "#b5527f", "#6f9a3a", "#8a6a4f", "#3fa7c0", "#a0a0a0")
+OTHERS = "#888888"
 RIGHT, WRONG = (
     LinearSegmentedColormap.from_list("", [(*rgb, 0.0), (*rgb, 1.0)]) for rgb in ((0.16, 0.55, 0.51), (0.85, 0.36, 0.2))
 )
@@ -36,7 +42,7 @@ RECALLS = {"recall_at_1": ("Recall@1", INK), "recall_at_5": ("Recall@5", ACCENT)
 
 
 def as_svg(figure: Figure, name: str) -> str:
-    """A figure as an SVG element, without ids that another one on the page could have."""
+    """A figure as an SVG element; `name` makes its ids unique on the page."""
     file = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format="svg", dpi=150, transparent=True, metadata={"Date": None, "Creator": None})
@@ -49,21 +55,33 @@ def as_svg(figure: Figure, name: str) -> str:
     return text
 
 
-def draw(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure of some inches and its axes."""
+def subplots(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A figure of a size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
 
-def draw_groups(rows: Sequence[dict], name: str) -> str:
-    """Recalls of groups of observations with their intervals, a line each, the first on top."""
-    figure, axis = draw(4.6, 0.9 + 0.34 * len(rows))
+def shorten(name: str, width: int) -> str:
+    """A name of at most `width` characters, cut after a whole word; a first word that is longer is kept."""
+    if len(name) <= width:
+        return name
+    kept = ""
+    for word in re.findall(r"[\s_/-]*[^\s_/-]+", name):
+        if kept and len(kept + word) > width - 2:
+            return kept + " …"
+        kept += word
+    return kept
+
+
+def draw_groups(rows: Sequence[GroupRecalls], name: str) -> str:
+    """The recalls of groups of observations with their intervals, the first group on top."""
+    figure, axis = subplots(4.6, 0.9 + 0.34 * len(rows))
     for shift, (key, (label, colour)) in zip((-0.14, 0.14), RECALLS.items(), strict=True):
-        values = np.array([[row[key][part] for part in ("value", "low", "high")] for row in rows])
+        values = np.array([astuple(getattr(row, key)) for row in rows])
         y = np.arange(len(rows)) + shift
         axis.hlines(y, values[:, 1], values[:, 2], color=colour, linewidth=2, alpha=0.45)
         axis.plot(values[:, 0], y, "o", color=colour, markersize=4.5, label=label)
-    axis.set_yticks(range(len(rows)), [f"{shorten(row['label'])} ({row['observations']})" for row in rows])
+    axis.set_yticks(range(len(rows)), [f"{shorten(row.name, 30)} ({row.observations})" for row in rows])
     axis.set(xlim=(0, 1.02), ylim=(len(rows) - 0.5, -0.5))
     axis.grid(axis="x", color=MUTED, alpha=0.3)
     axis.spines["left"].set_visible(False)
@@ -72,69 +90,63 @@ def draw_groups(rows: Sequence[dict], name: str) -> str:
     return as_svg(figure, name)
 
 
-def shorten(text: str, most: int = 30) -> str:
-    """A name that fits beside a plot."""
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
-
-
-def draw_matrix(confusion: dict, name: str, is_large: bool = False) -> str:
-    """What is taken for what, each row summing to 1; right answers in one colour, mistakes in the other.
+def draw_matrix(confusion: Confusion, name: str, is_large: bool = False) -> str:
+    """A confusion matrix whose rows sum to 1, right answers in one colour and mistakes in another.
 
     Args:
         is_large: for a whole window, with more rows and names.
     """
-    size, cells = len(confusion["groups"]), np.array(confusion["cells"])
+    size, cells = len(confusion.groups), np.array(confusion.cells)
     blocks, side = min(size, LARGE_BLOCKS if is_large else BLOCKS), 11 if is_large else 4.6
-    place = np.arange(size) * blocks // size
+    block_of = np.arange(size) * blocks // size
     matrix = np.zeros((blocks, blocks))
-    np.add.at(matrix, (place[cells[:, 0]], place[cells[:, 1]]), cells[:, 2])
+    np.add.at(matrix, (block_of[cells[:, 0]], block_of[cells[:, 1]]), cells[:, 2])
     matrix /= np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     is_right = np.eye(blocks, dtype=bool)
-    figure, axis = draw(side, side)
+    figure, axis = subplots(side, side)
     edges = np.linspace(-0.5, size - 0.5, blocks + 1)
     for shown, colours in ((is_right, RIGHT), (~is_right & (matrix > 0), WRONG)):
-        # Roots, so that few mistakes of many can be seen.
+        # The square root makes small fractions visible.
         values = np.where(shown, np.sqrt(matrix), np.nan)
         axis.pcolormesh(edges, edges, values, cmap=colours, vmin=0, vmax=1, rasterized=blocks > NAMED)
-    axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="taken for", ylabel="true", aspect="equal")
+    axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="guessed", ylabel="true", aspect="equal")
     if size <= (BLOCKS if is_large else NAMED):
-        named = [{"name": group, "start": start, "end": start + 1} for start, group in enumerate(confusion["groups"])]
+        named = [Span(group, start, start + 1) for start, group in enumerate(confusion.groups)]
     else:
-        named = confusion["relatives"] or largest_groups(confusion)
-    for one in named:
-        if one["end"] - one["start"] > 1:
-            corner, width = one["start"] - 0.5, one["end"] - one["start"]
+        named = confusion.relatives or largest_groups(confusion)
+    for span in named:
+        if span.end - span.start > 1:
+            corner, width = span.start - 0.5, span.end - span.start
             axis.add_patch(Rectangle((corner, corner), width, width, fill=False, edgecolor=INK, linewidth=0.8))
-    middles = [(one["start"] + one["end"] - 1) / 2 for one in named]
-    axis.set_xticks(middles, [shorten(one["name"], 24) for one in named], rotation=90)
-    axis.set_yticks(middles, [shorten(one["name"], 24) for one in named])
+    middles, labels = [(span.start + span.end - 1) / 2 for span in named], [shorten(span.name, 24) for span in named]
+    axis.set_xticks(middles, labels, rotation=90)
+    axis.set_yticks(middles, labels)
     axis.tick_params(length=0, labelsize=8)
     return as_svg(figure, name)
 
 
-def largest_groups(confusion: dict) -> list[dict]:
-    """The groups that were asked most, as `relatives` of one, far enough from each other for a name each."""
-    size = len(confusion["groups"])
-    asked = np.zeros(size)
-    for true, _, observations in confusion["cells"]:
-        asked[true] += observations
+def largest_groups(confusion: Confusion) -> list[Span]:
+    """The groups with the most held-out observations, as far apart as their names need."""
+    size = len(confusion.groups)
+    queries = np.zeros(size)
+    for true, _, observations in confusion.cells:
+        queries[true] += observations
     named: list[int] = []
-    for group in np.argsort(-asked, kind="stable").tolist():
-        if asked[group] and all(abs(group - other) > size / NAMED for other in named):
+    for group in np.argsort(-queries, kind="stable").tolist():
+        if queries[group] and all(abs(group - other) > size / NAMED for other in named):
             named.append(group)
-    return [{"name": confusion["groups"][group], "start": group, "end": group + 1} for group in named[:LARGEST]]
+    return [Span(confusion.groups[group], group, group + 1) for group in named[:LARGEST]]
 
 
-def draw_confidence(ranks: Sequence[dict], name: str) -> str:
-    """How sure the first guesses are at every rank, right and wrong ones stacked."""
-    figure, axes = draw(4.6, 0.5 + 0.95 * len(ranks), len(ranks), sharex=True, squeeze=False)
-    edges = np.linspace(0, 1, len(ranks[0]["histogram"]["right"]) + 1)
+def draw_confidence(ranks: Sequence[RankScores], name: str) -> str:
+    """Histograms of the probability of the first guess at every rank, right and wrong guesses stacked."""
+    figure, axes = subplots(4.6, 0.5 + 0.95 * len(ranks), len(ranks), sharex=True, squeeze=False)
+    edges, width = np.linspace(0, 1, failures.BINS, endpoint=False), 1 / failures.BINS
     for axis, rank in zip(axes[:, 0], ranks, strict=True):
-        right, wrong = (np.array(rank["histogram"][key]) for key in ("right", "wrong"))
-        axis.bar(edges[:-1], right, np.diff(edges), align="edge", color=INK, alpha=0.85, label="right")
-        axis.bar(edges[:-1], wrong, np.diff(edges), right, align="edge", color=ACCENT, alpha=0.85, label="wrong")
-        axis.axvline(rank["confidence"], color=MUTED, linestyle="--", label="mean")
-        axis.set_title(rank["rank"], loc="left", fontsize=9)
+        axis.bar(edges, rank.right, width, align="edge", color=INK, alpha=0.85, label="right")
+        axis.bar(edges, rank.wrong, width, rank.right, align="edge", color=ACCENT, alpha=0.85, label="wrong")
+        axis.axvline(rank.confidence, color=MUTED, linestyle="--", label="mean")
+        axis.set_title(rank.rank, loc="left", fontsize=9)
         axis.yaxis.set_major_locator(MaxNLocator(2, integer=True))
     axes[-1, 0].set(xlabel="probability of the first guess", xlim=(0, 1))
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -142,48 +154,42 @@ def draw_confidence(ranks: Sequence[dict], name: str) -> str:
     return as_svg(figure, name)
 
 
-def draw_reliability(calibration: dict, what: str, name: str) -> str:
-    """What is said against what is found, bin by bin with intervals, over how often it is said."""
-    figure, (axis, below) = draw(4.6, 4.4, 2, sharex=True, height_ratios=(4, 1))
-    bins = calibration["bins"]
-    said, found = [one["confidence"] for one in bins], [one["right"]["value"] for one in bins]
+def draw_reliability(calibration: Calibration, what: str, name: str) -> str:
+    """The accuracy by confidence with intervals, above the number of observations in each bin."""
+    figure, (axis, below) = subplots(4.6, 4.4, 2, sharex=True, height_ratios=(4, 1))
+    bins = calibration.bins
+    confidence = [one.confidence for one in bins]
+    low, high = [one.right.low for one in bins], [one.right.high for one in bins]
     axis.plot([0, 1], [0, 1], "--", color=MUTED, label="calibrated")
-    axis.vlines(
-        said,
-        [one["right"]["low"] for one in bins],
-        [one["right"]["high"] for one in bins],
-        color=ACCENT,
-        linewidth=2,
-        alpha=0.45,
-    )
-    axis.plot(said, found, "o-", color=ACCENT, markersize=4.5, label="this run")
-    axis.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="share that is right")
+    axis.vlines(confidence, low, high, color=ACCENT, linewidth=2, alpha=0.45)
+    axis.plot(confidence, [one.right.value for one in bins], "o-", color=ACCENT, markersize=4.5, label="this run")
+    axis.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="fraction that is right")
     axis.legend(loc="upper left")
-    width = 1 / 10
-    below.bar(
-        [one["from"] for one in bins], [one["observations"] for one in bins], width, align="edge", color=INK, alpha=0.6
-    )
+    starts, counts = [one.start for one in bins], [one.observations for one in bins]
+    below.bar(starts, counts, 1 / trust.BINS, align="edge", color=INK, alpha=0.6)
     below.set(xlabel=what, ylabel="observations")
     below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
     return as_svg(figure, name)
 
 
-def draw_risk(curve: dict, name: str) -> str:
-    """The share of wrong answers by how many are answered, the surest first."""
-    figure, axis = draw(4.6, 3.4)
-    x, y = ([point[key] for point in curve["points"]] for key in ("coverage", "risk"))
+def draw_risk(curve: RiskCoverage, name: str) -> str:
+    """The fraction of wrong answers by the fraction of observations that are answered."""
+    figure, axis = subplots(4.6, 3.4)
+    x, y = [point.coverage for point in curve.points], [point.risk for point in curve.points]
     axis.fill_between(x, y, color=ACCENT, alpha=0.15)
     axis.plot(x, y, color=ACCENT)
-    axis.set(xlabel="share that is answered, the surest first", ylabel="share of them that is wrong", xlim=(0, 1))
+    axis.set(
+        xlabel="fraction answered, the most confident first", ylabel="fraction of these that is wrong", xlim=(0, 1)
+    )
     axis.set_ylim(bottom=0)
     return as_svg(figure, name)
 
 
 def draw_training(log: Sequence[dict], chosen: int, name: str) -> str:
-    """Recalls, loss and learning rate by epoch; the chosen epoch is marked."""
+    """Recalls, loss and learning rate by epoch, with a line at the chosen epoch."""
     losses, rates = ([row for row in log if row.get(key)] for key in ("loss", "learning_rate"))
     parts = 1 + bool(losses) + bool(rates)
-    figure, axes = draw(4.6, 0.6 + 1.9 * parts, parts, sharex=True, squeeze=False)
+    figure, axes = subplots(4.6, 0.6 + 1.9 * parts, parts, sharex=True, squeeze=False)
     axes = list(axes[:, 0])
     for count, style in ((1, ":"), (5, "-"), (10, "--")):
         epochs, values = [row["epoch"] for row in log], [row[f"recall_at_{count}"] for row in log]
@@ -198,36 +204,35 @@ def draw_training(log: Sequence[dict], chosen: int, name: str) -> str:
             axis.set_ylim(bottom=0)
     for axis in axes:
         axis.axvline(chosen, color=ACCENT, alpha=0.6)
-    axes[-1].set_xlabel(f"epoch (0: the encoder as it came; chosen: {chosen})")
+    axes[-1].set_xlabel(f"epoch (0: before training; chosen: {chosen})")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return as_svg(figure, name)
 
 
 def draw_distribution(counts: dict[str, list[int]], name: str) -> str:
-    """How many photos and observations the classes have, the commonest first."""
-    figure, axis = draw(4.6, 3.2)
-    for (label, values), (colour, style) in zip(
-        counts.items(), ((MUTED, "-"), (INK, "--"), (ACCENT, "-"))[-len(counts) :], strict=True
-    ):
+    """The number of photos and observations of each class, the largest first."""
+    figure, axis = subplots(4.6, 3.2)
+    styles = ((MUTED, "-"), (INK, "--"), (ACCENT, "-"))[-len(counts) :]
+    for (label, values), (colour, style) in zip(counts.items(), styles, strict=True):
         axis.step(np.arange(1, len(values) + 1), values, style, where="mid", color=colour, label=label)
-    axis.set(xlabel="class, the commonest first", ylabel="of a class", yscale="log", xlim=(1, None))
+    axis.set(xlabel="class, the largest first", ylabel="number", yscale="log", xlim=(1, None))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.legend()
     return as_svg(figure, name)
 
 
-def draw_map(points: dict, name: str) -> str:
-    """Observations on a plane by the colour of their group; held-out ones have a rim."""
-    figure, axis = draw(7.4, 5.6)
-    x, y, group, is_query = np.array(points["points"]).T
-    colours = np.array([*GROUPS, "#888888"], dtype=object)[group.astype(int)]
-    for held_out, rim in ((0, "none"), (1, INK)):
+def draw_map(points: Map, name: str) -> str:
+    """Observations on a plane, coloured by group; held-out ones have an outline."""
+    figure, axis = subplots(7.4, 5.6)
+    x, y, group, is_query = np.array(points.points).T
+    colours = np.array([*GROUPS, OTHERS], dtype=object)[group.astype(int)]
+    for held_out, outline in ((0, "none"), (1, INK)):
         shown = is_query == held_out
-        axis.scatter(x[shown], y[shown], 12, colours[shown], edgecolors=rim, linewidths=0.4, alpha=0.8)
-    for number, one in enumerate(points["groups"]):
-        axis.scatter([], [], 24, GROUPS[number], label=f"{shorten(one['name'])} ({one['observations']})")
-    if points["others"]:
-        axis.scatter([], [], 24, "#888888", label=f"others ({points['others']})")
+        axis.scatter(x[shown], y[shown], 12, colours[shown], edgecolors=outline, linewidths=0.4, alpha=0.8)
+    for colour, one in zip(GROUPS, points.groups, strict=False):
+        axis.scatter([], [], 24, colour, label=f"{shorten(one.name, 30)} ({one.observations})")
+    if points.others:
+        axis.scatter([], [], 24, OTHERS, label=f"others ({points.others})")
     axis.set_axis_off()
     figure.legend(loc="outside lower center", ncols=3)
     return as_svg(figure, name)

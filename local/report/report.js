@@ -1,6 +1,6 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const PAGE = 100; // rows shown at once: what nobody scrolls to need not be laid out
+const PAGE = 100; // rows shown at once; laying out thousands takes long
 const sheet = document.getElementById("sheet");
 
 /** An element with properties and children; text is never read as HTML. */
@@ -10,62 +10,62 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-const classes = new Map(data.order.map((place) => {
-  const row = Object.fromEntries(data.columns.map((column, index) => [column, data.classes[place][index]]));
+const classes = new Map(data.order.map((label) => {
+  const row = Object.fromEntries(data.columns.map((column, index) => [column, data.classes[label][index]]));
   const text = [row.id, row.name, ...row.lineage, row.poisonous ? "poisonous" : ""].join(" ").toLowerCase();
-  return [place, { ...row, place, text }];
+  return [label, { ...row, label, text }];
 }));
 const mistaken = data.mistaken.map(([truth, guessed, observations]) => {
   const [one, other] = [classes.get(truth), classes.get(guessed)];
-  return { truth: one.name, guessed: other.name, observations, places: [truth, guessed], text: `${one.text} ${other.text}` };
+  return { truth: one.name, guessed: other.name, observations, labels: [truth, guessed], text: `${one.text} ${other.text}` };
 });
 
 /** A button that opens a class. */
-function opener(place) {
-  const { name, poisonous } = classes.get(place);
+function opener(label) {
+  const { name, poisonous } = classes.get(label);
   const button = make("button", { className: "open" }, name);
-  button.dataset.class = place;
+  button.dataset.class = label;
   return poisonous ? make("span", {}, button, make("span", { className: "poison", title: "poisonous" }, " ☠")) : button;
 }
 
-function picture(place) {
-  const photo = data.photo_of[place];
+function picture(label) {
+  const photo = data.photo_of[label];
   if (photo === undefined) return make("span", { className: "photo none" }, "no photo");
   return make("img", { className: "photo", src: data.photos[photo], alt: "", width: 96, height: 96 });
 }
 
 const digits = (count) => (value) => (value === null ? "–" : value.toFixed(count));
-/** [heading, key, cell of a row, class of the cell] of each table's columns, and what it shows first. */
+/** The columns of each table, as [heading, key to sort by, cell of a row, CSS class], and the first sorting. */
 const TABLES = {
   classes: {
     rows: [...classes.values()],
     columns: [
-      ["species", "name", (row) => opener(row.place), ""],
+      ["species", "name", (row) => opener(row.label), ""],
       ["id", "id", (row) => row.id, "aside"],
       ...data.ranks.map((rank, level) => [rank, (row) => row.lineage[level] ?? "", (row) => row.lineage[level] ?? "–", "aside"]).slice(-2),
       ["shots", "shots", (row) => row.shots, "n"],
-      ["asked", "asked", (row) => row.asked, "n"],
+      ["held out", "queries", (row) => row.queries, "n"],
       ["guessed", "guessed", (row) => row.guessed, "n aside"],
       ["R@1", "recall_at_1", (row) => digits(2)(row.recall_at_1), "n"],
       ["R@5", "recall_at_5", (row) => digits(2)(row.recall_at_5), "n"],
       ["F1", "f1", (row) => digits(2)(row.f1), "n aside"],
       ["mean probability", "probability", (row) => digits(3)(row.probability), "n aside"],
     ],
-    first: ["asked", -1],
+    first: ["held out", -1],
   },
   mistaken: {
     rows: mistaken,
     columns: [
-      ["true", "truth", (row) => opener(row.places[0]), ""],
-      ["taken for", "guessed", (row) => opener(row.places[1]), ""],
+      ["true", "truth", (row) => opener(row.labels[0]), ""],
+      ["guessed", "guessed", (row) => opener(row.labels[1]), ""],
       ["times", "observations", (row) => row.observations, "n"],
     ],
     first: ["times", -1],
   },
 };
 
-/** A table that sorts by its heads, searches as one types, and lays out no more rows than are asked for. */
-function fillTable(place, { rows, columns, first }) {
+/** A table with a search field and sortable columns, which shows its rows page by page. */
+function fillTable(element, { rows, columns, first }) {
   let [heading, direction] = first;
   let shown = PAGE;
   const input = make("input", { type: "search", placeholder: "Search", ariaLabel: "Search" });
@@ -90,7 +90,7 @@ function fillTable(place, { rows, columns, first }) {
     const value = typeof key === "function" ? key : (row) => row[key];
     const compare = new Intl.Collator("en", { numeric: true }).compare;
     const keyed = found.map((row) => [value(row), row]);
-    // What has no value comes last, whichever way.
+    // Rows without a value come last in both directions.
     keyed.sort(([one], [other]) => (one === null) - (other === null)
       || direction * (typeof one === "string" ? compare(one, other) : one - other));
     body.replaceChildren(...keyed.slice(0, shown).map(([, row]) =>
@@ -107,38 +107,38 @@ function fillTable(place, { rows, columns, first }) {
   input.addEventListener("input", () => { shown = PAGE; update(); });
   more.addEventListener("click", () => { shown += PAGE; update(); });
   const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), body);
-  place.append(make("div", { className: "search" }, input, count), make("div", { className: "scroll" }, table), more);
+  element.append(make("div", { className: "search" }, input, count), make("div", { className: "scroll" }, table), more);
   update();
 }
 
-/** Other classes with how often, as a list with photos. */
+/** A list of classes with photos and counts. */
 function listed(title, pairs) {
   if (!pairs.length) return null;
-  const lines = pairs.map(([place, times]) =>
-    make("div", { className: "pair" }, picture(place), make("span", {}, opener(place), ` ${times}×`)));
+  const lines = pairs.map(([label, times]) =>
+    make("div", { className: "pair" }, picture(label), make("span", {}, opener(label), ` ${times}×`)));
   return make("section", {}, make("h3", {}, title), make("div", { className: "grid" }, ...lines));
 }
 
-function openClass(place) {
-  const row = classes.get(place);
+function openClass(label) {
+  const row = classes.get(label);
   const facts = [
     ["id", row.id],
     ...data.ranks.map((rank, level) => [rank, row.lineage[level] ?? "–"]),
     ["observations in the bank", row.shots],
-    ["held out", row.asked],
+    ["held out", row.queries],
     ["guessed", row.guessed],
     ["Recall@1, Recall@5", `${digits(2)(row.recall_at_1)}, ${digits(2)(row.recall_at_5)}`],
     ["F1", digits(2)(row.f1)],
-    ["mean probability of the right answer", digits(3)(row.probability)],
+    ["mean probability of the true class", digits(3)(row.probability)],
   ];
   if (row.poisonous) facts.push(["poisonous", "yes"]);
-  const mine = (own, other) => data.mistaken.filter((one) => one[own] === place).map((one) => [one[other], one[2]]);
+  const mine = (own, other) => data.mistaken.filter((one) => one[own] === label).map((one) => [one[other], one[2]]);
   show(
     make("h2", { id: "sheet-title" }, row.name),
-    make("div", { className: "strip" }, picture(place)),
+    make("div", { className: "strip" }, picture(label)),
     make("dl", { className: "facts" }, ...facts.flatMap(([key, value]) => [make("dt", {}, key), make("dd", {}, String(value))])),
     listed("It is taken for", mine(0, 1)),
-    listed("Taken for it are", mine(1, 0)),
+    listed("Taken for it", mine(1, 0)),
   );
 }
 
@@ -150,7 +150,7 @@ function show(...content) {
 }
 
 document.querySelectorAll("[data-photo]").forEach((image) => { image.src = data.photos[image.dataset.photo]; });
-document.querySelectorAll("[data-table]").forEach((place) => fillTable(place, TABLES[place.dataset.table]));
+document.querySelectorAll("[data-table]").forEach((element) => fillTable(element, TABLES[element.dataset.table]));
 document.addEventListener("click", (event) => {
   const button = event.target.closest("[data-class]");
   if (button) openClass(Number(button.dataset.class));

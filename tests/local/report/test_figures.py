@@ -1,4 +1,4 @@
-"""A report says what the held-out answers say, and nothing that is not in metrics.json.
+"""The figures of a report follow from the held-out answers, and metrics.json has all of them.
 
 python -m pytest tests/local/report/test_figures.py
 """
@@ -20,22 +20,14 @@ from local.data.competition import read_competition
 from local.evaluate import report
 from local.recipes.recipe import make_recipe
 from local.report import page
-from local.report.advice import together
+from local.report.advice import ensemble
 from local.report.closeup import Closeup
-from local.report.evidence import Rank, names_of, read_evidence
-from local.report.figures import (
-    against,
-    chance,
-    deadly,
-    draws,
-    find_species,
-    hierarchical,
-    leaderboard,
-    pairs,
-    resampled_f1,
-    weighted_f1,
-)
-from local.report.trust import best_temperature, calibration, risk_coverage
+from local.report.comparison import compare_with, predict_leaderboard, sampling_noise
+from local.report.evidence import Rank, evaluate_answers, names_of, read_evidence
+from local.report.failures import commonest_mistakes, find_classes, find_deadly, score_hierarchy
+from local.report.figures import Figures, compute_figures
+from local.report.scores import Estimate, bootstrap_counts, gain_in, resampled_f1, value_of, weighted_f1
+from local.report.trust import RiskPoint, best_temperature, calibrate, risk_coverage
 from local.training.run import train_run
 from tests.conftest import TINY, photo
 from tests.layouts import fungitastic, herbarium
@@ -67,7 +59,7 @@ def from_folds(folded, drawn):
 
 @pytest.fixture(scope="module")
 def written(run, folded, drawn, evidence) -> tuple[dict, str]:
-    """metrics.json and report.html of a run with everything that can be asked for."""
+    """metrics.json and report.html of a run with all options."""
     html = report(run, drawn.competition, [folded], [evidence.names[0]])
     return json.loads((run / "metrics.json").read_text()), html.read_text(encoding="utf-8")
 
@@ -86,7 +78,7 @@ def test_the_unweighted_scores_stand_beside_the_weighted_ones(written):
     for count in GUESSES:
         assert found[f"recall_at_{count}"]["value"] == pytest.approx(validation[f"unweighted_recall_at_{count}"])
     assert any(validation[f"unweighted_recall_at_{count}"] != validation[f"recall_at_{count}"] for count in GUESSES)
-    assert "Unweighted they are" in html
+    assert "Without weights they are" in html
 
 
 def test_what_training_left_in_the_metrics_stays_there(written, trained):
@@ -94,9 +86,15 @@ def test_what_training_left_in_the_metrics_stays_there(written, trained):
     assert by_training.items() <= written[0].items()
 
 
-def test_the_page_is_made_of_the_metrics_alone(written, drawn):
+@pytest.fixture(scope="module")
+def figures(written, evidence, folded) -> Figures:
+    return compute_figures(evidence, [folded], [evidence.names[0]])
+
+
+def test_metrics_json_holds_the_figures_of_the_page(written, figures, drawn):
     metrics, html = written
-    assert page.render(metrics["evaluation"], drawn.competition) == html
+    assert json.loads(json.dumps(figures.to_dict(), allow_nan=False)) == metrics["evaluation"]
+    assert page.render(figures, drawn.competition) == html
 
 
 def test_a_second_report_is_the_same_and_leaves_nothing_half_written(written, run, folded, drawn, evidence):
@@ -109,7 +107,7 @@ def test_every_held_out_observation_is_in_the_groups_and_in_the_classes(written)
     figures = written[0]["evaluation"]
     for rows in (figures["groups"]["shots"], figures["groups"]["photos"]):
         assert sum(row["observations"] for row in rows) == figures["observations"]
-    assert sum(row["asked"] for row in figures["species"]) == figures["observations"]
+    assert sum(row["queries"] for row in figures["species"]) == figures["observations"]
     assert sum(row["guessed"] for row in figures["species"]) == figures["observations"]
     for confusion in figures["confusions"]:
         assert sum(cell[2] for cell in confusion["cells"]) == figures["observations"]
@@ -117,7 +115,7 @@ def test_every_held_out_observation_is_in_the_groups_and_in_the_classes(written)
 
 def test_a_group_is_as_probable_as_its_species_together():
     rank = Rank("genus", ["a", "b", "c"], np.array([2, 0, 2, 1]), np.ones(3, dtype=bool))
-    pooled = rank.pooled(np.array([[0.1, 0.2, 0.3, 0.4], [1.0, 0.0, 0.0, 0.0]]))
+    pooled = rank.sum_probabilities(np.array([[0.1, 0.2, 0.3, 0.4], [1.0, 0.0, 0.0, 0.0]]))
     assert pooled == pytest.approx(np.array([[0.2, 0.4, 0.4], [0.0, 0.0, 1.0]]))
 
 
@@ -130,7 +128,7 @@ def test_ranks_end_with_the_species_and_relatives_are_neighbours(evidence):
 
 def test_all_ranks_are_right_no_oftener_than_the_worst_of_them(evidence, written):
     ranks = written[0]["evaluation"]["ranks"]
-    assert hierarchical(evidence)["accuracy"]["value"] <= min(rank["recall_at_1"]["value"] for rank in ranks) + 1e-9
+    assert score_hierarchy(evidence).accuracy.value <= min(rank["recall_at_1"]["value"] for rank in ranks) + 1e-9
 
 
 def test_two_classes_of_one_name_are_told_apart_and_found_together(evidence):
@@ -139,7 +137,7 @@ def test_two_classes_of_one_name_are_told_apart_and_found_together(evidence):
     photos.loc[twins, "species"] = "Twin"
     names, _ = names_of(dataclasses.replace(evidence.competition, photos=photos), evidence.classes)
     assert names[:2] == [f"Twin #{one}" for one in evidence.classes[:2]]
-    assert find_species(dataclasses.replace(evidence, names=names), "twin") == [0, 1]
+    assert find_classes(dataclasses.replace(evidence, names=names), "twin") == [0, 1]
 
 
 def test_weighted_f1_is_the_usual_one_within_its_interval():
@@ -165,7 +163,7 @@ def test_weighted_f1_of_weighted_observations_is_that_of_scikit_learn():
 def test_macro_f1_over_drawn_observations_is_scikit_learns():
     rng = np.random.default_rng(1)
     truth, guesses = rng.integers(0, 9, 40), rng.integers(0, 12, 40)
-    (weights,) = draws(len(truth), 25)
+    (weights,) = bootstrap_counts(len(truth), 25)
     assert (weights.sum(axis=1) == 25).all()
     found = resampled_f1("macro", truth, guesses, 25)
     for counts, value in list(zip(weights.astype(int), found, strict=True))[:50]:
@@ -188,9 +186,9 @@ def test_the_noise_of_macro_f1_is_how_far_it_scatters_over_leaderboards_of_that_
     answers[np.arange(4000), guesses] = 0.0
     held_out = dataclasses.replace(evidence, truth=truth, log_probabilities=answers)
     boards = [f1_score(*world(observations), average="macro") for _ in range(400)]
-    assert chance(held_out, "macro_f1", observations) == pytest.approx(1.96 * np.std(boards), rel=0.12)
+    assert sampling_noise(held_out, "macro_f1", observations) == pytest.approx(1.96 * np.std(boards), rel=0.12)
     recall = (truth == guesses).mean()
-    assert chance(held_out, "recall_at_1", 226) == pytest.approx(1.96 * np.sqrt(recall * (1 - recall) / 226))
+    assert sampling_noise(held_out, "recall_at_1", 226) == pytest.approx(1.96 * np.sqrt(recall * (1 - recall) / 226))
 
 
 def smallest(folder: Path, layout: str) -> Path:
@@ -220,51 +218,69 @@ def test_the_leaderboard_is_told_of_by_its_metric_and_size_in_every_layout(evide
     competition = read_competition(smallest(tmp_path, layout))
     trained = dataclasses.replace(evidence.manifest.competition, name=layout)
     manifest = dataclasses.replace(evidence.manifest, competition=trained)
-    found = leaderboard(dataclasses.replace(evidence, competition=competition, manifest=manifest), [])
-    assert found["score"] == metric
-    [board] = found["boards"]
-    assert (board["part"], board["observations"]) == ("whole test", 12)
+    found = predict_leaderboard(dataclasses.replace(evidence, competition=competition, manifest=manifest), [])
+    assert found.metric == metric
+    [board] = found.boards
+    assert (board.part, board.observations) == ("whole test", 12)
     guesses = evidence.log_probabilities.argmax(axis=1)
     expected = {
         "recall_at_1": (guesses == evidence.truth).mean(),
         "macro_f1": f1_score(evidence.truth, guesses, average="macro", zero_division=0),
     }
-    assert board["expected"]["value"] == pytest.approx(expected[metric])
+    assert board.expected.value == pytest.approx(expected[metric])
 
 
 def test_fungiclefs_leaderboard_has_two_parts_and_a_drawn_tests_has_one(evidence):
     layout = competition_named("fungiclef")
     assert layout.boards(999) == {"public": 226, "private": 773}
     assert layout.boards(24) == {"whole test": 24}
-    found = leaderboard(evidence, [])
-    assert (found["score"], [board["part"] for board in found["boards"]]) == ("recall_at_5", ["whole test"])
+    found = predict_leaderboard(evidence, [])
+    assert (found.metric, [board.part for board in found.boards]) == ("recall_at_5", ["whole test"])
 
 
 def test_a_folder_without_a_test_set_has_no_leaderboard(evidence, tmp_path):
     competition = dataclasses.replace(evidence.competition, folder=tmp_path)
-    assert leaderboard(dataclasses.replace(evidence, competition=competition), [])["boards"] == []
+    assert predict_leaderboard(dataclasses.replace(evidence, competition=competition), []).boards == []
 
 
 def test_a_run_gains_nothing_on_itself(evidence, run):
-    found = against(evidence, run)
-    assert found["observations"] == len(evidence.queries)
-    assert all(gain == {"value": 0, "low": 0, "high": 0} for gain in found["gain"].values())
+    found = compare_with(evidence, run)
+    assert found.observations == len(evidence.queries)
+    assert set(vars(found.gain).values()) == {Estimate(0, 0, 0)}
 
 
-def test_one_common_observation_says_nothing_of_two_runs(evidence, run):
+def test_one_common_observation_says_nothing_of_two_runs(evidence, run, figures):
     alone = {name: getattr(evidence, name)[:1] for name in ("queries", "truth", "log_probabilities")}
-    single = dataclasses.replace(evidence, **alone, memory={})
-    found = against(single, run)
-    assert (found["observations"], found["is_evidence"]) == (1, False)
-    lucky = found | {"run": "lucky", "together": {"recall_at_5": {"value": 1.0, "low": 1.0, "high": 1.0}}}
-    lucky["gain"] = {name: {"value": 1.0, "low": 1.0, "high": 1.0} for name in found["gain"]}
-    assert together(single, {"against": [lucky]}) is None
-    assert together(single, {"against": [lucky | {"is_evidence": True}]})
-    boards = leaderboard(single, [lucky])["boards"]
-    assert [board["wrong_order"]["lucky"] for board in boards] == [0.5] * len(boards)
+    single = dataclasses.replace(evidence, **alone)
+    found = compare_with(single, run)
+    assert (found.observations, found.is_evidence) == (1, False)
+    certain = dataclasses.replace(found.gain, recall_at_5=Estimate(1.0, 1.0, 1.0))
+    lucky = dataclasses.replace(found, run="lucky", gain=certain, ensemble_gain={"recall_at_5": certain.recall_at_5})
+    assert ensemble(single, dataclasses.replace(figures, against=[lucky])) is None
+    assert ensemble(single, dataclasses.replace(figures, against=[dataclasses.replace(lucky, is_evidence=True)]))
+    boards = predict_leaderboard(single, [lucky]).boards
+    assert [board.wrong_order["lucky"] for board in boards] == [0.5] * len(boards)
 
 
-def test_runs_are_compared_on_the_observations_that_both_were_judged_by(written, evidence, from_folds):
+def test_an_ensemble_is_advised_by_the_metric_of_the_competition(evidence, figures):
+    better, worse = Estimate(0.2, 0.1, 0.3), Estimate(-0.2, -0.3, -0.1)
+    gains = {"recall_at_1": worse, "recall_at_5": worse, "recall_at_10": worse, "macro_f1": better}
+    other = dataclasses.replace(figures.against[0], ensemble_gain=gains, is_evidence=True)
+    compared = dataclasses.replace(figures, against=[other])
+    assert ensemble(evidence, compared) is None
+    by_f1 = dataclasses.replace(figures.leaderboard, metric="macro_f1")
+    assert "macro-F1 is +0.200" in ensemble(evidence, dataclasses.replace(compared, leaderboard=by_f1)).what
+
+
+def test_a_gain_in_macro_f1_is_the_difference_of_scikit_learns(evidence, from_folds):
+    truth = evidence.truth[:6]
+    new, old = (evaluate_answers(logs[:6], truth) for logs in (evidence.log_probabilities, -evidence.log_probabilities))
+    expected = np.subtract(*(f1_score(truth, one.top[:, 0], average="macro", zero_division=0) for one in (new, old)))
+    assert gain_in("macro_f1", truth, new, old).value == pytest.approx(expected)
+    assert value_of("macro_f1", truth, new) - value_of("macro_f1", truth, old) == pytest.approx(expected)
+
+
+def test_runs_are_compared_on_the_observations_that_both_held_out(written, evidence, from_folds):
     (found,) = written[0]["evaluation"]["against"]
     common = {query.id for query in evidence.queries} & {query.id for query in from_folds.queries}
     assert found["observations"] == len(common) > 0
@@ -279,7 +295,7 @@ def test_a_query_is_no_part_of_what_it_is_compared_with(from_folds):
     sizes = Counter(from_folds.embedded.classes[from_folds.embedded.is_reference])
     assert list(from_folds.shots) == [sizes[place] - 1 for place in from_folds.truth]
     for query, place in enumerate(from_folds.truth):
-        assert closeup.nearest(query, place)["observation"] != from_folds.queries[query].id
+        assert closeup.nearest(query, place).observation != from_folds.queries[query].id
 
 
 def test_views_vote_for_the_nearest_mean_of_the_other_observations(from_folds):
@@ -297,34 +313,38 @@ def test_views_vote_for_the_nearest_mean_of_the_other_observations(from_folds):
 def test_a_poisonous_species_taken_for_an_edible_one_costs_a_hundred(evidence):
     poisonous = np.zeros(len(evidence.classes))
     poisonous[evidence.truth[evidence.guesses != evidence.truth][0]] = 1
-    marked = dataclasses.replace(evidence, poisonous=poisonous, memory={})
-    found = deadly(marked, Closeup(marked))
+    marked = dataclasses.replace(evidence, poisonous=poisonous)
+    found = find_deadly(marked, Closeup(marked))
     true, guessed = poisonous[marked.truth] == 1, poisonous[marked.guesses] == 1
     cost = 100 * (true & ~guessed).sum() + (guessed & ~true).sum()
-    assert found["cost"]["value"] == pytest.approx(cost / len(true))
-    assert found["kinds"]["poisonous taken for edible"] == (true & ~guessed).sum()
+    assert found.cost.value == pytest.approx(cost / len(true))
+    assert found.counts["poisonous taken for edible"] == (true & ~guessed).sum()
     assert (true & ~guessed).any()
 
 
 def test_without_poisonous_species_nothing_is_said_of_them(evidence):
     harmless = dataclasses.replace(evidence, poisonous=np.full(len(evidence.classes), np.nan))
-    assert deadly(harmless, Closeup(harmless)) is None
+    assert find_deadly(harmless, Closeup(harmless)) is None
 
 
 def test_the_commonest_confusions_come_first(evidence):
-    found = pairs(evidence, Closeup(evidence))
-    counts = [one["observations"] for one in found]
-    assert counts == sorted(counts, reverse=True)
-    assert all(one["true"] != one["guessed"] and 0 < one["share"] <= 1 for one in found)
+    found = commonest_mistakes(evidence, Closeup(evidence))
+    wrong = Counter(
+        (true, guess) for true, guess in zip(evidence.truth, evidence.guesses, strict=True) if true != guess
+    )
+    assert [one.count for one in found] == sorted(wrong.values(), reverse=True)[: len(found)]
+    for one in found:
+        assert one.count == wrong[one.true, one.guessed]
+        assert one.fraction == pytest.approx(one.count / (evidence.truth == one.true).sum())
 
 
-def test_calibration_tells_a_run_that_boasts_from_one_that_does_not():
+def test_calibration_tells_an_overconfident_run_from_a_calibrated_one():
     rng = np.random.default_rng(1)
     confidence = rng.random(2000)
-    honest = calibration(confidence, rng.random(2000) < confidence)
-    boaster = calibration(confidence, rng.random(2000) < confidence**3)
-    assert honest["error"] <= honest["chance"] < boaster["error"]
-    assert boaster["confidence"] > boaster["right"]
+    honest = calibrate(confidence, rng.random(2000) < confidence)
+    overconfident = calibrate(confidence, rng.random(2000) < confidence**3)
+    assert honest.error <= honest.chance < overconfident.error
+    assert overconfident.confidence > overconfident.right
 
 
 def test_the_best_temperature_undoes_what_was_done_to_the_logits(evidence):
@@ -332,36 +352,36 @@ def test_the_best_temperature_undoes_what_was_done_to_the_logits(evidence):
     logits = rng.normal(size=(3000, 10)) * 2
     chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     truth = (chances.cumsum(axis=1) > rng.random((3000, 1))).argmax(axis=1)
-    shouted = dataclasses.replace(evidence, truth=truth, log_probabilities=(logits * 3).astype(np.float32))
-    assert best_temperature(shouted)["value"] == pytest.approx(3, rel=0.1)
+    sharpened = dataclasses.replace(evidence, truth=truth, log_probabilities=(logits * 3).astype(np.float32))
+    assert best_temperature(sharpened).value == pytest.approx(3, rel=0.1)
 
 
-def test_risk_falls_when_only_the_sure_answers_count():
+def test_risk_is_lower_if_only_the_confident_answers_are_given():
     curve = risk_coverage(np.linspace(1, 0, 100), np.arange(100) < 60)
-    assert curve["points"][0]["risk"] == 0
-    assert curve["points"][-1] == {"coverage": 1.0, "risk": 0.4, "confidence": 0.0}
+    assert curve.points[0].risk == 0
+    assert curve.points[-1] == RiskPoint(coverage=1.0, risk=0.4, confidence=0.0)
 
 
 def test_a_photo_that_cannot_be_read_is_listed_and_costs_only_itself(run, drawn, tmp_path, written):
     data = shutil.copytree(drawn.competition, tmp_path / "fungi")
     query = read_evidence(run, data).queries[0]
-    spoilt = query.photos[0]
-    spoilt.write_bytes(spoilt.read_bytes()[:200])
+    damaged = query.photos[0]
+    damaged.write_bytes(damaged.read_bytes()[:200])
     copy = shutil.copytree(run, tmp_path / "run")
     html = report(copy, data).read_text(encoding="utf-8")
     figures = json.loads((copy / "metrics.json").read_text())["evaluation"]
-    (failed,) = figures["photos"]["unreadable"]
+    (failed,) = figures["unreadable"]
     assert failed["observation"] == query.id
     assert failed["photo"] in html
     assert figures["headline"] == written[0]["evaluation"]["headline"]
 
 
-def test_photos_stop_at_the_size_of_the_page(evidence, monkeypatch):
-    monkeypatch.setattr(page, "PHOTOS_MOST", 3000)
+def test_a_full_page_takes_no_more_photos(evidence, monkeypatch):
+    monkeypatch.setattr(page, "MAX_CHARACTERS", 3000)
     album = page.Album(evidence.competition.folder)
-    places = [album.add(evidence.photo(query.photos[0])) for query in evidence.queries[:8]]
-    assert places[0] == 0
-    assert places[-1] is None
+    indices = [album.add(evidence.photo(query.photos[0])) for query in evidence.queries[:8]]
+    assert indices[0] == 0
+    assert indices[-1] is None
     assert album.size < 20_000
 
 
@@ -371,8 +391,8 @@ def test_text_of_the_tables_cannot_become_part_of_the_page():
 
 
 def test_a_species_that_is_unknown_is_one_line_with_the_nearest_names(evidence):
-    with pytest.raises(InputError, match=f"nearest are.*{evidence.names[0]}"):
-        find_species(evidence, evidence.names[0][:-1])
+    with pytest.raises(InputError, match=f"nearest names are.*{evidence.names[0]}"):
+        find_classes(evidence, evidence.names[0][:-1])
 
 
 def test_the_data_of_another_competition_are_refused(run, drawn, tmp_path):

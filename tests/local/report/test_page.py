@@ -1,6 +1,6 @@
-"""The page in a real browser: from the keyboard, on a phone, in the dark, and with nothing from elsewhere.
+"""The page in a real browser: by keyboard, on a phone, in dark mode, and without the network.
 
-python -m pytest tests/local/report/test_page.py
+python -m pytest -m slow tests/local/report/test_page.py
 """
 
 import json
@@ -17,9 +17,10 @@ from local.evaluate import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no Chromium with its chromedriver: apt-get install chromium chromium-driver"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="apt-get install chromium chromium-driver"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,12 @@ def browser():
 @pytest.fixture
 def shown(browser, html):
     browser.get(html.as_uri())
-    WebDriverWait(browser, 60).until(rows)  # which the page's script makes, on a busy machine a moment later
+    WebDriverWait(browser, 60).until(rows)  # the script of the page makes them, which may take a moment
     return browser
 
 
 def rows(browser) -> list[list[str]]:
-    """The cells of the table of classes, as they are read."""
+    """The text of the cells of the table of classes."""
     script = "return [...document.querySelectorAll('#classes tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
     return browser.execute_script(script)
 
@@ -57,24 +58,24 @@ def press(browser, *keys: str) -> None:
     webdriver.ActionChains(browser).send_keys(*keys).perform()
 
 
-def test_the_page_asks_for_nothing_and_complains_of_nothing(browser, html):
+def test_the_page_loads_nothing_else_and_logs_no_error(browser, html):
     for log in ("browser", "performance"):
         browser.get_log(log)
     browser.get(html.as_uri())
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert html.as_uri() in asked
-    assert [url for url in asked if url != html.as_uri() and not url.startswith("data:")] == []
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert html.as_uri() in urls
+    assert [url for url in urls if url != html.as_uri() and not url.startswith("data:")] == []
     assert browser.get_log("browser") == []
 
 
-def test_every_photo_is_there(shown):
+def test_every_photo_is_loaded(shown):
     loaded = "return [...document.images].map(image => image.complete && image.naturalWidth > 0)"
     assert len(shown.execute_script(loaded)) > 20
     assert all(shown.execute_script(loaded))
 
 
-def test_a_head_sorts_the_classes_one_way_and_then_the_other(shown):
+def test_a_column_head_sorts_the_classes_in_both_directions(shown):
     heads = shown.find_elements(By.CSS_SELECTOR, "#classes thead button")
     column = [head.text for head in heads].index("shots")
     orders = []
@@ -102,7 +103,7 @@ def test_a_slash_searches_and_enter_opens_a_class(shown):
     assert not shown.find_elements(By.CSS_SELECTOR, "dialog[open]")
 
 
-def test_what_is_not_there_is_not_found(shown):
+def test_a_search_without_a_match_shows_no_row(shown):
     press(shown, "/", "no such species")
     assert rows(shown) == []
     assert shown.find_element(By.CSS_SELECTOR, "#classes [role=status]").text.startswith("0 of ")
@@ -125,7 +126,7 @@ def test_the_page_never_scrolls_sideways(shown, width):
         shown.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-def test_the_dark_page_has_light_text_in_its_plots_too(shown):
+def test_in_dark_mode_the_text_of_plots_is_light(shown):
     colour = "return getComputedStyle(document.querySelector(arguments[0])).fill.match(/\\d+/g).map(Number)"
     brightness = {}
     for scheme in ("light", "dark"):
