@@ -1,26 +1,24 @@
-"""Draws a competition in FungiCLEF 2025's layout: its folders, file names, tables and sample submission.
+"""Draw a competition in the layout of FungiCLEF 2025.
 
-Species, observations and metadata are made up by `generate`, or the competition's own are taken by
-`generate_from_metadata`. Both write `competition/` (what a competitor downloads), and beside it `solution.csv` (the
-test labels) and `contact-sheet.png`.
+`generate` makes up species, observations and metadata; `generate_from_metadata` takes those of the competition. Both
+write `competition/` (what a competitor downloads), `solution.csv` (the test labels) and `contact-sheet.png`.
 """
 
 import itertools
-import multiprocessing
 import os
 import shutil
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from kernel.inputs import InputError
-from kernel.tables import RESOLUTIONS
 from local.base.console import progress
 from local.drawing.fungi import Traits, draw, traits
 
@@ -30,17 +28,18 @@ if TYPE_CHECKING:
 SUBSET = "FungiTastic-FewShot"
 SAMPLE = "FungiCLEF25-SAMPLE_SUBMISSION.csv"
 SPLITS = ("Train", "Val", "Test")
-MOST_SPECIES = 2427
+RESOLUTIONS = ("300p", "500p", "720p")
+MAX_SPECIES = 2427
 COLUMNS = (
     "eventDate year month day habitat countryCode scientificName kingdom phylum class order family genus "
     "specificEpithet hasCoordinate species iucnRedListCategory substrate latitude longitude coorUncert observationID "
     "region district filename category_id metaSubstrate poisonous elevation landcover biogeographicalRegion"
 )
-# fraction of classes with 1, 2, 3, ... observations, as in the competition
+# fractions of classes with 1, 2, 3, ... observations, as in the competition
 TRAIN_TAIL = (0.50, 0.22, 0.12, 0.06, 0.04, 0.02, 0.014, 0.01, 0.006, 0.004, 0.003, 0.003)
 EVALUATION_TAIL = (0.56, 0.21, 0.12, 0.045, 0.026, 0.016, 0.014, 0.009)
-PHOTOS_PER_OBSERVATION = (0.45, 0.30, 0.15, 0.10)  # fraction of observations with 1, 2, 3, 4 photos
-FEW_PHOTOS = 1000  # fewer are drawn in less time than it takes processes to start
+PHOTOS_PER_OBSERVATION = (0.45, 0.30, 0.15, 0.10)  # fractions of observations with 1, 2, 3, 4 photos
+FEW_PHOTOS = 1000  # fewer are drawn faster in one process
 STEMS = "Vel Lact Myc Amar Coral Pseud Rub Fulv Cort Lep Hygr Ino Tric Clav Psil Ram Entol Phyl Gal Xer Stro Gymn"
 LINKS = "uti ari o ino ello eri u osti imo ado"
 ENDINGS = "cybe loma porus myces peziza phora ella omphalia derma stachys naria"
@@ -72,26 +71,24 @@ class Generated:
 
 @dataclass(frozen=True)
 class Species:
-    """A species that was made up."""
+    """A made-up species."""
 
-    columns: dict  # of the tables; they are the labels, and hidden in the test table
+    columns: dict  # of the tables; they are the labels, and missing in the test table
     traits: Traits
-    habitats: list[str]  # the first is the usual one
-    month: int  # in which it is seen most
+    habitats: list[str]  # the usual one first
+    month: int  # in which most are found
 
 
-def generate(
-    out: Path, species: int = 60, seed: int = 0, resolution: str = "300p", processes: int | None = None
-) -> Generated:
-    """Make up a competition of `species` classes (2 to 2,427) in the new folder `out`.
+def generate(out: Path, species: int = 60, seed: int = 0, resolution: str = "300p") -> Generated:
+    """Make up a competition of 2 to 2,427 species in the new folder `out`. The same seed gives the same bytes.
 
-    `resolution` is one of RESOLUTIONS. `processes` draw, by default one for each core if there are many photos; the
-    result is the same bytes. Raises InputError if a value is out of range or `out` exists.
+    Raises:
+        InputError: a value is out of range, or `out` exists.
     """
-    if not 2 <= species <= MOST_SPECIES:
-        raise InputError(f"--species {species}: out of range; choose 2 to {MOST_SPECIES}")
+    if not 2 <= species <= MAX_SPECIES:
+        raise InputError(f"--species: expected 2 to {MAX_SPECIES}, got {species}")
     _check(out, resolution)
-    import pandas as pd  # takes half a second, and a mistake is to be answered at once
+    import pandas as pd  # here, because it takes half a second, and mistakes must be answered at once
 
     rng = np.random.default_rng([seed, 1])
     kinds = _species(species, seed, rng)
@@ -101,26 +98,28 @@ def generate(
         "Val": _observations(evaluated[0], EVALUATION_TAIL, 2022, rng),
         "Test": _observations(evaluated[1], EVALUATION_TAIL, 2023, rng),
     }
+    tables = {split: pd.DataFrame(rows)[COLUMNS.split()] for split, rows in tables.items()}
     looks = {kind.columns["category_id"]: kind.traits for kind in kinds}
     ids = " ".join(map(str, rng.choice(list(looks), min(10, species), replace=False)))
     sample = pd.DataFrame({"observationId": tables["Test"].observationID.unique(), "predictions": ids})
     files = {_table(split): table for split, table in tables.items()} | {SAMPLE: sample}
     files[_table("Test")] = tables["Test"].drop(columns=list(kinds[0].columns))
     texts = {path: table.to_csv(index=False, lineterminator="\n").encode() for path, table in files.items()}
-    return _write(Path(out), texts, tables, looks, (seed, resolution, processes))
+    return _write(Path(out), texts, tables, looks, seed, resolution)
 
 
-def generate_from_metadata(
-    metadata: Path, out: Path, seed: int = 0, resolution: str = "300p", processes: int | None = None
-) -> Generated:
-    """Draw a photo for every row of the tables in the competition's folder `metadata`; they are copied as they are.
+def generate_from_metadata(metadata: Path, out: Path, seed: int = 0, resolution: str = "300p") -> Generated:
+    """Draw a photo for every row of the tables in the competition's folder `metadata`, and copy the tables.
 
-    The test labels are not public, and are made up with Val's tail. Other parameters and errors: see `generate`.
+    The test labels are not public; they are made up with the tail of val.
+
+    Raises:
+        InputError: a table is missing; see also `generate`.
     """
     sources = {path: Path(metadata) / path for path in (*map(_table, SPLITS), SAMPLE)}
     for path in sources.values():
         if not path.is_file():
-            raise InputError(f"--metadata {metadata}: no {path}; give the competition's folder as downloaded")
+            raise InputError(f"--metadata: {path} does not exist; give the competition's folder as downloaded")
     _check(out, resolution)
     import pandas as pd  # see `generate`
 
@@ -134,20 +133,19 @@ def generate_from_metadata(
     labels = test.observationID.map(dict(zip(observations, labels, strict=True)))
     tables["Test"] = test.assign(category_id=labels.astype(int))
     rows = pd.concat([train, val]).drop_duplicates("category_id").fillna({"family": "", "genus": ""})
-    looks = {  # the id is part of the name, since a few names stand for two classes
+    looks = {  # the id is part of the name, because a few classes share a name
         row.category_id: traits(row.family or row.genus, row.genus, f"{row.species} {row.category_id}", seed)
         for row in rows.itertuples()
     }
     texts = {name: path.read_bytes() for name, path in sources.items()}
-    return _write(Path(out), texts, tables, looks, (seed, resolution, processes))
+    return _write(Path(out), texts, tables, looks, seed, resolution)
 
 
 def _check(out: Path, resolution: str) -> None:
-    """Refuse what cannot be drawn, before anything is."""
     if resolution not in RESOLUTIONS:
-        raise InputError(f"--resolution {resolution}: unknown; choose one of {', '.join(RESOLUTIONS)}")
+        raise InputError(f"--resolution: expected one of {', '.join(RESOLUTIONS)}, got {resolution}")
     if Path(out).exists():
-        raise InputError(f"--out {out}: exists already; remove it or choose another folder")
+        raise InputError(f"--out: {out} exists already; remove it or choose another folder")
 
 
 def _table(split: str) -> str:
@@ -155,7 +153,7 @@ def _table(split: str) -> str:
 
 
 def _names(rng: np.random.Generator) -> Iterable[tuple[str, str, str, int]]:
-    """Family, genus, epithet, and the month of the genus: families of one to three genera of one to five species."""
+    """Family, genus, epithet and month of the genus: one to three genera a family, one to five species a genus."""
     parts = itertools.product(STEMS.split(), LINKS.split(), ENDINGS.split())
     genera_left = 0
     for genus in rng.permutation(["".join(name) for name in parts]).tolist():
@@ -169,7 +167,7 @@ def _names(rng: np.random.Generator) -> Iterable[tuple[str, str, str, int]]:
 
 def _species(count: int, seed: int, rng: np.random.Generator) -> list[Species]:
     kinds = []
-    ids = rng.choice(MOST_SPECIES, count, replace=False).tolist()  # in no order and with gaps
+    ids = rng.choice(MAX_SPECIES, count, replace=False).tolist()  # in no order and with gaps
     for category_id, (family, genus, epithet, month) in zip(ids, _names(rng), strict=False):
         name = f"{genus} {epithet}"
         look = traits(family, genus, name, seed)
@@ -185,10 +183,8 @@ def _species(count: int, seed: int, rng: np.random.Generator) -> list[Species]:
     return kinds
 
 
-def _observations(
-    kinds: Sequence[Species], tail: Sequence[float], year: int, rng: np.random.Generator
-) -> "pd.DataFrame":
-    """One row per photo; `tail` is the distribution of observations per class."""
+def _observations(kinds: Sequence[Species], tail: Sequence[float], year: int, rng: np.random.Generator) -> list[dict]:
+    """A row for each photo; `tail` is the distribution of observations per class."""
     counts = 1 + rng.choice(len(tail), len(kinds), p=np.divide(tail, sum(tail)))
     owners = rng.permutation(np.repeat(np.arange(len(kinds)), counts))
     numbers = year * 1_000_000 + np.sort(rng.choice(1_000_000, len(owners), replace=False))
@@ -197,14 +193,14 @@ def _observations(
         row = kinds[owner].columns | _metadata(kinds[owner], year, rng) | {"observationID": number}
         photos = 1 + rng.choice(len(PHOTOS_PER_OBSERVATION), p=PHOTOS_PER_OBSERVATION)
         rows += [row | {"filename": f"{n}-{number}.JPG"} for n in range(photos)]
-    import pandas as pd  # see `generate`
-
-    return pd.DataFrame(rows)[COLUMNS.split()]
+    return rows
 
 
 def _metadata(kind: Species, year: int, rng: np.random.Generator) -> dict:
     substrate, meta_substrate, _ = SURROUNDINGS[kind.traits.ground]
-    year = year - int(rng.integers(8)) if year == 2021 else float(year)  # train has the years before too, as integers
+    year = (
+        year - int(rng.integers(8)) if year == 2021 else float(year)
+    )  # only train has earlier years, and has integers
     month, day = np.clip(round(rng.normal(kind.month, 0.9)), 1, 12), rng.integers(1, 29)
     region, district, latitude, longitude = DISTRICTS[rng.integers(len(DISTRICTS))]
     return {
@@ -219,10 +215,10 @@ def _metadata(kind: Species, year: int, rng: np.random.Generator) -> dict:
 
 
 def _write(
-    out: Path, files: dict[str, bytes], tables: "dict[str, pd.DataFrame]", looks: dict[int, Traits], how: tuple
-) -> Generated:
+    out: Path, files: dict[str, bytes], tables: "dict[str, pd.DataFrame]", looks: dict[int, Traits], seed: int,
+    resolution: str,
+) -> Generated:  # fmt: skip
     """Write all into a folder beside `out` and rename it at the end, so that `out` is complete or absent."""
-    seed, resolution, processes = how
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     photos = {split: partial / "competition" / "images" / SUBSET / split.lower() / resolution for split in SPLITS}
     try:
@@ -230,7 +226,7 @@ def _write(
             folder.mkdir(parents=True)
         for path, text in files.items():
             (partial / "competition" / path).write_bytes(text)
-        _draw_all([job for split in SPLITS for job in _jobs(photos[split], tables[split], looks, seed)], processes)
+        _draw_all([job for split in SPLITS for job in _jobs(photos[split], tables[split], looks, seed)])
         labels = tables["Test"].drop_duplicates("observationID")[["observationID", "category_id"]]
         labels = labels.rename(columns={"observationID": "observationId"})
         labels.to_csv(partial / "solution.csv", index=False, lineterminator="\n")
@@ -246,23 +242,18 @@ def _jobs(photos: Path, table: "pd.DataFrame", looks: dict[int, Traits], seed: i
     """The path of each photo and the arguments of `draw`."""
     for row in table.itertuples():
         number = int(row.filename.split("-")[0])
-        camera = np.random.default_rng([seed, 3, row.observationID])  # one for all photos of an observation
+        camera = np.random.default_rng([seed, 3, row.observationID])  # the same for all photos of an observation
         ratio = camera.choice([4 / 3, 3 / 2, 16 / 9, 1.0], p=[0.62, 0.24, 0.09, 0.05])
-        if photos.name == "fullsize":  # as large as the competition's, whose test photos are larger
-            typical = 1660 if photos.parent.name == "test" else 1330
-            shorter = round(min(4600, typical * np.exp(camera.normal(0, 0.33))) / ratio)
-        else:
-            shorter = int(photos.name.removesuffix("p"))
+        shorter = int(photos.name.removesuffix("p"))
         size = round(shorter * ratio), shorter
         upright = np.random.default_rng([seed, 4, row.observationID, number]).random() < 0.33
         specimen = seed * 2**40 + row.observationID
         yield photos / row.filename, looks[row.category_id], specimen, number, size[::-1] if upright else size
 
 
-def _draw_all(jobs: list[tuple], processes: int | None) -> None:
-    processes = processes or (os.cpu_count() if len(jobs) >= FEW_PHOTOS else 1)
-    # spawn, since a caller's threads must not be forked
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) if processes > 1 else None
+def _draw_all(jobs: list[tuple]) -> None:
+    # spawn, because the threads of the caller must not be forked
+    pool = ProcessPoolExecutor(mp_context=get_context("spawn")) if len(jobs) >= FEW_PHOTOS else None
     with pool or nullcontext():
         drawn = pool.map(_draw_one, jobs, chunksize=16) if pool else map(_draw_one, jobs)
         for _ in progress(drawn, "drawing", len(jobs)):
@@ -278,14 +269,12 @@ def _contact_sheet(photos: Path, table: "pd.DataFrame") -> Image.Image:
     """Up to eight photos of each of the 24 species of the largest genera."""
     sizes = table.groupby("genus").category_id.transform("nunique")
     table = table.assign(size=sizes).sort_values(["size", "genus", "category_id"], ascending=False, kind="stable")
-    kinds = list(table.groupby("category_id", sort=False))[:24]
-    sheet = Image.new("RGB", (200 + 8 * 164, len(kinds) * 124), "white")
-    pen = ImageDraw.Draw(sheet)
-    for n, (category_id, rows) in enumerate(kinds):
+    classes = list(table.groupby("category_id", sort=False))[:24]
+    sheet = Image.new("RGB", (200 + 8 * 164, len(classes) * 124), "white")
+    for line, (category_id, rows) in enumerate(classes):
         label = f"{rows.species.iloc[0]}\n{rows.family.iloc[0]}\nclass {category_id}"
-        pen.text((10, n * 124 + 12), label, fill="black", font_size=13)
+        ImageDraw.Draw(sheet).text((10, line * 124 + 12), label, fill="black", font_size=13)
         for column, name in enumerate(rows.filename[:8]):
             with Image.open(photos / name) as photo:
-                photo.thumbnail((160, 120))
-                sheet.paste(photo, (200 + column * 164, n * 124))
+                sheet.paste(ImageOps.contain(photo, (160, 120)), (200 + column * 164, line * 124))
     return sheet

@@ -1,9 +1,8 @@
-"""Draws fungi: made-up species, their specimens, and photos of them, from seeds alone.
+"""Draw fungi: made-up species, their specimens, and photos of them, from seeds alone.
 
-A fungus is a stack of discs, as if turned on a lathe. To a camera that looks down, upper discs hide lower ones; to one
-that looks up, it is the other way round. Discs painted in that order give the outline and, for each pixel, a point of
-the surface, which is then coloured and lit. Family decides form and ground, genus proportions and colours, species the
-details, so that relatives look alike.
+A fungus is a stack of discs, as if turned on a lathe. Painted from back to front as the camera sees them, the discs
+give the outline and, for each pixel, a point of the surface, which is then coloured and lit. The family decides form
+and ground, the genus proportions and colours, the species the details: relatives look alike.
 """
 
 import colorsys
@@ -81,12 +80,12 @@ class Shot(NamedTuple):
 
 
 def _rng(*parts: object) -> np.random.Generator:
-    # crc32, since Python salts hash() of strings anew in every process
+    # crc32, because hash() of a string differs between processes
     return np.random.default_rng([zlib.crc32(str(part).encode()) for part in parts])
 
 
 def traits(family: str, genus: str, species: str, seed: int = 0) -> Traits:
-    """The traits of a species; the same names and seed give the same traits."""
+    """The traits of a species: the same for the same names and seed."""
     of_family, of_genus = _rng("family", family, seed), _rng("genus", family, genus, seed)
     rng = _rng("species", family, genus, species, seed)
     form = list(FORMS)[int(len(FORMS) * of_family.random() ** 1.4)]  # the first are more frequent, as in nature
@@ -113,9 +112,9 @@ def traits(family: str, genus: str, species: str, seed: int = 0) -> Traits:
 
 
 def draw(species: Traits, specimen_seed: int, photo_seed: int, size: tuple[int, int] = (400, 300)) -> Image.Image:
-    """An RGB photo, `size` = (width, height) pixels.
+    """Draw an RGB photo of `size` (width, height) pixels.
 
-    Photos with one `specimen_seed` show one specimen with another camera, light and background.
+    Photos with the same `specimen_seed` show the same specimen with another camera, light and background.
     """
     scale = min(CANVAS / min(size), 2 * CANVAS / max(size))
     specimen, bodies = _specimen(species, _rng("specimen", specimen_seed))
@@ -128,7 +127,8 @@ def draw(species: Traits, specimen_seed: int, photo_seed: int, size: tuple[int, 
 
 
 def _specimen(species: Traits, rng: np.random.Generator) -> tuple[Traits, list[tuple]]:
-    """The species with individual differences, and its fruit bodies: right of, behind the first; scale, lean, spin."""
+    """The species with individual differences, and its fruit bodies: position right of and behind the first, scale,
+    lean and spin."""
     colours = species.colours.copy()
     colours[2:4] += rng.normal(0, 0.035, 3) + rng.normal(0, 0.06)
     sizes = species.sizes * rng.uniform((0.85, 1, 0.85, 0.85), (1.15, 1, 1.15, 1.15))
