@@ -1,4 +1,4 @@
-"""The whole way in a few minutes, with nothing but this repository: draw, train, bundle, rehearse, evaluate.
+"""Run the whole pipeline on made-up fungi in a few minutes: draw, train, bundle, rehearse, evaluate.
 
 python local/demo.py
 """
@@ -20,12 +20,14 @@ from local.evaluate import report
 from local.recipes.recipe import read_recipe
 from local.rehearse import rehearse
 
+MARKER = ".demo"  # a file in a folder that the next demo may replace
+
 
 def demonstrate(out: Path, species: int, seed: int) -> None:
-    """Leave in `out` a competition, a run, a bundle, the rehearsal's scored submission, and the report of the run."""
+    """Make a competition, a run, a bundle, a scored submission and a report in `out`. An earlier demo is replaced."""
     if out.exists():
-        if not (out / "contact-sheet.png").is_file():
-            raise InputError(f"{out} exists and is no earlier demo: give another --out")
+        if not (out / MARKER).is_file():
+            raise InputError(f"{out} exists and is not a demo: give another --out")
         shutil.rmtree(out)
     started = time.monotonic()
 
@@ -34,7 +36,8 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
 
     step(f"1/5 Drawing a competition: {species} species of fungi, in FungiCLEF 2025's folders and columns.")
     drawn = generate(out, species=species, seed=seed)
-    # Imported here, since torch takes seconds, and `--help` and a mistake are to be answered at once.
+    (out / MARKER).touch()
+    # Imported here because torch takes seconds, and `--help` and mistakes must be answered at once.
     from local.data.competition import labelled, read_competition, sort_ids
     from local.training.plots import plot_predictions
     from local.training.run import train_run
@@ -43,7 +46,7 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
     train_run(read_recipe("demo", [f"seed={seed}"]), drawn.competition, out / "run")
     step("3/5 Bundling kernel/ and the run into one script and its weights.")
     bundle([out / "run"], out / "build")
-    step("4/5 Rehearsing the script as Kaggle runs it: alone, offline, the test labels absent.")
+    step("4/5 Rehearsing the script as Kaggle runs it: alone, offline, without the test labels.")
     rehearsed = rehearse(drawn.competition, out / "build", drawn.solution)
     scenario = rehearsed["scenarios"][0]
     if not scenario["ok"]:
@@ -51,7 +54,7 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
     submission, pictures = out / "build" / "rehearsal" / "plain" / "submission.csv", out / "predictions.png"
     plot_predictions(drawn.competition, submission, drawn.solution, pictures)
 
-    step("5/5 Looking at what the run had not learnt from.")
+    step("5/5 Evaluating the run on its held-out observations.")
     page = report(out / "run", drawn.competition)
 
     classes = len(sort_ids(labelled(read_competition(drawn.competition), "train").class_ids))
@@ -59,9 +62,8 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
     say(f"  bundle  {describe(rehearsed)}")
     say(f"  chance  Recall@1 {1 / classes:.3f}  Recall@5 {5 / classes:.3f}  Recall@10 {10 / classes:.3f}")
     for what, path in (
-        ("the fungi", drawn.contact_sheet),
         ("the training curve", out / "run" / "training-curve.png"),
-        ("what was recognised", pictures),
+        ("example predictions", pictures),
         ("the script for Kaggle", out / "build" / "kernel.py"),
         ("its submission", submission),
         ("the report of the run", page),
@@ -72,8 +74,8 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--species", type=int, default=60, help="how many classes (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing and the training (default %(default)s)")
+    parser.add_argument("--species", type=int, default=60, help="number of classes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of drawing and training (default: %(default)s)")
     options = parser.parse_args()
     demonstrate(options.out, options.species, options.seed)
 

@@ -4,7 +4,7 @@
     python local/generate.py --out data/full-size --metadata PATH/TO/fungiclef2025
 
 The first makes up species and observations. The second draws a photo for every row of the competition's own tables.
-Both write `competition/` (what a competitor downloads), `solution.csv` (the test labels) and `contact-sheet.png`.
+Both write `competition/` (what a competitor downloads) and `solution.csv` (the test labels).
 """
 
 import sys
@@ -33,8 +33,7 @@ def main() -> None:
     else:
         del options["metadata"]
         generated = generate(**options)
-    for name in ("competition", "solution", "contact_sheet"):
-        print(f"{name.replace('_', ' '):14}{getattr(generated, name)}")
+    print(f"competition  {generated.competition}\nsolution     {generated.solution}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Draw a competition in the layout of FungiCLEF 2025.
 
 `generate` makes up species, observations and metadata; `generate_from_metadata` takes those of the competition. Both
-write `competition/` (what a competitor downloads), `solution.csv` (the test labels) and `contact-sheet.png`.
+write `competition/` (what a competitor downloads) and `solution.csv` (the test labels).
 """
 
 import itertools
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
 
 from kernel.inputs import InputError
 from local.base.console import progress
@@ -66,7 +65,6 @@ class Generated:
 
     competition: Path  # the folder that a competitor downloads
     solution: Path  # CSV: observationId, category_id of every test observation
-    contact_sheet: Path  # PNG: photos of some species
 
 
 @dataclass(frozen=True)
@@ -230,12 +228,11 @@ def _write(
         labels = tables["Test"].drop_duplicates("observationID")[["observationID", "category_id"]]
         labels = labels.rename(columns={"observationID": "observationId"})
         labels.to_csv(partial / "solution.csv", index=False, lineterminator="\n")
-        _contact_sheet(photos["Train"], tables["Train"]).save(partial / "contact-sheet.png")
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Generated(out / "competition", out / "solution.csv", out / "contact-sheet.png")
+    return Generated(out / "competition", out / "solution.csv")
 
 
 def _jobs(photos: Path, table: "pd.DataFrame", looks: dict[int, Traits], seed: int) -> Iterable[tuple]:
@@ -263,18 +260,3 @@ def _draw_all(jobs: list[tuple]) -> None:
 def _draw_one(job: tuple) -> None:
     path, *arguments = job
     draw(*arguments).save(path, "JPEG", quality=88)
-
-
-def _contact_sheet(photos: Path, table: "pd.DataFrame") -> Image.Image:
-    """Up to eight photos of each of the 24 species of the largest genera."""
-    sizes = table.groupby("genus").category_id.transform("nunique")
-    table = table.assign(size=sizes).sort_values(["size", "genus", "category_id"], ascending=False, kind="stable")
-    classes = list(table.groupby("category_id", sort=False))[:24]
-    sheet = Image.new("RGB", (200 + 8 * 164, len(classes) * 124), "white")
-    for line, (category_id, rows) in enumerate(classes):
-        label = f"{rows.species.iloc[0]}\n{rows.family.iloc[0]}\nclass {category_id}"
-        ImageDraw.Draw(sheet).text((10, line * 124 + 12), label, fill="black", font_size=13)
-        for column, name in enumerate(rows.filename[:8]):
-            with Image.open(photos / name) as photo:
-                sheet.paste(ImageOps.contain(photo, (160, 120)), (200 + column * 164, line * 124))
-    return sheet
