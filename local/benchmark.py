@@ -1,9 +1,9 @@
-"""Measure, side by side in one run, and print the tables of local/benchmarks/RESULTS.md.
+"""Measure this kit and print the tables of local/benchmarks/RESULTS.md.
 
 python local/benchmark.py speed
 python local/benchmark.py speed --encoder timm:vit_base_patch16_224 --json build/speed.json
-pip install pybioclip && python local/benchmark.py speed  # beside pybioclip itself; offline, over the same encoder
-python local/benchmark.py accuracy  # on drawn fungi, with an encoder pre-trained on others, in minutes
+pip install pybioclip && python local/benchmark.py speed  # with pybioclip in the table, offline, by the same encoder
+python local/benchmark.py accuracy  # on drawn fungi, with an encoder trained on others, in minutes
 python local/benchmark.py accuracy --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip --out runs
 python local/benchmark.py systems --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
 python local/benchmark.py omniglot --data data/omniglot
@@ -29,31 +29,31 @@ from local.recipes.recipe import read_recipe
 def parse_options() -> argparse.Namespace:
     parser = command_parser(__doc__)
     tables = parser.add_subparsers(dest="name", required=True, parser_class=partial(type(parser), allow_abbrev=False))
-    one = tables.add_parser("speed", help="photos per second, beside other ways of the same work")
+    one = tables.add_parser("speed", help="photos per second, compared with other implementations")
     one.add_argument("--encoder", default="timm:mobilenetv2_100", metavar="SPEC", help="default: %(default)s")
-    one = tables.add_parser("accuracy", help="from the public starter's rule to the best recipe, on the same photos")
+    one = tables.add_parser("accuracy", help="methods from the public starter notebook to the best recipe")
     one.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="competitions (default: draw one)")
-    one.add_argument("--encoder", nargs="+", default=[], metavar="SPEC", help="several: their ensemble too")
+    one.add_argument("--encoder", nargs="+", default=[], metavar="SPEC", help="of several, also the ensemble")
     one.add_argument("--reference", choices=("train", "train+val"), default="train", help="default: %(default)s")
-    one.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there (default: a temporary folder)")
-    one = tables.add_parser("systems", help="each recipe beside the plain rules of the published system it comes from")
+    one.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there")
+    one = tables.add_parser("systems", help="recipes, compared with the published systems that they come from")
     one.add_argument("--data", type=Path, nargs="+", required=True, metavar="DIR", help="competitions")
-    one.add_argument("--encoder", required=True, metavar="SPEC", help="for all of them")
-    one.add_argument("--recipe", nargs="+", default=[], metavar="NAME", help="some of them (default: all)")
+    one.add_argument("--encoder", required=True, metavar="SPEC", help="of all systems")
+    one.add_argument("--recipe", nargs="+", default=[], metavar="NAME", help="default: all")
     one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipes")
-    one = tables.add_parser("omniglot", help="5 and 20 ways, 1 and 5 shots of an alphabet never learnt from")
+    one = tables.add_parser("omniglot", help="few-shot accuracy on an alphabet that training has not seen")
     one.add_argument("--data", type=Path, required=True, metavar="DIR", help="of alphabet/character/drawing.png")
     one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe")
     for table in tables.choices.values():
-        table.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+        table.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser.parse_args()
 
 
 def check_each(folders: Sequence[Path], encoders: Sequence[str]) -> None:
-    """Whether the folders are competitions and the encoders exist.
+    """Check that the folders are competitions and the encoders exist.
 
     Raises:
-        InputError: one of them is not.
+        InputError: one is not, or does not.
     """
     for data in folders:
         find_competition(data)
@@ -63,7 +63,7 @@ def check_each(folders: Sequence[Path], encoders: Sequence[str]) -> None:
 
 def main() -> None:
     options = parse_options()
-    # Each is imported after what can be checked without it: torch takes seconds, and a mistake is to be told at once.
+    # Each benchmark is imported after the checks: torch takes seconds, and mistakes must be answered at once.
     if options.name == "speed":
         find_source(options.encoder)
         from local.benchmarks.speed import speed

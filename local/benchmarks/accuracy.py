@@ -1,6 +1,6 @@
-"""Measure accuracy: a ladder from the public starter's rule to the best recipe, on the same photos and encoders.
+"""Compare methods, from the rule of the public starter notebook to the best recipe, on the same photos and encoders.
 
-Called by local/benchmark.py. The numbers report what was chosen elsewhere; nothing may be chosen by them.
+Called by local/benchmark.py. Nothing may be chosen by these scores: they are of the test set.
 """
 
 import re
@@ -36,20 +36,20 @@ from local.rehearsal.trial import read_solution
 from local.training.run import train_run
 
 RECIPES = ("fungiclef-baseline", "fungiclef-protonet", "fungiclef-best")
-SPECIES = 60  # of the competition that is drawn where none is given
-MOST_SHOTS = 4  # classes with so many reference observations or more are told together
+SPECIES = 60  # of the competition that is drawn without --data
+MOST_SHOTS = 4  # classes with so many reference observations or more are one group
 COLUMNS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_10": "Recall@10", "macro_f1": "macro-F1"}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a dataset asks, and what may answer it.
+    """The queries of a dataset, and the reference set that may answer them.
 
     Attributes:
-        data: the competition's folder.
-        split: "test", or "val" where the test answers are not known; then no training sees val.
+        data: the folder of the competition.
+        split: of the queries: "test", or "val" if the test labels are unknown; then no training sees val.
         reference: "train" or "train+val", of which the prototypes are made.
-        truth: class id of each observation asked, by the observation's id.
+        truth: by the id of each query, its class id.
     """
 
     data: Path
@@ -58,52 +58,53 @@ class Task:
     truth: dict[str, str]
 
     def queries(self, resolution: str) -> list[Observation]:
-        """The observations asked, with photos of one of FungiCLEF's resolutions."""
+        """The observations to classify, with photos of a resolution."""
         if self.split == "val":
             return labelled(read_competition(self.data, resolution), "val").observations
         return read_test(find_competition(self.data), resolution).observations
 
     def support(self, resolution: str) -> Labelled:
-        """The reference, with photos of one of FungiCLEF's resolutions."""
+        """The reference set, with photos of a resolution."""
         return labelled(read_competition(self.data, resolution), *self.reference.split("+"))
 
 
 @dataclass(frozen=True)
-class Rung:
-    """What one method answers to all that is asked.
+class MethodAnswers:
+    """The answers of one method to all queries.
 
     Attributes:
-        guesses: of each observation, class ids, best first.
-        losses: (observations,) minus the log-probability of the true class, NaN where none was given; or None.
-        below: the rung to compare with.
+        guesses: for each query, class ids, best first.
+        losses: (queries,) minus the log-probability of the true class, NaN if it has none; None for a method without
+            probabilities.
+        baseline: the answers to compare with.
     """
 
     name: str
     guesses: list[list[str]]
     losses: np.ndarray | None = None
-    below: "Rung | None" = None
+    baseline: "MethodAnswers | None" = None
 
 
 def accuracy(folders: Sequence[Path], encoders: Sequence[str], reference: str, out: Path | None = None) -> dict:
-    """Print the ladder of every dataset, and the same by the number of reference observations.
+    """Print the scores of all methods on every dataset, over all queries and by the number of shots.
 
     Args:
-        folders: competitions as downloaded, with the test answers as `solution.csv`, or with a val to ask instead;
-            none draws one.
-        encoders: as `--encoder` takes them; several are an ensemble too. None are the recipes' own; for what is drawn,
-            one trained on other drawn fungi.
+        folders: competitions as downloaded, with the test labels as `solution.csv`, or else with a val split to score
+            on. Without folders, a competition is drawn.
+        encoders: as in `--encoder`; several are also scored as an ensemble. The default is the encoder of the recipes,
+            or for a drawn competition one that is trained on other drawn fungi.
         reference: "train" or "train+val".
-        out: where runs and embeddings are kept; None forgets them.
+        out: the folder in which to keep runs and embeddings; None keeps none.
 
     Returns:
-        All that was printed, and more, for `--json`.
+        The figures, for `--json`.
 
     Raises:
-        InputError: a folder is no competition, or has nothing to score by; an encoder cannot be had.
+        InputError: a folder is no competition or has nothing to score on; an encoder cannot be found.
     """
     folders, encoders = list(folders), list(encoders)
-    refuse_twins("--data", [data.resolve().name for data in folders])
-    refuse_twins("--encoder", [label(spec) for spec in encoders])
+    require_unique("--data", [data.resolve().name for data in folders])
+    require_unique("--encoder", [label(spec) for spec in encoders])
     with nullcontext(out) if out else tempfile.TemporaryDirectory() as kept, tempfile.TemporaryDirectory() as drawn:
         if not folders:
             say("no --data: drawing a competition of fungi")
@@ -112,36 +113,36 @@ def accuracy(folders: Sequence[Path], encoders: Sequence[str], reference: str, o
         tasks = [read_task(data.resolve(), reference) for data in folders]
         reports = []
         for task in tasks:
-            rungs = climb(task, encoders or [read_recipe(RECIPES[0]).encoder.encoder], Path(kept))
-            reports.append(report_on(task, rungs))
-            say("\n" + "\n".join([*tell_ladder(reports[-1]), "", *tell_shots(reports[-1]), ""]))
+            answers = run_methods(task, encoders or [read_recipe(RECIPES[0]).encoder.encoder], Path(kept))
+            reports.append(score_methods(task, answers))
+            say("\n" + "\n".join([*method_table(reports[-1]), "", *shots_table(reports[-1]), ""]))
     return {"datasets": reports}
 
 
-def refuse_twins(option: str, names: Sequence[str]) -> None:
-    """Refuse two of one name, since runs are named by them."""
+def require_unique(option: str, names: Sequence[str]) -> None:
+    """Check that no two names are the same, because runs are named after them."""
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"{option}: two are called {name}, and so would their runs be; rename one")
+            raise InputError(f"{option}: two values are named {name}, and so would be their runs; rename one")
 
 
 def draw_competition(folder: Path) -> Path:
-    """A drawn competition, with the test answers beside its tables."""
+    """Draw a competition that includes its test labels."""
     drawn = generate(folder / "fungi", species=SPECIES)
     shutil.copyfile(drawn.solution, drawn.competition / "solution.csv")
     return drawn.competition.rename(folder / "drawn-fungi")
 
 
 def pretrain(folder: Path) -> str:
-    """Train the demo's encoder on other species than the drawn competition's, as hub models come. Returns its SPEC."""
+    """Train the encoder of the demo on other species, as a model from a hub is. Returns its SPEC."""
     say("no --encoder: training a small one on other drawn fungi")
     others = generate(folder / "others", species=SPECIES, seed=1)
     train_run(read_recipe("demo"), others.competition, folder / "demo")
-    return keep_encoder(folder / "demo", folder / "other-fungi")
+    return export_encoder(folder / "demo", folder / "other-fungi")
 
 
-def keep_encoder(run: Path, stem: Path) -> str:
-    """Write a run's timm encoder as the pair of .safetensors and .json that `--encoder` takes. Returns its SPEC."""
+def export_encoder(run: Path, stem: Path) -> str:
+    """Write the timm encoder of a run as a pair of .safetensors and .json for `--encoder`. Returns its SPEC."""
     weights = read_weights(run)
     spec = weights.manifest.members[0].encoder
     how = spec.preprocessing
@@ -154,10 +155,10 @@ def keep_encoder(run: Path, stem: Path) -> str:
 
 
 def read_task(data: Path, reference: str) -> Task:
-    """Ask the test set where `solution.csv` answers it, else val, which is then no part of the reference.
+    """The task of a folder: the test set if there is a `solution.csv`, else val, which then is no reference.
 
     Raises:
-        InputError: there is neither, or the solution is of other observations.
+        InputError: there is neither, or the solution lacks an observation.
     """
     competition = read_competition(data)
     solution = data / "solution.csv"
@@ -165,81 +166,82 @@ def read_task(data: Path, reference: str) -> Task:
         task = Task(data, "test", reference, read_solution(solution))
         lacking = [query.id for query in task.queries(competition.resolution) if query.id not in task.truth]
         if lacking:
-            raise InputError(f"{solution} lacks observation {lacking[0]}: give the matching solution")
+            raise InputError(f"{solution} lacks observation {lacking[0]}: give the solution of this test set")
         return task
     if not competition.has_val:
-        raise InputError(f"{data} has neither a solution.csv nor a val: there is nothing to score by")
+        raise InputError(f"{data} has nothing to score on: add the test labels as solution.csv, or a val split")
     val = labelled(competition, "val")
     ids = [observation.id for observation in val.observations]
     return Task(data, "val", "train", dict(zip(ids, val.class_ids, strict=True)))
 
 
 def label(encoder: str) -> str:
-    """A short name of an encoder: of its files, or its place on a hub."""
+    """A short name of an encoder: the name of its files or on its hub."""
     kind, _, name = encoder.rpartition(":")
     return re.sub(r"[^\w.-]+", "-", name if kind else Path(encoder).name)
 
 
-def climb(task: Task, encoders: Sequence[str], folder: Path) -> list[Rung]:
-    """The rungs of every encoder, and of the ensemble of their best, from runs made under `folder`."""
-    rungs, best, cache = [], [], folder / CACHE
+def run_methods(task: Task, encoders: Sequence[str], folder: Path) -> list[MethodAnswers]:
+    """The answers of all methods with every encoder, then of the ensemble of their best runs; trains under `folder`."""
+    answers, best, cache = [], [], folder / CACHE
     for spec in encoders:
         of = f", {label(spec)}" if len(encoders) > 1 else ""
         runs = [folder / f"{task.data.name}-{label(spec)}-{name}" for name in RECIPES]
         for name, run in zip(RECIPES, runs, strict=True):
             recipe = read_recipe(name, [f"reference={task.reference}"], spec)
             train_run(recipe, task.data, run, uses_val=task.split != "val")
-        rungs += photo_rungs(task, runs[0], cache, of)
+        answers += match_photos(task, runs[0], cache, of)
         for name, run in zip(RECIPES, runs, strict=True):
-            rungs.append(run_rung(task, [run], [1.0], cache, name + of, rungs[-1]))
-        best.append((runs[-1], rungs[-1]))
+            answers.append(answer_by_runs(task, [run], [1.0], cache, name + of, answers[-1]))
+        best.append((runs[-1], answers[-1]))
     if len(best) > 1:
         runs = [run for run, _ in best]
-        shares = weigh(runs, find_competition(task.data).competition.guesses)
-        below = best[int(np.argmax(shares))][1]  # the weightiest by cross-validation, not by what is asked here
-        rungs.append(run_rung(task, runs, shares, cache, "their ensemble", below))
-    return rungs
+        weights = weigh(runs, find_competition(task.data).competition.guesses)
+        baseline = best[int(np.argmax(weights))][1]  # of the largest weight by cross-validation, not by these scores
+        answers.append(answer_by_runs(task, runs, weights, cache, "their ensemble", baseline))
+    return answers
 
 
-def photo_rungs(task: Task, run: Path, cache: Path, of: str) -> list[Rung]:
-    """The two rules that match photos, not observations: raw class means of photos, in one view, nothing centred.
+def match_photos(task: Task, run: Path, cache: Path, of: str) -> list[MethodAnswers]:
+    """Two rules that compare single photos with the class means of photos, in one view and without centring.
 
     Args:
-        run: of the baseline, for its encoder and its classes.
-        of: what to end the names with.
+        run: of the first recipe, for its encoder and classes.
+        of: the end of the names.
     """
     weights = read_weights(run)
     manifest = weights.manifest
     classes, resolution = manifest.class_ids, manifest.competition.resolution
     support, queries = task.support(resolution), task.queries(resolution)
-    known = embed_with_run(run, support.observations, ["plain"], cache)
-    asked = embed_with_run(run, queries, ["plain"], cache)
-    owners = places_of(support.class_ids, classes)[known.observations]
-    means, _ = group_means(known.values[:, 0].astype(float), owners, len(classes))
-    photos = asked.values[:, 0].astype(float)
+    support_photos = embed_with_run(run, support.observations, ["plain"], cache)
+    query_photos = embed_with_run(run, queries, ["plain"], cache)
+    labels = places_of(support.class_ids, classes)[support_photos.observations]
+    means, _ = group_means(support_photos.values[:, 0].astype(float), labels, len(classes))
+    photos = query_photos.values[:, 0].astype(float)
 
-    rows = nearest_means(photos, asked.observations, means, len(queries))
-    guesses = [[classes[place] for place in row] or list(manifest.fallback_classes[:1]) for row in rows]
-    starter = Rung("starter: top-1 of each photo" + of, guesses)
+    rows = nearest_means(photos, query_photos.observations, means, len(queries))
+    guesses = [[classes[label] for label in row] or list(manifest.fallback_classes[:1]) for row in rows]
+    starter = MethodAnswers("starter: top-1 of each photo" + of, guesses)
 
-    # The published prototypical network's, before its training: minus the distance, averaged over photos.
+    # The rule of the published prototypical network before its training: minus the distance, averaged over photos.
     distances = torch.cdist(torch.tensor(photos), torch.tensor(means)).numpy()
-    scores = torch.tensor(-group_means(distances, asked.observations, len(queries))[0])
-    seen = np.isin(np.arange(len(queries)), asked.observations)
-    averaged = rank_rung(task, queries, manifest, scores.log_softmax(dim=1), seen, "raw photo means" + of, starter)
+    scores = torch.tensor(-group_means(distances, query_photos.observations, len(queries))[0])
+    is_readable = np.isin(np.arange(len(queries)), query_photos.observations)
+    found = BundleAnswers(queries, manifest, scores.log_softmax(dim=1), is_readable)
+    averaged = rank_classes(task, found, "raw photo means" + of, starter)
     return [starter, averaged]
 
 
 def nearest_means(photos: np.ndarray, observations: np.ndarray, means: np.ndarray, count: int) -> list[list[int]]:
-    """The starter's rule: the class of the nearest mean by cosine of each photo, and nothing else in the row.
+    """The rule of the public starter notebook: for each photo, only the class of the nearest mean by cosine.
 
     Args:
         photos: (photos, features).
-        observations: (photos,) the place of each photo's observation, 0 to `count` - 1.
+        observations: (photos,) index of the observation of each, 0 to `count` - 1.
         means: (classes, features).
 
     Returns:
-        Of each observation, distinct places of classes, the most similar first.
+        For each observation, distinct labels, the most similar first.
     """
     cosines = unit(photos) @ unit(means).T
     nearest = cosines.argmax(axis=1)
@@ -251,75 +253,65 @@ def nearest_means(photos: np.ndarray, observations: np.ndarray, means: np.ndarra
 
 @dataclass(frozen=True)
 class BundleAnswers:
-    """What a bundle says of all that is asked.
+    """The answers of a bundle to all queries.
 
     Attributes:
-        queries: that were asked.
         manifest: of the first run.
         log_probabilities: (queries, classes).
-        seen: (queries,) bool, those with a readable photo.
+        is_readable: (queries,) bool, whether any photo could be read.
     """
 
     queries: list[Observation]
     manifest: Manifest
     log_probabilities: torch.Tensor
-    seen: np.ndarray
+    is_readable: np.ndarray
 
 
-def bundle_answers(task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path) -> BundleAnswers:
-    """What the bundle of some runs answers, its members weighed by `shares`."""
-    opened = [(run, read_weights(run).manifest, share) for run, share in zip(runs, shares, strict=True) if share]
-    # All members of a bundle see the photos of the largest resolution among them.
+def bundle_answers(task: Task, runs: Sequence[Path], weights: Sequence[float], cache: Path) -> BundleAnswers:
+    """The answers of the bundle of some runs, each with its weight."""
+    opened = [(run, read_weights(run).manifest, weight) for run, weight in zip(runs, weights, strict=True) if weight]
+    # All members of a bundle get photos of the largest resolution among them.
     resolution = max((manifest.competition.resolution for _, manifest, _ in opened), key=RESOLUTIONS.index)
     queries = task.queries(resolution)
-    total, seen = 0, np.ones(len(queries), dtype=bool)
-    for run, manifest, share in opened:
+    total, is_readable = 0, np.ones(len(queries), dtype=bool)
+    for run, manifest, weight in opened:
         member = manifest.members[0]
         photos = embed_with_run(run, queries, member.views, cache)
         embeddings = pool(photos.values, photos.observations, len(queries), member.pooling)
         banks = read_banks(read_weights(run).file(member.bank))
-        total += share * torch.cat(list(classify(banks, torch.tensor(embeddings, dtype=torch.float32))))
-        said = weighted_prior(read_weights(run), [replace(member, weight=share)], queries)
-        total += 0 if said is None else said
-        seen &= np.isin(np.arange(len(queries)), photos.observations)
-    return BundleAnswers(queries, opened[0][1], total.log_softmax(dim=1), seen)
+        total += weight * torch.cat(list(classify(banks, torch.tensor(embeddings, dtype=torch.float32))))
+        prior = weighted_prior(read_weights(run), [replace(member, weight=weight)], queries)
+        total += 0 if prior is None else prior
+        is_readable &= np.isin(np.arange(len(queries)), photos.observations)
+    return BundleAnswers(queries, opened[0][1], total.log_softmax(dim=1), is_readable)
 
 
-def run_rung(
-    task: Task, runs: Sequence[Path], shares: Sequence[float], cache: Path, name: str, below: Rung | None
-) -> Rung:
-    """The rung of some runs; see `bundle_answers`."""
-    found = bundle_answers(task, runs, shares, cache)
-    return rank_rung(task, found.queries, found.manifest, found.log_probabilities, found.seen, name, below)
+def answer_by_runs(
+    task: Task, runs: Sequence[Path], weights: Sequence[float], cache: Path, name: str, baseline: MethodAnswers | None
+) -> MethodAnswers:
+    """The answers of some runs; see `bundle_answers`."""
+    return rank_classes(task, bundle_answers(task, runs, weights, cache), name, baseline)
 
 
-def rank_rung(
-    task: Task,
-    queries: Sequence[Observation],
-    manifest: Manifest,
-    log_probabilities: torch.Tensor,
-    seen: np.ndarray,
-    name: str,
-    below: Rung | None,
-) -> Rung:
-    """The rung of (queries, classes) log-probabilities; where no photo could be read, the kernel's fallback."""
-    classes = manifest.class_ids
-    truth = places_of(np.array([task.truth[query.id] for query in queries], dtype=object), classes)
-    outcome = compare(log_probabilities, truth)
+def rank_classes(task: Task, found: BundleAnswers, name: str, baseline: MethodAnswers | None) -> MethodAnswers:
+    """The classes in the order of their probability; the fallback of the kernel if no photo could be read."""
+    classes = found.manifest.class_ids
+    truth = places_of(np.array([task.truth[query.id] for query in found.queries], dtype=object), classes)
+    outcome = compare(found.log_probabilities, truth)
     guesses = [
-        [classes[place] for place in row] if is_seen else list(manifest.fallback_classes)
-        for row, is_seen in zip(outcome.top, seen, strict=True)
+        [classes[label] for label in row] if is_readable else list(found.manifest.fallback_classes)
+        for row, is_readable in zip(outcome.top, found.is_readable, strict=True)
     ]
-    return Rung(name, guesses, np.where(seen, outcome.losses, np.nan), below)
+    return MethodAnswers(name, guesses, np.where(found.is_readable, outcome.losses, np.nan), baseline)
 
 
-def report_on(task: Task, rungs: Sequence[Rung]) -> dict:
-    """Scores of every rung with 95% intervals, its gain over the one below, and recalls by shots."""
+def score_methods(task: Task, answers: Sequence[MethodAnswers]) -> dict:
+    """The scores of every method with 95% intervals, its gain over its baseline, and recalls by shots."""
     support = task.support(RESOLUTIONS[0])
     truth = [task.truth[query.id] for query in task.queries(RESOLUTIONS[0])]
     counts = dict(zip(*np.unique(support.class_ids.astype(str), return_counts=True), strict=True))
     shots = np.minimum([counts.get(class_id, 0) for class_id in truth], MOST_SHOTS)
-    hits = {rung.name: hit_matrix(truth, rung.guesses)[:, GUESSES.index(5)] for rung in rungs}
+    hits = {one.name: hit_matrix(truth, one.guesses)[:, GUESSES.index(5)] for one in answers}
     return {
         "data": task.data.name,
         "scored_on": task.split,
@@ -327,7 +319,7 @@ def report_on(task: Task, rungs: Sequence[Rung]) -> dict:
         "reference": task.reference,
         "reference_observations": len(support),
         "classes": len(counts),
-        "rungs": [row_of(rung, truth, hits) for rung in rungs],
+        "methods": [score_method(one, truth, hits) for one in answers],
         "by_shots": [
             {
                 "shots": f"{count} or more" if count == MOST_SHOTS else str(count),
@@ -339,35 +331,35 @@ def report_on(task: Task, rungs: Sequence[Rung]) -> dict:
     }
 
 
-def row_of(rung: Rung, truth: Sequence[str], hits: dict[str, np.ndarray]) -> dict:
-    """One rung's scores; `hits` of each rung, by name, are those of Recall@5."""
-    row = {"rung": rung.name, **score(truth, rung.guesses), "log_loss": None, "gain": None}
-    if rung.losses is not None:
-        row["log_loss"] = bounded(rung.losses[~np.isnan(rung.losses)])
-    if rung.below:
-        row["gain"] = {"over": rung.below.name, **gained(hits[rung.name], hits[rung.below.name])}
+def score_method(answers: MethodAnswers, truth: Sequence[str], hits: dict[str, np.ndarray]) -> dict:
+    """The scores of one method; `hits`, by the name of each method, are those of Recall@5."""
+    row = {"method": answers.name, **score(truth, answers.guesses), "log_loss": None, "gain": None}
+    if answers.losses is not None:
+        row["log_loss"] = bounded(answers.losses[~np.isnan(answers.losses)])
+    if answers.baseline:
+        row["gain"] = {"over": answers.baseline.name, **gained(hits[answers.name], hits[answers.baseline.name])}
     return row
 
 
-def tell_ladder(report: dict) -> list[str]:
-    """The ladder as a table, best at the bottom."""
-    asked, reference = (counted(report[key], "observation") for key in ("observations", "reference_observations"))
+def method_table(report: dict) -> list[str]:
+    """The scores as a Markdown table, a row for each method."""
+    queries, reference = (counted(report[key], "observation") for key in ("observations", "reference_observations"))
     lines = [
-        f"{report['data']}: {asked} of {report['scored_on']}, 95% intervals; reference: "
+        f"{report['data']}: {queries} of {report['scored_on']}, 95% intervals; reference: "
         f"{report['reference']}, {reference} of {counted(report['classes'], 'class')}",
         "",
-        *heading("rung", *COLUMNS.values(), "log-loss", "gain in Recall@5"),
+        *heading("method", *COLUMNS.values(), "log-loss", "gain in Recall@5"),
     ]
-    for row in report["rungs"]:
+    for row in report["methods"]:
         cells = [*(cell(interval_of(row, name)) for name in COLUMNS), cell(row["log_loss"]), cell(row["gain"], "+")]
-        lines.append(f"| {row['rung']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     return lines
 
 
-def tell_shots(report: dict) -> list[str]:
-    """Recall@5 by the number of reference observations of the true class, a column per rung."""
-    lines = ["Recall@5 by shots, the reference observations of the true class:", ""]
-    lines += heading("shots", "n", *(row["rung"] for row in report["rungs"]))
+def shots_table(report: dict) -> list[str]:
+    """Recall@5 by the number of reference observations of the true class, a column for each method."""
+    lines = ["Recall@5 by shots (observations of the true class in the reference set):", ""]
+    lines += heading("shots", "n", *(row["method"] for row in report["methods"]))
     for row in report["by_shots"]:
         cells = [cell(value) for value in row["recall_at_5"].values()]
         lines.append(f"| {row['shots']} | {row['observations']} | {' | '.join(cells)} |")
@@ -379,7 +371,7 @@ def heading(*columns: str) -> list[str]:
 
 
 def cell(value: dict | None, sign: str = "") -> str:
-    """`.654 [.612, .696]`, or a dash for what there is not."""
+    """`.654 [.612, .696]`, or a dash for None."""
     if value is None:
         return "–"
     mean, low, high = (re.sub(r"^([+-]?)0\.", r"\1.", f"{value[name]:{sign}.3f}") for name in ("value", "low", "high"))

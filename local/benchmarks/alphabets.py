@@ -1,4 +1,4 @@
-"""The folder of drawings that `local/benchmark.py omniglot` reads. Without torch, so that a mistake is told at once."""
+"""Find the alphabets for `local/benchmark.py omniglot`, without torch, so that mistakes are answered at once."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from local.base.console import counted
 
 
 def find_alphabets(folder: Path) -> list[Path]:
-    """The folders of the alphabets in `alphabet/character/drawing.png`, by name.
+    """The folders of the alphabets in `folder`, which holds `alphabet/character/drawing.png`.
 
     Raises:
         InputError: there are fewer than two.

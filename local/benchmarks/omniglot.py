@@ -1,6 +1,6 @@
-"""Measure few-shot learning as the literature does: characters of an alphabet that training has never seen.
+"""Measure few-shot classification as in the literature: characters of an alphabet that training has not seen.
 
-Called by local/benchmark.py. Four alphabets are learnt from scratch in episodes, the last is asked.
+Called by local/benchmark.py. Training is from scratch in episodes, on all alphabets but the last.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from local.data.cache import embed_with_run
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run
 
-TURNS = (0, 90, 180, 270)  # a turned character is another class to learn from (Snell et al. 2017)
+ROTATIONS = (0, 90, 180, 270)  # degrees; a rotated character is another class (Snell et al. 2017)
 TASKS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways, shots
 QUERIES = 5  # of each class of an episode
 EPISODES = 1000
@@ -27,48 +27,49 @@ PAPER = {(5, 1): 0.988, (5, 5): 0.997, (20, 1): 0.960, (20, 5): 0.989}  # Snell 
 
 
 def omniglot(folder: Path, settings: list[str]) -> dict:
-    """Train on all alphabets but the last, and print its accuracies with 95% intervals beside the paper's.
+    """Train on all alphabets but the last, and print the accuracies on the last beside those of the paper.
 
     Args:
-        folder: `alphabet/character/drawing.png`.
+        folder: of `alphabet/character/drawing.png`.
         settings: changes to the recipe `omniglot`, as `key=value`.
 
     Returns:
-        All that was printed, for `--json`.
+        The figures, for `--json`.
 
     Raises:
         InputError: the folder holds fewer than two alphabets.
     """
-    *learnt, asked = find_alphabets(folder)
+    *training, held_out = find_alphabets(folder)
     with tempfile.TemporaryDirectory() as temporary:
         data, run = Path(temporary) / "data", Path(temporary) / "run"
-        for source, target, turn in turned(learnt, data / "train"):
+        for source, target, degrees in rotated(training, data / "train"):
             target.parent.mkdir(parents=True, exist_ok=True)
-            Image.open(source).convert("L").rotate(turn).save(target)
+            Image.open(source).convert("L").rotate(degrees).save(target)
         (data / "test").mkdir()
         train_run(read_recipe("omniglot", settings), data, run)
-        embeddings, classes = embed_alphabet(asked, run)
-    say(f"{asked.name}, {counted(classes.max() + 1, 'character')} never learnt from, {EPISODES:,} episodes:\n")
+        embeddings, classes = embed_alphabet(held_out, run)
+    say(f"{held_out.name}, {counted(classes.max() + 1, 'character')} not seen in training, {EPISODES:,} episodes:\n")
     say("| ways | shots | accuracy | Snell et al. 2017 |\n|---|---|---|---|")
     rows = []
     for ways, shots in (task for task in TASKS if task[0] <= classes.max() + 1):
-        accuracies = play(embeddings, classes, ways, shots)
+        accuracies = run_episodes(embeddings, classes, ways, shots)
         mean, half = accuracies.mean(), 1.96 * accuracies.std(ddof=1) / np.sqrt(len(accuracies))
         rows.append({"ways": ways, "shots": shots, "accuracy": float(mean), "half_width": float(half)})
         say(f"| {ways} | {shots} | {mean:.1%} ± {half:.1%} | {PAPER[ways, shots]:.1%} |")
-    return {"learnt": [path.name for path in learnt], "asked": asked.name, "episodes": EPISODES, "tasks": rows}
+    names = [path.name for path in training]
+    return {"training": names, "held_out": held_out.name, "episodes": EPISODES, "tasks": rows}
 
 
-def turned(alphabets: list[Path], folder: Path) -> Iterator[tuple[Path, Path, int]]:
-    """Every drawing in every turn: (file, its place in class folders, degrees)."""
+def rotated(alphabets: list[Path], folder: Path) -> Iterator[tuple[Path, Path, int]]:
+    """Every drawing in every rotation: (file, path in class folders, degrees)."""
     for alphabet in alphabets:
         for drawing in sorted(alphabet.glob("*/*.png")):
-            for turn in TURNS:
-                yield drawing, folder / f"{alphabet.name}-{drawing.parent.name}-{turn}" / drawing.name, turn
+            for degrees in ROTATIONS:
+                yield drawing, folder / f"{alphabet.name}-{drawing.parent.name}-{degrees}" / drawing.name, degrees
 
 
 def embed_alphabet(alphabet: Path, run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(drawings, features) of length 1 by a run's encoder, and (drawings,) the character of each."""
+    """(drawings, features) embeddings of length 1, and (drawings,) index of the character of each."""
     drawings = sorted(alphabet.glob("*/*.png"))
     single = [Observation(str(path), (path,)) for path in drawings]
     photos = embed_with_run(run, single, ["plain"], run.parent / CACHE)
@@ -76,8 +77,8 @@ def embed_alphabet(alphabet: Path, run: Path) -> tuple[np.ndarray, np.ndarray]:
     return photos.values[:, 0].astype(float), np.unique(characters, return_inverse=True)[1]
 
 
-def play(embeddings: np.ndarray, classes: np.ndarray, ways: int, shots: int) -> np.ndarray:
-    """(EPISODES,) accuracies: QUERIES drawings of each of `ways` characters against the means of `shots` others."""
+def run_episodes(embeddings: np.ndarray, classes: np.ndarray, ways: int, shots: int) -> np.ndarray:
+    """(EPISODES,) accuracies of QUERIES drawings of each of `ways` characters, by the means of `shots` others."""
     rng, accuracies = np.random.default_rng(0), []
     members = [np.flatnonzero(classes == index) for index in range(classes.max() + 1)]
     for _ in progress(range(EPISODES), f"{ways} ways, {shots} shots"):

@@ -1,4 +1,4 @@
-"""The ladder scores what Kaggle would score, on what nothing was chosen by.
+"""The benchmark scores methods as Kaggle would, on observations by which nothing was chosen.
 
 python -m pytest tests/local/benchmarks/test_accuracy.py
 """
@@ -16,14 +16,14 @@ from kernel.manifest import read_weights
 from local import benchmark
 from local.benchmarks import accuracy
 from local.benchmarks.accuracy import (
-    climb,
-    keep_encoder,
+    export_encoder,
     label,
+    method_table,
     nearest_means,
     read_task,
-    report_on,
-    tell_ladder,
-    tell_shots,
+    run_methods,
+    score_methods,
+    shots_table,
 )
 from local.data.competition import labelled, read_competition
 from local.recipes.recipe import make_recipe
@@ -36,7 +36,7 @@ SCORES = [f"{name}{end}" for name in accuracy.COLUMNS for end in ("", "_low", "_
 
 @pytest.fixture(scope="module")
 def answered(drawn, tmp_path_factory) -> Path:
-    """The drawn competition with its test answers."""
+    """The drawn competition with its test labels."""
     data = tmp_path_factory.mktemp("answered") / "fungi"
     shutil.copytree(drawn.competition, data)
     shutil.copyfile(drawn.solution, data / "solution.csv")
@@ -45,10 +45,10 @@ def answered(drawn, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoders(drawn, trained, tmp_path_factory) -> list[str]:
-    """A tuned and a random encoder, as `--encoder` takes them."""
+    """A trained and a random encoder, as values of `--encoder`."""
     folder = tmp_path_factory.mktemp("encoders")
     train_run(make_recipe({**TINY, "epochs": 0, "seed": 5}, "the tests"), drawn.competition, folder / "random")
-    return [keep_encoder(trained, folder / "tuned"), keep_encoder(folder / "random", folder / "untuned")]
+    return [export_encoder(trained, folder / "tuned"), export_encoder(folder / "random", folder / "untuned")]
 
 
 @pytest.fixture(scope="module")
@@ -62,63 +62,63 @@ def task(answered):
 
 
 @pytest.fixture(scope="module")
-def rungs(task, encoders, runs):
-    """Without the prototypical network's, whose epochs take long, and which is a run like the others."""
+def answers(task, encoders, runs):
+    """Without the prototypical network, which takes long and is a run like the others."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(accuracy, "RECIPES", ("fungiclef-baseline", "fungiclef-best"))
-        return climb(task, encoders, runs)
+        return run_methods(task, encoders, runs)
 
 
 @pytest.fixture(scope="module")
-def report(task, rungs) -> dict:
-    return report_on(task, rungs)
+def report(task, answers) -> dict:
+    return score_methods(task, answers)
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_a_rung_scores_as_the_rehearsal_of_its_bundle_does(members, report, runs, encoders, answered, tmp_path):
+def test_a_run_scores_as_the_rehearsal_of_its_bundle_does(members, report, runs, encoders, answered, tmp_path):
     bundle([runs / f"fungi-{label(spec)}-fungiclef-best" for spec in encoders[:members]], tmp_path)
     rehearsed = rehearse(answered, tmp_path, answered / "solution.csv")
     name = f"fungiclef-best, {label(encoders[0])}" if members == 1 else "their ensemble"
-    found = next(row for row in report["rungs"] if row["rung"] == name)
+    found = next(row for row in report["methods"] if row["method"] == name)
     assert {name: found[name] for name in SCORES} == {name: rehearsed[name] for name in SCORES}
 
 
 def test_the_ensemble_is_compared_with_the_best_of_one_of_its_encoders(report, encoders):
-    assert report["rungs"][-1]["gain"]["over"] in [f"fungiclef-best, {label(spec)}" for spec in encoders]
+    assert report["methods"][-1]["gain"]["over"] in [f"fungiclef-best, {label(spec)}" for spec in encoders]
 
 
-def test_rungs_of_one_encoder_are_compared_with_the_one_below(report):
-    names = [row["rung"] for row in report["rungs"][:4]]
-    assert [row["gain"] and row["gain"]["over"] for row in report["rungs"][:4]] == [None, *names[:3]]
+def test_methods_with_one_encoder_are_compared_with_the_one_before(report):
+    names = [row["method"] for row in report["methods"][:4]]
+    assert [row["gain"] and row["gain"]["over"] for row in report["methods"][:4]] == [None, *names[:3]]
 
 
-def test_the_starter_guesses_at_most_once_for_each_photo(rungs, task):
+def test_the_starter_guesses_at_most_once_for_each_photo(answers, task):
     queries = task.queries("300p")
     assert any(len(query.photos) > 1 for query in queries)
-    for starter in (rung for rung in rungs if rung.name.startswith("starter")):
+    for starter in (one for one in answers if one.name.startswith("starter")):
         for guesses, query in zip(starter.guesses, queries, strict=True):
             assert 1 <= len(guesses) <= len(query.photos)
             assert len(set(guesses)) == len(guesses)
 
 
-def test_the_starter_answers_with_the_class_nearest_to_each_photo_the_surest_first():
+def test_the_starter_guesses_the_class_nearest_to_each_photo_the_most_similar_first():
     means = np.array([[2.0, 0.0], [0.0, 0.5]])
     photos = np.array([[1.0, 0.9], [0.1, 1.0], [1.0, 0.0], [1.0, 0.2]])
     assert nearest_means(photos, np.array([0, 0, 2, 2]), means, 3) == [[1, 0], [], [0]]
 
 
-def test_only_what_gives_probabilities_has_a_log_loss(report):
-    without = [row["rung"] for row in report["rungs"] if row["log_loss"] is None]
-    assert without == [row["rung"] for row in report["rungs"] if row["rung"].startswith("starter")]
+def test_only_methods_with_probabilities_have_a_log_loss(report):
+    without = [row["method"] for row in report["methods"] if row["log_loss"] is None]
+    assert without == [row["method"] for row in report["methods"] if row["method"].startswith("starter")]
 
 
 def test_the_parts_by_shots_add_up_to_the_whole(report, task):
     parts = report["by_shots"]
     sizes = np.array([part["observations"] for part in parts])
     assert sizes.sum() == report["observations"] == len(task.queries("300p"))
-    for rung in report["rungs"]:
-        recalls = np.array([part["recall_at_5"][rung["rung"]]["value"] for part in parts])
-        assert (recalls * sizes).sum() / sizes.sum() == pytest.approx(rung["recall_at_5"])
+    for row in report["methods"]:
+        recalls = np.array([part["recall_at_5"][row["method"]]["value"] for part in parts])
+        assert (recalls * sizes).sum() / sizes.sum() == pytest.approx(row["recall_at_5"])
 
 
 def test_shots_are_counted_in_the_reference(report, task):
@@ -127,17 +127,17 @@ def test_shots_are_counted_in_the_reference(report, task):
     assert [part["observations"] for part in report["by_shots"] if part["shots"] == "1"] == [len(ones)]
 
 
-def test_the_tables_have_a_row_for_each_rung_and_a_dash_for_what_there_is_not(report):
-    ladder, shots = tell_ladder(report), tell_shots(report)
-    columns = {line.count("|") for line in ladder if line.startswith("|")}
+def test_the_tables_have_a_row_for_each_method_and_a_dash_for_a_missing_score(report):
+    scores, shots = method_table(report), shots_table(report)
+    columns = {line.count("|") for line in scores if line.startswith("|")}
     assert len(columns) == 1
-    told = [line.split(" | ")[0].removeprefix("| ") for line in ladder[-len(report["rungs"]) :]]
-    assert told == [row["rung"] for row in report["rungs"]]
-    assert next(line for line in ladder if line.startswith("| starter")).endswith("| – | – |")
+    names = [line.split(" | ")[0].removeprefix("| ") for line in scores[-len(report["methods"]) :]]
+    assert names == [row["method"] for row in report["methods"]]
+    assert next(line for line in scores if line.startswith("| starter")).endswith("| – | – |")
     assert len({line.count("|") for line in shots if line.startswith("|")}) == 1
 
 
-def test_without_a_solution_val_is_asked_and_is_no_part_of_the_reference(drawn):
+def test_without_a_solution_val_is_scored_and_is_no_part_of_the_reference(drawn):
     task = read_task(drawn.competition, "train+val")
     val = {observation.id for observation in labelled(read_competition(drawn.competition), "val").observations}
     assert task.split == "val"
@@ -157,10 +157,10 @@ def test_a_run_that_may_not_use_val_is_that_of_a_competition_without_one(recipe,
     assert unused == absent
 
 
-def test_what_has_neither_a_solution_nor_a_val_is_refused(drawn, tmp_path):
+def test_a_folder_with_neither_a_solution_nor_a_val_is_refused(drawn, tmp_path):
     shutil.copytree(drawn.competition, tmp_path / "data")
     next((tmp_path / "data").glob("metadata/*/*-Val.csv")).unlink()
-    with pytest.raises(InputError, match="nothing to score by"):
+    with pytest.raises(InputError, match="nothing to score on"):
         read_task(tmp_path / "data", "train")
 
 
@@ -176,4 +176,4 @@ def test_the_command_prints_the_tables_and_writes_them(drawn, encoders, tmp_path
     [member] = read_weights(next((tmp_path / "runs").glob("*-fungiclef-baseline"))).manifest.members
     assert member.data_sha256 == read_competition(drawn.competition).without_val().digest()
     printed = capsys.readouterr().out
-    assert all(line in printed for line in (*tell_ladder(dataset), *tell_shots(dataset)))
+    assert all(line in printed for line in (*method_table(dataset), *shots_table(dataset)))

@@ -1,10 +1,10 @@
-"""Episodes are asked of an alphabet that training never saw."""
+"""Episodes are drawn from an alphabet that training has not seen."""
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from local.benchmarks.omniglot import EPISODES, omniglot, play
+from local.benchmarks.omniglot import EPISODES, omniglot, run_episodes
 from tests.conftest import command
 
 QUICK = ["epochs=1", "encoder=timm:test_resnet", "image_size=32", "ways=5"]
@@ -12,7 +12,7 @@ QUICK = ["epochs=1", "encoder=timm:test_resnet", "image_size=32", "ways=5"]
 
 @pytest.fixture
 def alphabets(tmp_path):
-    """Three alphabets of six characters of three strokes, each drawn by ten shaking hands."""
+    """Three alphabets of six characters of three strokes, each drawn ten times with jitter."""
     rng = np.random.default_rng(0)
     for alphabet in "ABC":
         for character in range(6):
@@ -27,9 +27,9 @@ def alphabets(tmp_path):
     return tmp_path
 
 
-def test_the_last_alphabet_is_asked_and_the_others_are_learnt(alphabets):
+def test_the_last_alphabet_is_held_out_and_the_others_are_trained_on(alphabets):
     report = omniglot(alphabets, QUICK)
-    assert (report["learnt"], report["asked"]) == (["A", "B"], "C")
+    assert (report["training"], report["held_out"]) == (["A", "B"], "C")
     assert [(row["ways"], row["shots"]) for row in report["tasks"]] == [(5, 1), (5, 5)]  # it has no twenty characters
     assert all(row["accuracy"] > 0.3 for row in report["tasks"])  # a fifth by chance
     assert report["tasks"][1]["accuracy"] > report["tasks"][0]["accuracy"]
@@ -38,8 +38,8 @@ def test_the_last_alphabet_is_asked_and_the_others_are_learnt(alphabets):
 def test_accuracy_is_what_it_should_be_where_the_answer_is_known():
     rng = np.random.default_rng(0)
     classes = np.repeat(np.arange(8), 10)
-    assert play(np.eye(8)[classes], classes, 5, 1).mean() == 1
-    chance = play(rng.standard_normal((80, 64)), classes, 5, 1)
+    assert run_episodes(np.eye(8)[classes], classes, 5, 1).mean() == 1
+    chance = run_episodes(rng.standard_normal((80, 64)), classes, 5, 1)
     assert len(chance) == EPISODES
     assert chance.mean() == pytest.approx(0.2, abs=0.03)
 

@@ -1,27 +1,27 @@
-"""Recipes are measured beside their originals, on the same photos by the same encoder."""
+"""Recipes are compared with the published systems, on the same photos by the same encoder."""
 
 import shutil
 
 import pytest
 
 from kernel.inputs import InputError
-from local.benchmarks.accuracy import keep_encoder
+from local.benchmarks.accuracy import export_encoder
 from local.benchmarks.systems import RULES, systems
 from local.recipes.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")
-def asked(drawn, tmp_path_factory):
-    """A competition with its test answers."""
-    data = tmp_path_factory.mktemp("asked") / "fungi"
+def answered(drawn, tmp_path_factory):
+    """A competition with its test labels."""
+    data = tmp_path_factory.mktemp("answered") / "fungi"
     shutil.copytree(drawn.competition, data)
     shutil.copyfile(drawn.solution, data / "solution.csv")
     return data
 
 
-def test_a_system_and_its_recipe_are_scored_on_the_same_observations(asked, trained, tmp_path, capsys):
-    spec = keep_encoder(trained, tmp_path / "encoder")
-    report = systems([asked], spec, ["fungitastic-multitask", "fungiclef-protonet"], ["epochs=1"])["datasets"][0]
+def test_a_system_and_its_recipe_are_scored_on_the_same_observations(answered, trained, tmp_path, capsys):
+    spec = export_encoder(trained, tmp_path / "encoder")
+    report = systems([answered], spec, ["fungitastic-multitask", "fungiclef-protonet"], ["epochs=1"])["datasets"][0]
     names = [row["name"] for row in report["rows"]]
     assert names == [
         "fungitastic-multitask: the original's rules",
@@ -38,7 +38,7 @@ def test_a_system_and_its_recipe_are_scored_on_the_same_observations(asked, trai
     assert "| fungitastic-multitask |" in capsys.readouterr().out
 
 
-def test_every_system_has_a_recipe_and_another_name_is_refused(asked):
+def test_every_system_has_a_recipe_and_another_name_is_refused(answered):
     assert all(read_recipe(name).train.epochs for name in RULES)
     with pytest.raises(InputError, match="choose from fungiclef-protonet"):
-        systems([asked], "timm:test_resnet", ["demo"], [])
+        systems([answered], "timm:test_resnet", ["demo"], [])

@@ -26,6 +26,7 @@ from local.report.comparison import compare_with, predict_leaderboard, sampling_
 from local.report.evidence import Rank, evaluate_answers, names_of, read_evidence
 from local.report.failures import commonest_mistakes, find_classes, find_deadly, score_hierarchy
 from local.report.figures import Figures, compute_figures
+from local.report.pictures import shorten
 from local.report.scores import Estimate, bootstrap_counts, gain_in, resampled_f1, value_of, weighted_f1
 from local.report.trust import RiskPoint, best_temperature, calibrate, risk_coverage
 from local.training.run import train_run
@@ -126,12 +127,12 @@ def test_ranks_end_with_the_species_and_relatives_are_neighbours(evidence):
         assert (np.diff(rank.groups[order]) >= 0).all()
 
 
-def test_all_ranks_are_right_no_oftener_than_the_worst_of_them(evidence, written):
+def test_all_ranks_together_are_right_no_more_often_than_the_worst_rank(evidence, written):
     ranks = written[0]["evaluation"]["ranks"]
     assert score_hierarchy(evidence).accuracy.value <= min(rank["recall_at_1"]["value"] for rank in ranks) + 1e-9
 
 
-def test_two_classes_of_one_name_are_told_apart_and_found_together(evidence):
+def test_two_classes_of_one_name_have_their_ids_beside_it_and_are_found_together(evidence):
     photos = evidence.competition.photos.copy()
     twins = photos["class_id"].isin(evidence.classes[:2])
     photos.loc[twins, "species"] = "Twin"
@@ -172,27 +173,27 @@ def test_macro_f1_over_drawn_observations_is_scikit_learns():
 
 
 @pytest.mark.parametrize("observations", [150, 600])
-def test_the_noise_of_macro_f1_is_how_far_it_scatters_over_leaderboards_of_that_size(evidence, observations):
-    """Twenty classes, some of them easy; leaderboards are drawn from the same world as the held-out observations."""
+def test_the_noise_of_macro_f1_is_its_scatter_over_leaderboards_of_that_size(evidence, observations):
+    """Twenty classes, some of them easy; leaderboards are drawn as the held-out observations are."""
     rng = np.random.default_rng(2)
     skill = rng.uniform(0.2, 0.9, 20)
 
-    def world(count: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw_answers(count: int) -> tuple[np.ndarray, np.ndarray]:
         truth = rng.integers(0, 20, count)
         return truth, np.where(rng.random(count) < skill[truth], truth, rng.integers(0, 20, count))
 
-    truth, guesses = world(4000)
+    truth, guesses = draw_answers(4000)
     answers = np.full((4000, 20), -9.0, dtype=np.float32)
     answers[np.arange(4000), guesses] = 0.0
     held_out = dataclasses.replace(evidence, truth=truth, log_probabilities=answers)
-    boards = [f1_score(*world(observations), average="macro") for _ in range(400)]
+    boards = [f1_score(*draw_answers(observations), average="macro") for _ in range(400)]
     assert sampling_noise(held_out, "macro_f1", observations) == pytest.approx(1.96 * np.std(boards), rel=0.12)
     recall = (truth == guesses).mean()
     assert sampling_noise(held_out, "recall_at_1", 226) == pytest.approx(1.96 * np.sqrt(recall * (1 - recall) / 226))
 
 
 def smallest(folder: Path, layout: str) -> Path:
-    """A competition's folder with 12 test observations and nothing else that matters here."""
+    """The folder of a competition with 12 test observations."""
     if layout == "class-folders":
         for number in range(12):
             photo(folder / "train" / f"class {number % 3}" / f"{number}.png", number)
@@ -214,7 +215,7 @@ def smallest(folder: Path, layout: str) -> Path:
         ("herbarium-2022", "macro_f1"),
     ],
 )
-def test_the_leaderboard_is_told_of_by_its_metric_and_size_in_every_layout(evidence, tmp_path, layout, metric):
+def test_the_leaderboard_has_the_metric_and_the_size_of_each_competition(evidence, tmp_path, layout, metric):
     competition = read_competition(smallest(tmp_path, layout))
     trained = dataclasses.replace(evidence.manifest.competition, name=layout)
     manifest = dataclasses.replace(evidence.manifest, competition=trained)
@@ -249,7 +250,7 @@ def test_a_run_gains_nothing_on_itself(evidence, run):
     assert set(vars(found.gain).values()) == {Estimate(0, 0, 0)}
 
 
-def test_one_common_observation_says_nothing_of_two_runs(evidence, run, figures):
+def test_one_common_observation_is_no_evidence(evidence, run, figures):
     alone = {name: getattr(evidence, name)[:1] for name in ("queries", "truth", "log_probabilities")}
     single = dataclasses.replace(evidence, **alone)
     found = compare_with(single, run)
@@ -290,7 +291,7 @@ def test_runs_are_compared_on_the_observations_that_both_held_out(written, evide
     assert found["gain"]["recall_at_5"]["value"] == pytest.approx(gain)
 
 
-def test_a_query_is_no_part_of_what_it_is_compared_with(from_folds):
+def test_a_query_is_never_compared_with_itself(from_folds):
     closeup = Closeup(from_folds)
     sizes = Counter(from_folds.embedded.classes[from_folds.embedded.is_reference])
     assert list(from_folds.shots) == [sizes[place] - 1 for place in from_folds.truth]
@@ -322,7 +323,7 @@ def test_a_poisonous_species_taken_for_an_edible_one_costs_a_hundred(evidence):
     assert (true & ~guessed).any()
 
 
-def test_without_poisonous_species_nothing_is_said_of_them(evidence):
+def test_without_poisonous_species_there_are_no_deadly_confusions(evidence):
     harmless = dataclasses.replace(evidence, poisonous=np.full(len(evidence.classes), np.nan))
     assert find_deadly(harmless, Closeup(harmless)) is None
 
@@ -383,6 +384,14 @@ def test_a_full_page_takes_no_more_photos(evidence, monkeypatch):
     assert indices[0] == 0
     assert indices[-1] is None
     assert album.size < 20_000
+
+
+def test_a_long_name_beside_a_plot_is_cut_after_a_whole_word():
+    assert shorten("Temperate deciduous woodland", 30) == "Temperate deciduous woodland"
+    assert shorten("Temperate deciduous woodland", 24) == "Temperate deciduous …"
+    assert shorten("Pseudo-nitzschia_chain_of_cells", 24) == "Pseudo-nitzschia_chain …"
+    assert shorten("Chaetoceros_chain", 8) == "Chaetoceros …"
+    assert shorten("Skeletonemataceae", 8) == "Skeletonemataceae"
 
 
 def test_text_of_the_tables_cannot_become_part_of_the_page():
