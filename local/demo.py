@@ -38,7 +38,7 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
     drawn = generate(out, species=species, seed=seed)
     (out / MARKER).touch()
     # Imported here because torch takes seconds, and `--help` and mistakes must be answered at once.
-    from local.data.competition import labelled, read_competition, sort_ids
+    from local.data.competition import read_competition
     from local.training.plots import plot_predictions
     from local.training.run import train_run
 
@@ -57,7 +57,7 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
     step("5/5 Evaluating the run on its held-out observations.")
     page = report(out / "run", drawn.competition)
 
-    classes = len(sort_ids(labelled(read_competition(drawn.competition), "train").class_ids))
+    classes = len(read_competition(drawn.competition).in_splits("train").classes)
     step("Done. On the hidden test observations, with 95% intervals:")
     say(f"  bundle  {describe(rehearsed)}")
     say(f"  chance  Recall@1 {1 / classes:.3f}  Recall@5 {5 / classes:.3f}  Recall@10 {10 / classes:.3f}")

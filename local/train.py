@@ -36,7 +36,8 @@ if not __package__:  # run as a script
 
 from local.base.console import command_parser, run, say
 from local.recipes.recipe import build_recipe, explain, list_recipes, read_given
-from local.training.checks import check_start, is_restarted
+from local.training.checks import is_restarted
+from local.training.run import train_run
 
 
 def parse_options() -> argparse.Namespace:
@@ -67,14 +68,7 @@ def main() -> None:
         return
     recipe = build_recipe(given)
     out = options.out or Path("runs") / Path(options.recipe).stem
-    resumes = options.resume or is_restarted()
-    check_start(recipe, options.data, out, resumes)
-    # Imported here, since torch and what is built on it take seconds, and a mistake is to be answered at once.
-    from local.base import distributed
-    from local.training.run import train_run
-
-    with distributed.process_group():
-        train_run(recipe, options.data, out, resumes=resumes)
+    train_run(recipe, options.data, out, resumes=options.resume or is_restarted())
 
 
 if __name__ == "__main__":

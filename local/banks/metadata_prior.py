@@ -1,6 +1,6 @@
 """Fit the metadata prior: from labelled observations to the tables that the kernel looks up. In float64, on the CPU.
 
-estimator = PriorEstimator().fit(train, classes, lineages(competition))
+estimator = PriorEstimator().fit(train, classes, train.taxa)
 estimator.prior_.log_probabilities(val.observations)      the kernel's own code
 """
 
@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from kernel.metadata_prior import CELL, FEATURES, MetadataPrior, feature_value, parse_number
 from kernel.observations import Observation
 from local.base.files import write_tensors
-from local.data.competition import Labelled
+from local.data.observations import LabelledObservations
 
 SHOTS, RECENCY = "shots", "recency"  # the terms that no metadata of the query's enter
 # How many observations' worth the wider taxon speaks for: all fungi in an order, it in a family, that in a genus, that
@@ -188,7 +188,7 @@ class PriorEstimator:
         self.features = features
 
     def fit(
-        self, reference: Labelled, classes: Sequence[str], lineages: Mapping[str, tuple[str, ...]]
+        self, reference: LabelledObservations, classes: Sequence[str], lineages: Mapping[str, tuple[str, ...]]
     ) -> "PriorEstimator":
         """Fit on labelled observations.
 
@@ -217,7 +217,7 @@ class PriorEstimator:
         return self
 
     def _terms(
-        self, reference: Labelled, classes: Sequence[str], lineages: Mapping[str, tuple[str, ...]]
+        self, reference: LabelledObservations, classes: Sequence[str], lineages: Mapping[str, tuple[str, ...]]
     ) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
         """Of each feature that has any its values, and of each term its table: (values or 1, classes), unweighted."""
         index = {class_id: place for place, class_id in enumerate(classes)}

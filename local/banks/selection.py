@@ -1,8 +1,9 @@
-"""The labelled observations of a competition as one encoder sees them: which are learnt from, and which judge."""
+"""Select the bank of an encoder: which observations it is made of, which settings it has, and how good it is."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,195 +13,275 @@ from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.inputs import shorten
 from kernel.metadata_prior import MetadataPrior
-from local.banks.estimators import spread_over
 from local.banks.folds import make_folds
 from local.banks.metadata_prior import PriorEstimator
-from local.banks.search import Embedded, Search, cross_validated, walk
+from local.banks.search import Embedded, Search, cross_validated, fit_banks, walk
 from local.base.console import counted, say
-from local.base.files import write_table, write_tensors
+from local.base.files import write_tensors
 from local.base.metrics import describe, held_out_scores
-from local.base.run_folder import VALIDATION_FILE
 from local.data.cache import EmbeddingCache
-from local.data.competition import Competition, Labelled, lineages, places_of, read_taxonomy, sort_ids
+from local.data.observations import Split, encode_labels, sort_ids
 from local.data.photos import check_readable
 from local.recipes.settings import CANDIDATES, BankSettings
 
-CANDIDATES_FILE = "candidates.csv"
+
+@dataclass(frozen=True, eq=False)
+class BankPlan:
+    """Which observations a bank is made of, and which evaluate it.
+
+    Attributes:
+        split: of the labelled observations; masks and labels are in its order.
+        reference: (observations,) bool, those that the bank is made of.
+        query_mask: (observations,) bool, those that may be held out to evaluate it: not what the encoder has learnt.
+        classes: the bank's class ids, sorted.
+        labels: (observations,) int, index into `classes`; -1 for a class that the bank lacks.
+        folds: (reference, queries) masks. If the competition's val is not in the bank, val is the one fold's queries.
+            Otherwise observations are held out in turn.
+        is_macro: whether every class has the same weight, as in a macro-F1, and not every observation.
+        seed: of all that is drawn at random.
+    """
+
+    split: Split
+    reference: np.ndarray
+    query_mask: np.ndarray
+    classes: list[str]
+    labels: np.ndarray
+    folds: list[tuple[np.ndarray, np.ndarray]]
+    is_macro: bool
+    seed: int
+
+    @property
+    def keeps_val_out(self) -> bool:
+        """Whether the competition's val is not in the bank."""
+        return not self.reference.all()
+
+    def describe_reference(self) -> str:
+        """Which observations the bank is made of."""
+        train, val = int(self.split.train.sum()), int(self.split.validation.sum())
+        if self.keeps_val_out:
+            return f"bank: made of the {counted(train, 'observation')} of train, without the {val:,} of val"
+        if self.split.labelled.has_val:
+            return f"bank: made of {counted(train + val, 'observation')}, {train:,} of train and {val:,} of val"
+        return f"bank: made of the {counted(train + val, 'observation')} of train"
+
+    def describe_folds(self) -> str:
+        """Which observations evaluate the bank, in counts that add up."""
+        train, val = int(self.split.train.sum()), int(self.split.validation.sum())
+        held_out = sum(int(queries.sum()) for _, queries in self.folds)
+        text = counted(held_out, "held-out observation")
+        if self.keeps_val_out:
+            lacking = int((self.labels < 0).sum())
+            return f"{text} (val" + (f"; {lacking:,} of classes that the bank lacks)" if lacking else ")")
+        alone = int((self.query_mask & (np.bincount(self.labels)[self.labels] == 1)).sum())
+        left_out = {
+            "kept for training": 0 if self.query_mask.all() else train,
+            f"alone in {'its' if alone == 1 else 'their'} class": alone,
+            "not drawn": int(self.query_mask.sum()) - alone - held_out,
+        }
+        why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
+        folds = f"in {counted(len(self.folds), 'fold')} over " if self.folds else "of "
+        has_val = self.split.labelled.has_val
+        of = f"the {train:,} of train and {val:,} of val" if has_val else f"the {train + val:,} of train"
+        return f"{text}, {folds}{of}{f' (left out: {why})' if why else ''}"
 
 
-class Study:
-    """What a bank is fitted to and chosen by.
+def plan_bank(split: Split, reference: str, is_tuned: bool, is_macro: bool = False, seed: int = 0) -> BankPlan:
+    """Decide which observations make a bank and which evaluate it.
+
+    Args:
+        reference: "train" or "train+val", the competition's splits to make the bank of.
+        is_tuned: whether the encoder was trained on `split.train`, so that only `split.validation` can evaluate it.
+        is_macro, seed: see `BankPlan`.
+    """
+    every, class_ids = np.ones_like(split.train), split.labelled.class_ids
+    keeps_val_out = reference == "train" and split.labelled.has_val
+    in_bank = split.train if keeps_val_out else every
+    query_mask = split.validation if is_tuned else every
+    classes = sort_ids(class_ids[in_bank])
+    labels = encode_labels(class_ids, classes)
+    folds = [(split.train, split.validation)] if keeps_val_out else make_folds(labels, seed, query_mask)
+    return BankPlan(split, in_bank, query_mask, classes, labels, folds, is_macro, seed)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutAnswers:
+    """The answers of the selected settings to the held-out observations, by which an ensemble is weighted later.
+
+    Attributes:
+        observations: the id of each.
+        classes: the bank's class ids.
+        log_probabilities: (held-out observations, classes).
+        truth: (held-out observations,) int, index into `classes`; -1 for a class that the bank lacks.
+        weights: (held-out observations,), of mean 1; see `local.banks.folds`.
+    """
+
+    observations: list[str]
+    classes: list[str]
+    log_probabilities: torch.Tensor
+    truth: np.ndarray
+    weights: np.ndarray
+
+    def write(self, path: Path) -> None:
+        """Write what `local.banks.ensemble.read_answers` reads."""
+        notes = {"observations": json.dumps(self.observations), "classes": json.dumps(self.classes)}
+        known = {"truth": torch.tensor(self.truth), "weights": torch.tensor(self.weights)}
+        write_tensors({"log_probabilities": self.log_probabilities.half(), **known}, path, notes)
+
+
+@dataclass(frozen=True, eq=False)
+class SelectedBank:
+    """A bank, and how it was selected.
+
+    Attributes:
+        settings: with those that were selected.
+        banks: whose probabilities are averaged.
+        metadata_prior: None where the settings give it no weight.
+        scores: see `local.base.metrics.held_out_scores`; empty where nothing could be held out.
+        candidates: the rows of the table of all settings that were compared.
+        answers: None where nothing could be held out.
+    """
+
+    settings: BankSettings
+    banks: list[Bank]
+    metadata_prior: MetadataPrior | None
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    candidates: list[dict] = dataclasses.field(default_factory=list)
+    answers: HeldOutAnswers | None = None
+
+
+class BankSelection:
+    """Selects a bank by cross-validation, and fits it.
 
     Args:
         settings: of the bank; `views` are all that may be used.
-        choose: the settings that `choose` selects.
-        is_macro: see `Search`.
-        seed: of the folds, and of all else that is drawn at random.
+        choose: the names of the settings to select.
+        plan: which observations to use.
+        encoder: of the photos.
+        cache: the folder of embeddings.
+        head: over `plan.classes`, if one was trained with the encoder.
 
     Attributes:
         unreadable: the cause of each photo that could not be read.
-        labelled: all labelled observations, those of val after those of train.
-        reference: (observations,) bool, of which the bank is made.
-        classes: the bank's class ids, in order.
-        folds: (reference, queries), each (observations,) bool. Where the competition's val is kept out of the bank,
-            val is the one fold's queries. Else observations of all are held out in turn; for an encoder that was tuned
-            on some, only the others.
     """
 
     def __init__(
         self,
         settings: BankSettings,
         choose: Sequence[str],
-        competition: Competition,
-        fit: Labelled,
-        validation: Labelled,
+        plan: BankPlan,
         encoder: Encoder,
         cache: Path,
-        is_tuned: bool,
         head: Bank | None = None,
-        head_classes: Sequence[str] = (),
-        is_macro: bool = False,
-        seed: int = 0,
     ):
-        self.settings, self.keys, self.is_macro, self.seed = settings, tuple(choose), is_macro, seed
-        self.encoder, self.cache, self.embedded = encoder, cache, {}
+        self.settings, self.choose, self.plan = settings, tuple(choose), plan
+        self.encoder, self.cache, self.head = encoder, cache, head
+        self.labelled = plan.split.labelled
+        self.taxonomy = self.labelled.taxonomy(plan.classes)
         self.unreadable: dict[Path, str] = {}
-        self.guesses, self.lineages = competition.layout.guesses, lineages(competition)
-        class_ids = np.concatenate([fit.class_ids, validation.class_ids])
-        self.is_fit = np.arange(len(class_ids)) < len(fit)
-        self.labelled = Labelled([*fit.observations, *validation.observations], class_ids)
-        is_fit = self.is_fit
-        keeps_val_out = settings.reference == "train" and competition.has_val
-        self.has_val, self.keeps_val_out = competition.has_val, keeps_val_out
-        self.reference = is_fit if keeps_val_out else np.ones_like(is_fit)
-        self.classes = sort_ids(class_ids[self.reference])
-        self.head = spread_over(head, head_classes, self.classes) if head else None
-        self.places = places_of(class_ids, self.classes)
-        self.taxonomy = read_taxonomy(competition, self.classes)
-        self.asked = asked = ~is_fit if is_tuned else np.ones_like(is_fit)
-        self.folds = [(is_fit, ~is_fit)] if keeps_val_out else make_folds(self.places, seed, asked)
+        self._embedded: dict[str, Embedded] = {}
 
     def embed(self, resize_mode: str) -> Embedded:
         """All labelled observations in all views that may be used."""
-        if resize_mode not in self.embedded:
+        if resize_mode not in self._embedded:
             preprocessing = dataclasses.replace(self.encoder.preprocessing, fit=resize_mode)
             encoder = Encoder(self.encoder.module, preprocessing, self.encoder.features, self.encoder.devices)
             photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.settings.views)
             self.unreadable |= dict(photos.unreadable)
-            self.embedded[resize_mode] = Embedded(
-                photos.values, self.settings.views, photos.observations, self.places, self.taxonomy, self.head
+            self._embedded[resize_mode] = Embedded(
+                photos.values, self.settings.views, photos.observations, self.plan.labels, self.taxonomy, self.head
             )
-        return self.embedded[resize_mode]
+        return self._embedded[resize_mode]
 
-    def embed_together(self) -> None:
-        """Embed all that the choice may ask for, every process of the team its share.
+    def embed_all(self) -> None:
+        """Embed in every resize mode that may be selected. Under torchrun, every process embeds a part.
 
         Raises:
             InputError: too many photos cannot be read.
         """
         own = (self.settings.resize_mode,)
-        for resize_mode in CANDIDATES["resize_mode"] if "resize_mode" in self.keys else own:
+        for resize_mode in CANDIDATES["resize_mode"] if "resize_mode" in self.choose else own:
             self.embed(resize_mode)
-        photos = sum(len(observation.photos) for observation in self.labelled.observations)
-        check_readable(list(self.unreadable.items()), photos)
+        check_readable(list(self.unreadable.items()), len(self.labelled.photos))
 
-    def fit_prior(self, reference: np.ndarray) -> MetadataPrior:
-        """What place, season and substrate say of the classes, learnt from some of the observations."""
-        return PriorEstimator().fit(self.labelled.subset(reference), self.classes, self.lineages).prior_
-
-    def ask_prior(self, reference: np.ndarray, queries: np.ndarray) -> torch.Tensor | None:
-        """(queries, classes) log-probabilities by the metadata alone; None where the tables have none."""
-        if not any(observation.metadata for observation in self.labelled.observations):
-            return None
-        return self.fit_prior(reference).log_probabilities(self.labelled.subset(queries).observations)
-
-    def choose(self, folder: Path) -> tuple[BankSettings, tuple[float, ...], dict[str, float]]:
-        """Choose the settings that are left open, and judge them by observations that had no part in the choice.
-
-        Args:
-            folder: to leave the table of candidates and the answers to the held-out observations in.
-
-        Returns:
-            The chosen settings, the inverse temperatures of their banks, and their `held_out_scores`.
-        """
-        say(self.told_reference())
-        if not self.folds:
-            kept = f", and cannot choose {', '.join(self.keys)}" if self.keys else ""
-            say(f"{self.told_folds()}: this run has no score{kept}")
-            return self.settings, (), {}
+    def select(self) -> SelectedBank:
+        """Select the settings in `choose`, evaluate them on observations that had no part in it, and fit the bank."""
+        plan = self.plan
+        say(plan.describe_reference())
+        if not plan.folds:
+            open_settings = f", and cannot choose {', '.join(self.choose)}" if self.choose else ""
+            say(f"{plan.describe_folds()}: this run has no score{open_settings}")
+            return SelectedBank(self.settings, *self._fit(self.settings))
         search = Search(
             self.embed,
             self.settings.resize_mode,
-            self.folds,
-            self.guesses,
-            self.reference,
-            self.ask_prior,
-            self.is_macro,
-            self.seed,
+            plan.folds,
+            self.labelled.competition.guesses,
+            plan.reference,
+            self._metadata_log_probabilities,
+            plan.is_macro,
+            plan.seed,
         )
-        chosen, top = self.settings, None
-        if self.keys:
-            table: list[dict] = []
+        settings, candidates, top = self.settings, [], None
+        if self.choose:
 
             def note(row: dict) -> None:
-                table.append(row)
-                say(told(row))  # at once, since with thousands of classes the choice takes minutes
+                candidates.append(row)
+                say(describe_candidate(row))  # at once: with thousands of classes the selection takes minutes
 
-            chosen = walk(search, self.settings, self.keys, np.ones(len(search.truth), dtype=bool), note)
-            say("chosen: " + "  ".join(f"{key} = {getattr(chosen, key)}" for key in self.keys))
-            top = cross_validated(search, self.settings, self.keys)
-            write_table(table, folder / CANDIDATES_FILE)
-        outcome = search.judge(chosen)
-        guesses = [[self.classes[place] for place in row] for row in (outcome.top if top is None else top)]
+            settings = walk(search, settings, self.choose, np.ones(len(search.truth), dtype=bool), note)
+            say("chosen: " + "  ".join(f"{key} = {getattr(settings, key)}" for key in self.choose))
+            top = cross_validated(search, self.settings, self.choose)
+        outcome = search.judge(settings)
+        scores = self._score(search, outcome.top if top is None else top)
+        ids = self.labelled.ids
+        answers = HeldOutAnswers(
+            [ids[query] for query in search.queries],
+            plan.classes,
+            search.log_probabilities(settings)[0],
+            search.truth,
+            search.weights,
+        )
+        return SelectedBank(settings, *self._fit(settings, outcome.scales), scores, candidates, answers)
+
+    def _score(self, search: Search, top: np.ndarray) -> dict[str, float]:
+        """Score the answers to the held-out observations, and print the scores.
+
+        Args:
+            top: (held-out observations, guesses) class indices, best first.
+        """
+        plan, guesses = self.plan, [[self.plan.classes[index] for index in row] for row in top]
         truth = self.labelled.class_ids[search.queries]
-        scores = held_out_scores(truth, guesses, search.weights, self.is_macro, self.seed)
+        scores = held_out_scores(truth, guesses, search.weights, plan.is_macro, plan.seed)
+        count = self.labelled.competition.guesses
         if np.allclose(search.weights, 1):
-            say(f"{self.told_folds()}: {describe(scores, self.guesses)}")
+            say(f"{plan.describe_folds()}: {describe(scores, count)}")
         else:
-            how = "every class weighted the same" if self.is_macro else "weighted to the shots of the whole reference"
-            say(f"{self.told_folds()}, {how}: {describe(scores, self.guesses)}")
-            say(f"the same, unweighted: {describe(scores, self.guesses, 'unweighted_')}")
-        self.keep_answers(search, chosen, folder / VALIDATION_FILE)
-        return chosen, outcome.scales, scores
+            how = "every class weighted the same" if plan.is_macro else "weighted to the shots of the whole reference"
+            say(f"{plan.describe_folds()}, {how}: {describe(scores, count)}")
+            say(f"the same, unweighted: {describe(scores, count, 'unweighted_')}")
+        return scores
 
-    def told_reference(self) -> str:
-        """Which observations the bank is made of."""
-        train, val = int(self.is_fit.sum()), int((~self.is_fit).sum())
-        if self.keeps_val_out:
-            return f"bank: made of the {counted(train, 'observation')} of train, without the {val:,} of val"
-        if self.has_val:
-            return f"bank: made of {counted(train + val, 'observation')}, {train:,} of train and {val:,} of val"
-        return f"bank: made of the {counted(train + val, 'observation')} of train"
+    def _fit(
+        self, settings: BankSettings, logit_scales: Sequence[float] = ()
+    ) -> tuple[list[Bank], MetadataPrior | None]:
+        """The bank of some settings, made of the whole reference, and its metadata prior if they give that a weight."""
+        banks = fit_banks(settings, self.embed(settings.resize_mode), self.plan.reference, logit_scales, self.plan.seed)
+        return banks, self._fit_prior(self.plan.reference) if settings.metadata_weight else None
 
-    def told_folds(self) -> str:
-        """Which observations judge the run, in counts that add up."""
-        train, val = int(self.is_fit.sum()), int((~self.is_fit).sum())
-        held_out = sum(int(queries.sum()) for _, queries in self.folds)
-        told = counted(held_out, "held-out observation")
-        if self.keeps_val_out:
-            foreign = int((self.places < 0).sum())
-            return f"{told} (val" + (f"; {foreign:,} of classes that the bank lacks)" if foreign else ")")
-        alone = int((self.asked & (np.bincount(self.places)[self.places] == 1)).sum())
-        left_out = {
-            "kept for training": 0 if self.asked.all() else train,
-            f"alone in {'its' if alone == 1 else 'their'} class": alone,
-            "not drawn": int(self.asked.sum()) - alone - held_out,
-        }
-        why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
-        folds = f"in {counted(len(self.folds), 'fold')} over " if self.folds else "of "
-        of = f"the {train:,} of train and {val:,} of val" if self.has_val else f"the {train + val:,} of train"
-        return f"{told}, {folds}{of}{f' (left out: {why})' if why else ''}"
+    def _fit_prior(self, reference: np.ndarray) -> MetadataPrior:
+        """What the metadata of some of the observations say of the classes."""
+        train = self.labelled.subset(reference)
+        return PriorEstimator().fit(train, self.plan.classes, self.labelled.taxa).prior_
 
-    def keep_answers(self, search: Search, chosen: BankSettings, path: Path) -> None:
-        """Write the log-probabilities of every held-out observation, by which an ensemble is weighted later."""
-        observations = [self.labelled.observations[query].id for query in search.queries]
-        said = {"observations": json.dumps(observations), "classes": json.dumps(self.classes)}
-        known = {"truth": torch.tensor(search.truth), "weights": torch.tensor(search.weights)}
-        write_tensors({"log_probabilities": search.log_probabilities(chosen)[0].half(), **known}, path, said)
+    def _metadata_log_probabilities(self, reference: np.ndarray, queries: np.ndarray) -> torch.Tensor | None:
+        """(queries, classes), by the metadata alone; None where the tables have none."""
+        if not self.labelled.has_metadata:
+            return None
+        return self._fit_prior(reference).log_probabilities(self.labelled.subset(queries).observations)
 
 
-def told(row: dict) -> str:
-    """A row of the table of candidates as a line: with its paired gain over what it would replace."""
+def describe_candidate(row: dict) -> str:
+    """A row of the table of candidates as a line, with its paired gain over the settings that it would replace."""
     gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
     return (
         f"{row['key']:12} {shorten(row['value'], 44):44}  Recall@1 {row['recall_at_1']:.3f}  "

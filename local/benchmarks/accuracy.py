@@ -28,8 +28,9 @@ from local.base.files import write_json
 from local.base.metrics import GUESSES, bounded, gained, hit_matrix, interval_of, score
 from local.base.run_folder import CACHE
 from local.data.cache import embed_with_run
-from local.data.competition import Labelled, labelled, places_of, read_competition
+from local.data.competition import read_competition
 from local.data.folder import find_competition
+from local.data.observations import LabelledObservations, encode_labels
 from local.drawing.competition import generate
 from local.recipes.recipe import read_recipe
 from local.rehearsal.trial import read_solution
@@ -60,12 +61,12 @@ class Task:
     def queries(self, resolution: str) -> list[Observation]:
         """The observations to classify, with photos of a resolution."""
         if self.split == "val":
-            return labelled(read_competition(self.data, resolution), "val").observations
+            return read_competition(self.data, resolution).in_splits("val").observations
         return read_test(find_competition(self.data), resolution).observations
 
-    def support(self, resolution: str) -> Labelled:
+    def support(self, resolution: str) -> LabelledObservations:
         """The reference set, with photos of a resolution."""
-        return labelled(read_competition(self.data, resolution), *self.reference.split("+"))
+        return read_competition(self.data, resolution).in_splits(*self.reference.split("+"))
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def read_task(data: Path, reference: str) -> Task:
         return task
     if not competition.has_val:
         raise InputError(f"{data} has nothing to score on: add the test labels as solution.csv, or a val split")
-    val = labelled(competition, "val")
+    val = competition.in_splits("val")
     ids = [observation.id for observation in val.observations]
     return Task(data, "val", "train", dict(zip(ids, val.class_ids, strict=True)))
 
@@ -215,7 +216,7 @@ def match_photos(task: Task, run: Path, cache: Path, of: str) -> list[MethodAnsw
     support, queries = task.support(resolution), task.queries(resolution)
     support_photos = embed_with_run(run, support.observations, ["plain"], cache)
     query_photos = embed_with_run(run, queries, ["plain"], cache)
-    labels = places_of(support.class_ids, classes)[support_photos.observations]
+    labels = encode_labels(support.class_ids, classes)[support_photos.observations]
     means, _ = group_means(support_photos.values[:, 0].astype(float), labels, len(classes))
     photos = query_photos.values[:, 0].astype(float)
 
@@ -296,7 +297,7 @@ def answer_by_runs(
 def rank_classes(task: Task, found: BundleAnswers, name: str, baseline: MethodAnswers | None) -> MethodAnswers:
     """The classes in the order of their probability; the fallback of the kernel if no photo could be read."""
     classes = found.manifest.class_ids
-    truth = places_of(np.array([task.truth[query.id] for query in found.queries], dtype=object), classes)
+    truth = encode_labels(np.array([task.truth[query.id] for query in found.queries], dtype=object), classes)
     outcome = compare(found.log_probabilities, truth)
     guesses = [
         [classes[label] for label in row] if is_readable else list(found.manifest.fallback_classes)

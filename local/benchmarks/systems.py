@@ -36,7 +36,8 @@ from local.benchmarks.accuracy import (
     rank_classes,
     read_task,
 )
-from local.data.competition import Labelled, places_of, read_competition, read_ranks
+from local.data.competition import read_competition
+from local.data.observations import LabelledObservations, encode_labels
 from local.encoders.load import load_encoder
 from local.recipes.recipe import Recipe, read_recipe
 from local.training.adaptation import set_training_mode, unfreeze
@@ -85,7 +86,7 @@ RULES = {
 class PlainPhotos(Dataset):
     """Single photos, cropped and flipped at random: (3, size, size) uint8, with a label for each rank."""
 
-    def __init__(self, part: Labelled, targets: np.ndarray, encoder: Encoder):
+    def __init__(self, part: LabelledObservations, targets: np.ndarray, encoder: Encoder):
         self.photos = [
             (path, index) for index, observation in enumerate(part.observations) for path in observation.photos
         ]
@@ -102,7 +103,12 @@ class PlainPhotos(Dataset):
 
 
 def train_and_predict(
-    rules: Rules, epochs: int, encoder: Encoder, part: Labelled, targets: np.ndarray, queries: Sequence[Observation]
+    rules: Rules,
+    epochs: int,
+    encoder: Encoder,
+    part: LabelledObservations,
+    targets: np.ndarray,
+    queries: Sequence[Observation],
 ) -> list[torch.Tensor]:
     """Train by the rules of a system and predict the queries.
 
@@ -158,7 +164,7 @@ def embed_batch(encoder: Encoder, photos: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def photo_means(encoder: Encoder, part: Labelled, classes: np.ndarray) -> torch.Tensor:
+def photo_means(encoder: Encoder, part: LabelledObservations, classes: np.ndarray) -> torch.Tensor:
     """(classes, features) mean of the photos of each class."""
     encoder.module.eval()
     totals = torch.zeros(int(classes.max()) + 1, encoder.features)
@@ -227,7 +233,8 @@ def compare_system(task: Task, name: str, spec: str, settings: Sequence[str], fo
     truth = np.array([task.truth[query.id] for query in queries], dtype=object)
     ranks = [np.arange(len(classes))]
     if rules.has_ranks:
-        ranks = [groups for groups in read_ranks(read_competition(task.data), classes) if groups is not None] + ranks
+        groups_by_rank = read_competition(task.data).group_by_rank(classes)
+        ranks = [groups for groups in groups_by_rank.values() if groups is not None] + ranks
     plain = predict_by_rules(task, rules, read_recipe(name, own, spec), manifest, ranks, queries)
     is_readable = plain[-1].sum(dim=1).numpy() > 0
     found = BundleAnswers(queries, manifest, (plain[-1] + 1e-12).log(), is_readable)
@@ -237,7 +244,7 @@ def compare_system(task: Task, name: str, spec: str, settings: Sequence[str], fo
         answers = bundle_answers(task, [run], [1.0], folder / CACHE)
         report["rows"].append(scored(rank_classes(task, answers, label, original), truth))
         if rules.has_ranks:
-            ours, labels = answers.log_probabilities.exp(), places_of(truth, classes)
+            ours, labels = answers.log_probabilities.exp(), encode_labels(truth, classes)
             report["ranks"] += [
                 rank_row(label, groups, heads, ours, labels) for groups, heads in zip(ranks, plain, strict=True)
             ]
@@ -257,7 +264,7 @@ def predict_by_rules(
     module.to(device, memory_format=torch.channels_last)
     encoder = Encoder(module, spec.preprocessing, spec.features, [device])
     part = task.support(manifest.competition.resolution)
-    species = places_of(part.class_ids, manifest.class_ids)
+    species = encode_labels(part.class_ids, manifest.class_ids)
     targets = np.stack([groups[species] for groups in ranks], axis=1)
     return train_and_predict(rules, recipe.train.epochs, encoder, part, targets, queries)
 

@@ -250,7 +250,7 @@ def refuse_other_competition(data: Path, trained: CompetitionSpec) -> None:
     found = find_competition(data).competition.name
     if recognise(data, [competition_named(trained.name)]) is None:
         raise InputError(f"{data} is of {found}, but the bundle was trained on {trained.name}: give its --data")
-    from local.data.competition import read_competition  # imports pandas, which `--help` should not wait for
+    from local.data.competition import read_competition  # imports numpy, which `--help` should not wait for
 
     digest = trained.observations_sha256
     if digest and read_competition(data).observations_digest() != digest:

@@ -106,10 +106,9 @@ def metadata(evidence: Evidence, figures: "Figures") -> Advice | None:
 
 def reference(evidence: Evidence, figures: "Figures") -> Advice | None:
     """The bank leaves out the validation split."""
-    photos = evidence.competition.photos
-    if evidence.recipe.bank.reference != "train" or not evidence.competition.has_val:
+    if evidence.recipe.bank.reference != "train" or not evidence.labelled.has_val:
         return None
-    left = photos.loc[photos["split"] == "val", "observation"].nunique()
+    left = int(evidence.labelled.is_val.sum())
     return advice_for(
         left,
         f"The bank is made of train alone; val has {counted(left, 'more labelled observation')}.",

@@ -12,7 +12,7 @@ from kernel.inputs import InputError
 from kernel.observations import find_test_table
 from local.banks.search import compare
 from local.base.metrics import FEWEST
-from local.data.competition import places_of, sort_ids
+from local.data.observations import encode_labels, sort_ids
 from local.report.evidence import Evidence, evaluate_answers, queries_of, read_run_answers
 from local.report.scores import (
     RECALLS,
@@ -80,7 +80,7 @@ def compare_with(evidence: Evidence, other: Path) -> Comparison:
     truth, own, others = common_answers(evidence, other)
     new, old = evaluate_answers(own, truth), evaluate_answers(others, truth)
     both = compare(torch.tensor(own + others), truth)
-    metric = evidence.competition.layout.metric
+    metric = evidence.labelled.competition.metric
     better = max(new, old, key=lambda outcome: value_of(metric, truth, outcome))
     return Comparison(
         run=other.name,
@@ -116,7 +116,7 @@ def common_answers(evidence: Evidence, other: Path) -> tuple[np.ndarray, np.ndar
     own = np.full((len(rows), len(classes)), -np.inf, dtype=np.float32)
     others = own.copy()
     own[:, : len(evidence.classes)] = evidence.log_probabilities[rows]
-    others[:, places_of(bank, classes)] = answers.log_probabilities.numpy()[other_rows]
+    others[:, encode_labels(bank, classes)] = answers.log_probabilities.numpy()[other_rows]
     return evidence.truth[rows], own, others
 
 
@@ -126,7 +126,7 @@ def predict_leaderboard(evidence: Evidence, others: Sequence[Comparison], expect
     Args:
         expected: the score that the held-out observations predict; None is that of all of them, unweighted.
     """
-    layout, outcome = evidence.competition.layout, evidence.outcome
+    layout, outcome = evidence.labelled.competition, evidence.outcome
     value = value_of(layout.metric, evidence.truth, outcome) if expected is None else expected
     own_noise, boards = sampling_noise(evidence, layout.metric, len(evidence.queries)), []
     for part, observations in layout.boards(count_test_observations(evidence)).items():
@@ -141,9 +141,9 @@ def predict_leaderboard(evidence: Evidence, others: Sequence[Comparison], expect
 
 def count_test_observations(evidence: Evidence) -> int:
     """The size of the test set; 0 for a folder without one."""
-    competition, trained = evidence.competition, evidence.manifest.competition
+    labelled, trained = evidence.labelled, evidence.manifest.competition
     try:
-        return len(find_test_table(competition.folder, trained.name, competition.resolution).observations)
+        return len(find_test_table(labelled.folder, trained.name, labelled.resolution).observations)
     except InputError:
         return 0
 

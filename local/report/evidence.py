@@ -1,13 +1,14 @@
 """Read the evidence of a report: a run's answers to its held-out observations, with their photos and taxonomy."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 
 from kernel.inputs import InputError
@@ -19,7 +20,8 @@ from local.banks.estimators import pool, unit
 from local.banks.search import Outcome, compare
 from local.base.run_folder import CACHE, require_answers
 from local.data.cache import embed_with_run
-from local.data.competition import NAMES, Competition, labelled, lineages, places_of, read_competition, sort_ids
+from local.data.competition import read_competition
+from local.data.observations import UNKNOWN_TAXA, LabelledObservations, encode_labels, sort_ids
 from local.recipes.recipe import Recipe, make_recipe
 from local.runs import open_run
 
@@ -107,7 +109,7 @@ class Evidence:
     run: Path
     manifest: Manifest
     recipe: Recipe
-    competition: Competition
+    labelled: LabelledObservations
     classes: list[str]
     names: list[str]
     poisonous: np.ndarray
@@ -150,7 +152,7 @@ class Evidence:
 
     def photo(self, path: Path) -> str:
         """A photo's path inside the competition."""
-        return path.relative_to(self.competition.folder).as_posix()
+        return path.relative_to(self.labelled.folder).as_posix()
 
 
 def evaluate_answers(log_probabilities: np.ndarray, truth: np.ndarray) -> Outcome:
@@ -167,37 +169,36 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     """
     manifest, answers = open_run(run).manifest, read_run_answers(run)
     recipe = make_recipe(manifest.members[0].recipe, str(run), ignores_removed=True)
-    competition = read_competition(data, manifest.competition.resolution)
+    labelled = read_competition(data, manifest.competition.resolution)
     if recipe.train.subset:
-        competition = competition.sample(recipe.train.subset, recipe.train.seed)
-    known = labelled(competition, "train", "val")
-    place = {observation.id: number for number, observation in enumerate(known.observations)}
+        labelled = labelled.sample(recipe.train.subset, recipe.train.seed)
     ids, bank = queries_of(answers)
-    missing = [name for name in ids if name not in place]
-    if missing:
-        raise InputError(f"{data} lacks observation {missing[0]}, which {run} held out: give the data of the run")
-    rows = np.array([place[name] for name in ids])
-    class_ids = known.class_ids[rows]
+    rows = encode_labels(ids, labelled.ids)
+    if (rows < 0).any():
+        missing = ids[int(np.argmin(rows))]
+        raise InputError(f"{data} lacks observation {missing}, which {run} held out: give the data of the run")
+    queries = labelled.subset(rows)
+    class_ids = queries.class_ids
     stored = np.array([bank[number] if number >= 0 else "" for number in answers.truth.tolist()], dtype=object)
     if ((stored != class_ids) & (stored != "")).any():
         raise InputError(f"{data} has other labels than the held-out observations of {run}: give the data of the run")
     classes = [*bank, *sort_ids(set(class_ids) - set(bank))]
     lacking = np.full((len(ids), len(classes) - len(bank)), -np.inf, dtype=np.float32)
-    names, poisonous = names_of(competition, classes)
-    truth = places_of(class_ids, classes)
-    reference = labelled(competition, *recipe.bank.reference.split("+"))
-    sizes = np.bincount(places_of(reference.class_ids, classes) + 1, minlength=len(classes) + 1)[1:]
-    own = np.isin(ids, [observation.id for observation in reference.observations])
+    names, poisonous = names_of(labelled, classes)
+    truth = encode_labels(class_ids, classes)
+    reference = labelled.in_splits(*recipe.bank.reference.split("+"))
+    sizes = np.bincount(encode_labels(reference.class_ids, classes) + 1, minlength=len(classes) + 1)[1:]
+    own = np.isin(ids, reference.ids)
     return Evidence(
         run,
         manifest,
         recipe,
-        competition,
+        labelled,
         classes,
         names,
         poisonous,
-        name_ranks(competition, classes, names),
-        [known.observations[number] for number in rows],
+        name_ranks(labelled, classes, names),
+        queries.observations,
         truth,
         np.concatenate([answers.log_probabilities.numpy(), lacking], axis=1),
         answers.weights,
@@ -223,20 +224,25 @@ def queries_of(answers: Answers) -> tuple[list[str], list[str]]:
     return json.loads(said["observations"]), json.loads(said["classes"])
 
 
-def names_of(competition: Competition, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
+def names_of(labelled: LabelledObservations, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """The name of each class's species, with the id where two share it; and whether it is poisonous (1, 0, NaN)."""
-    said = competition.photos.reindex(columns=["class_id", *NAMES], fill_value="").groupby("class_id").max()
-    said = said.reindex(classes, fill_value="")
-    names = np.where(said["species"].map(names_nothing), classes, said["species"])
-    shared = pd.Series(names).duplicated(keep=False)
-    names = [f"{name} #{one}" if twice else name for name, one, twice in zip(names, classes, shared, strict=True)]
-    return names, pd.to_numeric(said["poisonous"], errors="coerce").to_numpy(dtype=float)
+    species = [labelled.species.get(class_id, "") for class_id in classes]
+    names = [class_id if names_nothing(name) else name for class_id, name in zip(classes, species, strict=True)]
+    counts = Counter(names)
+    names = [f"{name} #{one}" if counts[name] > 1 else name for name, one in zip(names, classes, strict=True)]
+    return names, np.array([_number(labelled.poisonous.get(class_id, "")) for class_id in classes])
 
 
-def name_ranks(competition: Competition, classes: Sequence[str], names: Sequence[str]) -> list[Rank]:
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def name_ranks(labelled: LabelledObservations, classes: Sequence[str], names: Sequence[str]) -> list[Rank]:
     """The ranks that the competition names, then the species."""
-    known, unknown = lineages(competition), ("",) * len(TAXONOMY)
-    lines = [known.get(one, unknown) for one in classes]
+    lines = [labelled.taxa.get(one, UNKNOWN_TAXA) for one in classes]
     order = sorted(range(len(classes)), key=lambda place: (lines[place], names[place]))
     ranks = []
     for level, name in enumerate((*TAXONOMY, SPECIES)):
@@ -252,16 +258,15 @@ def name_ranks(competition: Competition, classes: Sequence[str], names: Sequence
 
 def read_embeddings(evidence: Evidence) -> Embedded:
     """Embed the queries and the reference set; all are in the cache unless it was removed."""
-    reference = labelled(evidence.competition, *evidence.recipe.bank.reference.split("+")).observations
+    labelled = evidence.labelled
+    queries = encode_labels([query.id for query in evidence.queries], labelled.ids)
+    in_bank = labelled.split_mask(*evidence.recipe.bank.reference.split("+"))
     # Queries first, so that they have the same indices as in the evidence.
-    known = {observation.id: observation for observation in [*evidence.queries, *reference]}
-    observations = list(known.values())
+    order = np.concatenate([queries, np.setdiff1d(np.flatnonzero(in_bank), queries)])
+    known, is_reference = labelled.subset(order), in_bank[order]
+    observations = known.observations
     found = embed_with_run(evidence.run, observations, evidence.recipe.bank.views, evidence.run.parent / CACHE)
-    everything = labelled(evidence.competition, "train", "val")
-    ids = [observation.id for observation in everything.observations]
-    class_of = dict(zip(ids, everything.class_ids, strict=True))
     readable = np.bincount(found.observations, minlength=len(observations))
-    is_reference = np.isin(list(known), [observation.id for observation in reference])
     pooled = pool(found.values, found.observations, len(observations), evidence.recipe.bank.pooling)
     mean = pooled[(readable > 0) & is_reference].mean(axis=0)
     is_query = found.observations < len(evidence.queries)
@@ -271,6 +276,6 @@ def read_embeddings(evidence: Evidence) -> Embedded:
         observations,
         readable,
         unit(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),
-        places_of([class_of[name] for name in known], evidence.classes),
+        encode_labels(known.class_ids, evidence.classes),
         is_reference,
     )

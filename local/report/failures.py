@@ -407,7 +407,7 @@ def find_classes(evidence: Evidence, name: str) -> list[int]:
     if not found:
         near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
         near = ", ".join(evidence.names[names.index(one)] for one in near)
-        raise InputError(f"--focus: no species {name!r} in {evidence.competition.folder}; the nearest names are {near}")
+        raise InputError(f"--focus: no species {name!r} in {evidence.labelled.folder}; the nearest names are {near}")
     return found
 
 

@@ -101,12 +101,12 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
     is_macro, is_even = evidence.recipe.train.monitor == "macro_f1", bool(np.allclose(evidence.weights, 1))
     headline = score_answers(evidence.truth, evidence.log_probabilities, evidence.weights, is_macro)
     against = [compare_with(evidence, run) for run in others]
-    expected = getattr(headline, evidence.competition.layout.metric).value
+    expected = getattr(headline, evidence.labelled.competition.metric).value
     best, worst = closeup.best_and_worst()
     figures = Figures(
         run=evidence.run.name,
-        data=evidence.competition.folder.name,
-        competition=evidence.competition.layout.name,
+        data=evidence.labelled.folder.name,
+        competition=evidence.labelled.competition.name,
         observations=len(evidence.queries),
         classes=len(evidence.classes),
         query_classes=len(np.unique(evidence.truth)),

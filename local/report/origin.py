@@ -12,7 +12,7 @@ import numpy as np
 from kernel.inputs import sha256
 from kernel.manifest import MANIFEST
 from local.base.repository import commit, versions
-from local.data.competition import labelled, places_of
+from local.data.observations import encode_labels
 from local.report.evidence import Evidence
 
 
@@ -62,8 +62,8 @@ def class_distribution(evidence: Evidence) -> dict[str, list[int]]:
 
     An epoch shows at most `photos_per_observation` photos of each observation. A bank takes each observation once.
     """
-    known = labelled(evidence.competition, *evidence.recipe.bank.reference.split("+"))
-    labels = places_of(known.class_ids, evidence.classes)
+    known = evidence.labelled.in_splits(*evidence.recipe.bank.reference.split("+"))
+    labels = encode_labels(known.class_ids, evidence.classes)
     photos = np.array([len(observation.photos) for observation in known.observations])
     counts = {"photos": photos}
     if evidence.recipe.train.epochs:
@@ -77,11 +77,11 @@ def class_distribution(evidence: Evidence) -> dict[str, list[int]]:
 
 def trace_origin(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -> Origin:
     """The commands, recipe, versions, commits and digests of a run and its report."""
-    member, data = evidence.manifest.members[0], shlex.quote(str(evidence.competition.folder))
+    member, data = evidence.manifest.members[0], shlex.quote(str(evidence.labelled.folder))
     run = shlex.quote(str(evidence.run))
     options = [f"--against {shlex.join(map(str, others))}"] if others else []
     options += [f"--focus {shlex.join(focus)}"] if focus else []
-    digest = evidence.competition.digest()
+    digest = evidence.labelled.digest()
     return Origin(
         commands=[
             f"python local/train.py --recipe {run}/recipe.toml --data {data} --out {run}-again",

@@ -1,4 +1,4 @@
-"""What can be checked before a training without torch, so that a mistake of the user is answered at once."""
+"""Check what a training is given, without torch, so that a mistake is answered at once."""
 
 import contextlib
 import errno
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from kernel.inputs import InputError
+from kernel.manifest import MANIFEST, read_manifest
 from local.base.run_folder import CACHE
 from local.data.folder import find_competition
 from local.encoders.source import find_source
@@ -16,21 +17,34 @@ CHECKPOINTS = "checkpoints"
 
 
 def check_start(recipe: Recipe, data: Path, out: Path, resumes: bool = False) -> None:
-    """Whether a training can begin, as far as folders and names tell. Nothing is left behind.
+    """Check the folders and names that a training is given. Nothing is left behind.
 
     Raises:
-        InputError: `out` exists already, cannot be written or was interrupted; `data` is no competition; there is no
-            such encoder.
+        InputError: `out` exists already, or is no run that could be continued; it cannot be written, or was
+            interrupted; `data` is no competition; there is no such encoder.
     """
     out = named(out)
-    if os.path.exists(out) and not resumes:  # unlike Path's, it takes any name
-        raise InputError(f"{out} exists already: give another --out, continue it with --resume, or remove it")
+    if os.path.exists(out):  # unlike Path's, it takes any name
+        if not resumes:
+            raise InputError(f"{out} exists already: give another --out, continue it with --resume, or remove it")
+        refuse_no_run(out)
     if is_first():
         refuse_unwritable(out)
     if has_checkpoint(partial_of(out) / CHECKPOINTS) and not resumes:
         raise InputError(f"{out} was interrupted: continue with --resume, or remove {partial_of(out)}")
     find_competition(data)
     find_source(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
+
+
+def refuse_no_run(out: Path) -> None:
+    """Check that `out` is a run.
+
+    Raises:
+        InputError: it is something else, or damaged.
+    """
+    if not os.path.lexists(out / MANIFEST):
+        raise InputError(f"--resume cannot continue {out}: it is no run, {MANIFEST} is missing; give another --out")
+    read_manifest(out / MANIFEST)
 
 
 def named(out: Path) -> Path:

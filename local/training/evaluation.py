@@ -15,7 +15,7 @@ from local.banks.estimators import centroids
 from local.banks.search import compare
 from local.base import distributed
 from local.base.metrics import GUESSES, macro_f1
-from local.data.competition import Labelled, places_of, sort_ids
+from local.data.observations import LabelledObservations, encode_labels, sort_ids
 from local.data.photos import check_readable
 
 MONITOR_NAMES = {"recalls": "the mean of Recall@1, 5 and 10"}  # where the setting's own name says too little
@@ -57,8 +57,8 @@ class Evaluator:
         pooling: of an observation's photos, "mean" or "max".
     """
 
-    train: Labelled
-    validation: Labelled
+    train: LabelledObservations
+    validation: LabelledObservations
     views: tuple[str, ...]
     pooling: str
 
@@ -79,7 +79,7 @@ class Evaluator:
             has_embedding = (embeddings.norm(dim=1) > 0).numpy()
             if not has_embedding.any():
                 raise NoUsableEmbedding("no embedding of the training photos is finite")
-            labels = places_of(self.train.class_ids[has_embedding], classes)
+            labels = encode_labels(self.train.class_ids[has_embedding], classes)
             bank = centroids(embeddings.double().numpy()[has_embedding], labels, len(classes))
         queries = self.embed(encoder, self.validation.observations, f"{what}, validation photos")
         hits, scores = score_bank(bank, queries, self.validation.class_ids, classes)
@@ -104,7 +104,7 @@ def score_bank(
         class_ids: (observations,) the true classes, which the bank may lack.
         classes: of the bank.
     """
-    labels = torch.tensor(places_of(class_ids, classes))
+    labels = torch.tensor(encode_labels(class_ids, classes))
     # In chunks, since the scores of all observations over 32,000 classes would fill the memory.
     chunks = zip(classify([bank], queries), labels.split(CHUNK), strict=True)
     outcomes = [compare(log_probabilities, own.numpy()) for log_probabilities, own in chunks]

@@ -20,7 +20,7 @@ from local.banks.estimators import NEVER
 from local.base import distributed
 from local.base.console import counted, say
 from local.base.files import write_tensors
-from local.data.competition import Labelled, places_of, sort_ids
+from local.data.observations import LabelledObservations, encode_labels, sort_ids
 from local.recipes.recipe import Recipe
 from local.recipes.settings import EncoderSettings
 from local.training.adaptation import copy_state
@@ -50,15 +50,15 @@ class TuningData:
         sha256: of the data, by which a training that is resumed knows them again.
     """
 
-    train: Labelled
-    validation: Labelled
+    train: LabelledObservations
+    validation: LabelledObservations
     rank_groups: Sequence[np.ndarray | None] = ()
     sha256: str = ""
 
     def where(self, is_kept: np.ndarray) -> "TuningData":
         """The data without the training observations where `is_kept`, (observations,) bool, is false."""
         train, before = self.train.subset(is_kept), sort_ids(self.train.class_ids)
-        kept = places_of(np.array(sort_ids(train.class_ids), dtype=object), before)
+        kept = encode_labels(np.array(sort_ids(train.class_ids), dtype=object), before)
         groups = [one if one is None else one[kept] for one in self.rank_groups]
         return dataclasses.replace(self, train=train, rank_groups=groups)
 
@@ -154,7 +154,7 @@ def make_trainer(encoder: Encoder, data: TuningData, initial: Evaluation, recipe
         initial: of the encoder, by a bank that may have more classes than the data.
     """
     classes = sort_ids(data.train.class_ids)  # a class without any readable photo is not trained on
-    labels = places_of(data.train.class_ids, classes)
+    labels = encode_labels(data.train.class_ids, classes)
     class_counts = np.bincount(labels, minlength=len(classes))
     is_kept = initial.bank.bias > NEVER
     prototypes, centre = initial.bank.prototypes[is_kept], -initial.bank.layers[0].bias

@@ -66,11 +66,12 @@ def plot_predictions(data: Path, submission: Path, solution: Path, path: Path, r
 
     Half of the rows are observations whose class is among the five, half are ones whose class is not.
     """
-    competition = read_competition(data)
-    table = find_test_table(data, competition.layout.name)
+    labelled = read_competition(data)
+    table = find_test_table(data, labelled.competition.name)
     truth = {row[0]: row[1] for row in map(tuple, pd.read_csv(solution, dtype=str).to_numpy())}
     answers = {row[0]: row[1].split()[:5] for row in map(tuple, pd.read_csv(submission, dtype=str).to_numpy())}
-    example = competition.photos.drop_duplicates("class_id").set_index("class_id")["photo"]
+    pairs = zip(labelled.class_ids, labelled.observations, strict=True)
+    example = {class_id: observation.photos[0] for class_id, observation in reversed(list(pairs))}
     hit = {observation: truth[observation] in guesses for observation, guesses in answers.items()}
     right = [one for one in table.observations if hit[one.id]]
     wrong = [one for one in table.observations if not hit[one.id]]

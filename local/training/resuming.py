@@ -1,12 +1,18 @@
 """Whether a training may be resumed: only with its own data and settings, but for those that may change."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from kernel.inputs import InputError
-from local.base.console import counted
+from kernel.manifest import MANIFEST, Member, read_manifest
+from local.base.console import counted, say
+from local.data.competition import read_competition
+from local.data.observations import select_observations
 from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, current_names, differences, settings_of
 from local.recipes.settings import CANDIDATES
+from local.training.checkpoints import read_notes
+from local.training.checks import CHECKPOINTS, has_checkpoint, partial_of
 
 KEEP = "give another --out, or keep the old settings"
 # What may change when a training is resumed; with anything else changed it would be another training.
@@ -14,6 +20,59 @@ CHANGEABLE = (
     *("epochs", "patience", "learning_rate", "batch_size", "accumulate", "gradient_checkpointing"),
     *("reference", "choose", *(name for name in CANDIDATES if name not in ("resize_mode", "matcher"))),
 )
+
+
+def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool) -> bool:
+    """Whether the run `out` has these settings and data already.
+
+    Raises:
+        InputError: it has others, and cannot be continued with these.
+    """
+    member = read_manifest(out / MANIFEST).members[0]
+    trained = settings_of(Recipe()) | current_names(member.recipe)
+    was = trained | current_names(member.given.recipe)
+    changed = changed_settings(member, trained, was, recipe)
+    whole = read_competition(data, trained["resolution"])
+    if select_observations(whole, uses_val, was["subset"], was["seed"]).digest() != member.data_sha256:
+        changed["data"] = f"{data} is not the data that it was made of, or has changed since"
+    if not changed:
+        say(f"{out} is done already, with the same settings and data: to train it further, give more epochs")
+        return True
+    notes = read_notes(out / CHECKPOINTS) if was["epochs"] and recipe.train.epochs else None
+    fixed = [line for key, line in changed.items() if not notes or key not in CHANGEABLE]
+    if fixed:
+        why = "cannot be continued" if notes else "is finished and holds no training that could be continued"
+        raise InputError(f"{out} {why}: {'; '.join(fixed)}; {KEEP}")
+    refuse_fewer_epochs(out, notes, recipe)
+    say(f"{out}: continuing its training; {'; '.join(changed.values())}")
+    return False
+
+
+def changed_settings(member: Member, trained: Mapping, was: Mapping, recipe: Recipe) -> dict[str, str]:
+    """The settings in which a recipe differs from a finished run's, by name, as lines.
+
+    Args:
+        trained: the run's settings, with all that was resolved and selected.
+        was: the run's settings as they were given, as far as it recorded them.
+    """
+    now, chosen, is_recorded = settings_of(recipe), trained["choose"], bool(member.given.recipe)
+    changed = differences(was, now, (member.given.weights, weights_digest(recipe.encoder.encoder)))
+    for key in ("resize_mode", "resolution"):  # "encoder" and "auto" are recorded as what they stand for
+        is_open = not is_recorded and now[key] in ("encoder", "auto")
+        if key not in chosen and (now[key] == trained[key] or is_open):
+            changed.pop(key, None)
+    for key in () if is_recorded else chosen:  # of an older run only what was selected is known
+        changed.pop(key, None)
+    return changed
+
+
+def refuse_other_checkpoints(out: Path, recipe: Recipe, data_sha256: str) -> None:
+    """Check that the checkpoints to resume from, if any, are of this training; see `refuse_other_training`."""
+    folders = (partial_of(out) / CHECKPOINTS, out / CHECKPOINTS)
+    folder = next(filter(has_checkpoint, folders), None)
+    notes = read_notes(folder) if folder else None
+    if notes:
+        refuse_other_training(folder, notes, recipe, data_sha256)
 
 
 def refuse_other_training(folder: Path, notes: dict, recipe: Recipe, data_sha256: str) -> None:

@@ -19,7 +19,7 @@ from kernel.manifest import MANIFEST, CompetitionSpec, write_manifest
 from kernel.observations import find_test_table, recognise
 from kernel.submission import check_submission, fallback_guesses, write_submission
 from local.bundling.flatten import flatten
-from local.data.competition import labelled, read_competition
+from local.data.competition import read_competition
 from local.publishing.ledger import row_of
 from local.publishing.preflight import Bundle
 from local.rehearsal.staging import stage_competition
@@ -98,12 +98,12 @@ def test_a_folder_is_recognised_as_its_own_competition(competition, folder):
 
 def test_every_training_photo_has_a_class_and_no_test_observation_was_trained_on(folder):
     training = read_competition(folder)
-    assert all(path.is_file() for path in training.photos["photo"])
-    classes = labelled(training, "train").class_ids
+    assert all(path.is_file() for path in training.photos)
+    classes = training.in_splits("train").class_ids
     assert len(set(classes)) == 3
     assert all(isinstance(class_id, str) and class_id for class_id in classes)
     tested = {path for observation in find_test_table(folder).observations for path in observation.photos}
-    assert not tested & set(training.photos["photo"])
+    assert not tested & set(training.photos)
 
 
 def test_every_test_observation_is_there_once_with_its_photos(folder):
@@ -114,7 +114,7 @@ def test_every_test_observation_is_there_once_with_its_photos(folder):
 
 
 def test_a_submission_has_the_form_and_the_order_of_the_sample(competition, folder, tmp_path):
-    table, classes = find_test_table(folder), sorted(set(read_competition(folder).photos["class_id"]))
+    table, classes = find_test_table(folder), sorted(set(read_competition(folder).class_ids))
     guesses = fallback_guesses(table, classes)
     write_submission(tmp_path / "submission.csv", table, [guesses] * len(table.observations))
     check_submission(tmp_path / "submission.csv", table, classes)
@@ -135,7 +135,7 @@ def test_the_rehearsal_sees_the_same_test_set_and_no_training_photo(folder, stag
     before, after = (find_test_table(root).observations for root in (folder, staged))
     assert [(one.id, len(one.photos)) for one in after] == [(one.id, len(one.photos)) for one in before]
     assert all(path.is_file() for observation in after for path in observation.photos)
-    trained_on = {path.relative_to(folder) for path in read_competition(folder).photos["photo"]}
+    trained_on = {path.relative_to(folder) for path in read_competition(folder).photos}
     assert not {path.relative_to(staged) for path in staged.rglob("*")} & trained_on
 
 
@@ -150,7 +150,7 @@ def test_links_are_learnt_from_and_rehearsed_as_what_they_lead_to(competition, f
     """Relative ones, as `ln -sr` makes them: from where the rehearsal puts them they would lead nowhere."""
     tested = [path for one in find_test_table(folder).observations for path in one.photos]
     content = sorted(path.read_bytes() for path in tested)
-    photos = [*tested, *read_competition(folder).photos["photo"]]
+    photos = [*tested, *read_competition(folder).photos]
     for number, path in enumerate(photos if of == "photo" else sorted({path.parent for path in photos})):
         store = tmp_path / "store" / f"{number}{path.suffix}"
         store.parent.mkdir(exist_ok=True)
@@ -160,7 +160,7 @@ def test_links_are_learnt_from_and_rehearsed_as_what_they_lead_to(competition, f
     stage_competition(folder, tmp_path / "staged")
     staged = [path for one in find_test_table(tmp_path / "staged").observations for path in one.photos]
     assert sorted(path.read_bytes() for path in staged) == content
-    assert all(path.is_file() for path in read_competition(folder).photos["photo"])
+    assert all(path.is_file() for path in read_competition(folder).photos)
 
 
 def test_a_test_set_is_made_smaller_and_larger_without_writing_into_the_users_files(folder, staged):

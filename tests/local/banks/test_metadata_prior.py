@@ -25,14 +25,16 @@ from local.banks.metadata_prior import (
     write_prior,
 )
 from local.base.metrics import score
-from local.data.competition import Labelled, labelled, lineages, read_competition, sort_ids
+from local.data.competition import read_competition
+from local.data.observations import LabelledObservations
 from tests.conftest import ROOT
+from tests.labelled import make_labelled
 
 REAL = ROOT / "data" / "fungi-clef-2025"  # as downloaded; the photos are not needed
 HABITATS = ("meadow", "bog", "dune", "oak wood")
 
 
-def grown(shots: int = 4, informative: bool = True, seed: int = 0) -> tuple[Labelled, list[str], dict]:
+def grown(shots: int = 4, informative: bool = True, seed: int = 0) -> tuple[LabelledObservations, list[str], dict]:
     """Twenty classes in ten genera; a genus keeps to a habitat, and the substrate says nothing."""
     rng = np.random.default_rng(seed)
     classes = [str(number) for number in range(20)]
@@ -48,11 +50,11 @@ def grown(shots: int = 4, informative: bool = True, seed: int = 0) -> tuple[Labe
             observations.append(Observation(str(len(observations)), (), said))
             class_ids.append(class_id)
     ancestry = {class_id: ("order", "family", f"genus {int(class_id) // 2}") for class_id in classes}
-    return Labelled(observations, np.array(class_ids, dtype=object)), classes, ancestry
+    return make_labelled(observations, class_ids), classes, ancestry
 
 
 @pytest.fixture(scope="module")
-def fitted() -> tuple[PriorEstimator, Labelled]:
+def fitted() -> tuple[PriorEstimator, LabelledObservations]:
     reference, classes, ancestry = grown()
     return PriorEstimator().fit(reference, classes, ancestry), reference
 
@@ -87,7 +89,7 @@ def test_a_habitat_raises_the_classes_that_live_there(fitted):
 
 def test_without_metadata_the_prior_is_off_and_the_classes_go_by_their_shots():
     reference, classes, ancestry = grown()
-    bare = Labelled([Observation(observation.id, ()) for observation in reference.observations], reference.class_ids)
+    bare = make_labelled([Observation(name, ()) for name in reference.ids], reference.class_ids)
     bare = bare.subset(np.arange(80) > 1)  # class 0 has 2 observations, the others 4
     prior = PriorEstimator().fit(bare, classes, ancestry).prior_
     assert not prior.tables
@@ -102,7 +104,7 @@ def test_a_class_that_came_lately_is_likelier_than_one_that_did_not():
         for one, class_id in zip(reference.observations, reference.class_ids, strict=True)
     ]
     estimator = PriorEstimator()
-    tables = estimator._terms(Labelled(late, reference.class_ids), classes, ancestry)[1]
+    tables = estimator._terms(make_labelled(late, reference.class_ids), classes, ancestry)[1]
     assert tables[RECENCY][0, 1::2].min() > 0 > tables[RECENCY][0, ::2].max()
 
 
@@ -211,11 +213,11 @@ def test_the_conditional_logit_finds_the_weights_that_made_the_answers():
 
 def test_the_drawn_competition_carries_its_metadata_and_taxonomy(drawn):
     competition = read_competition(drawn.competition)
-    train, ancestry = labelled(competition, "train"), lineages(competition)
+    train, ancestry = competition.in_splits("train"), competition.taxa
     assert all(observation.metadata["habitat"] for observation in train.observations)
     assert set(ancestry) >= set(train.class_ids)
     assert all(len(line) == 5 and all(line) for line in ancestry.values())
-    classes = sort_ids(train.class_ids)
+    classes = train.classes
     found = PriorEstimator().fit(train, classes, ancestry).prior_.log_probabilities(train.observations)
     assert torch.allclose(found.exp().sum(1), torch.ones(len(train)), atol=1e-5)
 
@@ -223,9 +225,9 @@ def test_the_drawn_competition_carries_its_metadata_and_taxonomy(drawn):
 @pytest.mark.skipif(not (REAL / "metadata").is_dir(), reason=f"needs FungiCLEF's own tables in {REAL}")
 def test_on_fungiclef_train_predicts_val_better_than_naive_bayes():
     competition = read_competition(REAL)
-    train, val = labelled(competition, "train"), labelled(competition, "val")
-    classes = sort_ids(train.class_ids)
-    prior = PriorEstimator().fit(train, classes, lineages(competition)).prior_
+    train, val = competition.in_splits("train"), competition.in_splits("val")
+    classes = train.classes
+    prior = PriorEstimator().fit(train, classes, train.taxa).prior_
     order = prior.log_probabilities(val.observations).sort(dim=1, descending=True, stable=True).indices[:, :10]
     scores = score(val.class_ids, [[classes[index] for index in row] for row in order.tolist()])
     found = [scores[f"recall_at_{count}"] for count in (1, 5, 10)]

@@ -1,75 +1,103 @@
-"""What a run says of the observations that it is made of and judged by adds up."""
+"""What a run says of the observations that its bank is made of and evaluated by adds up."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from local.banks import folds
-from local.banks.selection import Study
-from local.data.competition import read_competition, split_for_validation
+from local.banks.selection import BankSelection, plan_bank
+from local.data.observations import split_for_validation
 from local.recipes.settings import BankSettings
+from tests.labelled import of_rows
+
+TRAIN = [("train", f"t{number}", "aaaabbbccd"[number % 10]) for number in range(30)] + [("train", "t30", "e")]
+VAL = [("val", f"v{number}", "abc"[number % 3]) for number in range(9)]
 
 
 def numbers(line):
     return [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", line)]
 
 
-def study(drawn, encoder, tmp_path, reference="train+val", is_tuned=False, has_val=True, subset=0):
-    competition = read_competition(drawn.competition)
-    competition = competition if has_val else competition.without_val()
-    competition = competition.sample(subset, 0) if subset else competition
-    settings = BankSettings(reference=reference)
-    return Study(
-        settings, ["whitening"], competition, *split_for_validation(competition, 0), encoder, tmp_path, is_tuned
-    )
+def plan(rows, reference="train+val", is_tuned=False):
+    return plan_bank(split_for_validation(of_rows(rows), 0), reference, is_tuned)
 
 
 @pytest.mark.parametrize("is_tuned", [False, True])
-@pytest.mark.parametrize("has_val", [False, True])
-def test_observations_held_out_and_left_out_are_those_of_train_and_val(drawn, encoder, tmp_path, has_val, is_tuned):
-    own = study(drawn, encoder, tmp_path, has_val=has_val, is_tuned=is_tuned)
-    train, val = int(own.is_fit.sum()), int((~own.is_fit).sum())
+@pytest.mark.parametrize("rows", [TRAIN, TRAIN + VAL])
+def test_observations_held_out_and_left_out_are_those_of_train_and_val(rows, is_tuned):
+    own = plan(rows, is_tuned=is_tuned)
+    train, val = int(own.split.train.sum()), int(own.split.validation.sum())
     held_out = sum(queries.sum() for _, queries in own.folds)
-    line = own.told_folds()
-    of = f"the {train} of train and {val} of val" if has_val else f"the {train + val} of train"
+    line = own.describe_folds()
+    of = f"the {train} of train and {val} of val" if len(rows) > len(TRAIN) else f"the {train + val} of train"
     assert line.startswith(f"{held_out} held-out observations, in {len(own.folds)} folds over {of} (left out: ")
-    assert held_out + sum(numbers(line.partition("left out")[2])) == train + val
+    assert held_out + sum(numbers(line.partition("left out")[2])) == len(rows)
     assert (f"{train} kept for training" in line) == is_tuned
-    assert sum(numbers(own.told_reference())) == (2 if has_val else 1) * (train + val)
+    assert sum(numbers(own.describe_reference())) == (2 if len(rows) > len(TRAIN) else 1) * len(rows)
 
 
-def test_a_class_of_one_observation_is_told_as_left_out(drawn, encoder, tmp_path):
-    own = study(drawn, encoder, tmp_path)
-    alone = int((np.bincount(own.places) == 1).sum())
-    assert alone > 0
-    assert f"{alone} alone in {'its' if alone == 1 else 'their'} class" in own.told_folds()
+def test_an_encoder_is_evaluated_by_no_observation_that_it_was_trained_on():
+    for rows in (TRAIN, TRAIN + VAL):
+        own = plan(rows, is_tuned=True)
+        assert own.folds
+        assert all(not (queries & own.split.train).any() for _, queries in own.folds)
 
 
-def test_val_that_is_kept_out_of_the_bank_is_all_that_judges(drawn, encoder, tmp_path):
-    own = study(drawn, encoder, tmp_path, reference="train")
-    train, val = int(own.is_fit.sum()), int((~own.is_fit).sum())
-    assert own.told_reference() == f"bank: made of the {train} observations of train, without the {val} of val"
-    assert own.told_folds() == f"{val} held-out observations (val)"
-    own.places[-2:] = -1
-    assert own.told_folds() == f"{val} held-out observations (val; 2 of classes that the bank lacks)"
+def test_a_class_of_one_observation_is_counted_as_left_out():
+    assert "1 alone in its class" in plan(TRAIN + VAL).describe_folds()
 
 
-def test_queries_that_are_not_drawn_are_told(drawn, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(folds, "SCORES", 12 * 10)
-    own = study(drawn, encoder, tmp_path)
-    line = own.told_folds()
+def test_val_that_is_kept_out_of_the_bank_is_all_that_evaluates_it():
+    own = plan([*TRAIN, *VAL], reference="train")
+    assert own.describe_reference() == "bank: made of the 31 observations of train, without the 9 of val"
+    assert own.describe_folds() == "9 held-out observations (val)"
+    [(reference, queries)] = own.folds
+    assert not (reference & queries).any()
+    lacking = plan([*TRAIN, *VAL, ("val", "v9", "x"), ("val", "v10", "y")], reference="train")
+    assert lacking.describe_folds() == "11 held-out observations (val; 2 of classes that the bank lacks)"
+    assert "x" not in lacking.classes
+    assert lacking.labels[-2:].tolist() == [-1, -1]
+
+
+def test_queries_that_are_not_drawn_are_counted(monkeypatch):
+    monkeypatch.setattr(folds, "SCORES", 5 * 10)
+    own = plan(TRAIN + VAL)
+    line = own.describe_folds()
     assert line.startswith("10 held-out observations")
     assert "not drawn" in line
-    assert 10 + sum(numbers(line.partition("left out")[2])) == len(own.is_fit)
+    assert 10 + sum(numbers(line.partition("left out")[2])) == len(TRAIN + VAL)
 
 
-def test_a_run_that_nothing_can_judge_says_why_and_what_it_does_not_choose(drawn, encoder, tmp_path, capsys):
-    own = study(drawn, encoder, tmp_path, has_val=False, subset=2)
-    settings, _, scores = own.choose(tmp_path)
-    assert (settings, scores) == (own.settings, {})
+def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(encoder, drawn, tmp_path, capsys):
+    from local.data.competition import read_competition
+
+    labelled = read_competition(drawn.competition).in_splits("train").sample(2, 0)
+    own = plan_bank(split_for_validation(labelled, 0), "train", is_tuned=False)
+    selection = BankSelection(BankSettings(), ["whitening"], own, encoder, tmp_path)
+    selected = selection.select()
+    assert (selected.settings, selected.scores, selected.answers) == (selection.settings, {}, None)
+    assert len(selected.banks[0].bias) == len(own.classes)
     assert capsys.readouterr().out.splitlines() == [
         "bank: made of the 2 observations of train",
         "0 held-out observations, of the 2 of train (left out: 2 alone in their class): this run has no score, and "
         "cannot choose whitening",
     ]
+
+
+def test_the_answers_are_to_the_held_out_observations_in_the_order_of_the_folds(encoder, drawn, tmp_path):
+    from local.banks.ensemble import read_answers
+    from local.base.run_folder import VALIDATION_FILE
+    from local.data.competition import read_competition
+
+    own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), "train+val", is_tuned=False)
+    settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
+    answers = BankSelection(settings, [], own, encoder, tmp_path).select().answers
+    queries = np.concatenate([np.flatnonzero(queries) for _, queries in own.folds])
+    assert answers.observations == [own.split.labelled.ids[index] for index in queries]
+    assert [own.classes[label] for label in answers.truth] == own.split.labelled.class_ids[queries].tolist()
+    answers.write(tmp_path / VALIDATION_FILE)
+    read = read_answers(tmp_path)
+    assert read.log_probabilities.exp().sum(dim=1).numpy() == pytest.approx(1, abs=0.01)
+    assert read.truth.tolist() == answers.truth.tolist()

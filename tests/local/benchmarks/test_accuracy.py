@@ -25,7 +25,7 @@ from local.benchmarks.accuracy import (
     score_methods,
     shots_table,
 )
-from local.data.competition import labelled, read_competition
+from local.data.competition import read_competition
 from local.recipes.recipe import make_recipe
 from local.rehearse import rehearse
 from local.training.run import train_run
@@ -139,7 +139,7 @@ def test_the_tables_have_a_row_for_each_method_and_a_dash_for_a_missing_score(re
 
 def test_without_a_solution_val_is_scored_and_is_no_part_of_the_reference(drawn):
     task = read_task(drawn.competition, "train+val")
-    val = {observation.id for observation in labelled(read_competition(drawn.competition), "val").observations}
+    val = set(read_competition(drawn.competition).in_splits("val").ids)
     assert task.split == "val"
     assert {query.id for query in task.queries("300p")} == set(task.truth) == val
     assert not val & {observation.id for observation in task.support("300p").observations}
@@ -174,6 +174,6 @@ def test_the_command_prints_the_tables_and_writes_them(drawn, encoders, tmp_path
     [dataset] = json.loads(report.read_text())["datasets"]
     assert dataset["scored_on"] == "val"
     [member] = read_weights(next((tmp_path / "runs").glob("*-fungiclef-baseline"))).manifest.members
-    assert member.data_sha256 == read_competition(drawn.competition).without_val().digest()
+    assert member.data_sha256 == read_competition(drawn.competition).in_splits("train").digest()
     printed = capsys.readouterr().out
     assert all(line in printed for line in (*method_table(dataset), *shots_table(dataset)))

@@ -6,31 +6,19 @@ python -m pytest tests/local/data/test_competition.py
 import csv
 import json
 import os
-import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from kernel.inputs import InputError
 from kernel.tables import TAXONOMY
-from local.data.competition import COLUMNS as PHOTO_COLUMNS
-from local.data.competition import (
-    labelled,
-    largest_classes,
-    lineages,
-    read_competition,
-    read_ranks,
-    read_taxonomy,
-    sort_ids,
-    split_for_validation,
-)
+from local.data.competition import read_competition
 from local.data.photos import refuse_missing
 from local.report.evidence import name_ranks, names_of
 from tests import layouts
 from tests.conftest import photo
+from tests.labelled import photo_rows
 
 DATASET = "FungiTastic-FewShot"
 COLUMNS = ("year", "observationID", "species", "filename", "category_id")
@@ -110,41 +98,41 @@ def refusal(folder: Path) -> str:
 
 
 def test_fungiclefs_tables_give_photos_with_the_ids_as_they_are_spelt(tmp_path: Path) -> None:
-    competition = read_competition(fungiclef(tmp_path))
+    labelled = read_competition(fungiclef(tmp_path))
     photos = tmp_path / "images" / DATASET
-    assert competition.layout.name == "fungiclef"
-    assert list(competition.photos.filter(PHOTO_COLUMNS).itertuples(index=False, name=None)) == [
+    assert labelled.competition.name == "fungiclef"
+    assert photo_rows(labelled) == [
         ("train", "900", "10", photos / "train" / "300p" / "0-900.JPG"),
-        ("train", "70", "9", photos / "train" / "300p" / "0-70.JPG"),
         ("train", "900", "10", photos / "train" / "300p" / "1-900.JPG"),
+        ("train", "70", "9", photos / "train" / "300p" / "0-70.JPG"),
         ("train", "71", "0100", photos / "train" / "300p" / "0-71.JPG"),
         ("val", "8", "9", photos / "val" / "300p" / "0-8.JPG"),
     ]
-    train = labelled(competition, "train")
+    train = labelled.in_splits("train")
     assert [(observation.id, len(observation.photos)) for observation in train.observations] == [
         ("900", 2),
         ("70", 1),
         ("71", 1),
     ]
     assert train.class_ids.tolist() == ["10", "9", "0100"]
-    assert len(labelled(competition, "train", "val")) == 4
+    assert len(labelled) == 4
 
 
 def test_a_photo_that_is_listed_twice_is_one(tmp_path: Path) -> None:
-    competition = read_competition(fungiclef(tmp_path, train=[*TRAIN, TRAIN[0]]))
-    assert len(competition.photos) == 5
+    labelled = read_competition(fungiclef(tmp_path, train=[*TRAIN, TRAIN[0]]))
+    assert len(labelled.photos) == 5
 
 
 def test_the_wanted_resolution_is_read_or_the_next_larger_one(tmp_path: Path) -> None:
     folder = fungiclef(tmp_path, resolutions=("300p", "720p"))
     for wanted, found in (("300p", "300p"), ("500p", "720p"), ("720p", "720p"), ("fullsize", "720p")):
-        photos = read_competition(folder, wanted).photos["photo"]
+        photos = read_competition(folder, wanted).photos
         assert {path.parent.name for path in photos} == {found}
         assert all(path.is_file() for path in photos)
 
 
 def test_herbariums_metadata_is_read_in_its_own_encoding(tmp_path: Path) -> None:
-    competition = read_competition(
+    labelled = read_competition(
         herbarium(
             tmp_path,
             images=[
@@ -156,8 +144,8 @@ def test_herbariums_metadata_is_read_in_its_own_encoding(tmp_path: Path) -> None
         )
     )
     photos = tmp_path / "nybg2020" / "train" / "images" / "000"
-    assert competition.layout.name == "herbarium"
-    assert list(competition.photos.filter(PHOTO_COLUMNS).itertuples(index=False, name=None)) == [
+    assert labelled.competition.name == "herbarium"
+    assert photo_rows(labelled) == [
         ("train", "7", "1000", photos / "01" / "Bétula.jpg"),
         ("train", "33", "2", photos / "00" / "33.jpg"),
     ]
@@ -175,20 +163,20 @@ def test_the_herbaria_of_three_years_give_photos_classes_and_what_they_name_of_t
     tmp_path: Path, year: int, lineage: tuple[str, ...]
 ) -> None:
     layouts.herbarium(tmp_path, year)
-    competition = read_competition(tmp_path)
-    assert len(competition.photos) == 3 * len(layouts.SPECIES)
-    assert set(competition.photos["class_id"]) == set(layouts.SPECIES)
-    assert all(photo.is_file() for photo in competition.photos["photo"])
-    assert all(row.photo.parent.name == row.class_id for row in competition.photos.itertuples())
-    assert lineages(competition)["12"] == lineage
+    labelled = read_competition(tmp_path)
+    assert len(labelled.photos) == 3 * len(layouts.SPECIES)
+    assert set(labelled.class_ids) == set(layouts.SPECIES)
+    assert all(photo.is_file() for photo in labelled.photos)
+    assert all(path.parent.name == class_id for _, _, class_id, path in photo_rows(labelled))
+    assert labelled.taxa["12"] == lineage
 
 
 @pytest.mark.parametrize("subset", ["FungiTastic", "FungiTastic-Mini", "FungiTastic-FewShot"])
 def test_fungitastic_is_learnt_from_the_subset_whose_photos_are_there(tmp_path: Path, subset: str) -> None:
     layouts.fungitastic(tmp_path, subset)
-    competition = read_competition(tmp_path)
-    assert competition.layout.name == subset.lower()
-    train, val = labelled(competition, "train"), labelled(competition, "val")
+    labelled = read_competition(tmp_path)
+    assert labelled.competition.name == subset.lower()
+    train, val = labelled.in_splits("train"), labelled.in_splits("val")
     assert (len(train), len(val)) == (2 * len(layouts.SPECIES), len(layouts.SPECIES))
     assert set(train.class_ids) == set(val.class_ids) == set(layouts.SPECIES)
     assert not {one.id for one in train.observations} & {one.id for one in val.observations}
@@ -196,13 +184,13 @@ def test_fungitastic_is_learnt_from_the_subset_whose_photos_are_there(tmp_path: 
     assert {photo.relative_to(tmp_path).parts[0] for photo in photos} == {subset}
     assert all(photo.is_file() for photo in photos)
     assert train.observations[0].metadata == {"habitat": "garden"}
-    assert lineages(competition) == {label: ranks[:5] for label, ranks in layouts.SPECIES.items()}
+    assert labelled.taxa == {label: ranks[:5] for label, ranks in layouts.SPECIES.items()}
 
 
 def test_a_resolution_that_is_absent_is_one_line_with_those_there_are(tmp_path: Path, capsys) -> None:
     layouts.fungitastic(tmp_path, resolutions=("300p", "720p"))
     for wanted, found in (("300p", None), ("500p", "720p"), ("720p", None), ("fullsize", "720p")):
-        photos = read_competition(tmp_path, wanted).photos["photo"]
+        photos = read_competition(tmp_path, wanted).photos
         assert {photo.parent.name for photo in photos} == {found or wanted}
         line = f"{tmp_path / 'FungiTastic-Mini'} has 300p, 720p, not {wanted}: reading {found}\n"
         assert capsys.readouterr().out == (line if found else "")
@@ -231,87 +219,14 @@ def test_class_folders_give_a_class_for_each_folder_and_an_observation_for_each_
         "train/elm/notes.txt",
         "val/elm/a.jpeg",
     )
-    competition = read_competition(folder)
-    assert competition.layout.name == "class-folders"
-    assert list(competition.photos.filter(PHOTO_COLUMNS).itertuples(index=False, name=None)) == [
+    labelled = read_competition(folder)
+    assert labelled.competition.name == "class-folders"
+    assert photo_rows(labelled) == [
         ("train", "train/elm/a.jpeg", "elm", tmp_path / "train/elm/a.jpeg"),
         ("train", "train/red oak/a.PNG", "red oak", tmp_path / "train/red oak/a.PNG"),
         ("train", "train/red oak/b.jpg", "red oak", tmp_path / "train/red oak/b.jpg"),
         ("val", "val/elm/a.jpeg", "elm", tmp_path / "val/elm/a.jpeg"),
     ]
-
-
-def test_class_ids_sort_by_number_where_all_are_numbers_and_stay_text() -> None:
-    assert sort_ids(np.array(["10", "9", "0100", "9", "2"], dtype=object)) == ["2", "9", "10", "0100"]
-    assert sort_ids(np.array(["10", "9", "elm"], dtype=object)) == ["10", "9", "elm"]
-    assert sort_ids(np.array(["oak", "elm", "oak"], dtype=object)) == ["elm", "oak"]
-
-
-def test_the_competitions_own_validation_split_is_what_judges(tmp_path: Path) -> None:
-    fit, rest = split_for_validation(read_competition(fungiclef(tmp_path)), seed=0)
-    assert [observation.id for observation in fit.observations] == ["900", "70", "71"]
-    assert [observation.id for observation in rest.observations] == ["8"]
-    assert rest.class_ids.tolist() == ["9"]
-
-
-def test_without_a_validation_split_one_observation_in_five_is_held_out(tmp_path: Path) -> None:
-    competition = read_competition(of_sizes(tmp_path, {"3": 10, "20": 25, "100": 5}))
-    fit, rest = split_for_validation(competition, seed=0)
-    assert Counter(rest.class_ids) == {"3": 2, "20": 5, "100": 1}
-    assert Counter(fit.class_ids) == {"3": 8, "20": 20, "100": 4}
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_no_class_loses_its_last_observation(tmp_path: Path, seed: int) -> None:
-    sizes = {str(name): size for name, size in enumerate([1, 2, 3, 1, 7, 11, 1])}
-    fit, rest = split_for_validation(read_competition(of_sizes(tmp_path, sizes)), seed)
-    assert set(fit.class_ids) == set(sizes)
-    assert Counter(fit.class_ids) + Counter(rest.class_ids) == sizes
-    assert len(rest) > 0
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_what_judges_shares_no_observation_and_no_photo_with_what_is_learnt_from(tmp_path: Path, seed: int) -> None:
-    competition = read_competition(of_sizes(tmp_path, {"a": 9, "b": 4}))
-    fit, rest = split_for_validation(competition, seed)
-    whole = labelled(competition, "train")
-    classes = dict(zip((observation.id for observation in whole.observations), whole.class_ids, strict=True))
-    ids, photos = [], []
-    for part in (fit, rest):
-        assert all(len(observation.photos) == 2 for observation in part.observations)
-        assert [classes[observation.id] for observation in part.observations] == part.class_ids.tolist()
-        ids += [observation.id for observation in part.observations]
-        photos += [photo for observation in part.observations for photo in observation.photos]
-    assert sorted(ids) == sorted(classes)
-    assert sorted(photos) == sorted(competition.photos["photo"])
-
-
-def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:
-    competition = read_competition(of_sizes(tmp_path, {"a": 20, "b": 20}))
-    held_out = [
-        [observation.id for observation in split_for_validation(competition, seed)[1].observations]
-        for seed in (1, 1, 2)
-    ]
-    assert held_out[0] == held_out[1] != held_out[2]
-
-
-def test_the_digest_is_the_same_wherever_the_folder_lies_and_another_when_a_label_or_a_photo_differs(
-    tmp_path: Path,
-) -> None:
-    first = read_competition(fungiclef(tmp_path / "first")).digest()
-    shutil.copytree(tmp_path / "first", tmp_path / "elsewhere" / "copy")
-    assert read_competition(tmp_path / "elsewhere" / "copy").digest() == first
-    relabelled = [(*TRAIN[0][:4], "9"), TRAIN[1], (*TRAIN[2][:4], "9"), TRAIN[3]]
-    photo = f"images/{DATASET}/train/300p/0-70.JPG"
-    others = [
-        read_competition(fungiclef(tmp_path / "relabelled", train=relabelled)).digest(),
-        read_competition(fungiclef(tmp_path / "without val", val=None)).digest(),
-    ]
-    (tmp_path / "elsewhere" / "copy" / photo).write_text("another photo", encoding="utf-8")
-    others.append(read_competition(tmp_path / "elsewhere" / "copy").digest())
-    (tmp_path / "elsewhere" / "copy" / photo).unlink()
-    others.append(read_competition(tmp_path / "elsewhere" / "copy").digest())
-    assert len({first, *others}) == 5
 
 
 def test_metadata_and_taxonomy_are_the_first_that_an_observation_and_a_class_have(tmp_path: Path) -> None:
@@ -323,14 +238,14 @@ def test_metadata_and_taxonomy_are_the_first_that_an_observation_and_a_class_hav
         ("",) * 5,
     ]
     rows = [(*row, *cells) for row, cells in zip(TRAIN, more, strict=True)]
-    competition = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
-    train = labelled(competition, "train")
+    labelled = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
+    train = labelled.in_splits("train")
     assert [observation.metadata for observation in train.observations] == [
         {"year": "2021", "habitat": "dune"},
         {"year": "2021", "habitat": "bog"},
         {"year": "2021"},
     ]
-    assert lineages(competition) == {
+    assert labelled.taxa == {
         "10": ("Basidiomycota", "", "Russulales", "Russulaceae", "Russula"),
         "9": ("", "", "", "", "Amanita"),
         "0100": ("",) * 5,
@@ -339,9 +254,9 @@ def test_metadata_and_taxonomy_are_the_first_that_an_observation_and_a_class_hav
 
 def test_a_competition_without_a_taxonomy_has_blank_lineages(tmp_path: Path) -> None:
     class_folders(tmp_path, "train/a/1.png", "train/b/2.png")
-    competition = read_competition(tmp_path)
-    assert lineages(competition) == {"a": ("",) * 5, "b": ("",) * 5}
-    assert not labelled(competition, "train").observations[0].metadata
+    labelled = read_competition(tmp_path)
+    assert labelled.taxa == {"a": ("",) * 5, "b": ("",) * 5}
+    assert not labelled.in_splits("train").observations[0].metadata
 
 
 BLANKS = (
@@ -354,20 +269,20 @@ BLANKS = (
 def test_classes_whose_taxon_is_blank_are_no_relatives_at_any_rank(tmp_path: Path, blank: str) -> None:
     columns = (*COLUMNS, *TAXONOMY)
     rows = [(*row, *(blank,) * 5) for row in TRAIN]
-    competition = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
-    classes = sort_ids(labelled(competition, "train").class_ids)
-    assert set(lineages(competition).values()) == {("",) * 5}
-    taxonomy = read_taxonomy(competition, classes)
+    labelled = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
+    classes = labelled.classes
+    assert set(labelled.taxa.values()) == {("",) * 5}
+    taxonomy = labelled.taxonomy(classes)
     assert len(set(taxonomy.genus)) == len(set(taxonomy.family)) == len(classes)
-    assert read_ranks(competition, classes) == [None] * 5
-    assert [rank.name for rank in name_ranks(competition, classes, classes)] == ["species"]
+    assert set(labelled.group_by_rank(classes).values()) == {None}
+    assert [rank.name for rank in name_ranks(labelled, classes, classes)] == ["species"]
 
 
 def test_a_taxon_that_one_row_of_a_class_names_counts_for_the_class(tmp_path: Path) -> None:
     columns, (first, other, second, _) = (*COLUMNS, "family", "genus"), TRAIN  # two photos of class 10
     rows = [(*first, " Russulaceae ", "unclassified"), (*second, "unknown", " Russula"), (*other, "?", "-")]
-    competition = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
-    assert lineages(competition) == {"10": ("", "", "", "Russulaceae", "Russula"), "9": ("",) * 5}
+    labelled = read_competition(fungiclef(tmp_path, train=rows, val=None, columns=columns))
+    assert labelled.taxa == {"10": ("", "", "", "Russulaceae", "Russula"), "9": ("",) * 5}
 
 
 def test_a_null_in_a_herbariums_categories_is_no_taxon(tmp_path: Path) -> None:
@@ -377,9 +292,9 @@ def test_a_null_in_a_herbariums_categories_is_no_taxon(tmp_path: Path) -> None:
     for category, blank in zip(said["categories"], (None, "Incertae sedis", float("nan")), strict=False):
         category |= {"family": blank, "genus": blank, "name": None}
     table.write_text(json.dumps(said), encoding="utf-8")
-    competition, classes = read_competition(tmp_path), [str(one["id"]) for one in said["categories"][:3]]
-    assert [lineages(competition)[one] for one in classes] == [("",) * 5] * 3
-    assert names_of(competition, classes)[0] == classes
+    labelled, classes = read_competition(tmp_path), [str(one["id"]) for one in said["categories"][:3]]
+    assert [labelled.taxa[one] for one in classes] == [("",) * 5] * 3
+    assert names_of(labelled, classes)[0] == classes
 
 
 def test_an_unknown_layout_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
@@ -417,16 +332,16 @@ def test_a_folder_inside_or_around_the_right_one_is_refused_with_the_right_one(t
 def test_class_folders_without_a_test_set_are_learnt_from(tmp_path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         photo(tmp_path / name)
-    competition = read_competition(tmp_path)
-    assert competition.layout.name == "class-folders"
-    assert competition.photos["class_id"].tolist() == ["elm", "oak"]
-    assert [path.relative_to(tmp_path).as_posix() for path in competition.photos["photo"]] == list(names)
+    labelled = read_competition(tmp_path)
+    assert labelled.competition.name == "class-folders"
+    assert labelled.class_ids.tolist() == ["elm", "oak"]
+    assert [path.relative_to(tmp_path).as_posix() for path in labelled.photos] == list(names)
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_a_validation_folder_of_any_usual_name_is_val(tmp_path: Path, name: str) -> None:
-    competition = read_competition(class_folders(tmp_path, "train/elm/a.jpg", "train/oak/a.jpg", f"{name}/elm/b.jpg"))
-    assert competition.photos["split"].tolist() == ["train", "train", "val"]
+    labelled = read_competition(class_folders(tmp_path, "train/elm/a.jpg", "train/oak/a.jpg", f"{name}/elm/b.jpg"))
+    assert labelled.is_val.tolist() == [False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -451,8 +366,7 @@ def test_photos_of_every_format_are_learnt_from_and_other_files_are_counted(tmp_
     class_folders(
         tmp_path, *(f"train/elm/{name}" for name in (*names, *others)), "train/oak/a.jpg", "train/x.jpg", *hidden
     )
-    photos = read_competition(tmp_path).photos
-    assert Counter(photos["class_id"]) == {"elm": len(names), "oak": 1}
+    assert Counter(read_competition(tmp_path).class_ids) == {"elm": len(names), "oak": 1}
     line = "(left out: .heic files: 2, files in no class's folder: 1, .txt files: 1)"
     assert capsys.readouterr().out == f"{tmp_path} {line}\n"
 
@@ -460,15 +374,15 @@ def test_photos_of_every_format_are_learnt_from_and_other_files_are_counted(tmp_
 def test_numbers_that_two_tables_spell_differently_are_one_class_and_one_observation(tmp_path: Path) -> None:
     train = [(*row[:4], f"{int(row[4])}.0") for row in TRAIN]
     train[2] = ("2021", " 900.0", *train[2][2:])
-    competition = read_competition(fungiclef(tmp_path, train=train))
-    assert sort_ids(competition.photos["class_id"].to_numpy()) == ["9", "10", "100"]
-    assert len(labelled(competition, "train")) == 3
+    labelled = read_competition(fungiclef(tmp_path, train=train))
+    assert labelled.classes == ["9", "10", "100"]
+    assert len(labelled.in_splits("train")) == 3
 
 
 def test_classes_are_spelt_as_in_the_sample_submission(tmp_path: Path) -> None:
     folder = fungiclef(tmp_path)
     write_csv(folder / "FungiCLEF25-SAMPLE_SUBMISSION.csv", ("observationId", "predictions"), [("1", "009 010 0100")])
-    assert sort_ids(read_competition(folder).photos["class_id"].to_numpy()) == ["009", "010", "0100"]
+    assert read_competition(folder).classes == ["009", "010", "0100"]
 
 
 def test_classes_that_differ_in_leading_zeros_alone_are_refused(tmp_path: Path) -> None:
@@ -480,8 +394,8 @@ def test_rows_that_lack_an_id_a_label_or_a_photo_are_left_out_and_counted(tmp_pa
     blank = [("",) * 5, ("2021", "72", "", "0-72.JPG", ""), ("2021", "73", "", "0-73.JPG", "NaN"), ("2021", "74", "x")]
     folder = fungiclef(tmp_path)
     write_csv(folder / "metadata" / DATASET / f"{DATASET}-Train.csv", COLUMNS, [*TRAIN, *blank])
-    competition = read_competition(folder)
-    assert set(competition.photos["class_id"]) == {"9", "10", "0100"}
+    labelled = read_competition(folder)
+    assert set(labelled.class_ids) == {"9", "10", "0100"}
     lines = capsys.readouterr().out
     for count, column in ((1, "observationID"), (1, "filename"), (2, "category_id")):
         assert f"rows of {DATASET}-Train.csv without {column}: {count}" in lines
@@ -490,8 +404,8 @@ def test_rows_that_lack_an_id_a_label_or_a_photo_are_left_out_and_counted(tmp_pa
 def test_an_annotation_without_a_class_is_left_out_and_counted(tmp_path: Path, capsys) -> None:
     images = [{"id": number, "file_name": f"{number}.jpg"} for number in range(3)]
     annotations = [{"image_id": number, "category_id": label} for number, label in enumerate((1.0, 2, None))]
-    competition = read_competition(herbarium(tmp_path, images, annotations))
-    assert competition.photos["class_id"].tolist() == ["1", "2"]
+    labelled = read_competition(herbarium(tmp_path, images, annotations))
+    assert labelled.class_ids.tolist() == ["1", "2"]
     assert "annotations of metadata.json without category_id: 1" in capsys.readouterr().out
 
 
@@ -503,17 +417,17 @@ def test_photos_that_are_named_with_backslashes_are_found(tmp_path: Path) -> Non
     (photos / "more").mkdir()
     for path in photos.glob("*.JPG"):
         path.rename(photos / "more" / path.name)
-    competition = read_competition(folder)
-    assert all(path.is_file() for path in competition.photos["photo"])
-    refuse_missing(competition)
+    labelled = read_competition(folder)
+    assert all(path.is_file() for path in labelled.photos)
+    refuse_missing(labelled)
 
 
 def test_a_split_with_most_photos_missing_is_refused_and_a_few_missing_are_not(tmp_path: Path) -> None:
     folder = of_sizes(tmp_path, {"a": 4, "b": 4})  # 16 photos
     photos = sorted(path for path in folder.rglob("*.JPG"))
     for number, path in enumerate(photos[:5]):
-        competition = read_competition(folder)
-        refuse_missing(competition)
+        labelled = read_competition(folder)
+        refuse_missing(labelled)
         path.unlink()
         assert number < 5
     with pytest.raises(InputError, match="5 of 16 photos of train are missing") as error:
@@ -573,33 +487,6 @@ def test_damaged_herbarium_metadata_is_refused_with_its_path(tmp_path: Path, tex
     table = folder / "nybg2020" / "train" / "metadata.json"
     table.write_text(text, encoding="utf-8")
     assert str(table) in refusal(folder)
-
-
-def test_a_subset_is_of_so_many_observations_of_train_and_a_fifth_as_many_of_val(drawn) -> None:
-    competition = read_competition(drawn.competition)
-    one, same, other = (competition.sample(10, seed) for seed in (0, 0, 1))
-    assert (len(labelled(one, "train")), len(labelled(one, "val"))) == (10, 2)
-    assert one.digest() == same.digest() != other.digest()
-
-
-def test_the_largest_classes_are_those_of_most_observations(drawn) -> None:
-    fit, validation = split_for_validation(read_competition(drawn.competition), 0)
-    sizes = Counter(fit.class_ids)
-    kept = largest_classes(fit, fit, 3)
-    assert sorted(Counter(kept.class_ids).values()) == sorted(sizes.values())[-3:]
-    assert set(largest_classes(validation, fit, 3).class_ids) <= set(kept.class_ids)
-    assert largest_classes(fit, fit, 0) is fit
-
-
-def test_ranks_group_the_classes_and_one_that_is_never_named_is_left_out(drawn) -> None:
-    competition = read_competition(drawn.competition)
-    classes = sort_ids(labelled(competition, "train").class_ids)
-    ranks = dict(zip(TAXONOMY, read_ranks(competition, classes), strict=True))
-    known = lineages(competition)
-    genera = [known[class_id][TAXONOMY.index("genus")] for class_id in classes]
-    assert len(set(zip(genera, ranks["genus"].tolist(), strict=True))) == len(set(genera)) == ranks["genus"].max() + 1
-    blank = replace(competition, photos=competition.photos.assign(family=""))
-    assert read_ranks(blank, classes)[TAXONOMY.index("family")] is None
 
 
 def test_a_folder_whose_name_is_no_utf8_is_named_in_one_line(tmp_path):

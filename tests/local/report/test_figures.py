@@ -133,10 +133,8 @@ def test_all_ranks_together_are_right_no_more_often_than_the_worst_rank(evidence
 
 
 def test_two_classes_of_one_name_have_their_ids_beside_it_and_are_found_together(evidence):
-    photos = evidence.competition.photos.copy()
-    twins = photos["class_id"].isin(evidence.classes[:2])
-    photos.loc[twins, "species"] = "Twin"
-    names, _ = names_of(dataclasses.replace(evidence.competition, photos=photos), evidence.classes)
+    species = {**evidence.labelled.species, **dict.fromkeys(evidence.classes[:2], "Twin")}
+    names, _ = names_of(dataclasses.replace(evidence.labelled, species=species), evidence.classes)
     assert names[:2] == [f"Twin #{one}" for one in evidence.classes[:2]]
     assert find_classes(dataclasses.replace(evidence, names=names), "twin") == [0, 1]
 
@@ -219,7 +217,7 @@ def test_the_leaderboard_has_the_metric_and_the_size_of_each_competition(evidenc
     competition = read_competition(smallest(tmp_path, layout))
     trained = dataclasses.replace(evidence.manifest.competition, name=layout)
     manifest = dataclasses.replace(evidence.manifest, competition=trained)
-    found = predict_leaderboard(dataclasses.replace(evidence, competition=competition, manifest=manifest), [])
+    found = predict_leaderboard(dataclasses.replace(evidence, labelled=competition, manifest=manifest), [])
     assert found.metric == metric
     [board] = found.boards
     assert (board.part, board.observations) == ("whole test", 12)
@@ -240,8 +238,8 @@ def test_fungiclefs_leaderboard_has_two_parts_and_a_drawn_tests_has_one(evidence
 
 
 def test_a_folder_without_a_test_set_has_no_leaderboard(evidence, tmp_path):
-    competition = dataclasses.replace(evidence.competition, folder=tmp_path)
-    assert predict_leaderboard(dataclasses.replace(evidence, competition=competition), []).boards == []
+    competition = dataclasses.replace(evidence.labelled, folder=tmp_path)
+    assert predict_leaderboard(dataclasses.replace(evidence, labelled=competition), []).boards == []
 
 
 def test_a_run_gains_nothing_on_itself(evidence, run):
@@ -379,7 +377,7 @@ def test_a_photo_that_cannot_be_read_is_listed_and_costs_only_itself(run, drawn,
 
 def test_a_full_page_takes_no_more_photos(evidence, monkeypatch):
     monkeypatch.setattr(page, "MAX_CHARACTERS", 3000)
-    album = page.Album(evidence.competition.folder)
+    album = page.Album(evidence.labelled.folder)
     indices = [album.add(evidence.photo(query.photos[0])) for query in evidence.queries[:8]]
     assert indices[0] == 0
     assert indices[-1] is None

@@ -57,10 +57,10 @@ def test_support_and_query_sets_of_an_episode_are_disjoint_and_small_classes_hav
 
 
 def test_the_same_sample_gives_the_same_pixels_whatever_came_before(drawn, encoder):
-    from local.data.competition import labelled, read_competition
+    from local.data.competition import read_competition
 
     settings = {"rand_augment": 9, "rotate": 20, "translate": 0.1, "hue": 0.1}
-    part = labelled(read_competition(drawn.competition), "train")
+    part = read_competition(drawn.competition).in_splits("train")
     photos = PhotoDataset(part.observations, encoder.preprocessing, AugmentSettings(**settings), 4)
     sample = next(iter(ObservationBatchSampler(np.zeros(len(part), dtype=int), TrainSettings())))[0]
     first, _ = photos[sample]

@@ -6,12 +6,14 @@ import pytest
 from kernel.bank import classify
 from kernel.embeddings import embed_observations
 from local.base.metrics import score
-from local.data.competition import read_competition, sort_ids, split_for_validation
+from local.data.competition import read_competition
+from local.data.observations import sort_ids, split_for_validation
 from local.training.evaluation import Evaluator, best_row
 
 
 def test_the_macro_f1_of_an_epoch_is_that_of_a_run_also_where_the_bank_lacks_classes(encoder, drawn):
-    train, validation = split_for_validation(read_competition(drawn.competition), 0)
+    split = split_for_validation(read_competition(drawn.competition), 0)
+    train, validation = split.train_set, split.validation_set
     lacking = sort_ids(validation.class_ids)[:2]
     classes = [class_id for class_id in sort_ids(train.class_ids) if class_id not in lacking]
     train = train.subset(np.isin(train.class_ids, classes))

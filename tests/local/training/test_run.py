@@ -19,17 +19,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kernel.encoders import Encoder
 from kernel.inputs import InputError
 from local.banks.ensemble import read_answers
 from local.banks.search import compare
 from local.base.run_folder import VALIDATION_FILE
-from local.data.competition import read_competition, split_for_validation
+from local.data.competition import read_competition
 from local.encoders.load import load_encoder
 from local.recipes.recipe import FORMER_NAMES, make_recipe
-from local.recipes.settings import TrainSettings
-from local.training.run import rehearse_opening, told_data, told_subset, told_training, train_run
+from local.training.run import train_run
 from tests.conftest import LEARNING, ROOT, TINY, command
+from tests.labelled import photo_rows
 
 SETTINGS = {**TINY, **LEARNING, "epochs": 3, "patience": 9, "ema_decay": 0.9, "batch_size": 8}
 
@@ -50,35 +49,6 @@ def whole(drawn, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     train_run(make_recipe(SETTINGS, "the test"), drawn.competition, out)
     return out
-
-
-def opening(architecture, out, size=64, **arguments):
-    """Rehearse the opening of a random encoder by a description with other arguments than it was built with."""
-    module, spec = load_encoder(f"timm:{architecture}", pretrained=False, image_size=size)
-    encoder = Encoder(module, spec.preprocessing, spec.features, [torch.device("cpu")])
-    rehearse_opening(encoder, replace(spec, arguments=arguments), make_recipe(TINY, "the test"), out)
-
-
-def test_weights_that_layers_share_are_saved_and_opened_again(tmp_path):
-    opening("coat_lite_tiny", tmp_path / "run", 224)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("architecture", "arguments"),
-    [
-        ("test_resnet", {"act_layer": "gelu"}),  # the same weights, another function
-        ("test_vit", {"class_token": False, "global_pool": "avg"}),  # other weights
-        ("test_vit", {"no_such_argument": 1}),
-        ("test_vit", {"img_size": {1, 2}}),  # not JSON
-    ],
-)
-def test_an_encoder_that_the_kernel_would_build_otherwise_is_refused_before_the_work(tmp_path, architecture, arguments):
-    size = 64 if architecture == "test_resnet" else 0
-    with pytest.raises(InputError, match=f"the kernel .* {architecture} .*choose another encoder") as error:
-        opening(architecture, tmp_path / "run", size, **arguments)
-    assert "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("views", "larger"), [(["plain", "larger"], 96), (["plain", "hflip"], 0)])
@@ -181,25 +151,24 @@ def test_an_encoder_is_judged_by_what_it_has_not_seen_in_an_earlier_run(drawn, t
     train_run(recipe, drawn.competition, tmp_path / "run")
     with safe_open(tmp_path / "run" / VALIDATION_FILE, "pt") as file:
         asked = set(json.loads(file.metadata()["observations"]))
-    photos = read_competition(drawn.competition).photos
-    seen = set(photos.loc[photos["split"] == "train", "observation"])
+    seen = set(read_competition(drawn.competition).in_splits("train").ids)
     assert asked
     assert asked.isdisjoint(seen) == has_learnt
 
 
 def test_without_val_an_encoder_that_learnt_here_keeps_its_seed(drawn, tmp_path):
     photos = tmp_path / "folders"
-    for row in read_competition(drawn.competition).photos.itertuples():
-        target = photos / "train" / row.class_id / row.photo.name
+    for _, _, class_id, path in photo_rows(read_competition(drawn.competition)):
+        target = photos / "train" / class_id / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(row.photo, target)
+        shutil.copy(path, target)
     (photos / "test").mkdir()
-    shutil.copy(row.photo, photos / "test" / "a.jpg")
+    shutil.copy(path, photos / "test" / "a.jpg")
     settings = {**SETTINGS, "epochs": 1, "seed": 1, "matcher": "head"}
     train_run(make_recipe(settings, "the test"), photos, tmp_path / "first")
     again = make_recipe({"encoder": str(tmp_path / "first"), "epochs": 0, "seed": 1}, "the test")
     train_run(again, photos, tmp_path / "second")
-    with pytest.raises(InputError, match="take the seed and the subset of its training"):
+    with pytest.raises(InputError, match="give the seed and the subset of its training"):
         train_run(replace(again, train=replace(again.train, seed=2)), photos, tmp_path / "third")
 
 
@@ -356,7 +325,7 @@ def test_an_interrupted_training_is_not_continued_without_epochs_or_with_fewer(d
 
 
 def test_an_out_that_cannot_be_written_is_one_line_before_the_work(drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr("local.training.run.load_encoder", lambda *given: pytest.fail("the work has begun"))
+    monkeypatch.setattr("local.training.inputs.load_encoder", lambda *given: pytest.fail("the work has begun"))
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "run", tmp_path / "file" / "deeper" / "run"):
         with pytest.raises(InputError, match=r"cannot be written \(.*file: it is a file, not a folder\): give another"):
@@ -380,7 +349,7 @@ def test_an_encoder_that_the_gpu_has_no_room_for_is_one_line_and_leaves_nothing(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     module.__class__ = NoRoom
-    monkeypatch.setattr("local.training.run.load_encoder", lambda *given: (module, spec))
+    monkeypatch.setattr("local.training.inputs.load_encoder", lambda *given: (module, spec))
     with pytest.raises(InputError, match=r"^the GPU is out of memory while moving the encoder to cpu: close .*smaller"):
         train_run(make_recipe(TINY, "the test"), drawn.competition, tmp_path / "run")
     assert not list(tmp_path.iterdir())
@@ -393,7 +362,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing_of_a_training(drawn, whole
 
     recipe = make_recipe(SETTINGS, "the test")
     with monkeypatch.context() as patched:
-        patched.setattr("local.training.run.write_manifest", full)
+        patched.setattr("local.training.export.write_manifest", full)
         with pytest.raises(InputError, match=r"the disk is full: .* keeps the last checkpoint.* with --resume$"):
             train_run(recipe, drawn.competition, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -428,55 +397,6 @@ def test_a_disk_that_is_too_small_for_a_run_without_training_is_one_line(drawn, 
     assert done.returncode == 2, done.stderr
     assert re.fullmatch(r"error: the disk is full: .* run the command again, with --resume\n", done.stderr)
     assert not done.stdout  # found before the first photo is embedded, and nothing is left
-
-
-def labelled_rows(competition, rows):
-    """The competition with these rows, of split, observation and class, in place of its own."""
-    photos = competition.photos.head(len(rows)).assign(
-        **{name: [row[place] for row in rows] for place, name in enumerate(("split", "observation", "class_id"))}
-    )
-    return replace(competition, photos=photos)
-
-
-def test_the_first_lines_count_what_there_is_and_what_a_training_makes_of_it(drawn):
-    rows = [("train", f"t{number}", "ab"[number % 2]) for number in range(6)] + [("train", "t6", "c")]
-    rows += [("val", "v0", "a"), ("val", "v1", "b"), ("val", "v2", "d")]
-    competition = labelled_rows(read_competition(drawn.competition), rows)
-    train = TrainSettings(epochs=1)
-
-    def told(competition, train):
-        return told_training(competition, *split_for_validation(competition, 0), train)
-
-    assert told_data(competition).endswith("7 observations of 3 classes in train, 3 observations of 3 classes in val")
-    assert told(competition, train) == (
-        "training: learns from 7 observations of train, is validated on 3 of val; 1 of val is of classes that train "
-        "lacks, so never right"
-    )
-    assert told(competition, replace(train, max_classes=1)) == (
-        "training: learns from 3 observations of train, is validated on 1 of val; of 7 and 3, those of the 1 "
-        "largest class"
-    )
-    alone = competition.without_val()
-    assert told_data(alone).endswith("7 observations of 3 classes in train, no val")
-    assert told(alone, train) == (
-        "training: learns from 5 observations of train, is validated on 2 others, never the only one of a class"
-    )
-    with pytest.raises(InputError, match=r"no val, and every class has one observation in the subset of 3; set epochs"):
-        told(labelled_rows(competition, [rows[0], rows[1], rows[6]]), replace(train, subset=3))
-    with pytest.raises(InputError, match=r"no observation of val is of a class that train has; set epochs to 0$"):
-        told(labelled_rows(competition, [rows[0], rows[1], rows[9]]), train)
-
-
-@pytest.mark.parametrize(
-    ("subset", "says"),
-    [
-        (8, r"subset = 8: 8 of the 28 observations in train and 1 of the 15 observations in val"),
-        (300, r"subset = 300: all 28 observations in train and all 15 observations in val"),
-    ],
-)
-def test_a_subset_says_what_it_leaves(drawn, subset, says):
-    competition = read_competition(drawn.competition)
-    assert told_subset(competition, competition.sample(subset, 0), subset) == says
 
 
 def test_photos_that_cannot_be_read_are_named_and_listed_and_beyond_a_quarter_end_the_work(drawn, tmp_path, capsys):

@@ -19,7 +19,8 @@ from kernel.encoders import Encoder
 from kernel.inputs import InputError
 from kernel.manifest import Preprocessing
 from kernel.tables import TAXONOMY
-from local.data.competition import Labelled, read_competition, read_ranks, sort_ids, split_for_validation
+from local.data.competition import read_competition
+from local.data.observations import split_for_validation
 from local.recipes.recipe import make_recipe
 from local.training import finetuning
 from local.training.adaptation import copy_state
@@ -42,7 +43,8 @@ def fresh():
 
 @pytest.fixture(scope="module")
 def data(drawn):
-    return TuningData(*split_for_validation(read_competition(drawn.competition), 0))
+    split = split_for_validation(read_competition(drawn.competition), 0)
+    return TuningData(split.train_set, split.validation_set)
 
 
 RUINOUS = 0.1
@@ -60,7 +62,7 @@ def recipe(**settings):
 @pytest.fixture(scope="module")
 def ranked(drawn, data):
     """The same data, with the taxonomic ranks of their classes."""
-    ranks = read_ranks(read_competition(drawn.competition), sort_ids(data.train.class_ids))
+    ranks = list(data.train.group_by_rank(data.train.classes).values())
     return replace(data, rank_groups=ranks)
 
 
@@ -372,7 +374,7 @@ def test_a_class_whose_photos_cannot_be_read_is_not_trained_on_and_costs_nothing
         for one, class_id in zip(train.observations, train.class_ids, strict=True)
     ]
     settings = recipe(epochs=1, unfreeze=-1, prototypes="learned", matcher="head", rank_weights=RANKS)
-    data = replace(ranked, train=Labelled(observations, train.class_ids))
+    data = replace(ranked, train=replace(train, observations=observations))
     tuning = finetune(fresh, data, settings, tmp_path / "checkpoints")
     assert lost not in tuning.classes
     assert len(tuning.classes) == len(set(train.class_ids)) - 1 == len(tuning.head.bias)

@@ -1,0 +1,151 @@
+"""What a training begins with: the encoder, the labelled observations, and a recipe in which nothing is left open."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from kernel.encoders import Encoder, pick_devices
+from kernel.inputs import InputError
+from kernel.manifest import EncoderSpec
+from kernel.photos import shorter_side
+from kernel.tables import RESOLUTIONS
+from local.base import distributed
+from local.base.console import counted, say
+from local.data.competition import read_competition
+from local.data.observations import LabelledObservations, Split, select_observations
+from local.data.photos import refuse_missing
+from local.encoders.load import load_encoder, take_larger
+from local.recipes.recipe import Recipe
+from local.recipes.settings import TrainSettings
+from local.training.checkpoints import memory_named
+from local.training.finetuning import refuse_large
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What a training begins with.
+
+    Attributes:
+        given: the recipe as it was given, by which --resume recognises a run.
+        recipe: the same with the resolution and the resize mode that "auto" and "encoder" stand for.
+        encoder: in full precision; on the CPU until `move_to_device`.
+        spec: describes it; names no file yet.
+        labelled: the observations that may be used.
+        competition_sha256: digest of all labelled observations of the competition.
+        data_sha256: digest of `labelled`.
+    """
+
+    given: Recipe
+    recipe: Recipe
+    encoder: Encoder
+    spec: EncoderSpec
+    labelled: LabelledObservations
+    competition_sha256: str
+    data_sha256: str
+
+
+def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -> Inputs:
+    """Load the encoder and read the competition.
+
+    Args:
+        uses_val: see `local.training.run.train_run`.
+        checkpoints: the folder of checkpoints, which errors mention.
+
+    Raises:
+        InputError: there is no such encoder, it is too large, or many photos are missing.
+    """
+    torch.manual_seed(recipe.train.seed)
+    with memory_named("loading the encoder", checkpoints):
+        module, spec = load_described(recipe)
+    resolution = recipe.encoder.resolution
+    if resolution == "auto":
+        resolution = smallest_sufficient(shorter_side(spec.preprocessing))
+    whole = read_competition(data, resolution)
+    labelled = select_observations(whole, uses_val, recipe.train.subset, recipe.train.seed)
+    refuse_missing(labelled)
+    if recipe.train.subset:
+        say(describe_subset(whole if uses_val else whole.in_splits("train"), labelled, recipe.train.subset))
+    resolved = dataclasses.replace(
+        recipe,
+        encoder=dataclasses.replace(recipe.encoder, resolution=resolution),
+        bank=dataclasses.replace(recipe.bank, resize_mode=spec.preprocessing.fit),
+    )
+    encoder = Encoder(module, spec.preprocessing, spec.features, [torch.device("cpu")])
+    return Inputs(recipe, resolved, encoder, spec, labelled, whole.observations_digest(), labelled.digest())
+
+
+def load_described(recipe: Recipe) -> tuple[nn.Module, EncoderSpec]:
+    """The encoder of a recipe, and its description with the recipe's preprocessing."""
+    module, spec = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
+    refuse_large(recipe.encoder, module)
+    if "larger" in recipe.bank.views:
+        module, spec = take_larger(module, spec)
+    if recipe.bank.resize_mode != "encoder":
+        resized = dataclasses.replace(spec.preprocessing, fit=recipe.bank.resize_mode)
+        spec = dataclasses.replace(spec, preprocessing=resized)
+    return module, spec
+
+
+def move_to_device(inputs: Inputs, checkpoints: Path) -> Inputs:
+    """The same with the encoder on this process's device, its parameters frozen."""
+    encoder, device = inputs.encoder, distributed.local_device(pick_devices())
+    with memory_named(f"moving the encoder to {device}", checkpoints):
+        encoder.module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    moved = Encoder(encoder.module, encoder.preprocessing, encoder.features, [device])
+    return dataclasses.replace(inputs, encoder=moved)
+
+
+def smallest_sufficient(side: int) -> str:
+    """The smallest of FungiCLEF's resolutions whose shorter side is not enlarged to `side` pixels."""
+    return next((name for name in RESOLUTIONS[:-1] if int(name.rstrip("p")) >= side), RESOLUTIONS[-1])
+
+
+def describe_data(labelled: LabelledObservations) -> str:
+    """The folder, and the size of each of its splits."""
+    parts = []
+    for split in ("train", "val"):
+        own = labelled.in_splits(split)
+        if len(own):
+            parts.append(f"{counted(len(own), 'observation')} of {counted(len(own.classes), 'class')} in {split}")
+    splits = ", ".join(parts if labelled.has_val else [*parts, "no val"])
+    return f"{labelled.folder} ({labelled.competition.name}): {splits}"
+
+
+def describe_subset(whole: LabelledObservations, part: LabelledObservations, subset: int) -> str:
+    """How many observations of each split the setting `subset` leaves."""
+    kept = []
+    for split in ("train", "val") if part.has_val else ("train",):
+        own, of = len(part.in_splits(split)), len(whole.in_splits(split))
+        count = f"{own:,} of the {counted(of, 'observation')}" if own < of else f"all {counted(of, 'observation')}"
+        kept.append(f"{count} in {split}")
+    return f"subset = {subset}: {' and '.join(kept)}"
+
+
+def describe_training(split: Split, train: TrainSettings) -> str:
+    """Which observations a training uses, of those in `describe_data`.
+
+    Raises:
+        InputError: there is nothing to validate it on.
+    """
+    labelled, used = split.labelled, split.largest_classes(train.max_classes)
+    train_set, validation_set = used.train_set, used.validation_set
+    lacking = int((~np.isin(validation_set.class_ids, train_set.class_ids)).sum())
+    if lacking == len(validation_set):
+        why = "there is no val, and every class has one observation"
+        if labelled.has_val:
+            why = "no observation of val is of a class that train has"
+        of = f" in the subset of {train.subset}" if train.subset else ""
+        change = "set epochs to 0" + (" or take a larger subset" if train.subset else "")
+        raise InputError(f"{labelled.folder} has nothing to validate a training on: {why}{of}; {change}")
+    text = f"training: learns from {counted(len(train_set), 'observation')} of train, is validated on "
+    text += f"{len(validation_set):,} " + ("of val" if labelled.has_val else "others, never the only one of a class")
+    if train.max_classes:
+        largest = counted(train.max_classes, "largest class", "largest classes")
+        text += f"; of {split.train.sum():,} and {split.validation.sum():,}, those of the {largest}"
+    if lacking:
+        text += f"; {lacking:,} of val {'is' if lacking == 1 else 'are'} of classes that train lacks, so never right"
+    return text

@@ -1,0 +1,106 @@
+"""Make a run, step by step: load, split, tune the encoder, select the bank, export."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from kernel.encoders import pick_dtype
+from kernel.inputs import InputError
+from kernel.photos import UNREADABLE_FILE, write_unreadable
+from local.banks.estimators import spread_over
+from local.banks.selection import BankSelection, plan_bank
+from local.base.console import say
+from local.base.files import write_json
+from local.base.run_folder import CACHE
+from local.data.observations import Split, split_for_validation
+from local.recipes.recipe import Recipe
+from local.training.checkpoints import full_disk_named, memory_named
+from local.training.checks import CHECKPOINTS, is_first, partial_of
+from local.training.export import export_run, refuse_unopenable
+from local.training.finetuning import Tuning, TuningData, finetune
+from local.training.folder import run_folder
+from local.training.inputs import Inputs, describe_data, describe_training, load_inputs, move_to_device
+from local.training.log import peak_memory_gb
+from local.training.resuming import is_done, refuse_other_checkpoints
+
+
+def make_run(recipe: Recipe, data: Path, out: Path, uses_val: bool, resumes: bool) -> None:
+    """Make the run `out`; see `local.training.run.train_run`, which has checked the arguments."""
+    if resumes and out.exists() and is_done(out, recipe, data, uses_val):
+        return
+    inputs = load(recipe, data, out, uses_val)
+    with run_folder(out) as folder:
+        fill_folder(folder, out.parent / CACHE, inputs)
+    say(f"{out}: done")
+
+
+def load(recipe: Recipe, data: Path, out: Path, uses_val: bool) -> Inputs:
+    """Load the encoder and the data, and check all that can be checked before the first photo is embedded."""
+    checkpoints = partial_of(out) / CHECKPOINTS
+    inputs = load_inputs(recipe, data, uses_val, checkpoints)
+    refuse_other_checkpoints(out, inputs.recipe, inputs.data_sha256)
+    if is_first():
+        with full_disk_named(checkpoints), memory_named("opening the encoder as the kernel will", checkpoints):
+            refuse_unopenable(inputs, out)
+    return move_to_device(inputs, checkpoints)
+
+
+def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
+    """Make a run of what was loaded, and write it into a folder.
+
+    Args:
+        cache: the folder of embeddings.
+    """
+    started, recipe = time.monotonic(), inputs.recipe
+    say(f"{describe_data(inputs.labelled)}; {recipe.encoder.encoder} on {inputs.encoder.device.type}")
+    split = split_for_validation(inputs.labelled, recipe.train.seed)
+    inputs, tuning = tune(inputs, split, folder / CHECKPOINTS)
+    is_tuned = inputs.competition_sha256 in inputs.spec.learnt_from
+    plan = plan_bank(split, recipe.bank.reference, is_tuned, recipe.train.monitor == "macro_f1", recipe.train.seed)
+    head = spread_over(tuning.head, tuning.classes, plan.classes) if tuning.head else None
+    selection = BankSelection(recipe.bank, recipe.search.choose, plan, inputs.encoder, cache, head)
+    selection.embed_all()
+    if not is_first():
+        return
+    write_unreadable(list(selection.unreadable.items()), folder / UNREADABLE_FILE)
+    bank = selection.select()
+    export_run(folder, inputs, tuning, plan, bank)
+    metrics = {
+        "validation": bank.scores,
+        "chosen_epoch": tuning.epoch,
+        "mix_ratio": tuning.mix_ratio,
+        "seconds": round(time.monotonic() - started, 1),
+        "memory_gb": peak_memory_gb(),
+    }
+    write_json(metrics, folder / "metrics.json")
+
+
+def tune(inputs: Inputs, split: Split, checkpoints: Path) -> tuple[Inputs, Tuning]:
+    """Train the encoder if the recipe says so, and convert it to the kernel's precision.
+
+    The bank is made after that, so that it is compared with embeddings of the same precision.
+
+    Returns:
+        The inputs, whose `spec.learnt_from` says whether the encoder has learnt from this competition, now or in an
+        earlier run; and what the training came to.
+
+    Raises:
+        InputError: there is nothing to validate on, or the encoder has learnt from it in an earlier run.
+    """
+    encoder, recipe, source = inputs.encoder, inputs.recipe, inputs.competition_sha256
+    part = (inputs.data_sha256, recipe.train.seed)
+    if inputs.spec.learnt_from.get(source, part) != part and not inputs.labelled.has_val:
+        raise InputError(
+            f"{recipe.encoder.encoder} was trained on observations that would validate it here: give the seed and the "
+            "subset of its training"
+        )
+    tuning = Tuning([], 0, 0.0)
+    if recipe.train.epochs:
+        say(describe_training(split, recipe.train))
+        used = split.largest_classes(recipe.train.max_classes)
+        rank_groups = list(inputs.labelled.group_by_rank(used.train_set.classes).values())
+        data = TuningData(used.train_set, used.validation_set, rank_groups, inputs.data_sha256)
+        tuning = finetune(encoder, data, recipe, checkpoints)
+    encoder.module.to(pick_dtype(encoder.device, recipe.encoder.precision))
+    learnt_from = inputs.spec.learnt_from | ({source: part} if tuning.mix_ratio else {})
+    return dataclasses.replace(inputs, spec=dataclasses.replace(inputs.spec, learnt_from=learnt_from)), tuning
