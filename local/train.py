@@ -1,4 +1,4 @@
-"""Train a run: an encoder, fine-tuned or as it is, and the bank that the kernel matches against.
+"""Train a run: an encoder, fine-tuned or as it is, and the bank that ranks the classes.
 
 python local/train.py --recipe fungiclef-baseline --data data/fungi-clef-2025 --out runs/baseline
 python local/train.py --recipe fungiclef-protonet --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
@@ -17,11 +17,12 @@ local/recipes/README.md says what each recipe does and how a bank is chosen.
   as without the interruption. Ctrl-C and SIGTERM lose nothing; a damaged checkpoint loses the time since the one
   before. A finished run is trained further with --resume --set epochs=30 --set learning_rate=1e-5. If the data, the
   encoder, the seed or another setting would make another run, --resume says what differs and changes nothing. A full
-  disk, a loss that is not a number and a lack of memory end with one line, not with a traceback.
+  disk, a loss that is not a number and too little memory end with one line, not with a traceback.
 
-torchrun shares every batch and the embedding among its processes. All of them need the same runs/ folder. On two
-  machines with eight GPUs each, run on both: torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint
-  FIRST:29500 --max-restarts 3 local/train.py ... If a process dies, all start again from the last checkpoint.
+Under torchrun, every process trains on a part of each batch and embeds a part of the photos. All of them need the
+  same runs/ folder. On two machines with eight GPUs each, run on both: torchrun --nnodes 2 --nproc-per-node 8
+  --rdzv-backend c10d --rdzv-endpoint FIRST:29500 --max-restarts 3 local/train.py ... If a process dies, all start
+  again from the last checkpoint.
 
 A run folder keeps its recipe, the versions, the digest of the data, log.csv, the training curve, and TensorBoard's
 events (tensorboard --logdir runs). local/runs.py lists runs with their scores.
@@ -53,7 +54,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--explain", action="store_true", help="print every setting, its value and meaning; no training"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
+    parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     options = parser.parse_args()
     if not options.data and not options.explain:
         parser.error("the following arguments are required: --data")

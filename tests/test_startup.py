@@ -54,6 +54,7 @@ EVALUATE = ("local/evaluate.py", "{folder}/run", "--data", "{data}")
         ((*TRAIN, "{data}", "--set", "epoch=3"), "epoch"),
         ((*TRAIN, "{folder}/nowhere"), "nowhere does not exist"),
         ((*TRAIN, "{data}", "--out", "{folder}/run"), "run exists already"),
+        ((*TRAIN, "{data}", "--out", "{folder}", "--resume"), "it is no run, manifest.json is missing"),
         ((*TRAIN, "{data}", "--out", "{folder}/file/new"), "cannot be written"),
         ((*TRAIN, "{data}", "--encoder", "{folder}/nowhere", "--set", "pretrained=true"), "no encoder"),
         (("local/evaluate.py", "{folder}/run", "--data", "{folder}/nowhere"), "nowhere does not exist"),

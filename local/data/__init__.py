@@ -1,1 +1,1 @@
-"""Labelled observations: from a competition's tables to splits, and the cache of their embeddings."""
+"""Labelled observations: read from a competition's tables, split, and embedded once."""

@@ -1,14 +1,13 @@
 """Embed every photo once: a cache on disk by content, encoder, preprocessing and view.
 
-Every part that was embedded is a file of its own, written in one step under a name that nobody else uses. So several
-processes may share a cache, and one that is killed loses only the part it was at.
+Every part that was embedded is a file of its own, written in one step under a unique name. So several processes can
+share a cache, and one that is killed loses only the part that it was working on.
 """
 
 import hashlib
 import json
 import os
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -36,22 +35,17 @@ PART = 256  # photos between two writes
 
 @dataclass(frozen=True)
 class PhotoEmbeddings:
-    """The readable photos of some observations, as an encoder sees them.
+    """The embeddings of the readable photos of some observations.
 
     Attributes:
         values: (photos, views, features) float16, of length 1.
-        observations: (photos,) place in the list of the observation of each.
+        observations: (photos,) int, the index of each photo's observation.
         unreadable: path and cause of each photo that could not be read.
     """
 
     values: np.ndarray
     observations: np.ndarray
     unreadable: list[tuple[Path, str]]
-
-    @property
-    def failures(self) -> Counter:
-        """How many photos could not be read, by cause."""
-        return Counter(cause for _, cause in self.unreadable)
 
 
 class EmbeddingCache:
@@ -65,8 +59,8 @@ class EmbeddingCache:
         self.encoder, self.folder = encoder, folder / encoder_digest(encoder)
 
     def embed(self, observations: Sequence[Observation], views: Sequence[str]) -> PhotoEmbeddings:
-        """All photos in all views, from the cache where it has them."""
-        photos = [(place, path) for place, observation in enumerate(observations) for path in observation.photos]
+        """All photos in all views. What the cache lacks is embedded, and added to it."""
+        photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             each = threads.map(content_digest, (path for _, path in photos))
             digests = list(progress(each, "looking up photos in the cache", len(photos), "photo"))
@@ -76,28 +70,31 @@ class EmbeddingCache:
             for digest, (_, path) in zip(digests, photos, strict=True)
             if any(digest not in known[view] for view in views)
         }
-        missing = distributed.broadcast_object(missing)  # another run may have filled some in between
+        missing = distributed.broadcast_object(missing)  # another run may have added some in between
         causes = distributed.all_gather_dict(self._fill(missing, views, known)) if missing else {}
         if distributed.rank_and_world_size()[1] > 1:
             distributed.barrier()
             known = {view: self._read(view) for view in views}
-        kept = [place for place, digest in enumerate(digests) if all(digest in known[view] for view in views)]
-        shape = (len(kept), len(views), self.encoder.features)
-        values = np.empty(shape, dtype=np.float16)
+        readable = [
+            (digest, index)
+            for digest, (index, _) in zip(digests, photos, strict=True)
+            if all(digest in known[view] for view in views)
+        ]
+        values = np.empty((len(readable), len(views), self.encoder.features), dtype=np.float16)
         for column, view in enumerate(views):
-            for row, place in enumerate(kept):
-                values[row, column] = known[view][digests[place]]
+            for row, (digest, _) in enumerate(readable):
+                values[row, column] = known[view][digest]
         return PhotoEmbeddings(
             values,
-            np.array([photos[place][0] for place in kept], dtype=np.int64),
+            np.array([index for _, index in readable], dtype=np.int64),
             [(path, causes[digest]) for digest, (_, path) in zip(digests, photos, strict=True) if digest in causes],
         )
 
     def _fill(self, missing: dict[str, Path], views: Sequence[str], known: dict[str, dict]) -> dict[str, str]:
-        """Embed the missing photos, part by part, every process of a team its share.
+        """Embed the missing photos, part by part. Under torchrun, every process embeds some of the parts.
 
         Returns:
-            The cause of each that this process could not read.
+            The cause for each photo that this process could not read, by digest.
         """
         digests, causes, (rank, world) = list(missing), {}, distributed.rank_and_world_size()
         parts = [digests[start : start + PART] for start in range(0, len(digests), PART)][rank::world]
@@ -131,10 +128,10 @@ class EmbeddingCache:
             save_file({"photos": digests, "values": np.stack(list(rows.values()))}, partial)
             os.replace(partial, folder / f"{partial.stem[1:]}.safetensors")
         finally:
-            partial.unlink(missing_ok=True)  # on a full disk nobody else would remove it
+            partial.unlink(missing_ok=True)  # after an error, such as a full disk
 
     def _read(self, view: str) -> dict[str, np.ndarray]:
-        """What is known of a view; a part that a power cut damaged is left alone, and embedded again."""
+        """The embeddings of a view, by digest; without files that are damaged, whose photos are embedded again."""
         rows: dict[str, np.ndarray] = {}
         for path in sorted((self.folder / view).glob("*.safetensors")):
             try:
@@ -157,7 +154,7 @@ def embed_with_run(
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a photo's bytes; of its path, where it cannot be read."""
+    """SHA-256 of a photo's bytes, or of its path if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -165,9 +162,9 @@ def content_digest(path: Path) -> str:
 
 
 def encoder_digest(encoder: Encoder) -> str:
-    """Of all that an embedding depends on beside the photo and the view.
+    """SHA-256 of all that an embedding depends on, except for the photo and the view.
 
-    The weights with their types, the layers, the preprocessing, the kind of device, and the versions of what computes.
+    These are the weights with their types, the layers, the preprocessing, the type of device and library versions.
     """
     digest = hashlib.sha256()
     for name, value in encoder.module.state_dict().items():

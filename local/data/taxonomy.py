@@ -1,4 +1,4 @@
-"""The ranks above the species, and which classes are related."""
+"""Which classes are related."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Taxonomy:
-    """The coarser groups of each class; a class whose groups are unknown is alone in its own.
+    """The genus and the family of each class. A class without one is alone in a group of its own.
 
     Attributes:
         genus, family: (classes,) int.
@@ -18,5 +18,5 @@ class Taxonomy:
 
     @classmethod
     def unknown(cls, classes: int) -> "Taxonomy":
-        """Of classes without groups."""
+        """Of classes that have no relatives."""
         return cls(np.arange(classes), np.arange(classes))

@@ -19,11 +19,13 @@ CHECKPOINTS = "checkpoints"
 def check_start(recipe: Recipe, data: Path, out: Path, resumes: bool = False) -> None:
     """Check the folders and names that a training is given. Nothing is left behind.
 
+    Args:
+        out: as `named` gives it.
+
     Raises:
         InputError: `out` exists already, or is no run that could be continued; it cannot be written, or was
             interrupted; `data` is no competition; there is no such encoder.
     """
-    out = named(out)
     if os.path.exists(out):  # unlike Path's, it takes any name
         if not resumes:
             raise InputError(f"{out} exists already: give another --out, continue it with --resume, or remove it")
@@ -48,17 +50,17 @@ def refuse_no_run(out: Path) -> None:
 
 
 def named(out: Path) -> Path:
-    """A run's folder by a path that ends with its name, as `.` does not."""
+    """The path of a run's folder, ending with the folder's name; "." and ".." do not."""
     return out if out.name not in ("", "..") else out.resolve()
 
 
 def partial_of(out: Path) -> Path:
-    """The hidden folder beside a run's in which it is made."""
+    """The hidden folder beside `out` in which the run is made."""
     return out.with_name(f".{out.name}.partial")
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a training has left anything to go on from."""
+    """Whether a training has left anything to continue from."""
     return any(folder.glob("*.safetensors"))
 
 
@@ -73,7 +75,7 @@ def is_restarted() -> bool:
 
 
 def refuse_unwritable(out: Path) -> None:
-    """Try to write where the run and the cache will be, before hours of work; what is made for it is removed again.
+    """Write to the folders of the run and of the cache for a test, and remove what was written.
 
     Raises:
         InputError: nothing can be written there.
