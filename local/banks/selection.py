@@ -32,7 +32,8 @@ class BankPlan:
     Attributes:
         split: of the labelled observations; masks and labels are in its order.
         reference: (observations,) bool, those that the bank is made of.
-        query_mask: (observations,) bool, those that may be held out to evaluate it: not what the encoder has learnt.
+        query_mask: (observations,) bool, those that may be held out to evaluate it, because the encoder was not trained
+            on them.
         classes: the bank's class ids, sorted.
         labels: (observations,) int, index into `classes`; -1 for a class that the bank lacks.
         folds: (reference, queries) masks. If the competition's val is not in the bank, val is the one fold's queries.

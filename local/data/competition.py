@@ -58,26 +58,26 @@ def read_competition(folder: Path, resolution: str = "300p") -> LabelledObservat
 
 
 def taxon_name(name: str) -> str:
-    """The name of a taxon without surrounding spaces; "" for a name that stands for none.
+    """The name of a taxon without surrounding spaces; "" if it means that the taxon is unknown.
 
-    Classes without a taxon are no relatives of each other. "Agaricales incertae sedis" and "unclassified Agaricales"
-    stand for none too: they are what has no taxon at this rank.
+    "Agaricales incertae sedis" and "unclassified Agaricales" mean that too. Classes whose taxon is unknown must not
+    become relatives of each other by such a name.
     """
     words = name.casefold().replace("_", " ").split()
     is_none = names_nothing(name) or words[0] in BLANKS or "incertae sedis" in " ".join(words)
     return "" if is_none else name.strip()
 
 
-def _check_resolution(found: CompetitionFolder, split: str, wanted: str) -> None:
-    """Say which resolution is read if the wanted one is not there.
+def _check_resolution(found: CompetitionFolder, split: str, resolution: str) -> None:
+    """Print which resolution is read if `resolution` is not there.
 
     Raises:
         InputError: the folder of the split is there, without any of the competition's resolutions.
     """
     folder, there = found.split_folder(split), found.resolutions(split)
-    read = found.photo_folder(split, wanted)
-    if there and read.name != wanted:
-        say_once(f"{folder.parent} has {', '.join(there)}, not {wanted}: reading {read.name}")
+    read = found.photo_folder(split, resolution)
+    if there and read.name != resolution:
+        say_once(f"{folder.parent} has {', '.join(there)}, not {resolution}: reading {read.name}")
     elif found.competition.resolutions and folder.is_dir() and not there:
         entries = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) or "nothing"
         raise InputError(f"{folder} has none of {', '.join(RESOLUTIONS)}, but {entries}: download the photos again")
@@ -93,8 +93,7 @@ def _check_classes(folder: Path, name: str, photos: Sequence[LabelledPhoto]) -> 
         raise InputError(f"{folder} ({name}) has no labelled photo: check that the training table is complete")
     if len({photo.class_id for photo in photos}) < 2:
         raise InputError(
-            f"{folder} ({name}) has one class alone, {photos[0].class_id!r}: check that this is the folder as "
-            "downloaded"
+            f"{folder} ({name}) has only one class, {photos[0].class_id!r}: check that this is the folder as downloaded"
         )
 
 
@@ -116,7 +115,7 @@ def _one_per_observation(
 
 
 def _text_of_classes(photos: Sequence[LabelledPhoto], text_of: Callable[[LabelledPhoto], str]) -> dict[str, str]:
-    """What some of a class's photos say of it, others perhaps nothing; of several texts the last by alphabet."""
+    """A text about each class, which the rows of some of its photos may lack; of several, the last by alphabet."""
     texts: dict[str, str] = {}
     for photo in photos:
         texts[photo.class_id] = max(text_of(photo), texts.get(photo.class_id, ""))

@@ -28,13 +28,13 @@ class LabelledObservations:
     Attributes:
         folder: as downloaded.
         competition: to which it belongs.
-        resolution: of the folders of photos, where there are several, the one that was asked for.
+        resolution: of the photos, as requested; the competition may ship only others.
         observations: with their photos and metadata.
         class_ids: (observations,) str objects, as the competition spells them.
         is_val: (observations,) bool, those of the competition's own validation split.
         taxa: the names of each class at the ranks of TAXONOMY, "" where the tables give none.
-        species: the name of each class, "" where the tables give none. Nothing is learnt from it.
-        poisonous: of each class what the tables say: "1", "0" or "". Nothing is learnt from it.
+        species: the name of each class, "" where the tables give none; only for reports.
+        poisonous: "1", "0" or "" for each class; only for reports.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class LabelledObservations:
 
     @property
     def has_metadata(self) -> bool:
-        """Whether the tables say anything of an observation beside its photos."""
+        """Whether any observation has metadata."""
         return any(observation.metadata for observation in self.observations)
 
     @cached_property

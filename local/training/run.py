@@ -13,7 +13,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     processes call this.
 
     Args:
-        uses_val: False trains as if the competition had no val, so that nothing is chosen by what is asked later.
+        uses_val: False trains as if the competition had no val, so that val can be the test.
         resumes: continue from the checkpoints of an interrupted training, or of a finished one with more epochs; where
             there are none, begin.
 

@@ -1,4 +1,4 @@
-"""A run is complete or not there, and a training that is killed goes on as if nothing had been."""
+"""A run is complete or not there, and a training that is killed ends as if it had not been."""
 
 import errno
 import json
