@@ -1,4 +1,4 @@
-"""Weigh the runs of an ensemble by their answers to the observations that were held out from each."""
+"""Weight the runs of an ensemble by their predictions of held-out observations."""
 
 import json
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernel.inputs import InputError
-from local.banks.search import compare, worth
+from local.banks.search import evaluate_predictions
 from local.base.console import say
-from local.base.metrics import FEWEST, gained
+from local.base.metrics import MIN_OBSERVATIONS, gained, mean_recall
 from local.base.run_folder import VALIDATION_FILE
 
 STEPS = 20  # weights are multiples of one twentieth
@@ -20,23 +20,27 @@ STEPS = 20  # weights are multiples of one twentieth
 
 @dataclass(frozen=True)
 class Answers:
-    """A run's answers to its held-out observations.
+    """A run's predictions of its held-out observations.
 
     Attributes:
-        asked: what they were asked: observations, classes and folds, as JSON.
+        queries: the ids of the observations and of the classes, as JSON; equal for runs that can be compared.
         log_probabilities: (queries, classes).
-        truth: (queries,) index of the true class, -1 where the bank lacks it.
+        truth: (queries,) index of the true class, -1 if the bank lacks it.
         weights: (queries,), see `shot_weights` and `macro_weights` of `local.banks.folds`.
     """
 
-    asked: str
+    queries: str
     log_probabilities: torch.Tensor
     truth: np.ndarray
     weights: np.ndarray
 
 
 def read_answers(run: Path) -> Answers | None:
-    """The answers that training left in a run folder; None where nothing could be held out."""
+    """The predictions that training saved in a run folder; None if nothing could be held out.
+
+    Raises:
+        InputError: the file is damaged.
+    """
     path = run / VALIDATION_FILE
     if not path.is_file():
         return None
@@ -52,44 +56,46 @@ def read_answers(run: Path) -> Answers | None:
         raise InputError(f"{path} is damaged ({error}): train the run again") from error
 
 
-def weigh(runs: Sequence[Path], guesses: int) -> list[float]:
-    """The weight of each run's log-probabilities, summing to 1; 0 for one that does not pay.
+def ensemble_weights(runs: Sequence[Path], guesses: int) -> list[float]:
+    """Weights of the runs' log-probabilities, summing to 1; 0 for a run that does not help.
 
-    The best run comes first; then, step after step, whichever run the answers gain most by is added once more, as often
-    as it takes (Caruana et al. 2004, https://doi.org/10.1145/1015330.1015432). All of that is kept only when it gains
-    on the best run alone beyond its 95% interval, so that an ensemble is not bought with luck. Too few observations for
-    an interval are no evidence, and the best run stays alone.
+    Greedy selection (Caruana et al. 2004, https://doi.org/10.1145/1015330.1015432): start with the best run, and in
+    each step add the run that helps most, the same one again if it does. The ensemble is used only if its gain over the
+    best run is above 0 by its 95% interval. With too few observations for an interval, the best run stays alone.
 
     Args:
-        guesses: of a row of the submission.
+        guesses: in a row of the submission.
     """
-    answers = [read_answers(run) for run in runs]
-    if len(runs) == 1 or any(answer is None or answer.asked != answers[0].asked for answer in answers):
+    predictions = [read_answers(run) for run in runs]
+    if len(runs) == 1 or any(one is None or one.queries != predictions[0].queries for one in predictions):
         if len(runs) > 1:
-            say("the runs were not judged by the same held-out observations: they get equal weights")
+            say("the runs were not evaluated on the same held-out observations: they get equal weights")
         return [1 / len(runs)] * len(runs)
-    logs, first = [answer.log_probabilities for answer in answers], answers[0]
+    logs, first = [one.log_probabilities for one in predictions], predictions[0]
 
-    def worth_of(counts: Sequence[int]) -> np.ndarray:
+    def recalls(counts: Sequence[int]) -> np.ndarray:
         total = sum(count * log for count, log in zip(counts, logs, strict=True) if count)
-        return first.weights * worth(compare(total, first.truth).places, guesses)
+        return first.weights * mean_recall(evaluate_predictions(total, first.truth).ranks, guesses)
 
-    alone = [[int(place == other) for other in range(len(runs))] for place in range(len(runs))]
-    best_alone = max(alone, key=lambda counts: worth_of(counts).mean())
-    counts = best = best_alone
+    single = np.eye(len(runs), dtype=int).tolist()
+    best_single = max(single, key=lambda counts: recalls(counts).mean())
+    counts = best = best_single
     for _ in range(STEPS - 1):
         counts = max(
-            ([count + more for count, more in zip(counts, one, strict=True)] for one in alone),
-            key=lambda candidate: worth_of(candidate).mean(),
+            ([count + more for count, more in zip(counts, one, strict=True)] for one in single),
+            key=lambda candidate: recalls(candidate).mean(),
         )
-        best = max(best, counts, key=lambda candidate: worth_of(candidate).mean())
-    gain = gained(worth_of(best), worth_of(best_alone))
+        best = max(best, counts, key=lambda candidate: recalls(candidate).mean())
+    gain = gained(recalls(best), recalls(best_single))
     if not gain["low"] > 0:
-        best = best_alone
+        best = best_single
     for run, count in zip(runs, best, strict=True):
         say(f"{run}: weight {count / sum(best):.2f}" + ("" if count else ", it is left out"))
     interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
-    if len(first.truth) < FEWEST:
-        interval = f"(no evidence: an interval needs {FEWEST} held-out observations, the runs have {len(first.truth)})"
-    say(f"the ensemble gains {gain['value']:+.3f} {interval} on its best run")
+    if len(first.truth) < MIN_OBSERVATIONS:
+        interval = (
+            f"(no evidence: an interval needs {MIN_OBSERVATIONS} held-out observations, the runs have "
+            f"{len(first.truth)})"
+        )
+    say(f"the ensemble gains {gain['value']:+.3f} {interval} over its best run")
     return [count / sum(best) for count in best]

@@ -1,55 +1,59 @@
-"""Split observations into those that are learnt from and those that judge; no observation is both."""
+"""Hold out observations, and weight them: no observation is both in a reference set and a query of it."""
 
 import numpy as np
 
 FOLDS = 5
-SCORES = 50_000_000  # of queries and classes at most; the queries are drawn where there would be more
+MAX_SCORES = 50_000_000  # queries times classes; with more classes fewer queries are drawn
 
 
-def make_folds(classes: np.ndarray, seed: int, asked: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Observation-disjoint folds, a class's observations spread over as many of them as it has.
+def make_folds(
+    labels: np.ndarray, seed: int, query_mask: np.ndarray | None = None
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Folds of observations, with the observations of a class spread over as many folds as possible.
 
-    A class of one observation is always part of the reference: nothing can be asked of it, but it makes the other
-    classes' queries as hard as they will be. What it is like to be asked for a class of one observation is told by the
-    classes of two, and `shot_weights` gives these the part of both.
+    The only observation of a class is in every reference set and never a query, but it makes the queries of other
+    classes as hard as they will be. Queries of classes with two observations represent such classes; `shot_weights`
+    weights them accordingly.
 
     Args:
-        classes: (observations,) index of the class of each.
-        asked: (observations,) bool, which may be queries; None for all.
+        labels: (observations,) index of the class of each.
+        query_mask: (observations,) bool, which may be queries; None: all.
 
     Returns:
-        (reference, queries), each (observations,) bool, per fold.
+        Of each fold the reference set and the queries, both (observations,) bool.
     """
     rng = np.random.default_rng(seed)
-    fold = np.full(len(classes), -1)
-    for index in rng.permutation(np.unique(classes)):
-        own = rng.permutation(np.flatnonzero(classes == index if asked is None else (classes == index) & asked))
-        if len(own) and (classes == index).sum() > 1:
-            fold[own] = (np.arange(len(own)) + rng.integers(FOLDS)) % FOLDS
-    limit = max(FOLDS, SCORES // (classes.max() + 1))
-    left = rng.permutation(np.flatnonzero(fold >= 0))[:limit]
-    chosen = np.isin(np.arange(len(fold)), left)
-    return [(fold != number, chosen & (fold == number)) for number in range(FOLDS) if (chosen & (fold == number)).any()]
+    fold = np.full(len(labels), -1)
+    for label in rng.permutation(np.unique(labels)):
+        own = labels == label
+        queries = rng.permutation(np.flatnonzero(own if query_mask is None else own & query_mask))
+        if len(queries) and own.sum() > 1:
+            fold[queries] = (np.arange(len(queries)) + rng.integers(FOLDS)) % FOLDS
+    limit = max(FOLDS, MAX_SCORES // (labels.max() + 1))
+    drawn = np.isin(np.arange(len(fold)), rng.permutation(np.flatnonzero(fold >= 0))[:limit])
+    return [(fold != number, drawn & (fold == number)) for number in range(FOLDS) if (drawn & (fold == number)).any()]
 
 
-def shot_weights(shots: np.ndarray, classes: np.ndarray, most: int = 4) -> np.ndarray:
-    """Weights of queries, of mean 1, that give each number of shots the part that it has in the whole reference.
+def shot_weights(shots: np.ndarray, labels: np.ndarray, max_shots: int = 4) -> np.ndarray:
+    """Weights of queries, with mean 1: each number of shots counts as much as in the whole reference set.
 
-    Equal ones where no query has a number of shots that is in the whole, as when all classes are of one size.
+    A query of few shots thus represents the classes of few observations. All weights are equal if no query has a number
+    of shots that occurs in the whole reference set, as when all classes have the same size.
 
     Args:
-        shots: (queries,) observations of the query's class in its fold's reference.
-        classes: (observations,) class of each observation of the whole reference.
+        shots: (queries,) observations of the query's class in the reference set of its fold.
+        labels: (observations,) class of each observation of the whole reference set.
+        max_shots: so many shots or more are one number.
     """
-    sizes = np.minimum(np.bincount(classes)[classes], most)
-    shots = np.clip(shots, 1, most)
-    wanted, found = np.bincount(sizes, minlength=most + 1), np.bincount(shots, minlength=most + 1)
-    weights = (wanted / np.maximum(found, 1))[shots]
+    sizes = np.minimum(np.bincount(labels)[labels], max_shots)
+    shots = np.clip(shots, 1, max_shots)
+    target, found = np.bincount(sizes, minlength=max_shots + 1), np.bincount(shots, minlength=max_shots + 1)
+    weights = (target / np.maximum(found, 1))[shots]
     return weights / weights.mean() if weights.any() else np.ones(len(shots))
 
 
 def macro_weights(truth: np.ndarray) -> np.ndarray:
-    """Weights of queries, of mean 1, that give every class the same part; `truth` is (queries,), the class of each."""
-    _, places, sizes = np.unique(truth, return_inverse=True, return_counts=True)
-    weights = 1 / sizes[places]
+    """Weights of queries, with mean 1: all classes count the same; `truth` is (queries,), the class of each."""
+    _, index, sizes = np.unique(truth, return_inverse=True, return_counts=True)
+    weights = 1 / sizes[index]
     return weights / weights.mean()

@@ -1,6 +1,6 @@
 """An ensemble of small networks on frozen embeddings, like the one that won FungiCLEF 2025: minutes on a CPU.
 
-`ProjectionEnsemble` has the manners of the estimators in banks.py; its members are banks that the kernel reads.
+`ProjectionEnsemble` is used like the estimators of `local.banks.estimators`; its members are banks of the kernel.
 """
 
 import math
@@ -13,53 +13,54 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from kernel.bank import Bank, Layer, apply_layers
-from local.banks.estimators import NEVER, ClassMeans, Whitening, make_bank, pool
+from local.banks.estimators import ABSENT, Centring, ClassMeans, Whitening, make_bank, pool
 from local.banks.folds import make_folds
-from local.base.metrics import GUESSES, paired_gain
+from local.base.metrics import mean_recall, paired_gain
 from local.data.taxonomy import Taxonomy
 
-MARKS = 6  # how often the members are judged on what they left out
-SEEDS = 1000  # apart, so that the members of two ensembles share none
+EVALUATIONS = 6  # of the members on their held-out observations, during training
+SEED_STRIDE = 1000  # so that the members of two ensembles have different seeds
 
 
 class ProjectionEnsemble:
     """Networks that pull the photos of a class together and push classes apart, starting from a linear transform.
 
-    Every member leaves out observations of its own, one in five and never a class's last, and has its own start,
-    fitted without them. It learns by two losses at one temperature: cross-entropy of cosines to a learnt vector per
-    class, which starts at the class's mean, and the supervised contrastive loss between the samples of a batch. Each
-    observation of a batch is sampled twice: a random mean of its photos and views, moved as some photo of another class
-    differs from the mean of its own. This lends the variation of classes with many photos to those with one, and
-    keeps the network from learning the few by heart.
+    Every member holds out other observations, one in five and never the only one of a class, and starts from a
+    transform fitted without them. It is trained with two losses at one temperature: cross-entropy of the cosines to a
+    learned vector per class, initialised with the class mean, and the supervised contrastive loss within the batch.
+    Each observation of a batch is sampled twice: a random mean of its photos and views, plus the difference between a
+    photo of another class and the mean of that class. So classes of one photo get the variation of classes with many,
+    and the network cannot memorise the few.
 
-    On a few observations per class a linear whitening is hard to beat. All members are therefore stopped at the same
-    step, where the observations they left out are recognised best, and at none, unless training gains more than one
-    standard error there: they are then an ensemble of their starts. So they are too where nothing can be left out.
+    With a few observations per class a linear whitening is hard to beat. All members are therefore stopped at the same
+    step, the best one on their held-out observations. If training does not gain more than one standard error there, or
+    nothing can be held out, they stay as they started.
 
     Args:
-        start: an unfitted transform of banks.py, in whose space training begins; `Whitening(0.75)` unless given.
+        start: an unfitted transform, in whose space training begins; `Whitening(0.75)` by default.
         members: networks, whose probabilities are averaged.
         hidden: units of a network's one hidden layer.
-        width: features in which cosines are taken, at most those of the embeddings.
-        epochs, steps: training sees every observation so many times, and takes at least so many batches.
+        width: output features, at most those of the embeddings.
+        epochs, steps: training takes this many epochs, but at least so many batches.
         batch_size: observations in a batch.
-        draws: photos in random views whose mean is a sample; many make it like the mean of all, which the kernel sees.
-        variation: how far a sample is moved, in differences of a photo from the mean of its class.
+        draws: photos in random views whose mean is a sample; many make it similar to the mean of all, which the kernel
+            uses.
+        variation: factor of the difference that is added to a sample.
         temperature: of both losses.
         contrast: weight of the contrastive loss.
         dropout: of hidden units.
-        learning_rate, weight_decay: AdamW's; the rate rises over a tenth of the steps and falls as a cosine.
-        genus, family: as in `ClassMeans`, for the prototypes.
+        learning_rate, weight_decay: of AdamW; the rate rises over a tenth of the steps and falls as a cosine.
+        genus, family: of `ClassMeans`, for the prototypes.
 
     Attributes:
         banks_: one per member, each with a prototype per class made of all observations by the trained network.
-        steps_: after how many steps the members were stopped.
-        worth_: by step, the mean of recalls at 1, 5 and 10 of the observations that members left out.
+        steps_: the step at which the members were stopped.
+        mean_recalls_: by step, the mean of Recall@1, 5 and 10 on the held-out observations.
     """
 
     def __init__(
         self,
-        start=None,
+        start: Centring | Whitening | None = None,
         members: int = 5,
         hidden: int = 2048,
         width: int = 768,
@@ -89,58 +90,58 @@ class ProjectionEnsemble:
         self,
         embeddings: np.ndarray,
         observations: np.ndarray,
-        classes: np.ndarray,
+        labels: np.ndarray,
         taxonomy: Taxonomy,
         pooled: np.ndarray | None = None,
     ):
-        """Learn from a reference.
+        """Fit on a reference set.
 
         Args:
-            embeddings, observations, classes, taxonomy: as `Whitening.fit`.
-            pooled: (observations, features) as the kernel will see them, if not in all views of `embeddings`.
+            embeddings, observations, labels, taxonomy: see `Whitening.fit`.
+            pooled: (observations, features) as the kernel will see them; None: the mean of all views.
         """
         pooled = pool(embeddings, observations) if pooled is None else pooled
-        reference = Reference.of(embeddings, observations, classes, taxonomy, pooled)
-        everything = np.ones(len(reference.classes), dtype=bool)
-        folds = make_folds(reference.classes.numpy(), self.seed) or [(everything, ~everything)]
-        steps = max(self.steps, math.ceil(self.epochs * len(reference.classes) / self.batch_size))
+        reference = ReferenceSet.of(embeddings, observations, labels, taxonomy, pooled)
+        everything = np.ones(len(reference.labels), dtype=bool)
+        folds = make_folds(reference.labels.numpy(), self.seed) or [(everything, ~everything)]
+        steps = max(self.steps, math.ceil(self.epochs * len(reference.labels) / self.batch_size))
         members = [
-            Member(self, reference, *folds[number % len(folds)], steps, seed=self.seed * SEEDS + number)
+            ProjectionMember(self, reference, *folds[number % len(folds)], steps, seed=self.seed * SEED_STRIDE + number)
             for number in range(self.members)
         ]
-        marks = np.unique(np.linspace(0, steps, MARKS + 1).round().astype(int)).tolist()
-        worth, self.worth_ = {}, {}
-        for before, mark in zip([0, *marks], marks, strict=False):
+        evaluated = np.unique(np.linspace(0, steps, EVALUATIONS + 1).round().astype(int)).tolist()
+        recalls, self.mean_recalls_ = {}, {}
+        for before, step in zip([0, *evaluated], evaluated, strict=False):
             for member in members:
-                member.advance(mark - before)
-            worth[mark] = torch.cat([member.held_out_worth() for member in members]).numpy()
-            self.worth_[mark] = float(worth[mark].mean()) if worth[mark].size else float("nan")
-            improves = mark > 0 and self.worth_[mark] > self.worth_[self.steps_]
-            if mark == 0 or (improves and surely_better(worth[mark], worth[0])):
-                self.steps_ = mark
+                member.train(step - before)
+            recalls[step] = np.concatenate([member.held_out_recall() for member in members])
+            self.mean_recalls_[step] = float(recalls[step].mean()) if recalls[step].size else float("nan")
+            improves = step > 0 and self.mean_recalls_[step] > self.mean_recalls_[self.steps_]
+            if step == 0 or (improves and gains_over_one_standard_error(recalls[step], recalls[0])):
+                self.steps_ = step
                 states = [deepcopy(member.network.state_dict()) for member in members]
         for member, state in zip(members, states, strict=True):
             member.network.load_state_dict(state)
-        # A tensor each: safetensors refuses shared ones.
+        # One tensor per bank: safetensors refuses shared ones.
         self.banks_ = [replace(member.bank(), mixture_weight=torch.tensor(1 / self.members)) for member in members]
         return self
 
 
-def surely_better(new: np.ndarray, old: np.ndarray) -> bool:
-    """Whether the gain on the same observations is above one standard error; fewer than two are no evidence."""
+def gains_over_one_standard_error(new: np.ndarray, old: np.ndarray) -> bool:
+    """Whether the paired gain exceeds its standard error; with fewer than two observations it does not."""
     gain, error = paired_gain(new, old)
     return gain > error
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A reference in single precision, the photos of an observation side by side.
+class ReferenceSet:
+    """A reference set in single precision, sorted by observation.
 
     Attributes:
         photos: (photos, views, features).
-        observations: (photos,) the observation of each.
-        first, photo_counts: (observations,) where an observation's photos begin, and how many they are.
-        classes: (observations,).
+        observations: (photos,) index of the observation of each photo.
+        first, photo_counts: (observations,) index of the first photo of each observation, and their number.
+        labels: (observations,) index of the class of each.
         pooled: (observations, features), as the kernel sees them.
         taxonomy: of the classes.
     """
@@ -149,12 +150,12 @@ class Reference:
     observations: torch.Tensor
     first: torch.Tensor
     photo_counts: torch.Tensor
-    classes: torch.Tensor
+    labels: torch.Tensor
     pooled: torch.Tensor
     taxonomy: Taxonomy
 
     @classmethod
-    def of(cls, embeddings, observations, classes, taxonomy, pooled) -> "Reference":
+    def of(cls, embeddings, observations, labels, taxonomy, pooled) -> "ReferenceSet":
         """See `ProjectionEnsemble.fit`."""
         order = np.argsort(observations, kind="stable")
         counts = torch.tensor(np.bincount(observations))
@@ -163,25 +164,25 @@ class Reference:
             observations=torch.tensor(observations[order]),
             first=counts.cumsum(0) - counts,
             photo_counts=counts,
-            classes=torch.tensor(classes[np.unique(observations, return_index=True)[1]]),
+            labels=torch.tensor(labels[np.unique(observations, return_index=True)[1]]),
             pooled=torch.tensor(pooled, dtype=torch.float32),
             taxonomy=taxonomy,
         )
 
 
 class Projection(nn.Module):
-    """unit(x @ skip + relu(x @ inner + bias) @ outer + bias): one hidden layer beside a linear map.
+    """normalize(x @ skip + relu(x @ inner + bias) @ outer + bias): one hidden layer beside a linear map.
 
-    It begins as the linear map alone, onto the principal directions of the space that it is given.
+    It starts as the linear map alone, onto the principal directions of its input.
 
     Args:
-        space: (observations, features).
+        values: (observations, features), for the principal directions.
     """
 
-    def __init__(self, space: torch.Tensor, hidden: int, width: int, generator: torch.Generator):
+    def __init__(self, values: torch.Tensor, hidden: int, width: int, generator: torch.Generator):
         super().__init__()
-        features, width = space.shape[1], min(width, space.shape[1])
-        directions = torch.linalg.eigh((space.T @ space).double()).eigenvectors.flip(1)[:, :width]
+        features, width = values.shape[1], min(width, values.shape[1])
+        directions = torch.linalg.eigh((values.T @ values).double()).eigenvectors.flip(1)[:, :width]
         self.register_buffer("skip", directions.float().contiguous())
         self.inner = nn.Parameter(torch.randn(features, hidden, generator=generator) * (2 / features) ** 0.5)
         self.inner_bias = nn.Parameter(torch.zeros(hidden))
@@ -195,7 +196,7 @@ class Projection(nn.Module):
         return normalize(torch.addmm(self.outer_bias, active, self.outer) + values @ self.skip, dim=1)
 
     def layers(self) -> list[Layer]:
-        """The same as the kernel's layers: x = relu(x) - relu(-x) carries the linear map past the rectifier."""
+        """The network as the kernel's layers: x = relu(x) - relu(-x) takes the linear map through the hidden layer."""
         if not self.outer.any():  # untrained
             return [Layer(self.skip.clone(), self.outer_bias.detach().clone(), torch.tensor(0.0))]
         identity = torch.eye(len(self.skip))
@@ -208,37 +209,37 @@ class Projection(nn.Module):
         ]
 
 
-class Member:
+class ProjectionMember:
     """One network in training.
 
     Args:
-        kept, held: (observations,) bool, those that it learns from and those that it leaves out.
-        steps: of the whole training, for the learning rate's schedule.
+        kept, held_out: (observations,) bool, those for training and those for evaluation.
+        steps: of the whole training, for the learning rate schedule.
     """
 
     def __init__(
         self,
         settings: ProjectionEnsemble,
-        reference: Reference,
+        reference: ReferenceSet,
         kept: np.ndarray,
-        held: np.ndarray,
+        held_out: np.ndarray,
         steps: int,
         seed: int,
     ):
         self.settings, self.reference = settings, reference
-        self.kept, self.held = torch.tensor(np.flatnonzero(kept)), torch.tensor(np.flatnonzero(held))
+        self.kept, self.held_out = torch.tensor(np.flatnonzero(kept)), torch.tensor(np.flatnonzero(held_out))
         self.generator = torch.Generator().manual_seed(seed)
         self.start = fit_start(settings.start, reference, kept)
-        self.space = apply_layers(self.start, reference.pooled)
-        self.network = Projection(self.space[self.kept], settings.hidden, settings.width, self.generator)
-        self.columns = self.prototypes(self.kept).requires_grad_()
-        classes = reference.classes[self.kept]
-        self.absent = torch.where(torch.bincount(classes, minlength=len(self.columns)) > 0, 0.0, NEVER)
+        self.values = apply_layers(self.start, reference.pooled)
+        self.network = Projection(self.values[self.kept], settings.hidden, settings.width, self.generator)
+        self.class_vectors = self.prototypes(self.kept).requires_grad_()
+        sizes = torch.bincount(reference.labels[self.kept], minlength=len(self.class_vectors))
+        self.bias = torch.where(sizes > 0, 0.0, ABSENT)
         self.donors, self.class_means = self.find_donors()
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(self.network.parameters()), "weight_decay": settings.weight_decay},
-                {"params": [self.columns], "weight_decay": 0.0},  # only their directions matter
+                {"params": [self.class_vectors], "weight_decay": 0.0},  # only their directions matter
             ],
             lr=settings.learning_rate,
         )
@@ -248,19 +249,23 @@ class Member:
         self.queue = self.kept[:0]
 
     def find_donors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Photos whose class has several, or all where none has, (donors,), and the mean of each class's photos."""
+        """Photos that lend their variation, and the mean of the photos of each class.
+
+        Returns:
+            (donors,) indices of the photos whose class has several, or of all if none has, and (classes, features).
+        """
         reference = self.reference
         photos = torch.isin(reference.observations, self.kept)
-        classes = reference.classes[reference.observations]
-        sizes = torch.bincount(classes[photos], minlength=len(self.absent))
+        labels = reference.labels[reference.observations]
+        sizes = torch.bincount(labels[photos], minlength=len(self.bias))
         totals = torch.zeros(len(sizes), reference.photos.shape[2])
-        totals.index_add_(0, classes[photos], reference.photos[photos].mean(dim=1))
-        several = photos & (sizes[classes] > 1)
+        totals.index_add_(0, labels[photos], reference.photos[photos].mean(dim=1))
+        several = photos & (sizes[labels] > 1)
         donors = torch.nonzero(several if several.any() else photos)[:, 0]
         return donors, totals / sizes.clamp_min(1)[:, None]
 
     def sample(self, observations: torch.Tensor) -> torch.Tensor:
-        """Random embeddings of observations, (rows,) -> (rows, features) in the space of the start."""
+        """Random samples of observations, (rows,) -> (rows, features) after the layers of the start."""
         reference, generator = self.reference, self.generator
         rows, draws, views = len(observations), self.settings.draws, reference.photos.shape[1]
         offset = torch.rand(rows, draws, generator=generator) * reference.photo_counts[observations, None]
@@ -270,28 +275,28 @@ class Member:
         mixed = normalize(torch.einsum("rd,rdf->rf", weights, drawn), dim=1)
         donor = self.donors[torch.randint(len(self.donors), (rows,), generator=generator)]
         given = reference.photos[donor, torch.randint(views, (rows,), generator=generator)]
-        difference = given - self.class_means[reference.classes[reference.observations[donor]]]
+        difference = given - self.class_means[reference.labels[reference.observations[donor]]]
         return apply_layers(self.start, normalize(mixed + self.settings.variation * difference, dim=1))
 
     def loss(self, observations: torch.Tensor) -> torch.Tensor:
-        """Of two samples of each observation of a batch, (batch,)."""
+        """The loss of two samples of each observation of a batch, (batch,)."""
         settings = self.settings
         observations = observations.repeat(2)
-        classes = self.reference.classes[observations]
-        survive = torch.rand(len(observations), settings.hidden, generator=self.generator) >= settings.dropout
-        projected = self.network(self.sample(observations), survive / (1 - settings.dropout))
-        logits = projected @ normalize(self.columns, dim=1).T / settings.temperature + self.absent
-        return cross_entropy(logits, classes) + settings.contrast * contrastive_loss(
-            projected, classes, settings.temperature
+        labels = self.reference.labels[observations]
+        kept_units = torch.rand(len(observations), settings.hidden, generator=self.generator) >= settings.dropout
+        projected = self.network(self.sample(observations), kept_units / (1 - settings.dropout))
+        logits = projected @ normalize(self.class_vectors, dim=1).T / settings.temperature + self.bias
+        return cross_entropy(logits, labels) + settings.contrast * contrastive_loss(
+            projected, labels, settings.temperature
         )
 
-    def advance(self, steps: int) -> None:
-        """Train on so many batches more."""
+    def train(self, steps: int) -> None:
+        """Train on this many more batches."""
         size = min(self.settings.batch_size, len(self.kept))
         for _ in range(steps):
             if len(self.queue) < size:
-                again = self.kept[torch.randperm(len(self.kept), generator=self.generator)]
-                self.queue = torch.cat([self.queue, again])
+                shuffled = self.kept[torch.randperm(len(self.kept), generator=self.generator)]
+                self.queue = torch.cat([self.queue, shuffled])
             batch, self.queue = self.queue[:size], self.queue[size:]
             self.optimizer.zero_grad()
             self.loss(batch).backward()
@@ -300,41 +305,39 @@ class Member:
 
     @torch.no_grad()
     def prototypes(self, observations: torch.Tensor) -> torch.Tensor:
-        """(classes, width), as the network now makes them of some observations."""
+        """(classes, width) class means of some observations, by the network as it is now."""
         return torch.tensor(self.matcher(observations).prototypes_, dtype=torch.float32)
 
     @torch.no_grad()
     def matcher(self, observations: torch.Tensor) -> ClassMeans:
-        """Class means in the network's space."""
-        projected = self.network(self.space[observations]).double().numpy()
-        classes = self.reference.classes[observations].numpy()
-        matcher = ClassMeans(self.settings.genus, self.settings.family)
-        return matcher.fit(projected, np.arange(len(classes)), classes, self.reference.taxonomy)
+        """Class means of some observations after the network."""
+        projected = self.network(self.values[observations]).double().numpy()
+        labels = self.reference.labels[observations].numpy()
+        return ClassMeans(self.settings.genus, self.settings.family).fit(projected, labels, self.reference.taxonomy)
 
     @torch.no_grad()
-    def held_out_worth(self) -> torch.Tensor:
-        """(held observations,): the mean of recalls, told by the class means of those kept."""
-        scores = self.network(self.space[self.held]) @ self.prototypes(self.kept).T + self.absent
-        own = scores.gather(1, self.reference.classes[self.held, None])
-        places = (scores > own).sum(dim=1)
-        return torch.stack([(places < count).double() for count in GUESSES]).mean(dim=0)
+    def held_out_recall(self) -> np.ndarray:
+        """(held-out observations,) `mean_recall` of each, with class means of the others."""
+        scores = self.network(self.values[self.held_out]) @ self.prototypes(self.kept).T + self.bias
+        own = scores.gather(1, self.reference.labels[self.held_out, None])
+        return mean_recall((scores > own).sum(dim=1).numpy())
 
     def bank(self) -> Bank:
-        """What the kernel needs, with prototypes of all observations."""
-        matcher = self.matcher(torch.arange(len(self.reference.classes)))
+        """The bank for the kernel, with prototypes of all observations."""
+        matcher = self.matcher(torch.arange(len(self.reference.labels)))
         return make_bank([*self.start, *self.network.layers()], matcher, 1 / self.settings.temperature)
 
 
-def fit_start(start, reference: Reference, kept: np.ndarray) -> list[Layer]:
-    """The layers of a transform that has seen only what a member keeps; centred, and of length 1 on average."""
+def fit_start(start: Centring | Whitening, reference: ReferenceSet, kept: np.ndarray) -> list[Layer]:
+    """The layers of a transform fitted on a member's observations; their outputs are centred, of mean length 1."""
     photos = kept[reference.observations.numpy()]
     observations = (np.cumsum(kept) - 1)[reference.observations.numpy()[photos]]
-    classes = reference.classes.numpy()[kept][observations]
-    fitted = copy(start).fit(reference.photos.numpy()[photos], observations, classes, reference.taxonomy)
+    labels = reference.labels.numpy()[kept][observations]
+    fitted = copy(start).fit(reference.photos.numpy()[photos], observations, labels, reference.taxonomy)
     *before, last = fitted.layers_
-    space = apply_layers(fitted.layers_, reference.pooled[torch.tensor(kept)])
-    mean = space.mean(dim=0)
-    length = (space - mean).norm(dim=1).mean().clamp_min(1e-9)
+    values = apply_layers(fitted.layers_, reference.pooled[torch.tensor(kept)])
+    mean = values.mean(dim=0)
+    length = (values - mean).norm(dim=1).mean().clamp_min(1e-9)
     return [*before, replace(last, weight=last.weight / length, bias=(last.bias - mean) / length)]
 
 
@@ -342,10 +345,10 @@ def contrastive_loss(projected: torch.Tensor, labels: torch.Tensor, temperature:
     """Supervised contrastive loss (Khosla et al. 2020, https://arxiv.org/abs/2004.11362).
 
     Args:
-        projected: (rows, width) of length 1.
-        labels: (rows,), each at least twice; equal ones are positives.
+        projected: (rows, width), rows of length 1.
+        labels: (rows,), each at least twice; rows with equal labels are positives.
     """
     itself = torch.eye(len(projected), dtype=torch.bool)
-    similarities = (projected @ projected.T / temperature).masked_fill(itself, NEVER)
+    similarities = (projected @ projected.T / temperature).masked_fill(itself, ABSENT)
     positives = (labels[:, None] == labels) & ~itself
     return -((similarities.log_softmax(dim=1) * positives).sum(dim=1) / positives.sum(dim=1)).mean()

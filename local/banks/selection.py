@@ -15,7 +15,7 @@ from kernel.inputs import shorten
 from kernel.metadata_prior import MetadataPrior
 from local.banks.folds import make_folds
 from local.banks.metadata_prior import PriorEstimator
-from local.banks.search import Embedded, Search, cross_validated, fit_banks, walk
+from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, nested_predictions
 from local.base.console import counted, say
 from local.base.files import write_tensors
 from local.base.metrics import describe, held_out_scores
@@ -229,11 +229,11 @@ class BankSelection:
                 candidates.append(row)
                 say(describe_candidate(row))  # at once: with thousands of classes the selection takes minutes
 
-            settings = walk(search, settings, self.choose, np.ones(len(search.truth), dtype=bool), note)
+            settings = coordinate_ascent(search, settings, self.choose, np.ones(len(search.truth), dtype=bool), note)
             say("chosen: " + "  ".join(f"{key} = {getattr(settings, key)}" for key in self.choose))
-            top = cross_validated(search, self.settings, self.choose)
-        outcome = search.judge(settings)
-        scores = self._score(search, outcome.top if top is None else top)
+            top = nested_predictions(search, self.settings, self.choose)
+        evaluation = search.evaluate(settings)
+        scores = self._score(search, evaluation.top if top is None else top)
         ids = self.labelled.ids
         answers = HeldOutAnswers(
             [ids[query] for query in search.queries],
@@ -242,7 +242,7 @@ class BankSelection:
             search.truth,
             search.weights,
         )
-        return SelectedBank(settings, *self._fit(settings, outcome.scales), scores, candidates, answers)
+        return SelectedBank(settings, *self._fit(settings, evaluation.logit_scales), scores, candidates, answers)
 
     def _score(self, search: Search, top: np.ndarray) -> dict[str, float]:
         """Score the answers to the held-out observations, and print the scores.

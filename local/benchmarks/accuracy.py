@@ -20,9 +20,9 @@ from kernel.manifest import Manifest, read_weights
 from kernel.metadata_prior import weighted_prior
 from kernel.observations import Observation, read_test
 from kernel.tables import RESOLUTIONS
-from local.banks.ensemble import weigh
-from local.banks.estimators import group_means, pool, unit
-from local.banks.search import compare
+from local.banks.ensemble import ensemble_weights
+from local.banks.estimators import group_means, l2_normalize, pool
+from local.banks.search import evaluate_predictions
 from local.base.console import counted, say
 from local.base.files import write_json
 from local.base.metrics import GUESSES, bounded, gained, hit_matrix, interval_of, score
@@ -197,7 +197,7 @@ def run_methods(task: Task, encoders: Sequence[str], folder: Path) -> list[Metho
         best.append((runs[-1], answers[-1]))
     if len(best) > 1:
         runs = [run for run, _ in best]
-        weights = weigh(runs, find_competition(task.data).competition.guesses)
+        weights = ensemble_weights(runs, find_competition(task.data).competition.guesses)
         baseline = best[int(np.argmax(weights))][1]  # of the largest weight by cross-validation, not by these scores
         answers.append(answer_by_runs(task, runs, weights, cache, "their ensemble", baseline))
     return answers
@@ -244,7 +244,7 @@ def nearest_means(photos: np.ndarray, observations: np.ndarray, means: np.ndarra
     Returns:
         For each observation, distinct labels, the most similar first.
     """
-    cosines = unit(photos) @ unit(means).T
+    cosines = l2_normalize(photos) @ l2_normalize(means).T
     nearest = cosines.argmax(axis=1)
     rows: list[dict[int, None]] = [{} for _ in range(count)]
     for photo in np.argsort(-cosines.max(axis=1), kind="stable"):
@@ -298,7 +298,7 @@ def rank_classes(task: Task, found: BundleAnswers, name: str, baseline: MethodAn
     """The classes in the order of their probability; the fallback of the kernel if no photo could be read."""
     classes = found.manifest.class_ids
     truth = encode_labels(np.array([task.truth[query.id] for query in found.queries], dtype=object), classes)
-    outcome = compare(found.log_probabilities, truth)
+    outcome = evaluate_predictions(found.log_probabilities, truth)
     guesses = [
         [classes[label] for label in row] if is_readable else list(found.manifest.fallback_classes)
         for row, is_readable in zip(outcome.top, found.is_readable, strict=True)

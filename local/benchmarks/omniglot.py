@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from kernel.observations import Observation
-from local.banks.estimators import unit
+from local.banks.estimators import l2_normalize
 from local.base.console import counted, progress, say
 from local.base.run_folder import CACHE
 from local.benchmarks.alphabets import find_alphabets
@@ -84,7 +84,7 @@ def run_episodes(embeddings: np.ndarray, classes: np.ndarray, ways: int, shots: 
     for _ in progress(range(EPISODES), f"{ways} ways, {shots} shots"):
         drawn = [rng.permutation(members[index])[: shots + QUERIES] for index in rng.permutation(len(members))[:ways]]
         support, queries = (np.stack([own[part] for own in drawn]) for part in (slice(shots), slice(shots, None)))
-        prototypes = unit(unit(embeddings[support]).mean(axis=1))
-        nearest = (unit(embeddings[queries]) @ prototypes.T).argmax(axis=2)
+        prototypes = l2_normalize(l2_normalize(embeddings[support]).mean(axis=1))
+        nearest = (l2_normalize(embeddings[queries]) @ prototypes.T).argmax(axis=2)
         accuracies.append((nearest == np.arange(ways)[:, None]).mean())
     return np.array(accuracies)

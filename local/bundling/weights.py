@@ -74,12 +74,12 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
 
 
 def weigh_runs(runs: Sequence[Path], guesses: int) -> list[float]:
-    """The weight of each run in the ensemble; see `local.banks.ensemble.weigh`."""
+    """The weight of each run in the ensemble; see `local.banks.ensemble.ensemble_weights`."""
     if len(runs) == 1:
         return [1.0]
-    from local.banks.ensemble import weigh  # imports torch, which a bundle of one run does not need
+    from local.banks.ensemble import ensemble_weights  # imports torch, which a bundle of one run does not need
 
-    return weigh(runs, guesses)
+    return ensemble_weights(runs, guesses)
 
 
 def worth_alone(weights: Weights) -> float:

@@ -16,7 +16,6 @@ VIEW_GROUPS = (
     ("larger",),
 )
 VIEWS = ("plain", *(view for group in VIEW_GROUPS for view in group))  # as in kernel.views, which imports torch
-MATCHERS = ("means", "several", "ridge", "random-ridge", "logistic", "projection")
 MONITORS = ("recalls", "recall_at_1", "recall_at_5", "recall_at_10", "macro_f1", "weighted_f1", "log_loss")
 
 KINDS = {tuple: "a list", int: "an int", float: "a float", bool: "true or false", str: "a str"}
@@ -166,10 +165,10 @@ class BankSettings:
     )
     matcher: str = setting(
         "means",
-        "means: one prototype per class, its mean. several: up to a few per class. ridge, random-ridge, logistic: a "
-        "linear classifier. projection: an ensemble of trained projections. head: the head trained with the encoder.",
-        choices=(*MATCHERS, "head"),
-        candidates=MATCHERS,
+        "means: a prototype per class, its mean. logistic: logistic regression, for many photos per class. projection: "
+        "an ensemble of trained projections. head: the head trained with the encoder.",
+        choices=("means", "logistic", "projection", "head"),
+        candidates=("means", "logistic"),
     )
     genus_weight: float = setting(
         0.0,

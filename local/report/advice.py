@@ -35,7 +35,7 @@ def advice_for(observations: int, what: str, then: str) -> Advice | None:
 
 def reorder(evidence: Evidence, figures: "Figures") -> Advice | None:
     """The true class is among the ten guesses, but not the first."""
-    places = evidence.outcome.places
+    places = evidence.outcome.ranks
     near, missed = ((places > 0) & (places < 10)).sum(), (places > 0).sum()
     if evidence.recipe.search.choose:
         then = "Try a stronger encoder, or an ensemble with a second run: `python bundle.py runs/A runs/B`."

@@ -9,7 +9,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from kernel.photos import decode
-from local.banks.estimators import group_means, unit
+from local.banks.estimators import group_means, l2_normalize
 from local.report.evidence import Evidence, Rank
 
 SHOWN = 8  # photos of a class
@@ -158,7 +158,7 @@ class Closeup:
     def resembling(self, label: int) -> list[ClassCosine]:
         """The classes whose means are nearest to the mean of a class."""
         sums, sizes = self.class_sums
-        cosines = unit(sums) @ unit(sums[label])
+        cosines = l2_normalize(sums) @ l2_normalize(sums[label])
         cosines[(sizes == 0) | (np.arange(len(sizes)) == label)] = -np.inf
         nearest = [other for other in np.argsort(-cosines)[:GUESSES].tolist() if np.isfinite(cosines[other])]
         return [ClassCosine(other, float(cosines[other])) for other in nearest]
@@ -167,7 +167,7 @@ class Closeup:
     def view_labels(self) -> np.ndarray:
         """(photos, views) the class whose mean is nearest to each view of each photo of the queries."""
         sums, sizes = self.class_sums
-        means, embedded = unit(sums), self.embedded
+        means, embedded = l2_normalize(sums), self.embedded
         photos, views, features = embedded.photos.shape
         found = np.zeros((photos, views), dtype=np.int64)
         for first in range(0, photos, CHUNK):
@@ -179,7 +179,7 @@ class Closeup:
             own = embedded.classes[owners]
             rest = np.where(embedded.is_reference[owners][:, None], sums[own] - embedded.pooled[owners], sums[own])
             is_alone = sizes[own] - embedded.is_reference[owners] <= 0
-            without = np.einsum("pvf,pf->pv", embedded.photos[part], unit(rest))
+            without = np.einsum("pvf,pf->pv", embedded.photos[part], l2_normalize(rest))
             cosines[np.arange(len(owners)), :, own] = np.where(is_alone[:, None], -np.inf, without)
             found[part] = cosines.argmax(axis=2)
         return found
@@ -224,7 +224,7 @@ class Closeup:
         return Example(
             observation=evidence.queries[query].id,
             label=int(evidence.truth[query]),
-            position=int(evidence.outcome.places[query]) + 1,
+            position=int(evidence.outcome.ranks[query]) + 1,
             probability=float(evidence.probabilities[query, evidence.truth[query]]),
             shots=int(evidence.shots[query]),
             photos=[evidence.photo(path) for path in evidence.queries[query].photos],

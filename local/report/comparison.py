@@ -10,8 +10,8 @@ from scipy.stats import norm
 
 from kernel.inputs import InputError
 from kernel.observations import find_test_table
-from local.banks.search import compare
-from local.base.metrics import FEWEST
+from local.banks.search import evaluate_predictions
+from local.base.metrics import MIN_OBSERVATIONS
 from local.data.observations import encode_labels, sort_ids
 from local.report.evidence import Evidence, evaluate_answers, queries_of, read_run_answers
 from local.report.scores import (
@@ -79,14 +79,14 @@ def compare_with(evidence: Evidence, other: Path) -> Comparison:
     """
     truth, own, others = common_answers(evidence, other)
     new, old = evaluate_answers(own, truth), evaluate_answers(others, truth)
-    both = compare(torch.tensor(own + others), truth)
+    both = evaluate_predictions(torch.tensor(own + others), truth)
     metric = evidence.labelled.competition.metric
     better = max(new, old, key=lambda outcome: value_of(metric, truth, outcome))
     return Comparison(
         run=other.name,
         path=str(other),
         observations=len(truth),
-        is_evidence=len(truth) >= FEWEST,
+        is_evidence=len(truth) >= MIN_OBSERVATIONS,
         scores=score_answers(truth, others),
         gain=score_gains(truth, new, old),
         ensemble_gain={name: gain_in(name, truth, both, better) for name in (*RECALLS, "macro_f1")},

@@ -16,8 +16,8 @@ from kernel.manifest import Manifest
 from kernel.observations import Observation
 from kernel.tables import TAXONOMY, names_nothing
 from local.banks.ensemble import Answers, read_answers
-from local.banks.estimators import pool, unit
-from local.banks.search import Outcome, compare
+from local.banks.estimators import l2_normalize, pool
+from local.banks.search import Evaluation, evaluate_predictions
 from local.base.run_folder import CACHE, require_answers
 from local.data.cache import embed_with_run
 from local.data.competition import read_competition
@@ -61,7 +61,7 @@ class RankAnswers:
     """
 
     truth: np.ndarray
-    outcome: Outcome
+    outcome: Evaluation
     confidence: np.ndarray
 
 
@@ -127,7 +127,7 @@ class Evidence:
         return torch.tensor(self.log_probabilities).softmax(dim=1).numpy()
 
     @cached_property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Evaluation:
         """Guesses, the position of the true class among them, and log-losses."""
         return evaluate_answers(self.log_probabilities, self.truth)
 
@@ -143,7 +143,7 @@ class Evidence:
 
     def _answers_at(self, rank: Rank) -> RankAnswers:
         truth, probabilities = rank.groups[self.truth], rank.sum_probabilities(self.probabilities)
-        return RankAnswers(truth, compare(torch.tensor(probabilities), truth), probabilities.max(axis=1))
+        return RankAnswers(truth, evaluate_predictions(torch.tensor(probabilities), truth), probabilities.max(axis=1))
 
     @cached_property
     def embedded(self) -> Embedded:
@@ -155,10 +155,10 @@ class Evidence:
         return path.relative_to(self.labelled.folder).as_posix()
 
 
-def evaluate_answers(log_probabilities: np.ndarray, truth: np.ndarray) -> Outcome:
+def evaluate_answers(log_probabilities: np.ndarray, truth: np.ndarray) -> Evaluation:
     """The outcome of (queries, classes) log-probabilities; the loss is NaN where they lack the true class."""
-    outcome = compare(torch.tensor(log_probabilities), truth)
-    return Outcome(outcome.top, outcome.places, np.where(np.isinf(outcome.losses), np.nan, outcome.losses), ())
+    outcome = evaluate_predictions(torch.tensor(log_probabilities), truth)
+    return Evaluation(outcome.top, outcome.ranks, np.where(np.isinf(outcome.losses), np.nan, outcome.losses))
 
 
 def read_evidence(run: Path, data: Path) -> Evidence:
@@ -220,7 +220,7 @@ def read_run_answers(run: Path) -> Answers:
 
 def queries_of(answers: Answers) -> tuple[list[str], list[str]]:
     """The ids of the held-out observations, and of the classes of the bank."""
-    said = json.loads(answers.asked)
+    said = json.loads(answers.queries)
     return json.loads(said["observations"]), json.loads(said["classes"])
 
 
@@ -271,11 +271,11 @@ def read_embeddings(evidence: Evidence) -> Embedded:
     mean = pooled[(readable > 0) & is_reference].mean(axis=0)
     is_query = found.observations < len(evidence.queries)
     return Embedded(
-        unit(found.values[is_query].astype(np.float32) - mean.astype(np.float32)),
+        l2_normalize(found.values[is_query].astype(np.float32) - mean.astype(np.float32)),
         found.observations[is_query],
         observations,
         readable,
-        unit(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),
+        l2_normalize(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),
         encode_labels(known.class_ids, evidence.classes),
         is_reference,
     )

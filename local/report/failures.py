@@ -201,7 +201,7 @@ def score_rank(evidence: Evidence, rank: Rank) -> RankScores:
     """The scores at one rank."""
     answers = evidence.rank_answers[rank.name]
     scores = score(answers.truth, answers.outcome.top)
-    is_right = answers.outcome.places == 0
+    is_right = answers.outcome.ranks == 0
     edges = np.linspace(0, 1, BINS + 1)
     return RankScores(
         rank=rank.name,
@@ -218,7 +218,7 @@ def score_rank(evidence: Evidence, rank: Rank) -> RankScores:
 def score_hierarchy(evidence: Evidence) -> Hierarchy:
     """The accuracy of all ranks together; see `Hierarchy`."""
     answers = [(rank, evidence.rank_answers[rank.name].outcome) for rank in evidence.ranks]
-    right = np.all([outcome.places == 0 for _, outcome in answers], axis=0)
+    right = np.all([outcome.ranks == 0 for _, outcome in answers], axis=0)
     consistent = np.all([outcome.top[:, 0] == rank.groups[evidence.guesses] for rank, outcome in answers], axis=0)
     return Hierarchy(mean(right), mean(consistent))
 
@@ -255,7 +255,7 @@ def recalls_by(evidence: Evidence, groups: Sequence[str | None], order: Sequence
     """The recalls of each group of observations, in order; groups without observations are left out."""
     rows, groups = [], np.array(groups, dtype=object)
     for name in order:
-        places = evidence.outcome.places[groups == name]
+        places = evidence.outcome.ranks[groups == name]
         if len(places):
             rows.append(GroupRecalls(name, len(places), *(mean(places < count) for count in RECALLS.values())))
     return rows
@@ -268,7 +268,7 @@ def score_classes(evidence: Evidence, closeup: Closeup) -> list[ClassScores]:
     own = evidence.probabilities[np.arange(len(truth)), truth]
     first, five, probability = (
         np.bincount(truth, values, minlength=size) / np.maximum(queries, 1)
-        for values in (evidence.outcome.places < 1, evidence.outcome.places < 5, own)
+        for values in (evidence.outcome.ranks < 1, evidence.outcome.ranks < 5, own)
     )
     f1 = f1_score(truth, evidence.guesses, labels=range(size), average=None, zero_division=0)
     return [
@@ -416,7 +416,7 @@ def focus_on(evidence: Evidence, closeup: Closeup, label: int) -> Focus:
     own, taken = evidence.truth == label, evidence.guesses == label
     ranks = []
     for rank in evidence.ranks:
-        places = evidence.rank_answers[rank.name].outcome.places[own]
+        places = evidence.rank_answers[rank.name].outcome.ranks[own]
         recalls = [mean(places < count) if len(places) else None for count in (1, 5)]
         ranks.append(FocusRank(rank.name, rank.names[rank.groups[label]], *recalls))
     return Focus(

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.sparse import csr_array
 from sklearn.metrics import f1_score
 
-from local.banks.search import Outcome
+from local.banks.search import Evaluation
 from local.base.metrics import GUESSES, RESAMPLES, bounded, held_out_scores, interval_of, macro_f1_gain, score
 from local.report.evidence import evaluate_answers
 
@@ -49,7 +49,7 @@ def score_answers(
     return Scores(**values, weighted_f1=estimate(value, resampled), log_loss=mean_loss(outcome.losses, weights))
 
 
-def score_gains(truth: np.ndarray, new: Outcome, old: Outcome) -> Scores:
+def score_gains(truth: np.ndarray, new: Evaluation, old: Evaluation) -> Scores:
     """The scores of `new` minus those of `old`, paired by observation."""
     gains = {metric: gain_in(metric, truth, new, old) for metric in (*RECALLS, "macro_f1")}
     (value, resampled), (old_value, old_resampled) = (weighted_f1(truth, one.top[:, 0]) for one in (new, old))
@@ -57,18 +57,18 @@ def score_gains(truth: np.ndarray, new: Outcome, old: Outcome) -> Scores:
     return Scores(**gains, weighted_f1=difference, log_loss=mean_loss(new.losses - old.losses))
 
 
-def gain_in(metric: str, truth: np.ndarray, new: Outcome, old: Outcome) -> Estimate:
+def gain_in(metric: str, truth: np.ndarray, new: Evaluation, old: Evaluation) -> Estimate:
     """How much better `new` is than `old` by a metric of a competition, paired by observation."""
     if metric == "macro_f1":
         return Estimate(**macro_f1_gain(truth, new.top[:, 0], old.top[:, 0]))
-    return mean((new.places < RECALLS[metric]).astype(float) - (old.places < RECALLS[metric]))
+    return mean((new.ranks < RECALLS[metric]).astype(float) - (old.ranks < RECALLS[metric]))
 
 
-def value_of(metric: str, truth: np.ndarray, outcome: Outcome) -> float:
+def value_of(metric: str, truth: np.ndarray, outcome: Evaluation) -> float:
     """A metric of a competition: a recall, or the macro-F1 of the first guesses."""
     if metric == "macro_f1":
         return float(f1_score(truth, outcome.top[:, 0], average="macro", zero_division=0))
-    return float((outcome.places < RECALLS[metric]).mean())
+    return float((outcome.ranks < RECALLS[metric]).mean())
 
 
 def mean(sample: np.ndarray, weights: np.ndarray | None = None) -> Estimate:

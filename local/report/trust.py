@@ -102,7 +102,7 @@ def measure_trust(evidence: Evidence, closeup: Closeup) -> Trust:
     outcome, probabilities = evidence.outcome, evidence.probabilities
     first = probabilities.max(axis=1)
     five = np.take_along_axis(probabilities, outcome.top[:, :FIVE], axis=1).sum(axis=1)
-    is_first, is_in_five = outcome.places < 1, outcome.places < FIVE
+    is_first, is_in_five = outcome.ranks < 1, outcome.ranks < FIVE
     return Trust(
         first=calibrate(first, is_first),
         five=calibrate(five, is_in_five),

@@ -11,8 +11,8 @@ from kernel.bank import CHUNK, Bank, classify
 from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder
 from kernel.observations import Observation
-from local.banks.estimators import centroids
-from local.banks.search import compare
+from local.banks.estimators import class_means_bank
+from local.banks.search import evaluate_predictions
 from local.base import distributed
 from local.base.metrics import GUESSES, macro_f1
 from local.data.observations import LabelledObservations, encode_labels, sort_ids
@@ -80,7 +80,7 @@ class Evaluator:
             if not has_embedding.any():
                 raise NoUsableEmbedding("no embedding of the training photos is finite")
             labels = encode_labels(self.train.class_ids[has_embedding], classes)
-            bank = centroids(embeddings.double().numpy()[has_embedding], labels, len(classes))
+            bank = class_means_bank(embeddings.double().numpy()[has_embedding], labels, len(classes))
         queries = self.embed(encoder, self.validation.observations, f"{what}, validation photos")
         hits, scores = score_bank(bank, queries, self.validation.class_ids, classes)
         return Evaluation(bank, hits, scores, has_embedding)
@@ -107,8 +107,8 @@ def score_bank(
     labels = torch.tensor(encode_labels(class_ids, classes))
     # In chunks, since the scores of all observations over 32,000 classes would fill the memory.
     chunks = zip(classify([bank], queries), labels.split(CHUNK), strict=True)
-    outcomes = [compare(log_probabilities, own.numpy()) for log_probabilities, own in chunks]
-    ranks, losses = (np.concatenate([getattr(one, name) for one in outcomes]) for name in ("places", "losses"))
+    outcomes = [evaluate_predictions(log_probabilities, own.numpy()) for log_probabilities, own in chunks]
+    ranks, losses = (np.concatenate([getattr(one, name) for one in outcomes]) for name in ("ranks", "losses"))
     top = np.concatenate([one.top[:, 0] for one in outcomes])
     hits = np.stack([ranks < count for count in GUESSES], axis=1).astype(float)
     # Compared by id: by index, all classes that the bank lacks would be one class, -1.

@@ -16,7 +16,7 @@ from torch import nn
 from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.inputs import InputError
-from local.banks.estimators import NEVER
+from local.banks.estimators import ABSENT
 from local.base import distributed
 from local.base.console import counted, say
 from local.base.files import write_tensors
@@ -156,7 +156,7 @@ def make_trainer(encoder: Encoder, data: TuningData, initial: Evaluation, recipe
     classes = sort_ids(data.train.class_ids)  # a class without any readable photo is not trained on
     labels = encode_labels(data.train.class_ids, classes)
     class_counts = np.bincount(labels, minlength=len(classes))
-    is_kept = initial.bank.bias > NEVER
+    is_kept = initial.bank.bias > ABSENT
     prototypes, centre = initial.bank.prototypes[is_kept], -initial.bank.layers[0].bias
     torch.manual_seed(recipe.train.seed)
     with memory_named("making the head", folder):

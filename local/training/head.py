@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from kernel.bank import Bank, Layer
 from kernel.encoders import Encoder, pick_dtype
-from local.banks.estimators import NEVER
+from local.banks.estimators import ABSENT
 from local.recipes.settings import TrainSettings
 
 
@@ -172,7 +172,7 @@ class Head(nn.Module):
             prototypes=normalize(head.prototypes, dim=1),
             prototype_labels=torch.arange(len(head.class_counts)),
             counts=head.class_counts,
-            bias=torch.where(head.class_counts > 0, 0.0, NEVER),
+            bias=torch.where(head.class_counts > 0, 0.0, ABSENT),
             logit_scale=torch.tensor(float(self.logit_scale)),
             mixture_weight=torch.tensor(1.0),
             transduction=torch.tensor(0.0),

@@ -7,7 +7,7 @@ from pathlib import Path
 from kernel.encoders import pick_dtype
 from kernel.inputs import InputError
 from kernel.photos import UNREADABLE_FILE, write_unreadable
-from local.banks.estimators import spread_over
+from local.banks.estimators import expand_to_classes
 from local.banks.selection import BankSelection, plan_bank
 from local.base.console import say
 from local.base.files import write_json
@@ -57,7 +57,7 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
     inputs, tuning = tune(inputs, split, folder / CHECKPOINTS)
     is_tuned = inputs.competition_sha256 in inputs.spec.learnt_from
     plan = plan_bank(split, recipe.bank.reference, is_tuned, recipe.train.monitor == "macro_f1", recipe.train.seed)
-    head = spread_over(tuning.head, tuning.classes, plan.classes) if tuning.head else None
+    head = expand_to_classes(tuning.head, tuning.classes, plan.classes) if tuning.head else None
     selection = BankSelection(recipe.bank, recipe.search.choose, plan, inputs.encoder, cache, head)
     selection.embed_all()
     if not is_first():

@@ -1,4 +1,7 @@
-"""An ensemble is weighed by held-out answers, and has only members that pay."""
+"""Weights of an ensemble are chosen on held-out predictions, and only runs that help have one.
+
+python -m pytest tests/local/banks/test_ensemble.py
+"""
 
 import json
 
@@ -8,26 +11,31 @@ import torch
 from safetensors.torch import save_file
 
 from kernel.inputs import InputError
-from local.banks.ensemble import weigh
+from local.banks.ensemble import STEPS, ensemble_weights, read_answers
+from local.banks.search import evaluate_predictions
+from local.base.metrics import gained, mean_recall
 from local.base.run_folder import VALIDATION_FILE
 
 QUERIES, CLASSES = 400, 30
 
 
-def answers(folder, noise, seed, truth, asked="the same"):
-    """A run that sees the true class through noise of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.nn.functional.one_hot(truth, CLASSES) * 3.0 + noise * torch.randn(
-        len(truth), CLASSES, generator=generator
-    )
+def write_run(folder, logits, truth, weights=None, queries="the same"):
+    """A run folder with predictions of held-out observations."""
     folder.mkdir(parents=True)
     tensors = {
         "log_probabilities": logits.log_softmax(dim=1).half(),
         "truth": truth,
-        "weights": torch.ones(len(truth), dtype=torch.float64),
+        "weights": torch.ones(len(truth), dtype=torch.float64) if weights is None else weights,
     }
-    save_file(tensors, folder / VALIDATION_FILE, metadata={"observations": json.dumps(asked)})
+    save_file(tensors, folder / VALIDATION_FILE, metadata={"observations": json.dumps(queries)})
     return folder
+
+
+def noisy_run(folder, noise, seed, truth, **options):
+    """A run that prefers the true class, with noise of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3.0 * torch.nn.functional.one_hot(truth, CLASSES)
+    return write_run(folder, logits + noise * torch.randn(*logits.shape, generator=generator), truth, **options)
 
 
 @pytest.fixture
@@ -35,52 +43,86 @@ def truth():
     return torch.tensor(np.random.default_rng(0).integers(0, CLASSES, QUERIES))
 
 
-def test_runs_that_err_differently_share_the_weight(truth, tmp_path, capsys):
-    runs = [answers(tmp_path / str(seed), 1.6, seed, truth) for seed in range(3)]
-    weights = weigh(runs, 10)
-    assert sum(weights) == pytest.approx(1)
-    assert min(weights) > 0.15
+def recalls_of(runs, weights, guesses):
+    """(queries,) weighted mean recall of the weighted sum of log-probabilities."""
+    predictions = [read_answers(run) for run in runs]
+    total = sum(weight * one.log_probabilities for weight, one in zip(weights, predictions, strict=True))
+    first = predictions[0]
+    return first.weights * mean_recall(evaluate_predictions(total, first.truth).ranks, guesses)
+
+
+@pytest.mark.parametrize("guesses", [1, 10])
+@pytest.mark.parametrize("seed", range(6))
+def test_weights_sum_to_one_and_never_score_below_the_best_single_run(seed, guesses, tmp_path, capsys):
+    rng = np.random.default_rng(seed)
+    truth, weights = torch.tensor(rng.integers(0, CLASSES, 120)), torch.tensor(rng.random(120))
+    runs = [
+        noisy_run(tmp_path / str(number), rng.uniform(0.5, 4), 10 * seed + number, truth, weights=weights)
+        for number in range(rng.integers(2, 5))
+    ]
+    found = ensemble_weights(runs, guesses)
+    assert sum(found) == pytest.approx(1)
+    assert all(0 <= weight <= 1 for weight in found)
+    single = [recalls_of(runs, one, guesses).mean() for one in np.eye(len(runs))]
+    assert recalls_of(runs, found, guesses).mean() >= max(single) - 1e-9
+    assert capsys.readouterr().out.count("weight ") == len(runs)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_runs_get_the_first_best_weights_of_the_greedy_path(seed, tmp_path):
+    truth = torch.tensor(np.random.default_rng(seed).integers(0, CLASSES, QUERIES))
+    runs = [noisy_run(tmp_path / str(number), 1.6 + 0.2 * number, 2 * seed + number, truth) for number in range(2)]
+
+    def recall(counts):
+        return recalls_of(runs, counts, 10).mean()
+
+    best_single = max([(1, 0), (0, 1)], key=recall)
+    path = [best_single]
+    for _ in range(STEPS - 1):
+        path.append(max([(path[-1][0] + 1, path[-1][1]), (path[-1][0], path[-1][1] + 1)], key=recall))
+    best = max(path, key=recall)
+    if not gained(recalls_of(runs, best, 10), recalls_of(runs, best_single, 10))["low"] > 0:
+        best = best_single
+    assert ensemble_weights(runs, 10) == pytest.approx(np.array(best) / sum(best))
+
+
+def test_runs_that_err_differently_all_get_weight(truth, tmp_path, capsys):
+    runs = [noisy_run(tmp_path / str(seed), 1.6, seed, truth) for seed in range(3)]
+    assert min(ensemble_weights(runs, 10)) > 0.15
     assert "gains +" in capsys.readouterr().out
 
 
-def test_a_run_that_knows_nothing_is_left_out(truth, tmp_path, capsys):
-    runs = [answers(tmp_path / "good", 1.2, 1, truth), answers(tmp_path / "blind", 1000.0, 2, truth)]
-    assert weigh(runs, 10) == [1.0, 0.0]
+def test_a_run_of_random_predictions_is_left_out(truth, tmp_path, capsys):
+    runs = [noisy_run(tmp_path / "good", 1.2, 1, truth), noisy_run(tmp_path / "random", 1000.0, 2, truth)]
+    assert ensemble_weights(runs, 10) == [1.0, 0.0]
     assert "left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_an_ensemble_that_too_few_observations_speak_for_is_not_kept(count, tmp_path, capsys):
+def test_an_ensemble_is_not_used_on_the_evidence_of_too_few_observations(count, tmp_path, capsys):
     # Each run prefers a wrong class of its own, and together they prefer the true one.
     runs = []
     for number in range(2):
         logits = torch.zeros(count, CLASSES)
         logits[:, 0], logits[:, 1 + number] = 3.0, 4.0
-        runs.append(tmp_path / str(number))
-        runs[-1].mkdir()
-        tensors = {
-            "log_probabilities": logits.log_softmax(dim=1).half(),
-            "truth": torch.zeros(count, dtype=torch.int64),
-            "weights": torch.ones(count, dtype=torch.float64),
-        }
-        save_file(tensors, runs[-1] / VALIDATION_FILE, metadata={"observations": "the same"})
-    assert sorted(weigh(runs, 1)) == [0.0, 1.0]
+        runs.append(write_run(tmp_path / str(number), logits, torch.zeros(count, dtype=torch.int64)))
+    assert sorted(ensemble_weights(runs, 1)) == [0.0, 1.0]
     assert "no evidence" in capsys.readouterr().out
 
 
-def test_the_same_answers_twice_are_no_ensemble(truth, tmp_path):
-    runs = [answers(tmp_path / name, 1.5, 1, truth) for name in ("a", "b")]
-    assert sorted(weigh(runs, 10)) == [0.0, 1.0]
+def test_the_same_predictions_twice_are_no_ensemble(truth, tmp_path):
+    runs = [noisy_run(tmp_path / name, 1.5, 1, truth) for name in ("a", "b")]
+    assert sorted(ensemble_weights(runs, 10)) == [0.0, 1.0]
 
 
-def test_runs_that_were_asked_different_things_get_equal_weights(truth, tmp_path, capsys):
-    runs = [answers(tmp_path / "a", 1.5, 1, truth), answers(tmp_path / "b", 1.5, 2, truth, asked="another")]
-    assert weigh(runs, 10) == [0.5, 0.5]
+def test_runs_with_different_held_out_observations_get_equal_weights(truth, tmp_path, capsys):
+    runs = [noisy_run(tmp_path / "a", 1.5, 1, truth), noisy_run(tmp_path / "b", 1.5, 2, truth, queries="another")]
+    assert ensemble_weights(runs, 10) == [0.5, 0.5]
     assert "equal weights" in capsys.readouterr().out
 
 
-def test_damaged_answers_are_one_line(truth, tmp_path):
-    runs = [answers(tmp_path / name, 1.5, 1, truth) for name in ("a", "b")]
+def test_damaged_predictions_are_a_mistake_in_one_line(truth, tmp_path):
+    runs = [noisy_run(tmp_path / name, 1.5, 1, truth) for name in ("a", "b")]
     (runs[1] / VALIDATION_FILE).write_bytes(b"no tensors")
     with pytest.raises(InputError, match="train the run again"):
-        weigh(runs, 10)
+        ensemble_weights(runs, 10)

@@ -1,134 +1,225 @@
-"""Banks are fitted by their definitions, and the kernel applies what was fitted."""
+"""Estimators give the numbers of scikit-learn, of their formula or of a case worked out by hand.
+
+python -m pytest tests/local/banks/test_estimators.py
+"""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
-from sklearn.cluster import KMeans
 from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
-from sklearn.linear_model import Ridge as RidgeRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+from sklearn.preprocessing import normalize
 
 from kernel.bank import classify, read_banks
 from local.banks.estimators import (
     Centring,
     ClassMeans,
-    Logistic,
-    Ridge,
-    SeveralPrototypes,
+    LinearProbe,
+    NearestNeighbour,
     Whitening,
-    apply,
-    centroids,
+    class_means_bank,
     commonest_classes,
+    expand_to_classes,
+    group_means,
+    l2_normalize,
     make_bank,
     pool,
+    rescale,
     save_banks,
-    unit,
+    transform,
 )
 from local.data.taxonomy import Taxonomy
 
-RNG = np.random.default_rng(0)
 
+def overlapping(classes=5, features=8, seed=0):
+    """Overlapping classes of different sizes: a reference set, its labels, as many queries, and the taxonomy.
 
-def nuisance(shots=(1, 2, 3, 4), repeats=6, features=12, seed=0):
-    """Photos whose classes differ in a few directions, and which vary most where no class does.
-
-    Returns:
-        embeddings (photos, 2 views, features), observations, classes per photo.
+    The reference set lacks class 1 of the taxonomy.
     """
     rng = np.random.default_rng(seed)
-    sizes = np.tile(shots, repeats)
-    classes = np.repeat(np.arange(len(sizes)), sizes)
-    centres = rng.normal(size=(len(sizes), features)) * np.r_[np.zeros(4), np.ones(features - 4)]
-    noise = np.r_[np.full(4, 3.0), np.full(features - 4, 0.2)]
-    photos = centres[classes][:, None] + rng.normal(size=(len(classes), 2, features)) * noise
-    return unit(photos + 1.0), np.arange(len(classes)), classes
-
-
-def hits(transform, matcher, queries, truth):
-    bank = make_bank(transform, matcher, 16.0)
-    scores = torch.cat(list(classify([bank], torch.tensor(queries, dtype=torch.float32))))
-    return (scores.argmax(dim=1).numpy() == truth).mean()
-
-
-def test_a_prototype_is_the_direction_of_its_classs_mean():
-    values, classes = unit(RNG.normal(size=(6, 4))), np.array([1, 0, 1, 0, 1, 2])
-    bank, centred = centroids(values, classes, 3), unit(values - values.mean(axis=0))
-    assert np.allclose(bank.prototypes[1], unit(centred[[0, 2, 4]].mean(axis=0)), atol=1e-6)
-    assert np.allclose(bank.layers[0].bias, -values.mean(axis=0), atol=1e-6)
-
-
-def test_a_class_that_the_reference_lacks_is_never_guessed_first():
-    bank = centroids(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1]), 3)
-    answers = torch.cat(list(classify([bank], torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))))
-    assert set(answers.argmax(dim=1).tolist()) == {0, 1}
-
-
-def test_an_observation_pools_its_photos_after_their_views():
-    values = unit(RNG.normal(size=(5, 3, 4)))
-    owners = np.array([0, 0, 1, 1, 1])
-    photos = values.mean(axis=1)
-    assert np.allclose(pool(values, owners, 3)[0], unit(photos[:2].sum(axis=0)))
-    assert (pool(values, owners, 3)[2] == 0).all()
-    assert np.allclose(pool(values, owners, 3, "max")[1], unit(photos[2:].max(axis=0)))
-
-
-def test_whitening_makes_the_variation_within_classes_alike_in_all_directions():
-    rng = np.random.default_rng(1)
-    classes = np.repeat(np.arange(40), 50)
-    spread = np.array([2.0, 1.0, 0.5, 0.25])
-    photos = rng.normal(size=(40, 4))[classes] * 5 + rng.normal(size=(2000, 4)) * spread
-    fitted = Whitening().fit(photos[:, None], np.arange(2000), classes, Taxonomy.unknown(40))
-    white = photos @ fitted.layers_[0].weight.double().numpy()
-    means = np.stack([white[classes == index].mean(axis=0) for index in range(40)])
-    residual = np.cov((white - means[classes]).T)
-    assert np.allclose(residual / residual[0, 0], np.eye(4), atol=0.1)
-
-
-def test_whitening_finds_classes_that_centring_cannot():
-    embeddings, observations, classes = nuisance()
-    rng = np.random.default_rng(9)
-    taxonomy = Taxonomy.unknown(classes.max() + 1)
-    fresh = unit(
-        embeddings.mean(axis=1) + rng.normal(size=embeddings[:, 0].shape) * np.r_[np.full(4, 0.5), np.zeros(8)]
+    labels = np.repeat(np.delete(np.arange(classes + 1), 1), 3 * np.arange(1, classes + 1) ** 2)
+    centres = rng.normal(size=(classes + 1, features))
+    reference, queries = (
+        l2_normalize(centres[labels] + 1.5 * rng.normal(size=(len(labels), features)) + 0.5) for _ in range(2)
     )
-    reference, rates = pool(embeddings, observations, len(classes)), []
-    for transform in (Centring(), Whitening()):
-        layers = transform.fit(embeddings, observations, classes, taxonomy).layers_
-        matcher = ClassMeans().fit(apply(layers, reference), observations, classes, taxonomy)
-        rates.append(hits(layers, matcher, fresh, classes))
-    assert rates[1] > rates[0] + 0.2
+    return reference, labels, queries, Taxonomy.unknown(classes + 1)
+
+
+def photos_in_views(shots=(1, 2, 3, 4), repeats=6, features=12, seed=0):
+    """Photos in two views; their classes differ in the directions in which photos of a class hardly vary.
+
+    Returns:
+        embeddings (photos, 2, features) and the label of each photo, which is an observation of its own.
+    """
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(shots) * repeats), np.tile(shots, repeats))
+    centres = rng.normal(size=(len(shots) * repeats, features)) * np.r_[np.zeros(4), np.ones(features - 4)]
+    noise = np.r_[np.full(4, 3.0), np.full(features - 4, 0.2)]
+    photos = centres[labels][:, None] + rng.normal(size=(len(labels), 2, features)) * noise
+    return l2_normalize(photos + 1.0), labels
+
+
+def log_probabilities(bank, queries):
+    return torch.cat(list(classify([bank], torch.tensor(queries, dtype=torch.float32)))).double().numpy()
+
+
+def test_rows_are_normalized_as_by_scikit_learn_and_rows_of_zeros_stay():
+    values = np.random.default_rng(0).normal(size=(5, 4))
+    values[2] = 0
+    assert np.allclose(l2_normalize(values), normalize(values))
+
+
+def test_group_means_are_those_of_a_loop_and_zeros_for_an_empty_group():
+    rng = np.random.default_rng(0)
+    values, groups = rng.normal(size=(30, 3)), rng.choice([0, 1, 3], 30)
+    means, sizes = group_means(values, groups, 5)
+    assert sizes.tolist() == [int((groups == index).sum()) for index in range(5)]
+    for index in range(5):
+        expected = values[groups == index].mean(axis=0) if index in (0, 1, 3) else np.zeros(3)
+        assert np.allclose(means[index], expected)
+
+
+def test_an_observation_is_the_mean_of_its_photos_which_are_the_means_of_their_views():
+    values = l2_normalize(np.random.default_rng(0).normal(size=(5, 3, 4)))
+    observations = np.array([0, 0, 1, 1, 1])
+    photos = values.mean(axis=1)
+    expected = [l2_normalize(photos[:2].mean(axis=0)), l2_normalize(photos[2:].mean(axis=0)), np.zeros(4)]
+    assert np.allclose(pool(values, observations, 3), expected)
+    expected = [l2_normalize(photos[:2].max(axis=0)), l2_normalize(photos[2:].max(axis=0)), np.zeros(4)]
+    assert np.allclose(pool(values, observations, 3, "max"), expected)
+
+
+def test_centring_subtracts_the_mean_observation():
+    embeddings, labels = photos_in_views()
+    observations = np.arange(len(labels)) // 2
+    layers = Centring().fit(embeddings, observations, labels, Taxonomy.unknown(24)).layers_
+    values = pool(embeddings, observations)
+    assert np.allclose(transform(layers, values), normalize(values - values.mean(axis=0)), atol=1e-6)
+
+
+def test_whitening_uses_the_shrunk_covariance_of_linear_discriminant_analysis():
+    reference, labels, queries, taxonomy = overlapping(features=6)
+    labels = np.unique(labels, return_inverse=True)[1]
+    fitted = Whitening().fit(reference[:, None], np.arange(len(labels)), labels, taxonomy)
+    means = NearestCentroid().fit(reference, labels).centroids_
+    shrinkage = ledoit_wolf_shrinkage(reference - means[labels], assume_centered=True)
+    covariance = LinearDiscriminantAnalysis("lsqr", shrinkage=shrinkage).fit(reference, labels).covariance_
+    assert 0.001 < shrinkage < 0.9
+    assert np.allclose(fitted.directions_ * fitted.variances_ @ fitted.directions_.T, covariance, atol=1e-9)
+    # The exponent is that of the standard deviations: cosines after the layers are those of the formula.
+    for exponent in (0.5, 1.0):
+        variances, directions = np.linalg.eigh(covariance)
+        expected = normalize((queries - reference.mean(axis=0)) @ directions * variances ** (-exponent / 2))
+        found = transform(fitted.layers(exponent, reference.mean(axis=0)), queries)
+        assert np.allclose(found @ found.T, expected @ expected.T, atol=1e-5)
+
+
+def test_the_within_class_covariance_includes_the_variation_between_views():
+    embeddings, labels = photos_in_views(shots=(2, 3))
+    fitted = Whitening().fit(embeddings, np.arange(len(labels)), labels, Taxonomy.unknown(labels.max() + 1))
+    photos = embeddings.mean(axis=1)
+    means = NearestCentroid().fit(photos, labels).centroids_
+    residuals = (embeddings - means[labels][:, None]).reshape(-1, embeddings.shape[2])
+    covariance = residuals.T @ residuals / len(residuals)
+    shrinkage = ledoit_wolf_shrinkage(photos - means[labels], assume_centered=True)
+    expected = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / len(covariance) * np.eye(12)
+    assert np.allclose(fitted.directions_ * fitted.variances_ @ fitted.directions_.T, expected, atol=1e-9)
+
+
+def test_classes_of_a_single_photo_whiten_by_their_views_shrunk_to_a_multiple_of_the_identity():
+    embeddings, _ = photos_in_views()
+    labels = np.arange(len(embeddings))
+    fitted = Whitening().fit(embeddings, labels, labels, Taxonomy.unknown(len(labels)))
+    residuals = embeddings - embeddings.mean(axis=1, keepdims=True)
+    assert np.allclose(fitted.variances_, (residuals**2).sum(axis=(1, 2)).mean() / 2 / 12)
+
+
+def test_whitening_recognises_classes_that_centring_does_not():
+    embeddings, labels = photos_in_views()
+    observations, taxonomy = np.arange(len(labels)), Taxonomy.unknown(labels.max() + 1)
+    noise = np.random.default_rng(9).normal(size=embeddings[:, 0].shape) * np.r_[np.full(4, 0.5), np.zeros(8)]
+    queries, reference, recalls = l2_normalize(embeddings.mean(axis=1) + noise), pool(embeddings, observations), []
+    for estimator in (Centring(), Whitening()):
+        layers = estimator.fit(embeddings, observations, labels, taxonomy).layers_
+        bank = make_bank(layers, ClassMeans().fit(transform(layers, reference), labels, taxonomy))
+        recalls.append((log_probabilities(bank, queries).argmax(axis=1) == labels).mean())
+    assert recalls[1] > recalls[0] + 0.2
+
+
+def test_class_means_give_the_cosines_to_the_centroids_of_scikit_learn():
+    reference, labels, queries, taxonomy = overlapping()
+    present = np.unique(labels)
+    expected = log_softmax(16 * queries @ normalize(NearestCentroid().fit(reference, labels).centroids_).T, axis=1)
+    found = log_probabilities(make_bank([], ClassMeans().fit(reference, labels, taxonomy)), queries)
+    assert np.allclose(found[:, present], expected, atol=1e-4)
+    assert (found[:, 1] < -50).all()  # the class that the reference set lacks
+
+
+def test_the_weight_of_a_prototype_in_transduction_is_the_length_of_the_sum_of_its_observations():
+    reference, labels, _, taxonomy = overlapping()
+    fitted = ClassMeans().fit(reference, labels, taxonomy)
+    sums = [np.linalg.norm(reference[labels == index].sum(axis=0)) for index in range(6)]
+    assert np.allclose(fitted.counts_, sums)
+
+
+def shrunk_means(reference, labels, taxonomy, genus, family):
+    """The formula of `ClassMeans`, in loops: every mean of relatives counts as so many observations."""
+    present = np.unique(labels)
+    means = {index: reference[labels == index].mean(axis=0) for index in present}
+    prototypes = np.zeros((len(taxonomy.genus), reference.shape[1]))
+    for index, (own_genus, own_family) in enumerate(zip(taxonomy.genus, taxonomy.family, strict=True)):
+        total = reference[labels == index].sum(axis=0)
+        in_family = [other for other in present if taxonomy.family[other] == own_family and other != index]
+        siblings = [other for other in present if taxonomy.genus[other] == own_genus and other != index]
+        if siblings:
+            total = total + genus * np.mean([means[other] for other in siblings], axis=0)
+        genera = {taxonomy.genus[other] for other in in_family} - {own_genus}
+        if genera:
+            of_genera = [
+                np.mean([means[other] for other in in_family if taxonomy.genus[other] == one], axis=0) for one in genera
+            ]
+            total = total + family * np.mean(of_genera, axis=0)
+        prototypes[index] = total
+    return l2_normalize(prototypes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_prototypes_are_shrunk_towards_genus_and_family_by_the_formula(seed):
+    rng = np.random.default_rng(seed)
+    genus = rng.integers(0, 9, 20)
+    taxonomy = Taxonomy(genus, genus // 3)
+    labels = rng.integers(0, 18, 30)  # some classes have no observation
+    reference = l2_normalize(rng.normal(size=(30, 5)))
+    weights = rng.random(2)
+    fitted = ClassMeans(*weights).fit(reference, labels, taxonomy)
+    assert np.allclose(fitted.prototypes_, shrunk_means(reference, labels, taxonomy, *weights))
 
 
 def test_a_class_of_one_observation_learns_from_its_genus_and_a_class_of_many_hardly():
-    means = unit(RNG.normal(size=(3, 6)))
-    values, classes = (
-        np.concatenate([means[:1], np.repeat(means[1:2], 50, axis=0), means[2:]]),
-        np.repeat([0, 1, 2], [1, 50, 1]),
-    )
-    taxonomy = Taxonomy(np.array([0, 0, 1]), np.array([0, 0, 0]))
-    given = (np.arange(52), classes, taxonomy)
-    alone, drawn = ClassMeans().fit(values, *given), ClassMeans(genus=0.5).fit(values, *given)
-    expected = unit((means[0] + 0.5 * means[1]) / 1.5)
-    assert np.allclose(drawn.prototypes_[0], expected)
-    assert drawn.prototypes_[1] @ alone.prototypes_[1] > 0.999
-    assert np.allclose(drawn.prototypes_[2], alone.prototypes_[2])  # alone in its genus
-    family = ClassMeans(family=0.5).fit(values, *given)
-    others = np.stack([means[0], means[1]]).mean(axis=0)
-    assert np.allclose(family.prototypes_[2], unit((means[2] + 0.5 * others) / 1.5))
+    means = l2_normalize(np.random.default_rng(0).normal(size=(3, 6)))
+    labels, taxonomy = np.repeat([0, 1, 2], [1, 50, 1]), Taxonomy(np.array([0, 0, 1]), np.array([0, 0, 0]))
+    shrunk = ClassMeans(genus=0.5).fit(means[labels], labels, taxonomy).prototypes_
+    assert np.allclose(shrunk[0], l2_normalize((means[0] + 0.5 * means[1]) / 1.5))
+    assert np.allclose(shrunk[1], l2_normalize((50 * means[1] + 0.5 * means[0]) / 50.5))
+    assert np.allclose(shrunk[2], means[2])  # alone in its genus
+    shrunk = ClassMeans(family=0.5).fit(means[labels], labels, taxonomy).prototypes_
+    assert np.allclose(shrunk[2], l2_normalize((means[2] + 0.5 * (means[0] + means[1]) / 2) / 1.5))
 
 
 def family_terms(genus, family, present=None):
-    """Of each class the weights that all classes have in its family term; None where it has no term.
+    """Of each class the weights of all classes in its family term; None if it has no term.
 
-    The classes' means are orthogonal, so that a prototype shows what it is made of. A class that is `present` has one
-    observation, which weighs as much as its family.
+    The class means are orthogonal, so that a prototype shows its composition. A class that is `present` has one
+    observation, which counts as much as its family.
     """
     classes = np.arange(len(genus)) if present is None else np.flatnonzero(present)
     taxonomy = Taxonomy(np.array(genus), np.array(family))
-    fitted = ClassMeans(family=1.0).fit(np.eye(len(genus))[classes], np.arange(len(classes)), classes, taxonomy)
+    fitted = ClassMeans(family=1.0).fit(np.eye(len(genus))[classes], classes, taxonomy)
     terms = []
     for index, prototype in enumerate(fitted.prototypes_):
         own = prototype[index] if index in classes else prototype.sum()
@@ -144,7 +235,7 @@ def test_the_family_of_a_class_is_the_mean_of_the_other_genera_and_never_of_its_
     assert terms[3] == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
 
 
-def test_every_other_genus_of_a_family_counts_alike_whatever_its_classes():
+def test_every_other_genus_of_a_family_counts_the_same_whatever_its_classes():
     terms = family_terms([0, 1, 1, 2], [0, 0, 0, 0])
     assert terms[0] == pytest.approx([0, 1 / 4, 1 / 4, 1 / 2])
     assert terms[1:3] == [pytest.approx([1 / 2, 0, 0, 1 / 2])] * 2
@@ -159,67 +250,27 @@ def test_a_class_whose_genus_is_not_named_is_a_genus_of_its_own_in_its_family():
 
 
 def test_a_family_of_one_genus_and_a_class_without_a_family_have_no_family_term():
-    # The last class has a genus like the two before it, and no family.
+    # The last class has the genus of the two before it, and no family.
     assert family_terms([0, 0, 1, 1, 1], [0, 0, 1, 1, 2]) == [None] * 5
 
 
-def test_a_class_that_the_reference_lacks_adds_nothing_to_its_family():
+def test_a_class_that_the_reference_set_lacks_adds_nothing_to_its_family():
     terms = family_terms([0, 0, 1, 2], [0, 0, 0, 0], present=[True, True, True, False])
     assert terms[:2] == [pytest.approx([0, 0, 1, 0])] * 2
     assert terms[2] == pytest.approx([1 / 2, 1 / 2, 0, 0])
     assert terms[3] == pytest.approx([1 / 4, 1 / 4, 1 / 2, 0])
-    lacking = family_terms([0, 1], [0, 0], present=[True, False])
-    assert lacking == [None, pytest.approx([1, 0])]
+    assert family_terms([0, 1], [0, 0], present=[True, False]) == [None, pytest.approx([1, 0])]
 
 
-def test_several_prototypes_find_a_class_that_looks_like_two():
-    rng = np.random.default_rng(2)
-    corners = np.array([[1.0, 0.05, 0], [0, 0.05, 1.0], [0.5, 0.1, 0.5], [0, 1, 0]])
-    values = unit(np.repeat(corners, 8, axis=0) + rng.normal(size=(32, 3)) * 0.02)
-    classes = np.repeat([0, 0, 1, 2], 8)
-    given, queries = (np.arange(32), classes, Taxonomy.unknown(3)), unit(corners)
-    several = SeveralPrototypes(most=2).fit(values, *given)
-    assert np.bincount(several.owners_).tolist() == [2, 2, 2]
-    truth = np.array([0, 0, 1, 2])
-    assert hits([], several, queries, truth) == 1
-    every = SeveralPrototypes(most=32).fit(values, *given)
-    assert len(every.prototypes_) == 32
-
-
-@pytest.mark.parametrize("matcher", [Ridge(), Ridge(width=256), Logistic(), ClassMeans(), SeveralPrototypes()])
-def test_every_matcher_learns_and_the_kernel_reads_what_was_saved(matcher, tmp_path):
-    embeddings, observations, classes = nuisance(shots=(4, 5))
-    taxonomy = Taxonomy.unknown(classes.max() + 2)  # one class has no observation
-    layers = Whitening().fit(embeddings, observations, classes, taxonomy).layers_
-    reference = pool(embeddings, observations, len(classes))
-    matcher.fit(apply(layers, reference), observations, classes, taxonomy)
-    assert hits(layers, matcher, reference, classes) > 0.8
-    bank = make_bank(layers, matcher, 16.0, share=0.5, transduction=0.25)
-    save_banks([bank, bank], tmp_path / "bank.safetensors")
-    queries = torch.tensor(reference, dtype=torch.float32)
-    read = read_banks(tmp_path / "bank.safetensors")
-    assert len(read) == 2
-    for before, after in zip(classify([bank, bank], queries), classify(read, queries), strict=True):
-        assert torch.allclose(before, after, atol=1e-4)
-        assert (before.argmax(dim=1) <= classes.max()).all()
-
-
-def overlapping(classes=5, features=8, seed=0):
-    """Unit vectors of classes that overlap and differ in size: a reference, its labels, and queries.
-
-    The labels leave out class 1 of the taxonomy, which the reference lacks.
-    """
-    rng = np.random.default_rng(seed)
-    labels = np.repeat(np.delete(np.arange(classes + 1), 1), 3 * np.arange(1, classes + 1) ** 2)
-    centres = rng.normal(size=(classes + 1, features))
-    reference, queries = (
-        unit(centres[labels] + 1.5 * rng.normal(size=(len(labels), features)) + 0.5) for _ in range(2)
-    )
-    return reference, labels, queries, Taxonomy.unknown(classes + 1)
-
-
-def log_probabilities(bank, queries):
-    return torch.cat(list(classify([bank], torch.tensor(queries, dtype=torch.float32)))).double().numpy()
+def test_the_nearest_neighbour_is_that_of_scikit_learn():
+    reference, labels, queries, taxonomy = overlapping()
+    order, present = np.random.default_rng(1).permutation(len(labels)), np.unique(labels)
+    bank = make_bank([], NearestNeighbour().fit(reference[order], labels[order], taxonomy))
+    found = log_probabilities(bank, queries)[:, present]
+    nearest = np.stack([(queries @ reference[labels == index].T).max(axis=1) for index in present], axis=1)
+    assert np.allclose(found, log_softmax(16 * nearest, axis=1), atol=1e-4)
+    neighbour = KNeighborsClassifier(1, metric="cosine").fit(reference, labels)
+    assert (present[found.argmax(axis=1)] == neighbour.predict(queries)).all()
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -227,101 +278,66 @@ def test_logistic_regression_gives_the_log_probabilities_of_scikit_learn(classes
     reference, labels, queries, taxonomy = overlapping(classes)
     model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3).fit(reference, labels)
     assert 0.3 < model.score(queries, labels) < 0.95
-    matcher = Logistic().fit(reference, np.arange(len(labels)), labels, taxonomy)
+    matcher = LinearProbe().fit(reference, labels, taxonomy)
     found = log_probabilities(make_bank([], matcher), queries)
     assert np.allclose(found[:, model.classes_], model.predict_log_proba(queries), atol=1e-4)
     assert (found[:, 1] < -50).all()
-    # At another temperature all of the logits are multiplied, so that the first guess stays.
-    logits = model.decision_function(queries)
-    logits = np.stack([-logits / 2, logits / 2], axis=1) if classes == 2 else logits
-    for scale in (0.25, 4.0):
-        warmer = log_probabilities(make_bank([], matcher, scale), queries)
-        assert np.allclose(warmer[:, model.classes_], log_softmax(scale * logits, axis=1), atol=1e-4)
-        assert (warmer.argmax(axis=1) == model.predict(queries)).all()
-        assert (warmer[:, 1] < -50).all()
+    # At another logit scale all logits are multiplied, so that the first guess stays.
+    logits = model.predict_log_proba(queries)
+    for logit_scale in (0.25, 4.0):
+        rescaled = log_probabilities(make_bank([], matcher, logit_scale), queries)
+        assert np.allclose(rescaled[:, model.classes_], log_softmax(logit_scale * logits, axis=1), atol=1e-4)
+        assert (rescaled.argmax(axis=1) == found.argmax(axis=1)).all()
+        assert (rescaled[:, 1] < -50).all()
 
 
-@pytest.mark.parametrize("width", [0, 64])
-def test_ridge_gives_the_cosines_to_the_coefficients_of_scikit_learn(width):
+def test_rescaling_multiplies_all_logits_and_leaves_absent_classes_absent():
     reference, labels, queries, taxonomy = overlapping()
-    seen, asked = reference, queries
-    if width:
-        random = np.random.default_rng(0).standard_normal((reference.shape[1], width))
-        seen, asked = (unit(np.maximum(values @ random, 0)) for values in (reference, queries))
-    model = RidgeRegression(alpha=0.1 * (seen**2).sum() / len(seen), fit_intercept=False)
-    model.fit(seen, np.eye(6)[labels])
-    kept = np.unique(labels)
-    expected = log_softmax(16 * asked @ unit(model.coef_[kept]).T, axis=1)
-    matcher = Ridge(width=width).fit(reference, np.arange(len(labels)), labels, taxonomy)
-    assert np.allclose(log_probabilities(make_bank([], matcher), queries)[:, kept], expected, atol=1e-4)
+    bank = make_bank([], ClassMeans().fit(reference, labels, taxonomy))
+    bank = replace(bank, bias=bank.bias + torch.tensor([1.0, 0.0, -1.0, 0.5, 0.0, 2.0]))
+    cosines = queries @ bank.prototypes.double().numpy().T
+    logits = 3 * (cosines + bank.bias.double().numpy() / 16)
+    present = np.unique(labels)
+    found = log_probabilities(rescale(bank, 3.0), queries)
+    assert np.allclose(found[:, present], log_softmax(logits[:, present], axis=1), atol=1e-4)
+    assert (found[:, 1] < -50).all()
 
 
-def test_class_means_give_the_cosines_to_the_centroids_of_scikit_learn():
-    reference, labels, queries, taxonomy = overlapping()
-    model, kept = NearestCentroid().fit(reference, labels), np.unique(labels)
-    expected = log_softmax(16 * queries @ unit(model.centroids_).T, axis=1)
-    matcher = ClassMeans().fit(reference, np.arange(len(labels)), labels, taxonomy)
-    assert np.allclose(log_probabilities(make_bank([], matcher), queries)[:, kept], expected, atol=1e-4)
+def test_the_simplest_bank_is_the_centred_class_means():
+    reference, labels, queries, _ = overlapping()
+    mean = reference.mean(axis=0)
+    centroids = NearestCentroid().fit(l2_normalize(reference - mean), labels).centroids_
+    expected = log_softmax(16 * normalize(queries - mean) @ normalize(centroids).T, axis=1)
+    found = log_probabilities(class_means_bank(reference, labels, 6), queries)
+    assert np.allclose(found[:, np.unique(labels)], expected, atol=1e-4)
 
 
-def test_every_observation_a_prototype_is_the_nearest_neighbour_of_scikit_learn():
-    reference, labels, queries, taxonomy = overlapping()
-    kept = np.unique(labels)
-    matcher = SeveralPrototypes(most=len(labels)).fit(reference, np.arange(len(labels)), labels, taxonomy)
-    found = log_probabilities(make_bank([], matcher), queries)[:, kept]
-    nearest = np.stack([(queries @ reference[labels == index].T).max(axis=1) for index in kept], axis=1)
-    assert np.allclose(found, log_softmax(16 * nearest, axis=1), atol=1e-4)
-    neighbour = KNeighborsClassifier(1, metric="cosine").fit(reference, labels)
-    assert (kept[found.argmax(axis=1)] == neighbour.predict(queries)).all()
+def test_a_bank_over_more_classes_gives_the_same_probabilities_and_never_predicts_the_others():
+    reference, labels, queries, _ = overlapping()
+    bank = class_means_bank(reference, np.unique(labels, return_inverse=True)[1], 5)
+    expanded = expand_to_classes(bank, ["b", "a", "e", "c", "g"], ["a", "b", "c", "d", "e", "f", "g"])
+    before, after = log_probabilities(bank, queries), log_probabilities(expanded, queries)
+    assert np.allclose(after[:, [1, 0, 4, 2, 6]], before, atol=1e-4)
+    assert (after[:, [3, 5]] < -50).all()
 
 
-def test_several_prototypes_are_the_centres_of_scikit_learns_k_means():
-    reference, labels, queries, taxonomy = overlapping()
-    centres = {
-        index: KMeans(3, n_init=1, random_state=0).fit(own).cluster_centers_ if len(own) > 3 else own
-        for index in np.unique(labels)
-        if len(own := reference[labels == index])
-    }
-    nearest = np.stack([(queries @ unit(own).T).max(axis=1) for own in centres.values()], axis=1)
-    matcher = SeveralPrototypes().fit(reference, np.arange(len(labels)), labels, taxonomy)
-    found = log_probabilities(make_bank([], matcher), queries)[:, list(centres)]
-    assert np.allclose(found, log_softmax(16 * nearest, axis=1), atol=1e-4)
+@pytest.mark.parametrize("matcher", [LinearProbe(), ClassMeans(), NearestNeighbour()])
+def test_the_kernel_reads_the_banks_that_were_saved(matcher, tmp_path):
+    embeddings, labels = photos_in_views(shots=(4, 5))
+    observations, taxonomy = np.arange(len(labels)), Taxonomy.unknown(labels.max() + 2)
+    layers = Whitening().fit(embeddings, observations, labels, taxonomy).layers_
+    reference = pool(embeddings, observations)
+    matcher.fit(transform(layers, reference), labels, taxonomy)
+    banks = [make_bank(layers, matcher, 16.0, mixture_weight=0.5, transduction=0.25)] * 2
+    save_banks(banks, tmp_path / "bank.safetensors")
+    read = read_banks(tmp_path / "bank.safetensors")
+    assert len(read) == 2
+    queries = torch.tensor(reference, dtype=torch.float32)
+    for before, after in zip(classify(banks, queries), classify(read, queries), strict=True):
+        assert torch.equal(before, after)
 
 
-def test_whitening_is_by_the_shrunk_covariance_of_linear_discriminant_analysis():
-    reference, labels, queries, taxonomy = overlapping(features=6)
-    labels = np.unique(labels, return_inverse=True)[1]
-    fitted = Whitening().fit(reference[:, None], np.arange(len(labels)), labels, taxonomy)
-    means = np.stack([reference[labels == index].mean(axis=0) for index in range(5)])
-    shrinkage = ledoit_wolf_shrinkage(reference - means[labels], assume_centered=True)
-    covariance = LinearDiscriminantAnalysis("lsqr", shrinkage=shrinkage).fit(reference, labels).covariance_
-    assert 0.001 < shrinkage < 0.9
-    assert np.allclose(fitted.directions_ * fitted.variances_ @ fitted.directions_.T, covariance, atol=1e-9)
-    # Half an exponent takes a fourth root: cosines after the layers are those of the formula.
-    for exponent in (0.5, 1.0):
-        values, vectors = np.linalg.eigh(covariance)
-        expected = unit((queries - reference.mean(axis=0)) @ vectors * values ** (-exponent / 2))
-        found = apply(fitted.layers(exponent, reference.mean(axis=0)), queries)
-        assert np.allclose(found @ found.T, expected @ expected.T, atol=1e-5)
-
-
-def test_views_count_as_variation_within_classes():
-    embeddings, observations, classes = nuisance(shots=(2, 3))
-    fitted = Whitening().fit(embeddings, observations, classes, Taxonomy.unknown(classes.max() + 1))
-    photos = embeddings.mean(axis=1)
-    means = np.stack([photos[classes == index].mean(axis=0) for index in range(classes.max() + 1)])
-    residuals = (embeddings - means[classes][:, None]).reshape(-1, embeddings.shape[2])
-    scatter = residuals.T @ residuals / len(residuals)
-    shrinkage = ledoit_wolf_shrinkage(photos - means[classes], assume_centered=True)
-    expected = (1 - shrinkage) * scatter + shrinkage * np.trace(scatter) / len(scatter) * np.eye(len(scatter))
-    assert np.allclose(fitted.directions_ * fitted.variances_ @ fitted.directions_.T, expected, atol=1e-9)
-
-
-def test_two_classes_are_enough_for_a_linear_classifier():
-    values, classes = unit(RNG.normal(size=(8, 5)) + np.repeat([[3.0], [-3.0]], 4, axis=0)), np.repeat([0, 1], 4)
-    matcher = Logistic().fit(values, np.arange(8), classes, Taxonomy.unknown(2))
-    assert hits([], matcher, values, classes) == 1
-
-
-def test_the_prior_is_the_commonest_classes_first():
-    assert commonest_classes(np.array(["5", "2", "5", "9", "2", "5"]), ["2", "5", "9"], 2) == ["5", "2"]
+def test_the_commonest_classes_come_first_and_equal_ones_in_their_order():
+    class_ids = np.array(["5", "2", "5", "9", "2", "5"])
+    assert commonest_classes(class_ids, ["2", "5", "9"], 2) == ["5", "2"]
+    assert commonest_classes(class_ids, ["1", "9", "0", "2", "5"], 5) == ["5", "2", "9", "1", "0"]

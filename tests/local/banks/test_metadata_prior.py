@@ -1,4 +1,4 @@
-"""Fitting the metadata prior: back-off up the taxonomy, weights by past years, and the kernel's own application.
+"""The metadata prior: smoothing by the taxonomy, weights by cross-validation over years, applied by the kernel.
 
 python -m pytest tests/local/banks/test_metadata_prior.py
 """
@@ -6,21 +6,24 @@ python -m pytest tests/local/banks/test_metadata_prior.py
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from kernel.metadata_prior import read_prior
 from kernel.observations import Observation
 from local.banks.metadata_prior import (
-    CONCENTRATIONS,
     FEATURES,
+    KM_PER_DEGREE,
     RECENCY,
+    RIDGE,
     SHOTS,
     PriorEstimator,
     conditional_logit,
     elevation_kernel,
-    folds,
+    location_kernel,
     log_ratios,
-    place_kernel,
+    rolling_origin_folds,
     season_kernel,
+    smooth,
     taxon_rings,
     write_prior,
 )
@@ -35,7 +38,7 @@ HABITATS = ("meadow", "bog", "dune", "oak wood")
 
 
 def grown(shots: int = 4, informative: bool = True, seed: int = 0) -> tuple[LabelledObservations, list[str], dict]:
-    """Twenty classes in ten genera; a genus keeps to a habitat, and the substrate says nothing."""
+    """Twenty classes in ten genera; a genus has a habitat, and substrates are random."""
     rng = np.random.default_rng(seed)
     classes = [str(number) for number in range(20)]
     observations, class_ids = [], []
@@ -59,7 +62,7 @@ def fitted() -> tuple[PriorEstimator, LabelledObservations]:
     return PriorEstimator().fit(reference, classes, ancestry), reference
 
 
-def test_the_kernel_gives_after_writing_and_reading_what_the_fit_gives(fitted, tmp_path):
+def test_the_kernel_reads_the_prior_that_was_written(fitted, tmp_path):
     estimator, reference = fitted
     write_prior(estimator.prior_, tmp_path / "prior.safetensors")
     read = read_prior(tmp_path / "prior.safetensors")
@@ -71,7 +74,7 @@ def test_the_kernel_gives_after_writing_and_reading_what_the_fit_gives(fitted, t
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "prior.safetensors").read_bytes()
 
 
-def test_a_feature_that_tells_gets_a_weight_and_one_that_does_not_gets_next_to_none():
+def test_an_informative_feature_gets_a_weight_and_a_random_one_almost_none():
     reference, classes, ancestry = grown(shots=12)
     estimator = PriorEstimator().fit(reference, classes, ancestry)
     weights = estimator.weights_
@@ -87,7 +90,7 @@ def test_a_habitat_raises_the_classes_that_live_there(fitted):
     assert {HABITATS[index // 2 % 4] for index in likeliest} == {"bog"}
 
 
-def test_without_metadata_the_prior_is_off_and_the_classes_go_by_their_shots():
+def test_without_metadata_the_prior_is_off_and_classes_are_as_probable_as_their_shots():
     reference, classes, ancestry = grown()
     bare = make_labelled([Observation(name, ()) for name in reference.ids], reference.class_ids)
     bare = bare.subset(np.arange(80) > 1)  # class 0 has 2 observations, the others 4
@@ -97,7 +100,7 @@ def test_without_metadata_the_prior_is_off_and_the_classes_go_by_their_shots():
     assert torch.allclose(prior.classes.exp(), torch.tensor([2.0] + [4.0] * 19) / 78)
 
 
-def test_a_class_that_came_lately_is_likelier_than_one_that_did_not():
+def test_a_class_observed_recently_is_more_probable():
     reference, classes, ancestry = grown(informative=False)
     late = [
         Observation(one.id, (), one.metadata | {"year": "2021" if int(class_id) % 2 else "2010"})
@@ -108,13 +111,13 @@ def test_a_class_that_came_lately_is_likelier_than_one_that_did_not():
     assert tables[RECENCY][0, 1::2].min() > 0 > tables[RECENCY][0, ::2].max()
 
 
-def test_a_class_without_an_observation_of_its_own_has_a_finite_chance():
+def test_a_class_without_an_observation_borrows_the_habitat_of_its_genus():
     reference, classes, ancestry = grown()
     seen = reference.subset(reference.class_ids != "3")
     found = PriorEstimator().fit(seen, classes, ancestry).prior_.log_probabilities(reference.observations)
     assert found.isfinite().all()
     in_genus, elsewhere = found[reference.class_ids == "2"][:, 3].mean(), found[reference.class_ids == "4"][:, 3].mean()
-    assert in_genus > elsewhere  # it borrows its sister species' habitat
+    assert in_genus > elsewhere
 
 
 def test_every_observation_is_in_exactly_one_ring():
@@ -130,7 +133,7 @@ def relatives_of(ancestry) -> list[list[set[int]]]:
     return [[set(np.flatnonzero(row > 0.5).tolist()) for row in ring] for ring in rings[:-1]]
 
 
-def test_classes_without_a_named_taxon_are_no_relatives_of_each_other():
+def test_classes_without_a_named_taxon_are_not_relatives():
     assert relatives_of([("", "", ""), ("", "", ""), ("o", "", ""), ("o", "", "g")]) == [
         [set(), set(), {3}, {2}],
         [set(), set(), set(), set()],
@@ -138,7 +141,7 @@ def test_classes_without_a_named_taxon_are_no_relatives_of_each_other():
     ]
 
 
-def test_a_genus_makes_relatives_of_classes_whose_family_is_blank_and_a_blank_family_makes_none():
+def test_classes_of_a_genus_are_relatives_if_their_family_is_blank_and_a_blank_family_has_no_relatives():
     ancestry = [("o", "f", "g"), ("o", "", "g"), ("o", "f", "h"), ("", "", "k"), ("", "", "k"), ("", "", "l")]
     assert relatives_of(ancestry) == [
         [set(), {2}, {1}, set(), set(), set()],
@@ -155,7 +158,7 @@ def test_blanks_in_an_order_or_family_hide_no_relative_of_a_genus():
     ]
 
 
-def test_rings_are_what_counting_pair_by_pair_gives():
+def test_rings_are_those_of_counting_pair_by_pair():
     rng = np.random.default_rng(0)
     ancestry = [tuple(rng.choice(["", "a", "b", "c"], 3)) for _ in range(40)]
 
@@ -164,44 +167,67 @@ def test_rings_are_what_counting_pair_by_pair_gives():
 
     for rank, ring in enumerate(relatives_of(ancestry)):
         for index, line in enumerate(ancestry):
-            others = [place for place in range(40) if place != index and closest(line, ancestry[place]) == rank]
+            others = [other for other in range(40) if other != index and closest(line, ancestry[other]) == rank]
             assert ring[index] == set(others)
 
 
-def test_a_ratio_backs_off_to_the_nearest_relatives():
+def test_ratios_back_off_to_the_nearest_relatives_as_worked_by_hand():
+    # Class 0 has no observation; class 1 is of its genus, class 2 of its family, class 3 of another order.
     ancestry = [("o", "f", "g"), ("o", "f", "g"), ("o", "f", "h"), ("p", "q", "r")]
     mass = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    ratios = log_ratios(np.array([1, 2, 3]), ancestry, mass, CONCENTRATIONS)[:, 0]
-    assert ratios[1] > ratios[0] > 0 > ratios[2]  # itself, a genus like it, a genus apart
+    ratios = log_ratios(np.array([1, 2, 3]), ancestry, mass, (4.0, 3.0, 2.0, 1.0))
+    overall = (1 + 1 / 2) / (3 + 1)
+    # Of the first value; each ring adds its count to so many observations of the wider estimate.
+    order = overall  # nobody is in the order alone
+    family = (0 + 3 * order) / (1 + 3)  # class 2
+    genus = (1 + 2 * family) / (1 + 2)  # class 1
+    assert ratios[0, 0] == pytest.approx(np.log(genus / overall))  # a class without observations is its genus
+    own = (1 + 1 * ((0 + 2 * family) / (0 + 2))) / (1 + 1)  # the genus of class 1 is class 0, without observations
+    assert ratios[1, 0] == pytest.approx(np.log(own / overall))
+    assert ratios[3, 0] == pytest.approx(np.log((0 + 1 * overall) / (1 + 1) / overall))
+    probabilities = np.exp(ratios) * [overall, 1 - overall]
+    assert np.allclose(probabilities.sum(axis=1), 1)
 
 
-def test_the_year_is_a_circle_and_heights_and_places_fade():
+def test_season_elevation_and_location_fade_by_their_formulas():
     season = season_kernel([str(number) for number in range(36)])
-    assert season[0, 35] == pytest.approx(season[0, 1])
-    assert season[0, 18] < 0.02
-    elevation = elevation_kernel(["0", "1", "8"])
-    assert 1 > elevation[0, 1] > elevation[0, 2]
-    place = place_kernel(["1119,133", "1119,134", "760,133"])
-    assert np.allclose(np.diag(place), 1)
-    assert place[0, 1] > 0.2 > 1e-4 > place[0, 2] > 0
+    assert season[0, 35] == season[0, 1] == pytest.approx(np.exp(-0.5 * (365.25 / 36 / 30) ** 2))
+    assert season[0, 18] == pytest.approx(np.exp(-0.5 * (365.25 / 2 / 30) ** 2))
+    assert elevation_kernel(["0", "1", "8"])[0].tolist() == pytest.approx([1, np.exp(-0.5), np.exp(-32)])
+    # A cell is .05 degrees high and .0875 wide; the three centres are near 55.975 and 38.025 degrees north.
+    location = location_kernel(["1119,133", "1119,134", "1120,133", "760,133"])
+    assert np.allclose(np.diag(location), 1)
+    north, east = 0.05 * KM_PER_DEGREE, 0.0875 * KM_PER_DEGREE * np.cos(np.radians(55.975))
+    assert location[0, 1] == pytest.approx(1 / (1 + (east / 4) ** 2))
+    assert location[0, 2] == pytest.approx(1 / (1 + (north / 4) ** 2))
+    assert location[0, 3] == pytest.approx(1 / (1 + (359 * north / 4) ** 2))
 
 
-def test_folds_ask_each_of_the_last_years_with_what_came_before():
+def test_an_observation_is_a_distribution_over_similar_values_and_nothing_without_a_value():
+    found = smooth(["0", None, "2"], ["0", "1", "2"], "elevation")
+    row = np.exp([0, -0.5, -2])
+    assert np.allclose(found, [row / row.sum(), np.zeros(3), row[::-1] / row.sum()])
+    assert smooth(["oak", None, "birch"], ["birch", "oak"], "substrate").tolist() == [[0, 1], [0, 0], [1, 0]]
+
+
+def test_each_of_the_last_years_is_a_fold_after_all_earlier_years():
     years = np.array([2018, 2019, 2019, 2020, 2021, np.nan])
-    assert [(past.nonzero()[0].tolist(), asked.nonzero()[0].tolist()) for past, asked in folds(years, 2)] == [
+    assert [
+        (past.nonzero()[0].tolist(), now.nonzero()[0].tolist()) for past, now in rolling_origin_folds(years, 2)
+    ] == [
         ([0, 1, 2], [3]),
         ([0, 1, 2, 3], [4]),
     ]
 
 
-def test_where_years_are_unknown_the_folds_share_out_the_observations():
+def test_if_years_are_unknown_every_observation_is_a_query_of_one_fold():
     for years in (np.full(23, np.nan), np.full(23, 2021.0)):
-        asked = [fold[1] for fold in folds(years, 5)]
-        assert np.sum(asked, axis=0).tolist() == [1] * 23
-        assert all((past ^ asked).all() for past, asked in folds(years, 5))
+        made = list(rolling_origin_folds(years, 5))
+        assert np.sum([queries for _, queries in made], axis=0).tolist() == [1] * 23
+        assert all((past ^ queries).all() for past, queries in made)
 
 
-def test_the_conditional_logit_finds_the_weights_that_made_the_answers():
+def test_the_conditional_logit_recovers_the_weights_of_its_model():
     rng = np.random.default_rng(0)
     design = rng.normal(size=(3, 4000, 10))
     scores = np.tensordot([1.0, 0.5, 0.0], design, 1) + rng.gumbel(size=(4000, 10))
@@ -209,6 +235,27 @@ def test_the_conditional_logit_finds_the_weights_that_made_the_answers():
         [(design[:, :2000], scores[:2000].argmax(1)), (design[:, 2000:], scores[2000:].argmax(1))], 3
     )
     assert np.allclose(found, [1.0, 0.5, 0.0], atol=0.07)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_conditional_logit_of_two_classes_is_the_logistic_regression_of_scikit_learn(seed):
+    rng = np.random.default_rng(seed)
+    design, truth = rng.normal(size=(3, 300, 2)), rng.integers(0, 2, 300)
+    difference = (design[:, :, 1] - design[:, :, 0]).T
+    truth = (difference @ [1.0, 0.5, 0.8] + rng.logistic(size=300) > 0).astype(int)
+    model = LogisticRegression(C=1 / (2 * RIDGE * 300), fit_intercept=False, tol=1e-8).fit(difference, truth)
+    assert (model.coef_ > 0).all()
+    parts = [(design[:, :100], truth[:100]), (design[:, 100:], truth[100:])]
+    assert conditional_logit(parts, 3) == pytest.approx(model.coef_[0], abs=1e-3)
+
+
+def test_a_term_that_would_get_a_negative_weight_gets_none():
+    rng = np.random.default_rng(0)
+    design = rng.normal(size=(2, 2000, 5))
+    truth = (np.tensordot([1.0, -1.0], design, 1) + rng.gumbel(size=(2000, 5))).argmax(axis=1)
+    found = conditional_logit([(design, truth)], 2)
+    assert found[1] == 0
+    assert found[0] > 0.5
 
 
 def test_the_drawn_competition_carries_its_metadata_and_taxonomy(drawn):

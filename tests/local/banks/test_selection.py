@@ -62,7 +62,7 @@ def test_val_that_is_kept_out_of_the_bank_is_all_that_evaluates_it():
 
 
 def test_queries_that_are_not_drawn_are_counted(monkeypatch):
-    monkeypatch.setattr(folds, "SCORES", 5 * 10)
+    monkeypatch.setattr(folds, "MAX_SCORES", 5 * 10)
     own = plan(TRAIN + VAL)
     line = own.describe_folds()
     assert line.startswith("10 held-out observations")

@@ -5,10 +5,12 @@ python -m pytest tests/local/base/test_metrics.py
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap
 from sklearn.metrics import f1_score
 
 from local.base.metrics import (
-    FEWEST,
+    MIN_OBSERVATIONS,
+    RESAMPLES,
     class_f1,
     describe,
     gained,
@@ -17,18 +19,19 @@ from local.base.metrics import (
     interval,
     macro_f1,
     macro_f1_gain,
+    mean_recall,
     paired_gain,
     score,
 )
 
 
 def ranked(first: list[str], classes: list[str]) -> list[list[str]]:
-    """Guesses that begin with the given classes and go on with all others."""
+    """Guesses that begin with the given classes, followed by all others."""
     return [[name, *(other for other in classes if other != name)] for name in first]
 
 
 def long_tail(seed: int, count: int = 400) -> tuple[list[str], list[list[str]]]:
-    """Few common and many rare classes, of which two thirds are guessed right."""
+    """A few common and many rare classes; two thirds of the first guesses are right."""
     rng = np.random.default_rng(seed)
     classes = [str(number) for number in range(120)]
     weights = 1 / np.arange(1, 121) ** 1.2
@@ -37,7 +40,7 @@ def long_tail(seed: int, count: int = 400) -> tuple[list[str], list[list[str]]]:
     return truth.tolist(), ranked(first.tolist(), classes)
 
 
-def test_a_recall_is_the_share_of_observations_whose_class_is_among_the_first_guesses() -> None:
+def test_a_recall_is_the_fraction_of_observations_whose_class_is_among_the_first_guesses() -> None:
     order = [str(number) for number in range(12)]
     truth = ["0", "1", "4", "5", "9", "10", "11", "never"]
     scores = score(truth, [order] * len(truth))
@@ -46,13 +49,13 @@ def test_a_recall_is_the_share_of_observations_whose_class_is_among_the_first_gu
     assert scores["recall_at_10"] == 5 / 8
 
 
-def test_hits_are_told_for_each_observation() -> None:
+def test_hits_are_those_of_each_observation() -> None:
     guesses = [["a", "b", "c", "d", "e", "f"], ["f", "e", "d", "c", "b", "a"], ["b"], ["a"]]
     assert hit_matrix(["a", "a", "a", "a"], guesses).tolist() == [[1, 1, 1], [0, 0, 1], [0, 0, 0], [1, 1, 1]]
     assert hit_matrix([], []).shape == (0, 3)
 
 
-def test_an_observation_too_many_is_no_score() -> None:
+def test_truth_and_guesses_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         score(["a", "b"], [["a"]])
 
@@ -61,7 +64,7 @@ def test_a_class_id_is_never_found_within_another() -> None:
     assert score(["1"], [["10", "11", "21"]])["recall_at_10"] == 0
 
 
-def test_macro_f1_of_a_case_worked_out_by_hand() -> None:
+def test_macro_f1_of_a_case_worked_by_hand() -> None:
     # a: precision 1/2, recall 1, F1 2/3; b: precision 1, recall 1/2, F1 2/3; c is guessed and never true: 0.
     scores = score(["a", "b", "b"], [["a"], ["b"], ["a"]])
     assert scores["macro_f1"] == pytest.approx(2 / 3)
@@ -84,8 +87,10 @@ def test_weighted_scores_are_weighted_means_and_the_f1_of_weighted_counts() -> N
         hits = hit_matrix(truth, guesses)[:, index]
         assert scores[f"recall_at_{count}"] == pytest.approx((weights * hits).sum() / weights.sum())
         assert scores[f"recall_at_{count}_low"] <= scores[f"recall_at_{count}"] <= scores[f"recall_at_{count}_high"]
-    met, firsts = weights > 0, np.array([row[0] for row in guesses])
-    expected = f1_score(np.array(truth)[met], firsts[met], average="macro", sample_weight=weights[met], zero_division=0)
+    present, firsts = weights > 0, np.array([row[0] for row in guesses])
+    expected = f1_score(
+        np.array(truth)[present], firsts[present], average="macro", sample_weight=weights[present], zero_division=0
+    )
     assert scores["macro_f1"] == pytest.approx(expected, abs=1e-12)
 
 
@@ -99,7 +104,7 @@ def test_a_whole_number_as_weight_is_the_observation_so_many_times() -> None:
     times = np.random.default_rng(0).integers(0, 4, 60)
     again = [place for place, count in enumerate(times) for _ in range(count)]
     scores = score(truth, guesses, weights=times.astype(float))
-    repeated = score([truth[place] for place in again], [guesses[place] for place in again])
+    repeated = score([truth[index] for index in again], [guesses[index] for index in again])
     for name in ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1"):
         assert scores[name] == pytest.approx(repeated[name])
 
@@ -122,14 +127,14 @@ def test_a_run_keeps_the_weighted_scores_first_and_the_unweighted_ones_under_the
     assert {name: scores[f"unweighted_{name}"] for name in plain} == plain
     weighted = score(truth, guesses, weights=weights)
     for name, value in weighted.items():
-        # Macro-F1 gives every class the same part by itself.
+        # Macro-F1 weights all classes the same by itself.
         assert scores[name] == (plain[name] if is_macro and name.startswith("macro_f1") else value)
     assert scores["recall_at_1"] != plain["recall_at_1"]
     assert "Recall@1 " + format(plain["recall_at_1"], ".3f") in describe(scores, prefix="unweighted_")
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_there_is_one_macro_f1_and_a_class_that_is_only_guessed_counts_in_it(seed: int) -> None:
+def test_there_is_one_macro_f1_and_a_class_that_is_only_predicted_counts_in_it(seed: int) -> None:
     truth, guesses = long_tail(seed)
     firsts = [row[0] for row in guesses]
     assert set(firsts) - set(truth)
@@ -137,16 +142,6 @@ def test_there_is_one_macro_f1_and_a_class_that_is_only_guessed_counts_in_it(see
     assert macro_f1(truth, firsts) == pytest.approx(expected, abs=1e-12)
     assert len(class_f1(truth, firsts)) == len(set(truth) | set(firsts))
     assert macro_f1(np.array(truth, dtype=object), np.array(firsts)) == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_gain_in_macro_f1_is_the_difference_of_the_two_scores() -> None:
-    truth, guesses = long_tail(0)
-    new = [row[0] for row in guesses]
-    old = [row[0] for row in long_tail(1)[1]]
-    found = macro_f1_gain(truth, new, old)
-    assert found["value"] == pytest.approx(macro_f1(truth, new) - macro_f1(truth, old), abs=1e-12)
-    assert found["low"] < found["value"] < found["high"]
-    assert macro_f1_gain(truth, new, new) == {"value": 0, "low": 0, "high": 0}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -166,6 +161,48 @@ def test_macro_f1_over_classes_of_one_observation_lies_within_its_interval() -> 
     assert scores["macro_f1_high"] - scores["macro_f1_low"] < 0.15
 
 
+def test_a_mean_recall_is_over_the_recalls_that_the_submission_has_room_for() -> None:
+    ranks = np.array([0, 3, 7, 20])
+    assert mean_recall(ranks).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert mean_recall(ranks, 5).tolist() == pytest.approx([1, 1 / 2, 0, 0])
+    assert mean_recall(ranks, 1).tolist() == [1, 0, 0, 0]
+
+
+def percentiles(samples, statistic, seed: int) -> tuple[float, float]:
+    """The interval of scipy."""
+    found = bootstrap(samples, statistic, paired=True, n_resamples=RESAMPLES, method="percentile", rng=seed)
+    return pytest.approx(tuple(found.confidence_interval))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_intervals_are_the_bootstrap_percentiles_of_scipy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sample, weights = (rng.random(80) < 0.3).astype(float), rng.random(80)
+    assert interval(sample, seed) == percentiles((sample,), np.mean, seed)
+
+    def weighted_mean(values, by, axis=-1):
+        return (values * by).sum(axis=axis) / by.sum(axis=axis)
+
+    assert interval(sample, seed, weights) == percentiles((sample, weights), weighted_mean, seed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_gain_in_macro_f1_has_the_bootstrap_percentiles_of_scipy(seed: int) -> None:
+    truth, guesses = long_tail(seed)
+    new, old = [row[0] for row in guesses], [row[0] for row in long_tail(seed + 1)[1]]
+    classes = sorted(set(truth) | set(new) | set(old))
+    counted = np.array([[one in {*truth, *firsts} for one in classes] for firsts in (new, old)])
+    f1 = [f1_score(truth, firsts, labels=classes, average=None, zero_division=0) for firsts in (new, old)]
+
+    def gain(new_f1, old_f1, in_new, in_old, axis=-1):
+        return new_f1.sum(axis=axis) / in_new.sum(axis=axis) - old_f1.sum(axis=axis) / in_old.sum(axis=axis)
+
+    found = macro_f1_gain(truth, new, old, seed)
+    assert found["value"] == pytest.approx(macro_f1(truth, new) - macro_f1(truth, old), abs=1e-12)
+    assert (found["low"], found["high"]) == percentiles((*f1, *counted), gain, seed)
+    assert macro_f1_gain(truth, new, new) == {"value": 0, "low": 0, "high": 0}
+
+
 def test_an_interval_has_the_width_that_the_normal_law_gives_and_shrinks_as_its_sample_grows() -> None:
     small = np.repeat([0.0, 1.0], [30, 70])
     for sample in (small, np.tile(small, 4), np.tile(small, 16)):
@@ -175,16 +212,7 @@ def test_an_interval_has_the_width_that_the_normal_law_gives_and_shrinks_as_its_
         assert high - low == pytest.approx(expected, rel=0.1)
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says() -> None:
-    rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(40):
-        low, high = interval((rng.random(100) < 0.4).astype(float))
-        covered += low <= 0.4 <= high
-    assert 34 <= covered <= 40  # 38 are expected; by chance it is under 34 once in fifty
-
-
-def test_where_all_agree_the_interval_is_a_point() -> None:
+def test_if_all_observations_agree_the_interval_is_a_point() -> None:
     assert interval(np.ones(9)) == (1.0, 1.0)
     assert interval(np.zeros(9)) == (0.0, 0.0)
 
@@ -203,7 +231,7 @@ def test_a_gain_is_the_mean_difference_with_its_paired_standard_error() -> None:
     assert paired_gain(np.array([True, False, True]), np.array([True, False, True])) == (0.0, 0.0)
 
 
-@pytest.mark.parametrize("count", range(FEWEST))
+@pytest.mark.parametrize("count", range(MIN_OBSERVATIONS))
 def test_too_few_observations_are_no_evidence_of_a_gain_even_where_all_agree(count: int) -> None:
     found = gained(np.ones(count), np.zeros(count))
     assert not found["low"] > 0
@@ -214,10 +242,10 @@ def test_too_few_observations_are_no_evidence_of_a_gain_even_where_all_agree(cou
 
 
 def test_enough_observations_that_all_agree_are_evidence() -> None:
-    assert gained(np.ones(FEWEST), np.zeros(FEWEST)) == {"value": 1, "low": 1, "high": 1}
+    assert gained(np.ones(MIN_OBSERVATIONS), np.zeros(MIN_OBSERVATIONS)) == {"value": 1, "low": 1, "high": 1}
 
 
-def test_pairing_makes_a_small_steady_gain_certain() -> None:
+def test_pairing_makes_a_small_constant_gain_certain() -> None:
     old = np.random.default_rng(0).random(100)
     gain, error = paired_gain(old + 0.01, old)
     assert gain == pytest.approx(0.01)
@@ -226,7 +254,7 @@ def test_pairing_makes_a_small_steady_gain_certain() -> None:
 
 def test_the_line_on_the_console_names_each_score_with_its_bounds() -> None:
     names = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
-    scores = {f"{name}{end}": 0.1 * place for place, name in enumerate(names, 1) for end in ("", "_low", "_high")}
+    scores = {f"{name}{end}": 0.1 * number for number, name in enumerate(names, 1) for end in ("", "_low", "_high")}
     line = describe(scores | {"recall_at_5_low": 0.15, "recall_at_5_high": 0.25})
     assert line.count("\n") == 0
     assert "Recall@5 0.200 [0.150, 0.250]" in line
@@ -237,6 +265,6 @@ def test_the_line_on_the_console_names_each_score_with_its_bounds() -> None:
     ("guesses", "told"),
     [(1, ["Recall@1", "macro-F1"]), (5, ["Recall@1", "Recall@5", "macro-F1"])],
 )
-def test_the_line_tells_no_recall_at_more_guesses_than_were_made(guesses: int, told: list[str]) -> None:
+def test_the_line_has_no_recall_at_more_guesses_than_were_made(guesses: int, told: list[str]) -> None:
     scores = score(["a", "b"], [["a"] * guesses] * 2)
     assert [word for word in describe(scores, guesses).split() if word[0] in "Rm"] == told

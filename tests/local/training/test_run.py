@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from kernel.inputs import InputError
 from local.banks.ensemble import read_answers
-from local.banks.search import compare
+from local.banks.search import evaluate_predictions
 from local.base.run_folder import VALIDATION_FILE
 from local.data.competition import read_competition
 from local.encoders.load import load_encoder
@@ -67,7 +67,7 @@ def test_a_training_ends_with_the_weighted_scores_and_then_the_unweighted_ones(d
     train_run(make_recipe({**TINY, "epochs": 0, "monitor": monitor}, "the test"), drawn.competition, tmp_path / "run")
     *_, weighted, unweighted, _ = capsys.readouterr().out.splitlines()
     answers = read_answers(tmp_path / "run")
-    hits = compare(answers.log_probabilities, answers.truth).places < 5
+    hits = evaluate_predictions(answers.log_probabilities, answers.truth).ranks < 5
     assert len(set(answers.weights.tolist())) > 1
     scores = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]["validation"]
     assert scores["recall_at_5"] == pytest.approx((answers.weights * hits).sum() / answers.weights.sum())
