@@ -18,12 +18,14 @@ from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 from sklearn.linear_model import LogisticRegression
 
 from kernel.bank import Bank, Layer, apply_layers
+from kernel.inputs import InputError
 from local.base.files import write_tensors
 from local.data.taxonomy import Taxonomy
 
 LOGIT_SCALE = 16.0  # of cosines, where no held-out observations are there to fit it
 ABSENT = -100.0  # bias of a class without a reference observation
 SHRINKAGE_SAMPLES = 4000  # photos
+MAX_LOGITS = 200_000_000  # of logistic regression, observations times classes: 24 bytes of memory each
 COVARIANCE_SAMPLES = 40_000  # residuals: enough for the covariance of a thousand features, in seconds
 
 
@@ -226,8 +228,17 @@ class LinearProbe:
         self.strength = strength
 
     def fit(self, embeddings: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy):
-        """See `ClassMeans.fit`."""
+        """See `ClassMeans.fit`.
+
+        Raises:
+            InputError: there are too many observations and classes for the memory.
+        """
         count = len(taxonomy.genus)
+        if len(labels) * count > MAX_LOGITS:
+            raise InputError(
+                f"logistic regression on {len(labels):,} observations of {count:,} classes needs too much memory: set "
+                'matcher = "means", and leave matcher out of choose'
+            )
         model = LogisticRegression(C=self.strength, class_weight="balanced", max_iter=300, tol=1e-3)
         with warnings.catch_warnings():  # scikit-learn warns of many classes with few observations
             warnings.simplefilter("ignore")

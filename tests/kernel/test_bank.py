@@ -101,6 +101,18 @@ def test_equal_scores_keep_the_order_of_the_classes():
     assert rank([[bank]], [1.0], [torch.tensor([[1.0, 0.0]])], 4).tolist() == [[0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_ranking_is_a_full_sort_by_score_and_then_by_class(seed):
+    generator = torch.Generator().manual_seed(seed)
+    bank = random_bank(classes=20, seed=seed)
+    bank = replace(bank, prototypes=bank.prototypes[torch.randint(12, (20,), generator=generator)])  # equal scores
+    queries = torch.randn(30, 8, generator=generator)
+    scores = classified([bank], queries).tolist()
+    expected = [sorted(range(20), key=lambda label: (-row[label], label)) for row in scores]
+    for guesses in (1, 10, 20):
+        assert rank([[bank]], [1.0], [queries], guesses).tolist() == [row[:guesses] for row in expected]
+
+
 def test_more_guesses_than_classes_gives_all_and_no_queries_give_none():
     assert rank([[random_bank(classes=3)]], [1.0], [torch.randn(2, 8)], 10).shape == (2, 3)
     assert rank([[random_bank()]], [1.0], [torch.zeros(0, 8)], 10).shape == (0, 10)
