@@ -253,7 +253,7 @@ def _draw_all(jobs: list[tuple]) -> None:
     pool = ProcessPoolExecutor(mp_context=get_context("spawn")) if len(jobs) >= FEW_PHOTOS else None
     with pool or nullcontext():
         drawn = pool.map(_draw_one, jobs, chunksize=16) if pool else map(_draw_one, jobs)
-        for _ in progress(drawn, "drawing", len(jobs)):
+        for _ in progress(drawn, "drawing", len(jobs), unit="photo"):
             pass
 
 

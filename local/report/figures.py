@@ -1,11 +1,12 @@
 """All figures of a report. The page and metrics.json show these and compute nothing."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from local.base.console import Progress
 from local.report.advice import Advice, advise
 from local.report.closeup import Closeup, Example, Map, UnreadablePhoto
 from local.report.comparison import Comparison, Leaderboard, compare_with, predict_leaderboard
@@ -79,7 +80,7 @@ class Figures:
     map: Map | None
     training: Training
     origin: Origin
-    advice: list[Advice]
+    advice: list[Advice] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """The figures as metrics.json keeps them."""
@@ -98,12 +99,21 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
     """
     labels = [label for name in focus for label in find_classes(evidence, name)]
     closeup = Closeup(evidence)
+    with Progress("computing the figures"):
+        figures = fill_sections(evidence, closeup, others, labels, trace_origin(evidence, others, focus))
+        return replace(figures, advice=advise(evidence, figures))
+
+
+def fill_sections(
+    evidence: Evidence, closeup: Closeup, others: Sequence[Path], labels: Sequence[int], origin: Origin
+) -> Figures:
+    """All figures but the advice, which follows from the others; `labels` are the classes in focus."""
     is_macro, is_even = evidence.recipe.train.monitor == "macro_f1", bool(np.allclose(evidence.weights, 1))
     headline = score_answers(evidence.truth, evidence.log_probabilities, evidence.weights, is_macro)
     against = [compare_with(evidence, run) for run in others]
     expected = getattr(headline, evidence.labelled.competition.metric).value
     best, worst = closeup.best_and_worst()
-    figures = Figures(
+    return Figures(
         run=evidence.run.name,
         data=evidence.labelled.folder.name,
         competition=evidence.labelled.competition.name,
@@ -133,7 +143,5 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
         trust=measure_trust(evidence, closeup),
         map=closeup.map(),
         training=read_training(evidence),
-        origin=trace_origin(evidence, others, focus),
-        advice=[],
+        origin=origin,
     )
-    return replace(figures, advice=advise(evidence, figures))

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from PIL import Image, ImageOps
 
 from kernel.photos import read_photo
-from local.base.console import progress
+from local.base.console import Progress, progress
 from local.report import pictures
 from local.report.figures import Figures
 from local.report.scores import METRIC_NAMES, SCORE_NAMES, Estimate
@@ -65,7 +65,8 @@ def render(figures: Figures, folder: Path) -> str:
     environment.globals |= {"metric_names": METRIC_NAMES, "score_names": SCORE_NAMES}
     album = Album(folder)
     species = {row.label: row for row in figures.species}
-    html = environment.get_template("report.html").render(f=figures, species=species, photo=album.add)
+    with Progress("drawing the page"):
+        html = environment.get_template("report.html").render(f=figures, species=species, photo=album.add)
     return html.replace("@DATA@", embedded_json(table_data(figures, album)))
 
 
@@ -73,7 +74,11 @@ def table_data(figures: Figures, album: Album) -> dict:
     """What the script of the page shows: the tables of classes and of confusions, and all photos."""
     # If the page gets full, the classes that were neither held out nor guessed have no photo.
     order = sorted(figures.species, key=lambda row: not (row.queries or row.guessed))
-    photos = {row.label: album.add(row.photo, SMALL) for row in progress(order, "photos") if row.photo}
+    photos = {
+        row.label: album.add(row.photo, SMALL)
+        for row in progress(order, "photos of the classes", unit="class")
+        if row.photo
+    }
     return {
         "ranks": [rank.rank for rank in figures.ranks[:-1]],
         "columns": DATA_COLUMNS,
