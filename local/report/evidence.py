@@ -190,20 +190,20 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     sizes = np.bincount(encode_labels(reference.class_ids, classes) + 1, minlength=len(classes) + 1)[1:]
     own = np.isin(ids, reference.ids)
     return Evidence(
-        run,
-        manifest,
-        recipe,
-        labelled,
-        classes,
-        names,
-        poisonous,
-        name_ranks(labelled, classes, names),
-        queries.observations,
-        truth,
-        np.concatenate([answers.log_probabilities.numpy(), lacking], axis=1),
-        answers.weights,
-        sizes[truth] - own,
-        sizes,
+        run=run,
+        manifest=manifest,
+        recipe=recipe,
+        labelled=labelled,
+        classes=classes,
+        names=names,
+        poisonous=poisonous,
+        ranks=name_ranks(labelled, classes, names),
+        queries=queries.observations,
+        truth=truth,
+        log_probabilities=np.concatenate([answers.log_probabilities.numpy(), lacking], axis=1),
+        weights=answers.weights,
+        shots=sizes[truth] - own,
+        reference=sizes,
     )
 
 
@@ -220,8 +220,8 @@ def read_run_answers(run: Path) -> Answers:
 
 def queries_of(answers: Answers) -> tuple[list[str], list[str]]:
     """The ids of the held-out observations, and of the classes of the bank."""
-    said = json.loads(answers.queries)
-    return json.loads(said["observations"]), json.loads(said["classes"])
+    stored = json.loads(answers.queries)
+    return json.loads(stored["observations"]), json.loads(stored["classes"])
 
 
 def names_of(labelled: LabelledObservations, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
@@ -242,17 +242,17 @@ def _number(text: str) -> float:
 
 def name_ranks(labelled: LabelledObservations, classes: Sequence[str], names: Sequence[str]) -> list[Rank]:
     """The ranks that the competition names, then the species."""
-    lines = [labelled.taxa.get(one, UNKNOWN_TAXA) for one in classes]
-    order = sorted(range(len(classes)), key=lambda place: (lines[place], names[place]))
+    lineages = [labelled.taxa.get(class_id, UNKNOWN_TAXA) for class_id in classes]
+    order = sorted(range(len(classes)), key=lambda label: (lineages[label], names[label]))
     ranks = []
-    for level, name in enumerate((*TAXONOMY, SPECIES)):
-        said = [names[place] if name == SPECIES else lines[place][level] for place in range(len(classes))]
-        if not any(said):
+    for level, rank in enumerate((*TAXONOMY, SPECIES)):
+        named = list(names) if rank == SPECIES else [lineage[level] for lineage in lineages]
+        if not any(named):
             continue
-        own = [text or f"of {names[place]}" for place, text in enumerate(said)]
-        groups = {text: number for number, text in enumerate(dict.fromkeys(own[place] for place in order))}
-        is_named = np.isin(list(groups), list(filter(None, said)))
-        ranks.append(Rank(name, list(groups), np.array([groups[text] for text in own]), is_named))
+        groups = [group or f"of {name}" for group, name in zip(named, names, strict=True)]
+        index_of = {group: index for index, group in enumerate(dict.fromkeys(groups[label] for label in order))}
+        is_named = np.isin(list(index_of), list(filter(None, named)))
+        ranks.append(Rank(rank, list(index_of), np.array([index_of[group] for group in groups]), is_named))
     return ranks
 
 
@@ -271,11 +271,11 @@ def read_embeddings(evidence: Evidence) -> Embedded:
     mean = pooled[(readable > 0) & is_reference].mean(axis=0)
     is_query = found.observations < len(evidence.queries)
     return Embedded(
-        l2_normalize(found.values[is_query].astype(np.float32) - mean.astype(np.float32)),
-        found.observations[is_query],
-        observations,
-        readable,
-        l2_normalize(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),
-        encode_labels(known.class_ids, evidence.classes),
-        is_reference,
+        photos=l2_normalize(found.values[is_query].astype(np.float32) - mean.astype(np.float32)),
+        owners=found.observations[is_query],
+        observations=observations,
+        readable=readable,
+        pooled=l2_normalize(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),
+        classes=encode_labels(known.class_ids, evidence.classes),
+        is_reference=is_reference,
     )

@@ -225,9 +225,9 @@ def score_hierarchy(evidence: Evidence) -> Hierarchy:
 
 def score_groups(evidence: Evidence) -> dict[str, list[GroupRecalls]]:
     """Recalls by shots, photos, habitat and month; without what the competition does not say."""
-    said = [query.metadata.get("habitat") or None for query in evidence.queries]
-    common = [name for name, _ in Counter(filter(None, said)).most_common(HABITATS)]
-    habitats = [name if name in common else name and "others" for name in said]
+    habitats = [query.metadata.get("habitat") or None for query in evidence.queries]
+    common = [name for name, _ in Counter(filter(None, habitats)).most_common(HABITATS)]
+    habitats = [name if name in common else name and "others" for name in habitats]
     shots = [capped(count, MOST_SHOTS) for count in evidence.shots]
     photos = [capped(len(query.photos), MOST_PHOTOS) for query in evidence.queries]
     grouped = {
@@ -343,12 +343,11 @@ def commonest_mistakes(evidence: Evidence, closeup: Closeup) -> list[Mistake]:
     queries = np.bincount(evidence.truth, minlength=len(evidence.classes))
     rows = [(*cell, float(cell[2] / queries[cell[0]])) for cell in list_confusions(evidence)]
     rows.sort(key=lambda row: (-row[2], -row[3]))
-    return [
-        show_mistake(
-            evidence, closeup, np.flatnonzero((evidence.truth == true) & (evidence.guesses == guessed))[0], count, share
-        )
-        for true, guessed, count, share in rows[:PAIRS]
-    ]
+    mistakes = []
+    for true, guessed, count, fraction in rows[:PAIRS]:
+        query = np.flatnonzero((evidence.truth == true) & (evidence.guesses == guessed))[0]
+        mistakes.append(show_mistake(evidence, closeup, query, count, fraction))
+    return mistakes
 
 
 def show_mistake(
