@@ -3,15 +3,16 @@
 python bundle.py runs/NAME                 writes build/kernel.py and build/weights/
 python bundle.py runs/A runs/B runs/C      an ensemble
 
-An ensemble sums the log-probabilities of runs of the same --data and reference. Their predictions for the same held-out
-observations decide the weights, and a run that does not improve the ensemble is left out. With fewer than six held-out
-observations the best run alone is kept.
+An ensemble sums the log-probabilities of runs with the same --data and reference. Held-out observations decide the
+weights of the runs, and a run that does not improve the ensemble is left out. With fewer than six held-out observations
+only the best run is kept.
 
-The script is readable, the same inputs give the same bytes, and it accepts only the weights that it was bundled with.
-Nothing is pickled or encoded, and code that would mean something else in one file is refused with its line. A library
-that Kaggle's image lacks (open_clip), or has in an older version (timm), goes into the weights as a wheel of the
-version installed here. Of libraries that are not pure Python, such as torch and Pillow, Kaggle's own version runs; the
-log of the kernel names both versions.
+The script is readable, and accepts only the weights that it was bundled with. The same inputs give the same bytes.
+Nothing is pickled or encoded. Code that would have another meaning in one file is refused with its line number.
+
+A library that Kaggle's image lacks (open_clip), or has in an older version (timm), is added to the weights as a wheel
+of the installed version. For libraries that are not pure Python, such as torch and Pillow, Kaggle's version is used;
+the log of the kernel gives both versions.
 """
 
 import os
@@ -27,8 +28,7 @@ from local.base.files import write_json
 from local.base.repository import commit
 from local.bundling.flatten import flatten
 from local.bundling.introduction import introduce
-from local.bundling.weights import gather_weights
-from local.publishing.metadata import (
+from local.bundling.metadata import (
     DATASET_METADATA,
     KERNEL_METADATA,
     PLACEHOLDER,
@@ -38,15 +38,16 @@ from local.publishing.metadata import (
     with_owner,
     write_metadata,
 )
-from local.publishing.preflight import find_owner
+from local.bundling.weights import gather_weights
+from local.publishing.credentials import find_owner
 
 ROOT = Path(__file__).resolve().parent
-BEFORE = ".weights.before"  # the weights that are being replaced
+BEFORE = ".weights.before"  # the old weights, while they are replaced
 DIGEST_LINE = 'MANIFEST_SHA256 = ""'  # of kernel/manifest.py
 
 
 def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_METADATA) -> None:
-    """Write `out`/kernel.py and `out`/weights/; on any failure both stay as they were.
+    """Write `out`/kernel.py and `out`/weights/. On any failure both stay as they were.
 
     Raises:
         InputError: a run, the metadata or the kernel cannot be bundled.
@@ -54,12 +55,12 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
     metadata = with_owner(read_kernel_metadata(metadata_path), find_owner())
     weights, partial, script = out / "weights", out / ".weights.partial", out / ".kernel.py.partial"
     try:
-        tidy(out)
+        clean_up(out)
         partial.mkdir(parents=True)
         digest = sha256(gather_weights(runs, partial))
         write_json(dataset_metadata(metadata), partial / DATASET_METADATA)
         script.write_text(make_script(read_weights(partial), digest), encoding="utf-8")
-        put_in_place(out)
+        replace_bundle(out)
         write_metadata(out, metadata)
     except OSError as error:
         raise InputError(f"cannot bundle into {out} ({error}): what was there before is unchanged") from error
@@ -86,14 +87,14 @@ def make_script(weights: Weights, digest: str) -> str:
     introduction = introduce(weights, digest, commit("kernel"))
     script = flatten(ROOT / "kernel", introduction=introduction, chosen={"competitions": module_of(competition)})
     if script.count(DIGEST_LINE) != 1:
-        raise InputError(f"kernel/manifest.py must hold the line {DIGEST_LINE} once: the script's digest goes there")
+        raise InputError(f"kernel/manifest.py must contain {DIGEST_LINE} once: the digest is written there")
     return script.replace(DIGEST_LINE, f'MANIFEST_SHA256 = "{digest}"')
 
 
-def put_in_place(out: Path) -> None:
-    """Let the new weights and the new script be the bundle, both or neither.
+def replace_bundle(out: Path) -> None:
+    """Replace the old weights and script by the new ones: both, or neither if one cannot be replaced.
 
-    The old weights are kept until both are there, so that `tidy` can tell where a bundling was killed.
+    The old weights are kept until both are replaced, so that `clean_up` can restore them if the process is killed.
     """
     weights, before = out / "weights", out / BEFORE
     if weights.exists():
@@ -111,8 +112,8 @@ def put_in_place(out: Path) -> None:
     remove(before)
 
 
-def tidy(out: Path) -> None:
-    """Remove what a bundling that was killed has left; weights without their script give way to those before them."""
+def clean_up(out: Path) -> None:
+    """Remove the temporary files of a killed process; restore the old weights if the new ones lack their script."""
     weights, before, script = out / "weights", out / BEFORE, out / "kernel.py"
     if before.exists():
         manifest = weights / MANIFEST

@@ -18,7 +18,7 @@ from local.base.metrics import describe
 from local.drawing.competition import generate
 from local.evaluate import report
 from local.recipes.recipe import read_recipe
-from local.rehearse import rehearse
+from local.rehearsal.report import rehearse
 
 MARKER = ".demo"  # a file in a folder that the next demo may replace
 
@@ -48,9 +48,9 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
     bundle([out / "run"], out / "build")
     step("4/5 Rehearsing the script as Kaggle runs it: alone, offline, without the test labels.")
     rehearsed = rehearse(drawn.competition, out / "build", drawn.solution)
-    scenario = rehearsed["scenarios"][0]
-    if not scenario["ok"]:
-        raise InputError(f"the rehearsal failed: {scenario['reason']}; its log is in {out / 'build' / 'rehearsal'}")
+    if rehearsed.failed:
+        reason = rehearsed.scenarios[0].reason
+        raise InputError(f"the rehearsal failed: {reason}; its log is in {out / 'build' / 'rehearsal'}")
     submission, pictures = out / "build" / "rehearsal" / "plain" / "submission.csv", out / "predictions.png"
     plot_predictions(drawn.competition, submission, drawn.solution, pictures)
 
@@ -59,7 +59,7 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
 
     classes = len(read_competition(drawn.competition).in_splits("train").classes)
     step("Done. On the hidden test observations, with 95% intervals:")
-    say(f"  bundle  {describe(rehearsed)}")
+    say(f"  bundle  {describe(rehearsed.scores)}")
     say(f"  chance  Recall@1 {1 / classes:.3f}  Recall@5 {5 / classes:.3f}  Recall@10 {10 / classes:.3f}")
     for what, path in (
         ("the training curve", out / "run" / "training-curve.png"),

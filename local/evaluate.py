@@ -29,8 +29,8 @@ if not __package__:  # run as a script
 from local.base.console import command_parser, run, say
 from local.base.files import write_json, write_text
 from local.base.run_folder import require_answers
+from local.base.runs import open_run
 from local.data.folder import find_competition
-from local.runs import open_run
 
 
 def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequence[str] = ()) -> Path:

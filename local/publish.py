@@ -1,27 +1,27 @@
-"""Publish the bundle: the weights as a dataset, the script as a kernel, its output back, its score into the ledger.
+"""Publish the bundle: upload the weights as a dataset, push the script as a kernel, collect its output, submit it.
 
 python local/publish.py --dry-run    print what would be sent
-python local/publish.py              send what is not there yet, wait for the run, check its output
+python local/publish.py              send what is not on Kaggle yet, wait for the run, check its output
 python local/publish.py --submit     also submit that version, and wait for the score
 
-Every step can be resumed: run the same command again. All is private unless --public.
+If it is interrupted, run the same command again: it continues where it stopped. Everything is private unless --public.
 
 Before anything is sent, it checks that
 - kernel-metadata.json follows Kaggle's rules;
 - script and weights are complete and belong together;
-- this very bundle has passed a rehearsal;
-- there are credentials, and they are those of the kernel's owner;
+- the bundle passed a rehearsal and was not changed since;
+- there are credentials, and they belong to the kernel's owner;
 - no file contains a secret.
 
-Credentials: make a token at https://www.kaggle.com/settings/api and put it into ~/.kaggle/access_token; kaggle.json and
+Credentials: make a token at https://www.kaggle.com/settings/api and put it into ~/.kaggle/access_token. kaggle.json and
 Kaggle's environment variables work too. your-kaggle-username in kernel-metadata.json stands for the owner of the token.
-For another competition write its name into competition_sources; nothing else needs to be edited.
+For another competition, write its name into competition_sources; nothing else needs to be edited.
 
-Kaggle's client exits with 0 for some failures. This command reads every field of the answers instead: an error inside a
-200, an invalid source, a file that was left out and a run that ended badly are errors that say what to do. Where a
-competition takes CSV files and no kernels, the CSV that the kernel left is submitted; Kaggle is asked which.
+Kaggle's client exits with 0 for some failures. This command checks every field of the answers instead: an error inside
+a 200, an ignored source, a missing file or a failed run ends it with a message that says what to do. If a competition
+takes CSV files instead of kernels, the CSV that the kernel wrote is submitted.
 
-By hand, with Kaggle's own commands (read what they print, for the reason above):
+To publish by hand with Kaggle's own commands (read what they print, for the reason above):
 
 export KAGGLE_USERNAME=your-name && python bundle.py runs/best
 kaggle datasets create -p build/weights -r zip     # later: kaggle datasets version -p build/weights -r zip -m NOTE
@@ -36,9 +36,9 @@ if not __package__:  # run as a script
 
 from kernel.inputs import InputError
 from local.base.console import command_parser, counted, run, say
+from local.bundling.metadata import PLACEHOLDER, has_owner, write_metadata
 from local.publishing.ledger import LEDGER
-from local.publishing.metadata import PLACEHOLDER, has_owner, write_metadata
-from local.publishing.preflight import Bundle, check_owner, find_credentials, find_owner, find_secret, inspect
+from local.publishing.preflight import Bundle, check_credentials, check_owner, inspect
 
 METADATA = Path(__file__).resolve().parents[1] / "kernel-metadata.json"
 
@@ -52,25 +52,23 @@ def publish(
     ledger: Path = LEDGER,
     **kaggle,
 ) -> None:
-    """Take a bundle to Kaggle and bring back what it left.
+    """Publish a bundle.
 
     Args:
-        is_dry: say what would be sent, and send nothing.
+        is_dry: only print what would be sent.
         metadata: kernel-metadata.json.
-        kaggle: of `local.publishing.client.Kaggle`.
+        kaggle: arguments of `local.publishing.client.Kaggle`.
 
     Raises:
-        InputError: a check or a step failed; nothing that is done already will be done again.
+        InputError: a check or a step failed. Steps that are done will not be repeated.
     """
-    inspected, credentials = inspect(build, metadata), find_credentials()
-    bundle = inspected.owned_by(find_owner())
-    check_owner(bundle, credentials.owner, credentials.source)
-    find_secret(bundle, credentials)
+    inspected = inspect(build, metadata)
+    bundle, credentials = check_credentials(inspected)
     describe(bundle, is_public)
     if is_dry:
         say("dry run: nothing was sent")
         return
-    # Kaggle's client signs in when it is imported, so only what has passed the checks comes as far.
+    # Kaggle's client signs in when it is imported, so it is imported after the checks.
     from local.publishing.client import Kaggle
     from local.publishing.publication import Publication
 
@@ -78,42 +76,40 @@ def publish(
     bundle = inspected.owned_by(user.name)
     check_owner(bundle, user.name, credentials.source)
     if not has_owner(bundle.metadata):
-        raise InputError(f"Kaggle does not say whose the credentials in {credentials.source} are: set KAGGLE_USERNAME")
+        raise InputError(f"Kaggle does not say who owns the credentials in {credentials.source}: set KAGGLE_USERNAME")
     write_metadata(build, bundle.metadata)
     publication = Publication(bundle, user, is_public)
-    publication.deliver_weights()
-    publication.push_kernel()
-    output = publication.collect_output()
+    kernel = publication.push_kernel(publication.send_weights())
+    output = publication.collect_output(kernel.version)
     if submits:
-        publication.submit(output, ledger)
+        publication.submit(output, kernel.version, ledger)
     else:
         say("run again with --submit to submit this version")
 
 
 def describe(bundle: Bundle, is_public: bool) -> None:
-    """Say what goes where, and what is known of it."""
-    seen = "public" if is_public else "private"
-    size = sum(path.stat().st_size for path in bundle.files[1:])
+    """Print what will be sent, and where to."""
+    visibility = "public" if is_public else "private"
+    weights = bundle.files[1:]
+    size = sum(path.stat().st_size for path in weights)
     if not has_owner(bundle.metadata):
-        say(f"owner        {PLACEHOLDER} stands for your Kaggle name, which is known once you are signed in")
-    say(f"kernel       {bundle.metadata['id']}, {seen}: {bundle.script}, {bundle.script.stat().st_size:,} bytes")
-    say(f"dataset      {bundle.dataset}, {seen}: {counted(len(bundle.files) - 1, 'file')}, {size / 1e6:.1f} MB")
-    for path in bundle.files[1:]:
+        say(f"owner        {PLACEHOLDER} stands for your Kaggle name, which is known after signing in")
+    say(f"kernel       {bundle.metadata['id']}, {visibility}: {bundle.script}, {bundle.script.stat().st_size:,} bytes")
+    say(f"dataset      {bundle.dataset}, {visibility}: {counted(len(weights), 'file')}, {size / 1e6:.1f} MB")
+    for path in weights:
         say(f"               {path.relative_to(bundle.weights)}, {path.stat().st_size:,} bytes")
     rows = counted(len(bundle.table.observations), "observation")
-    say(f"competition  {bundle.competition}, {rows} in the table as rehearsed")
+    say(f"competition  {bundle.competition}, {rows} in the rehearsal's test set")
     say(f"runs         {', '.join(bundle.runs)}, bundled from commit {bundle.commit}")
-    say(f"rehearsal    {bundle.record['when']} UTC, passed: {', '.join(bundle.record['scenarios'])}")
+    say(f"rehearsal    {bundle.record.when} UTC, passed: {', '.join(bundle.record.scenarios)}")
 
 
 def main() -> None:
     parser = command_parser(__doc__)
     parser.add_argument("--build", type=Path, default=Path("build"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--submit", action="store_true", help="submit to the competition, wait for the score")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
-    parser.add_argument(
-        "--public", action="store_true", help="show the kernel, and a dataset that is new, to everybody"
-    )
+    parser.add_argument("--submit", action="store_true", help="submit to the competition, and wait for the score")
+    parser.add_argument("--dry-run", action="store_true", help="only print what would be sent")
+    parser.add_argument("--public", action="store_true", help="make the kernel, and a new dataset, public")
     options = parser.parse_args()
     publish(options.build, options.submit, options.public, options.dry_run)
 

@@ -20,7 +20,7 @@ from local.base.console import run
 from local.base.kaggle_image import IMAGE, is_newer
 from local.encoders.load import load_encoder
 from local.recipes.recipe import make_recipe
-from local.rehearse import rehearse
+from local.rehearsal.report import rehearse
 from local.training.checks import CHECKPOINTS
 from local.training.run import train_run
 from tests.conftest import LEARNING, ROOT, TINY, command, photo
@@ -193,10 +193,10 @@ def test_when_time_is_short_the_rest_keeps_the_fallback(kaggle):
 
 def test_a_rehearsal_runs_the_bundle_offline_and_scores_it(built, drawn):
     report = rehearse(drawn.competition, built, drawn.solution)
-    assert report["scenarios"][0]["ok"], report
-    assert report["recall_at_5_low"] <= report["recall_at_5"] <= report["recall_at_5_high"]
-    assert report["photos_per_second"] > 0
-    assert report["peak_memory_mb"] > 100
+    assert not report.failed, report
+    assert report.scores["recall_at_5_low"] <= report.scores["recall_at_5"] <= report.scores["recall_at_5_high"]
+    assert report.photos_per_second > 0
+    assert report.peak_memory_mb > 100
     left = sorted(path.name for path in (built / "rehearsal" / "plain").iterdir())
     assert left == ["kernel.log", "submission.csv"]
     assert not list(built.glob(".*"))
@@ -212,8 +212,8 @@ def test_a_rehearsal_shows_the_script_no_label_of_the_test(built, drawn, tmp_pat
     shutil.copytree(built, copied)
     (copied / "kernel.py").write_text(spy)
     report = rehearse(data, copied)
-    assert not report["scenarios"][0]["ok"]
-    assert "submission.csv" in report["scenarios"][0]["reason"]
+    assert report.failed == ["plain"]
+    assert "submission.csv" in report.scenarios[0].reason
     seen = (copied / "rehearsal" / "plain" / "kernel.log").read_text().split()
     assert any(name.endswith("-Test.csv") for name in seen)
     assert "solution.csv" not in seen
@@ -268,7 +268,7 @@ def test_an_open_clip_encoder_runs_from_the_wheels_in_its_weights(drawn, tmp_pat
     assert result.returncode == 0, result.stderr
     assert os.listdir(tmp_path / "working") == ["submission.csv"]
     report = rehearse(drawn.competition, tmp_path / "build", drawn.solution)
-    assert report["scenarios"][0]["ok"], report
+    assert not report.failed, report
     assert (tmp_path / "working" / "submission.csv").read_bytes() == (
         tmp_path / "build" / "rehearsal" / "plain" / "submission.csv"
     ).read_bytes()
@@ -438,7 +438,7 @@ def test_class_folders_with_one_photo_each_go_all_the_way(tmp_path):
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"] == {}
     bundle([tmp_path / "run"], tmp_path / "build")
     report = rehearse(data, tmp_path / "build")
-    assert report["scenarios"][0]["ok"], report
+    assert not report.failed, report
     assert rows(tmp_path / "build" / "rehearsal" / "plain" / "submission.csv") == [
         ["image_name", "pred_label"],
         ["like apple", "apple"],
@@ -463,8 +463,8 @@ def test_a_competition_of_each_layout_goes_all_the_way(name, tmp_path, capsys):
     bundle([tmp_path / "run"], tmp_path / "build")
     assert ("room for 10 classes" in capsys.readouterr().out) == (not year)  # there are three
     report = rehearse(data, tmp_path / "build", solution)
-    assert report["scenarios"][0]["ok"], report
-    assert report["recall_at_1"] == 1
+    assert not report.failed, report
+    assert report.scores["recall_at_1"] == 1
     header, first, *_ = rows(tmp_path / "build" / "rehearsal" / "plain" / "submission.csv")
     assert (header, len(first[1].split())) == (
         (["Id", "Predicted"], 1) if year else (["observationId", "predictions"], 3)

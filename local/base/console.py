@@ -1,4 +1,4 @@
-"""What every command shares: errors of the user become one line, and long work shows progress."""
+"""What all commands share: flags, output, one-line errors for mistakes of the user, progress of long work."""
 
 import argparse
 import os
@@ -17,11 +17,11 @@ from kernel.inputs import InputError, escape_unprintable
 
 T = TypeVar("T")
 LINE_SECONDS = 10.0  # between two lines of progress
-CLOSED = 141  # the exit code where the reader of the output went away: 128 + SIGPIPE, as in a shell
+CLOSED = 141  # the exit code when the reader of the output has closed it: 128 + SIGPIPE, as in a shell
 
 
 def command_parser(description: str) -> argparse.ArgumentParser:
-    """The parser of a command's flags, which cannot be abbreviated: `--sub` must not cost a submission.
+    """The parser of a command's flags. They cannot be abbreviated: `--sub` must not cost a submission.
 
     Args:
         description: the command's docstring.
@@ -31,16 +31,16 @@ def command_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. An InputError is one line on stderr and exit code 2; anything else is a defect and a traceback.
+    """Run a command. An InputError is one line on stderr and exit code 2. Any other exception is a bug: a traceback.
 
-    A console that lacks a character shows its escape. A reader that closes the output, such as `head`, ends the command
-    without a word.
+    Characters that the console cannot print are escaped. If the reader closes the output, as `head` does, the command
+    ends without a message.
     """
     escape_unprintable(sys.stdout, sys.stderr)
     try:
         main()
     except (InputError, KeyboardInterrupt) as error:
-        sys.exit(tell(error))
+        sys.exit(report_error(error))
     finally:
         try:
             sys.stdout.flush()
@@ -48,8 +48,8 @@ def run(main: Callable[[], None]) -> None:
             discard_output()
 
 
-def tell(error: BaseException) -> int:
-    """Print what ended a command; returns its exit code."""
+def report_error(error: BaseException) -> int:
+    """Print the exception that ended a command; returns the exit code."""
     if isinstance(error, InputError):
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -61,7 +61,7 @@ def tell(error: BaseException) -> int:
 
 
 def say(line: str) -> None:
-    """A line of the log, at once also when the output is a file."""
+    """Print a line, without buffering even if the output is a file."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
@@ -70,8 +70,8 @@ def say(line: str) -> None:
 
 
 def discard_output() -> None:
-    """Print to nowhere from now on: what is left in the buffer would fail again when Python ends."""
-    with suppress(OSError, ValueError):  # a stream without a file descriptor has nothing to flush
+    """Discard all further output. Otherwise the rest of the buffer would fail again when Python exits."""
+    with suppress(OSError, ValueError):  # a stream without a file descriptor has no such buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -79,8 +79,8 @@ def counted(count: int, noun: str, plural: str = "") -> str:
     """A count with its noun: `1 photo`, `2 photos`, `1,204 classes`.
 
     Args:
-        noun: of one.
-        plural: of several, where it is not the noun with -s or -es.
+        noun: singular.
+        plural: if it is not the noun with -s or -es.
     """
     several = plural or noun + ("es" if noun.endswith(("s", "x", "sh", "tch")) else "s")
     return f"{count:,} {noun if count == 1 else several}"
@@ -88,12 +88,12 @@ def counted(count: int, noun: str, plural: str = "") -> str:
 
 @cache
 def say_once(line: str) -> None:
-    """A line of the log that is said the first time only, however often it is true."""
+    """Print a line the first time only."""
     say(line)
 
 
 def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
-    """Rows of equal keys as the lines of a table, under a header."""
+    """The lines of a table with a header; all rows have the same keys."""
     cells = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from kernel.inputs import InputError
-from local.base.console import counted, tell
+from local.base.console import counted, report_error
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=12)  # the other ranks wait that long while rank 0 selects a bank
@@ -34,7 +34,7 @@ def process_group() -> Iterator[None]:
     except BaseException as error:
         if rank_and_world_size()[1] == 1:
             raise
-        code = tell(error)
+        code = report_error(error)
         sys.stdout.flush()
         os._exit(code)
     if distributed.is_initialized():

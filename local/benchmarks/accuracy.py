@@ -31,9 +31,9 @@ from local.data.cache import embed_with_run
 from local.data.competition import read_competition
 from local.data.folder import find_competition
 from local.data.observations import LabelledObservations, encode_labels
+from local.data.solution import read_solution
 from local.drawing.competition import generate
 from local.recipes.recipe import read_recipe
-from local.rehearsal.trial import read_solution
 from local.training.run import train_run
 
 RECIPES = ("fungiclef-baseline", "fungiclef-protonet", "fungiclef-best")

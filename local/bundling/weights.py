@@ -1,4 +1,4 @@
-"""Gather the weights of one or several runs into the folder that becomes a Kaggle dataset."""
+"""Collect the weights of one or several runs in the folder that becomes a Kaggle dataset."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,13 +10,14 @@ from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Manifest, Member, Weights, write_manifest
 from kernel.tables import RESOLUTIONS
 from local.base.console import say
-from local.base.metrics import GUESSES
+from local.base.runs import open_run
 from local.bundling.wheels import make_wheel, needed_wheels
-from local.runs import open_run
+
+RECALLS = ("recall_at_1", "recall_at_5", "recall_at_10")
 
 
 def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
-    """Copy the files of every run, the wheels that they need, and one manifest over all of them.
+    """Copy the files of every run and the wheels that they need, and write one manifest for all of them.
 
     Args:
         runs: run folders; several make an ensemble, weighted by cross-validation.
@@ -26,51 +27,69 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         The manifest's path.
 
     Raises:
-        InputError: a folder is no run, is damaged, or predicts other classes than the first; two runs need different
+        InputError: a folder is not a run, is damaged, or predicts other classes than the first; two runs need different
             versions of a library, or one needs a version that is not installed.
     """
     opened = [open_run(run) for run in runs]
     first = opened[0].manifest
-    for weights in opened[1:]:
-        different = None
-        if weights.manifest.class_ids != first.class_ids:
-            different = "other classes"
-        elif replace(weights.manifest.competition, resolution=first.competition.resolution) != first.competition:
-            different = "another competition"
-        if different:
-            raise InputError(f"{weights.folder} has {different} than {runs[0]}: train both with the same --data")
-    needed_wheels(opened)  # what cannot be bundled is refused before the runs are weighed
-    guesses = competition_named(first.competition.name).guesses
-    if len(first.class_ids) < guesses:
-        say(
-            f"a row of the submission has room for {guesses} classes, and {runs[0]} was trained on "
-            f"{len(first.class_ids)}: every row lists all of them"
-        )
-    shares = weigh_runs(runs, guesses)
-    # The best alone comes first, since a kernel short of time drops the last.
-    order = sorted(range(len(runs)), key=lambda place: -worth_alone(opened[place]))
-    opened, shares = ([values[place] for place in order if shares[place]] for values in (opened, shares))
+    check_same_task(opened)
+    needed_wheels(opened)  # fails, if it does, before the slow weighting of the runs
+    if warning := warn_of_few_classes(first):
+        say(warning)
+    weights = weigh_runs(runs, competition_named(first.competition.name).guesses)
+    # A kernel that is short of time drops the last runs, so the best one comes first.
+    order = sorted(range(len(runs)), key=lambda index: -sum_of_recalls(opened[index]))
+    members = [(opened[index], weights[index]) for index in order if weights[index]]
+    opened = [run for run, _ in members]
     wheels = needed_wheels(opened)
     if wheels:
         say(f"with wheels of {', '.join(map(' '.join, wheels.items()))}, which Kaggle's image does not have")
     for name, version in wheels.items():
         make_wheel(name, version, folder / "wheels")
-    resolution = max((weights.manifest.competition.resolution for weights in opened), key=RESOLUTIONS.index)
-    members = [
-        replace(member, weight=share * member.weight)
-        for place, (weights, share) in enumerate(zip(opened, shares, strict=True), 1)
-        for member in _copy(weights, folder, place)
+    resolution = max((run.manifest.competition.resolution for run in opened), key=RESOLUTIONS.index)
+    copied = [
+        replace(member, weight=weight * member.weight)
+        for number, (run, weight) in enumerate(members, 1)
+        for member in _copy(run, folder, number)
     ]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = Manifest(
         competition=replace(first.competition, resolution=resolution),
         class_ids=first.class_ids,
         fallback_classes=first.fallback_classes,
-        members=tuple(members),
+        members=tuple(copied),
         files={path.relative_to(folder).as_posix(): sha256(path) for path in files},
     )
     write_manifest(manifest, folder / MANIFEST)
     return folder / MANIFEST
+
+
+def check_same_task(runs: Sequence[Weights]) -> None:
+    """Check that all runs predict the same classes of the same competition.
+
+    Raises:
+        InputError: one does not.
+    """
+    first = runs[0].manifest
+    for run in runs[1:]:
+        difference = None
+        if run.manifest.class_ids != first.class_ids:
+            difference = "other classes"
+        elif replace(run.manifest.competition, resolution=first.competition.resolution) != first.competition:
+            difference = "another competition"
+        if difference:
+            raise InputError(f"{run.folder} has {difference} than {runs[0].folder}: train both with the same --data")
+
+
+def warn_of_few_classes(manifest: Manifest) -> str:
+    """A warning if there are fewer classes than a row of the submission has room for; otherwise an empty string."""
+    guesses, classes = competition_named(manifest.competition.name).guesses, len(manifest.class_ids)
+    if classes >= guesses:
+        return ""
+    return (
+        f"warning: a row of the submission has room for {guesses} classes, and the run was trained on {classes}: "
+        "every row lists all of them"
+    )
 
 
 def weigh_runs(runs: Sequence[Path], guesses: int) -> list[float]:
@@ -82,17 +101,17 @@ def weigh_runs(runs: Sequence[Path], guesses: int) -> list[float]:
     return ensemble_weights(runs, guesses)
 
 
-def worth_alone(weights: Weights) -> float:
-    """A run's recalls on its validation together; 0 where it has none."""
-    validation = weights.manifest.members[0].validation
-    return sum(validation.get(f"recall_at_{count}", 0.0) for count in GUESSES)
+def sum_of_recalls(run: Weights) -> float:
+    """The sum of a run's recalls on held-out observations; 0 if nothing was held out."""
+    validation = run.manifest.members[0].validation
+    return sum(validation.get(name, 0.0) for name in RECALLS)
 
 
-def _copy(weights: Weights, folder: Path, number: int) -> list[Member]:
-    """Copy a run's files under names of their own; its members with the new names."""
+def _copy(run: Weights, folder: Path, number: int) -> list[Member]:
+    """Copy a run's files under names with its number; returns its members with the new names."""
 
     def copy(name: str) -> str:
-        shutil.copyfile(weights.file(name), folder / f"{number}-{name}")
+        shutil.copyfile(run.file(name), folder / f"{number}-{name}")
         return f"{number}-{name}"
 
     return [
@@ -101,7 +120,7 @@ def _copy(weights: Weights, folder: Path, number: int) -> list[Member]:
             encoder=replace(member.encoder, file=copy(member.encoder.file)),
             bank=copy(member.bank),
             metadata_prior=member.metadata_prior and copy(member.metadata_prior),
-            run=weights.folder.resolve().name,
+            run=run.folder.resolve().name,
         )
-        for member in weights.manifest.members
+        for member in run.manifest.members
     ]

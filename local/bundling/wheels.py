@@ -1,4 +1,4 @@
-"""Make the wheels that travel with the weights, from what is installed here: no package index is needed."""
+"""Make the wheels that are bundled with the weights from installed packages; no package index is needed."""
 
 import base64
 import csv
@@ -15,8 +15,8 @@ from kernel.inputs import InputError
 from kernel.manifest import Weights
 from local.base.kaggle_image import IMAGE, is_newer
 
-# What installers write beside the files of a wheel.
-INSTALLERS_OWN = frozenset(
+# Files that installers add to those of a wheel.
+ADDED_BY_INSTALLERS = frozenset(
     ("INSTALLER", "REQUESTED", "RECORD", "RECORD.jws", "RECORD.p7s", "direct_url.json", "provenance_url.json",
      "uv_build.json", "uv_cache.json")
 )  # fmt: skip
@@ -24,7 +24,7 @@ COMPILED = (".so", ".pyd", ".dll", ".dylib")
 
 
 def needed_wheels(runs: Sequence[Weights]) -> dict[str, str]:
-    """Name and version of each library that some runs need and that Kaggle's image has not, or only an older one of.
+    """Name and version of each library that runs need and that Kaggle's image lacks, or has in an older version.
 
     Raises:
         InputError: two runs need different versions of one library.
@@ -40,8 +40,8 @@ def needed_wheels(runs: Sequence[Weights]) -> dict[str, str]:
                 known, first = needed.setdefault(name, (version, run.folder))
                 if known != version:
                     raise InputError(
-                        f"{first} was trained with {name} {known} and {run.folder} with {version}, and a kernel can "
-                        "have only one of them: train both with the same"
+                        f"{first} was trained with {name} {known} and {run.folder} with {version}, but a kernel can "
+                        "have only one of them: train both with the same version"
                     )
     return {name: version for name, (version, _) in sorted(needed.items())}
 
@@ -50,19 +50,19 @@ def make_wheel(name: str, version: str, folder: Path) -> Path:
     """Write the wheel of an installed pure-Python library; the same files give the same bytes.
 
     Args:
-        version: what must be installed.
+        version: that must be installed.
 
     Raises:
-        InputError: another version is installed, or none, or it cannot be made into a wheel.
+        InputError: another version is installed, or none, or no wheel can be made of it.
     """
-    again = f"pip install {name}=={version}, or train again"
+    fix = f"pip install {name}=={version}, or train again"
     try:
         installed = distribution(name)
     except PackageNotFoundError as error:
-        raise InputError(f"the run was trained with {name} {version}, which is not installed: {again}") from error
+        raise InputError(f"the run was trained with {name} {version}, which is not installed: {fix}") from error
     if installed.version != version:
-        raise InputError(f"the run was trained with {name} {version}, here is {installed.version}: {again}")
-    contents = read_files(installed, name, again)
+        raise InputError(f"the run was trained with {name} {version}, but {installed.version} is installed: {fix}")
+    contents = read_files(installed, name, fix)
     info = next(path.rpartition("/")[0] for path in contents if path.endswith(".dist-info/WHEEL"))
     contents[f"{info}/RECORD"] = make_record(contents, f"{info}/RECORD")
     wheel = folder / f"{re.sub(r'[-_.]+', '_', name)}-{version}-py3-none-any.whl"
@@ -75,18 +75,18 @@ def make_wheel(name: str, version: str, folder: Path) -> Path:
     return wheel
 
 
-def read_files(installed: Distribution, name: str, again: str) -> dict[str, bytes]:
-    """The files of a library as its wheel had them, by path in alphabetical order.
+def read_files(installed: Distribution, name: str, fix: str) -> dict[str, bytes]:
+    """The files of an installed library as in its wheel, by path in alphabetical order.
 
     Args:
-        again: what to do where it is not fit to be bundled.
+        fix: what to do if it cannot be bundled, for messages.
 
     Raises:
         InputError: it is not pure Python, not installed from a wheel, or damaged.
     """
     wheel = installed.read_text("WHEEL") or ""
     if "Root-Is-Purelib: true" not in wheel or not re.search(r"^Tag: .*\bpy3-none-any\s*$", wheel, re.MULTILINE):
-        raise InputError(f"{name} {installed.version} is not installed from a pure-Python wheel: {again}")
+        raise InputError(f"{name} {installed.version} is not installed from a pure-Python wheel: {fix}")
     requirement = re.search(r">=\s*([0-9.]+)", installed.metadata["Requires-Python"] or "")
     if requirement and is_newer(requirement[1], IMAGE["python"]):
         raise InputError(
@@ -94,33 +94,33 @@ def read_files(installed: Distribution, name: str, again: str) -> dict[str, byte
             f"train again with an older {name}"
         )
     if json.loads(installed.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable"):
-        raise InputError(f"{name} {installed.version} is an editable install: {again}")
+        raise InputError(f"{name} {installed.version} is an editable install: {fix}")
     contents = {}
     for path in sorted(installed.files or (), key=str):
-        is_installers = path.parent.suffix == ".dist-info" and path.name in INSTALLERS_OWN
-        if path.is_absolute() or ".." in path.parts or "__pycache__" in path.parts or is_installers:
-            continue  # a script outside of site-packages, or what the installer made
+        is_added = path.parent.suffix == ".dist-info" and path.name in ADDED_BY_INSTALLERS
+        if path.is_absolute() or ".." in path.parts or "__pycache__" in path.parts or is_added:
+            continue  # a script outside of site-packages, or a file of the installer
         if path.suffix in COMPILED:
-            raise InputError(f"{name} {installed.version} holds {path}, which is not Python: {again}")
+            raise InputError(f"{name} {installed.version} contains {path}, which is compiled: {fix}")
         try:
             contents[str(path)] = Path(path.locate()).read_bytes()
         except OSError as error:
             raise InputError(
-                f"{name} {installed.version} is damaged here ({path}: {error.strerror}): "
+                f"the installed {name} {installed.version} is damaged ({path}: {error.strerror}): "
                 f"pip install --force-reinstall --no-deps {name}=={installed.version}"
             ) from error
     for suffix in (".py", ".dist-info/WHEEL"):
         if not any(path.endswith(suffix) for path in contents):
-            raise InputError(f"{name} {installed.version} has no {suffix} file in site-packages: {again}")
+            raise InputError(f"{name} {installed.version} has no {suffix} file in site-packages: {fix}")
     return contents
 
 
-def make_record(contents: dict[str, bytes], own: str) -> bytes:
-    """The RECORD of a wheel: path, SHA-256 and size of every file, and its own path without them."""
+def make_record(contents: dict[str, bytes], record: str) -> bytes:
+    """The RECORD of a wheel: path, SHA-256 and size of every file; for itself, the path `record` alone."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for path, content in contents.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
         writer.writerow((path, f"sha256={digest}", len(content)))
-    writer.writerow((own, "", ""))
+    writer.writerow((record, "", ""))
     return text.getvalue().encode()

@@ -1,6 +1,6 @@
-"""Kaggle's own client, made strict: what it prints and forgets is an error here. Called by publication.py.
+"""Kaggle's own client, made strict: what it only prints becomes an error. Called by publication.py.
 
-Importing this module imports the client, which signs in at once: so it is imported only when something is to be sent.
+Importing this module imports the client, which signs in at once: import it only when something is to be sent.
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kaggle.api.kaggle_api_extended import KaggleApi, ResumableUploadResult
 from kagglesdk.competitions.types.competition_api_service import ApiGetCompetitionRequest
@@ -21,52 +21,64 @@ from requests.adapters import HTTPAdapter
 
 from kernel.inputs import InputError, shorten
 from local.base.console import counted, say
-from local.publishing.preflight import DATASET_METADATA, TOKENS
+from local.bundling.metadata import DATASET_METADATA
+from local.publishing.credentials import TOKENS
 
 ATTEMPTS = 6
-FIRST_DELAY, LONGEST_DELAY = 2.0, 120.0  # seconds between attempts; each is twice the one before
-SILENCE = 300.0  # seconds without a sign of life after which a connection is given up
-TELL_EVERY = 600  # seconds between two lines of a wait in which nothing changes, where the output is no terminal
+FIRST_DELAY, MAX_DELAY = 2.0, 120.0  # seconds between attempts; each delay is twice the one before
+REQUEST_TIMEOUT = 300.0  # seconds without any data after which a connection is closed
+REPEAT_LINE = 600  # seconds after which an unchanged state is printed again, if the output is not a terminal
+AGAIN_LATER = "run the same command again later"
 
 
 @dataclass(frozen=True)
 class Clock:
-    """How time is told and spent; tests bring another one."""
+    """The time, in seconds. Tests use one that does not wait."""
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
 
+class DatasetStatus(NamedTuple):
+    """The status of a dataset, such as "ready", and the number of its current version."""
+
+    status: str
+    version: int
+
+
 class NotFound(InputError):
-    """Kaggle knows no such thing, or shows it to others only."""
+    """Kaggle does not have it, or does not show it to this user."""
 
 
 class Interrupted(RequestException):
-    """An upload that is not complete; what has arrived need not be sent again."""
+    """An upload is incomplete. The next attempt sends only the rest."""
 
 
-def impatient(send: Callable[..., Response]) -> Callable[..., Response]:
-    """Give every request a timeout: the client has none, and would wait for ever for a connection that has died."""
+def with_timeout(send: Callable[..., Response]) -> Callable[..., Response]:
+    """Give every request a timeout: the client sets none, and would wait forever for a connection that has died."""
 
-    def limited(adapter: HTTPAdapter, *arguments: Any, timeout: Any = None, **named: Any) -> Response:
-        return send(adapter, *arguments, timeout=timeout or SILENCE, **named)
+    def send_with_timeout(adapter: HTTPAdapter, *args: Any, timeout: Any = None, **kwargs: Any) -> Response:
+        return send(adapter, *args, timeout=timeout or REQUEST_TIMEOUT, **kwargs)
 
-    return limited
+    return send_with_timeout
 
 
-HTTPAdapter.send = impatient(HTTPAdapter.send)  # the client makes sessions where nobody else can reach them
+HTTPAdapter.send = with_timeout(HTTPAdapter.send)  # the client's sessions cannot be reached from outside
 
 
 class StrictApi(KaggleApi):
-    """Makes an incomplete upload an error that can be tried again.
+    """Raises an error for an incomplete upload, and leaves retries to `Kaggle.call`.
 
-    kaggle 2.2.4 leaves a file that did not arrive out of the dataset and says so only if not quiet; 2.2.5 stops at it
-    with a ValueError, as for a mistake of the user.
+    kaggle 2.2.4 leaves a file that did not arrive out of the dataset and says so only if not quiet. 2.2.5 raises a
+    ValueError for it, as for a mistake of the user.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.incomplete: dict[str, Any] = {}  # the last result of each upload that has not ended
+        self.incomplete: dict[str, Any] = {}  # path -> the last result of an upload that is not complete
+
+    def with_retry(self, func, *_, **__):
+        return func
 
     def upload_complete(self, path, url, quiet, resume=False):
         result = super().upload_complete(path, url, quiet, resume)
@@ -75,10 +87,10 @@ class StrictApi(KaggleApi):
             del self.incomplete[path]
         return result
 
-    def upload_files(self, request, resources, folder, blob_type, upload_context, *arguments, **named):
+    def upload_files(self, request, resources, folder, blob_type, upload_context, *args, **kwargs):
         self.incomplete.clear()
         try:
-            super().upload_files(request, resources, folder, blob_type, upload_context, *arguments, **named)
+            super().upload_files(request, resources, folder, blob_type, upload_context, *args, **kwargs)
         except ValueError:
             if not self.incomplete:
                 raise
@@ -91,10 +103,10 @@ class StrictApi(KaggleApi):
 
 
 class Kaggle:
-    """A signed-in user. Every request is tried again where that can help, and else fails with what to do.
+    """A signed-in user. Requests that fail for a temporary reason are repeated; other failures say what to do.
 
     Attributes:
-        name: the user's, on Kaggle.
+        name: the user's name on Kaggle.
     """
 
     def __init__(self, source: str, clock: Clock = Clock()):
@@ -104,155 +116,170 @@ class Kaggle:
             source: where the credentials are, for messages.
 
         Raises:
-            InputError: Kaggle does not take the credentials.
+            InputError: Kaggle does not accept the credentials.
         """
         self.api, self.clock, self.source = StrictApi(), clock, source
         self.is_quiet = not sys.stderr.isatty()
         try:
             self.call("signing in", self.api.authenticate)
         except SystemExit as stop:  # after a page of the client's own advice
-            raise InputError(self._refused()) from stop
+            raise self._unauthorized() from stop
         self.name = self.api.get_config_value("username")
 
-    def call(self, what: str, function: Callable, *arguments: Any, forbidden: str = "", **named: Any) -> Any:
-        """What a function of the client returns; tried again after network failures, 408, 429 and 5xx.
+    def call(self, what: str, function: Callable, *args: Any, forbidden: str = "", **kwargs: Any) -> Any:
+        """Call a function of the client; repeat it after network failures and the status codes 408, 429 and 5xx.
 
         Args:
-            what: the attempt in words, for messages: "sending the weights".
+            what: description for messages, such as "sending the weights".
             forbidden: what to do when Kaggle answers 403.
+
+        Returns:
+            What the function returns.
 
         Raises:
             NotFound: Kaggle answered 404.
-            InputError: any other failure that trying again does not mend, or has not mended.
+            InputError: any other failure that is not temporary, or one that lasted for all attempts.
         """
-        delay = FIRST_DELAY
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return function(*arguments, **named)
+                return function(*args, **kwargs)
             except (RequestException, json.JSONDecodeError) as error:
                 code, reason = explain(error)
-                if code == 401:
-                    raise InputError(self._refused()) from error
-                if code == 403:
-                    raise InputError(f"{what}: Kaggle forbids it ({reason}){forbidden and ': ' + forbidden}") from error
-                if code == 404:
-                    raise NotFound(f"{what}: Kaggle does not find it ({reason})") from error
                 if code and code not in (408, 429) and code < 500:
-                    raise InputError(f"{what}: Kaggle refuses it ({reason})") from error
+                    raise self._permanent(what, code, reason, forbidden) from error
                 if attempt < ATTEMPTS:
-                    pause = min(max(delay, retry_after(error)), LONGEST_DELAY)
-                    say(f"{what}: {reason}; trying again in {pause:.0f} s")
-                    self.clock.sleep(pause)
-                    delay *= 2
-            except KeyError as error:  # a state of which the client knows nothing
+                    delay = min(max(FIRST_DELAY * 2 ** (attempt - 1), get_retry_after(error)), MAX_DELAY)
+                    say(f"{what}: {reason}; next attempt in {delay:.0f} s")
+                    self.clock.sleep(delay)
+            except KeyError as error:  # a state that this version of the client does not know
                 raise InputError(f"{what}: kaggle does not know {error}: pip install --upgrade kaggle") from error
-            except ValueError as error:  # the client's own words for what it refuses
+            except ValueError as error:  # the client itself refuses something
                 raise InputError(f"{what}: {shorten(error)}") from error
-        raise InputError(f"{what} failed {ATTEMPTS} times, at last by {reason}: run the same command again later")
+        raise InputError(f"{what} failed {ATTEMPTS} times, the last time with {reason}: {AGAIN_LATER}")
 
-    def wait(self, what: str, ask: Callable[[], tuple[Any, str]], every: float, limit: float) -> Any:
-        """Ask until there is an answer, showing the state.
+    def _permanent(self, what: str, code: int, reason: str, forbidden: str) -> InputError:
+        """The error for a status code that no repetition changes."""
+        if code == 401:
+            return self._unauthorized()
+        if code == 403:
+            return InputError(f"{what}: Kaggle does not permit it ({reason}){forbidden and ': ' + forbidden}")
+        if code == 404:
+            return NotFound(f"{what}: Kaggle does not find it ({reason})")
+        return InputError(f"{what}: Kaggle refuses it ({reason})")
+
+    def wait(self, what: str, ask: Callable[[], tuple[Any, str]], interval: float, limit: float) -> Any:
+        """Ask repeatedly until there is an answer, and show the state.
 
         Args:
-            ask: returns the answer, or None for none yet, and the state in a word.
-            every: seconds between two questions.
+            ask: returns the answer, or None if there is none yet, and the state in a word.
+            interval: seconds between two questions.
             limit: seconds after which to give up.
 
         Raises:
-            InputError: there is no answer within the limit.
+            InputError: there was no answer within the limit.
         """
-        started, told, last = self.clock.now(), 0.0, None
+        started, printed_at, printed = self.clock.now(), 0.0, None
         while True:
             answer, state = ask()
             waited = self.clock.now() - started
             if sys.stdout.isatty():
-                line = f"{what}: {state}, {minutes(waited)}"
+                line = f"{what}: {state}, {format_duration(waited)}"
                 print(f"\r{line:<79}", end="" if answer is None else "\n", flush=True)
-            elif state != last or waited - told >= TELL_EVERY:
-                say(f"{what}: {state}, {minutes(waited)}")
-                last, told = state, waited
+            elif state != printed or waited - printed_at >= REPEAT_LINE:
+                say(f"{what}: {state}, {format_duration(waited)}")
+                printed, printed_at = state, waited
             if answer is not None:
                 return answer
             if waited >= limit:
-                raise InputError(f"{what}: still {state} after {minutes(waited)}: run the same command again later")
-            self.clock.sleep(every)
+                raise InputError(f"{what}: still {state} after {format_duration(waited)}: {AGAIN_LATER}")
+            self.clock.sleep(interval)
 
-    def dataset(self, reference: str) -> tuple[str, int] | None:
-        """The status of a dataset and its current version, or None where the user has none of that name."""
-        what = f"asking for the dataset {reference}"
+    def dataset_status(self, reference: str) -> DatasetStatus | None:
+        """The status of a dataset, or None if the user has none of that name."""
+
+        def request_status() -> str:
+            try:
+                return self.api.dataset_status(reference, format="json")
+            except HTTPError as error:
+                code, reason = explain(error)
+                if code == 403:  # Kaggle answers 403 as well as 404 for what does not exist
+                    raise NotFound(reason) from error
+                raise
+
         try:
-            answer = self.call(what, permitted(self.api.dataset_status), reference, format="json")
+            answer = json.loads(self.call(f"asking for the dataset {reference}", request_status))
         except NotFound:
             return None
-        found = json.loads(answer)
-        return found["status"], found["current_version_number"] or 0
+        return DatasetStatus(answer["status"], answer["current_version_number"] or 0)
 
     def send_dataset(self, folder: Path, reference: str, before: int | None, note: str, is_public: bool) -> int:
-        """Create the dataset of a folder or add a version to it; the version's number.
+        """Create a dataset from a folder, or add a version to it; returns the number of the version.
 
-        What an earlier attempt has uploaded completely or in part is not uploaded again.
+        What an earlier attempt has uploaded is not uploaded again.
 
         Args:
-            before: the dataset's current version, None where there is no dataset.
+            before: the dataset's current version; None if there is no dataset yet.
         """
         what, quiet, path = f"sending {folder}", self.is_quiet, str(folder.resolve())  # uploads are resumed by path
-        # Kaggle answers 403 to a version that comes while the one before is processed, too.
+        # Kaggle also answers 403 while it processes the version before.
         forbidden = f"a dataset needs a verified phone number; is {reference} yours, and its latest version ready?"
 
         def attempt() -> None:
-            now = self.dataset(reference)
-            if now and (before is None or now[1] > before):
-                return  # an attempt did arrive whose answer was lost
+            now = self.dataset_status(reference)
+            if now and (before is None or now.version > before):
+                return  # an earlier attempt arrived, only its answer was lost
             if now:
                 result = self.api.dataset_create_version(path, version_notes=note, quiet=quiet, dir_mode="zip")
             else:
                 result = self.api.dataset_create_new(path, public=is_public, quiet=quiet, dir_mode="zip")
-            refuse_errors(what, result)
+            check_answer(what, result)
 
         self.call(what, attempt, forbidden=forbidden)
         return (before or 0) + 1
 
     def push(self, metadata: dict, script: Path) -> tuple[int, str]:
-        """Push a kernel, which then runs: the number of its version and its address.
+        """Push a kernel, which starts its run; returns the number of its version and its URL.
 
         Args:
-            metadata: as in kernel-metadata.json, whatever its code_file.
+            metadata: as in kernel-metadata.json; its code_file is ignored.
         """
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / script.name).write_bytes(script.read_bytes())
-            described = json.dumps({**metadata, "code_file": script.name})
-            (Path(folder) / "kernel-metadata.json").write_text(described, encoding="utf-8")
+            text = json.dumps({**metadata, "code_file": script.name})
+            (Path(folder) / "kernel-metadata.json").write_text(text, encoding="utf-8")
             forbidden = "a kernel needs a verified phone number, your own name as its owner, and the rules accepted"
             result = self.call(f"pushing {metadata['id']}", self.api.kernels_push, folder, forbidden=forbidden)
-        refuse_errors(f"pushing {metadata['id']}", result)
+        check_answer(f"pushing {metadata['id']}", result)
         if not result.version_number:
-            raise InputError(f"pushing {metadata['id']}: Kaggle names no version: look at {result.url or 'its page'}")
+            where = result.url or "its page"
+            raise InputError(f"pushing {metadata['id']}: Kaggle did not give a version number: look at {where}")
         return result.version_number, result.url
 
     def kernel_status(self, reference: str) -> tuple[str, str]:
-        """The state of a kernel's latest run, such as RUNNING, and what Kaggle says of its failure."""
-        found = self.call(f"asking for {reference}", self.api.kernels_status, reference)
-        return found.status.name, found.failure_message or ""
+        """The state of a kernel's latest run, such as RUNNING, and the message of its failure."""
+        answer = self.call(f"asking for {reference}", self.api.kernels_status, reference)
+        return answer.status.name, answer.failure_message or ""
 
     def download_output(self, reference: str, name: str, folder: Path) -> tuple[Path | None, str]:
-        """Bring one file of a run's output, in the place of an earlier one, and the log: its path, and the log's text.
+        """Download one file of a run's output, and the log; earlier ones are replaced.
 
-        The path is None where the run left no such file.
+        Returns:
+            The file's path, or None if the run wrote no such file; and the text of the log.
         """
         what, log = f"downloading the output of {reference}", f"{reference.partition('/')[2]}.log"
         folder.mkdir(parents=True, exist_ok=True)
         for old in (name, log):
             (folder / old).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as partial:
-            wanted = rf"^{re.escape(name)}$"
-            self.call(what, self.api.kernels_output, reference, partial, file_pattern=wanted, force=True)
+            pattern = rf"^{re.escape(name)}$"
+            self.call(what, self.api.kernels_output, reference, partial, file_pattern=pattern, force=True)
             for path in Path(partial).iterdir():
                 path.replace(folder / path.name)
         text = read_log(folder / log) if (folder / log).is_file() else ""
         return folder / name if (folder / name).is_file() else None, text
 
     def competition(self, name: str) -> Any:
-        """What Kaggle says of a competition: `user_has_entered`, `is_kernels_submissions_only` and more."""
+        """Kaggle's description of a competition: `user_has_entered`, `is_kernels_submissions_only` and more."""
         request = ApiGetCompetitionRequest()
         request.competition_name = name
 
@@ -264,24 +291,19 @@ class Kaggle:
 
     def submissions_left(self, competition: str) -> int:
         """How many submissions the user's team may still make today."""
-        what = f"asking how many submissions {competition} allows"
-        limits = self.call(
-            what, self.api.competition_get_submission_limits, competition, forbidden=accept_rules(competition)
-        )
-        return limits.num_allowed_now
+        what, rules = f"asking how many submissions {competition} allows", accept_rules(competition)
+        return self.call(what, self.api.competition_get_submission_limits, competition, forbidden=rules).num_allowed_now
 
     def submissions(self, competition: str) -> list:
         """The latest submissions of the user's team, newest first."""
-        what = f"asking for the submissions to {competition}"
-        found = self.call(
-            what, self.api.competition_submissions, competition, page_size=100, forbidden=accept_rules(competition)
-        )
-        return [submission for submission in found or () if submission]
+        what, rules = f"asking for the submissions to {competition}", accept_rules(competition)
+        answer = self.call(what, self.api.competition_submissions, competition, page_size=100, forbidden=rules)
+        return [submission for submission in answer or () if submission]
 
     def submit(self, competition: str, description: str, output: Path, kernel: str | None, version: int) -> None:
-        """Submit a kernel's version, or the file itself where `kernel` is None.
+        """Submit a kernel's version, or the file itself if `kernel` is None.
 
-        A submission costs one of the day's: before another attempt Kaggle is asked whether the last one did arrive.
+        The number of submissions per day is limited. So each attempt first asks Kaggle whether an earlier one arrived.
         """
 
         def attempt() -> None:
@@ -296,23 +318,25 @@ class Kaggle:
 
         self.call(f"submitting to {competition}", attempt, forbidden=accept_rules(competition))
 
-    def _refused(self) -> str:
-        return f"Kaggle does not accept the credentials in {self.source}: make a new token at {TOKENS} and put it there"
+    def _unauthorized(self) -> InputError:
+        return InputError(
+            f"Kaggle does not accept the credentials in {self.source}: make a new token at {TOKENS} and put it there"
+        )
 
 
 def explain(error: Exception) -> tuple[int | None, str]:
-    """The HTTP status of an answer, or None where there was none, and the reason in one line."""
+    """The HTTP status of an answer, or None if there was no answer, and the reason in one line."""
     response = getattr(error, "response", None)
     if not isinstance(error, HTTPError) or response is None:
-        return None, "an answer that is no JSON" if isinstance(error, ValueError) else shorten(error)
+        return None, "an answer that is not JSON" if isinstance(error, ValueError) else shorten(error)
     code = response.status_code
     with suppress(ValueError, KeyError, TypeError):
         code = int(response.json()["code"])
     return code, f"{code}: {shorten(error)}"
 
 
-def retry_after(error: Exception) -> float:
-    """Seconds that Kaggle asks to wait, 0 if it does not say."""
+def get_retry_after(error: Exception) -> float:
+    """Seconds that Kaggle asks to wait; 0 if it does not say."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     try:
         return float(headers.get("Retry-After", 0))
@@ -320,40 +344,25 @@ def retry_after(error: Exception) -> float:
         return 0.0
 
 
-def refuse_errors(what: str, answer: Any) -> None:
-    """An answer may say 200 and yet tell of an error, or of parts that were left out.
+def check_answer(what: str, answer: Any) -> None:
+    """Check an answer of status 200, which may still contain an error, or sources that Kaggle ignored.
 
     Raises:
         InputError: it does.
     """
     if answer.error or str(getattr(answer, "status", "ok") or "ok").lower() == "error":
-        raise InputError(f"{what}: Kaggle says {shorten(answer.error or 'error')!r}: nothing runs; mend that first")
-    left_out = [
+        raise InputError(f"{what}: Kaggle answers {shorten(answer.error or 'error')!r}: nothing runs; fix it first")
+    ignored = [
         f"{name.replace('_', ' ')} {', '.join(map(str, value))}"
         for name in dir(answer)
         if name.startswith("invalid_") and (value := getattr(answer, name))
     ]
-    if left_out:
-        raise InputError(f"{what}: Kaggle left out {'; '.join(left_out)}: correct the names in kernel-metadata.json")
-
-
-def permitted(function: Callable) -> Callable:
-    """A function for which 403 means that there is nothing: so Kaggle answers for what does not exist, too."""
-
-    def call(*arguments: Any, **named: Any) -> Any:
-        try:
-            return function(*arguments, **named)
-        except HTTPError as error:
-            code, reason = explain(error)
-            if code == 403:
-                raise NotFound(reason) from error
-            raise
-
-    return call
+    if ignored:
+        raise InputError(f"{what}: Kaggle ignored {'; '.join(ignored)}: correct the names in kernel-metadata.json")
 
 
 def read_log(path: Path) -> str:
-    """The text of a kernel's log, which Kaggle gives as JSON pieces."""
+    """The text of a kernel's log, which Kaggle stores as JSON pieces."""
     text = path.read_text(encoding="utf-8")
     try:
         return "".join(piece["data"] for piece in json.loads(text))
@@ -365,5 +374,5 @@ def accept_rules(competition: str) -> str:
     return f"accept the rules at https://www.kaggle.com/competitions/{competition}/rules"
 
 
-def minutes(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"

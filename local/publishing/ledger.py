@@ -1,132 +1,213 @@
-"""The ledger of submissions: what was sent, what it promised, and what the leaderboard said.
+"""The ledger of submissions: what was sent, its local scores, and its scores on the leaderboard.
 
-Written by `local/publishing/publication.py`, read by `local/submissions.py`.
+`local/publish.py` writes it, `local/submissions.py` reads it.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from math import isfinite, sqrt
 from pathlib import Path
 
 from kernel.tables import read_table
 from local.base.console import aligned
 from local.base.files import write_table
+from local.bundling.record import now
 from local.publishing.preflight import Bundle
-from local.rehearsal.record import now
 
 LEDGER = Path("runs", "submissions.csv")
-COLUMNS = (
-    "when", "competition", "runs", "commit", "kernel", "manifest", "version",  # kernel, manifest: their SHA-256
-    "metric", "local", "low", "high",  # cross-validated, with the bounds of its 95% interval
-    "observations",  # that the public score is of
-    "status", "public", "private",
-)  # fmt: skip
-KEY = ("competition", "kernel", "manifest", "version")  # what makes a submission this one
 
 
-def row_of(bundle: Bundle, version: int) -> dict[str, str]:
-    """The ledger's row of a bundle that was just submitted as a version of its kernel.
+@dataclass(frozen=True)
+class Submission:
+    """One row of the ledger, all of it text, as in the file; empty where it is not known.
 
-    Its local score is that of its best run, which is the first: an ensemble's own is not known before the leaderboard.
+    Attributes:
+        kernel, manifest: SHA-256 of the bundle's files.
+        version: of the kernel.
+        local, low, high: cross-validated score of the best run by `metric`, and its 95% interval.
+        observations: how many the public score is measured on.
+        public, private: leaderboard scores, as Kaggle writes them.
+    """
+
+    when: str
+    competition: str
+    runs: str
+    commit: str
+    kernel: str
+    manifest: str
+    version: str
+    metric: str
+    local: str
+    low: str
+    high: str
+    observations: str
+    status: str
+    public: str = ""
+    private: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What identifies a submission."""
+        return self.competition, self.kernel, self.manifest, self.version
+
+    @property
+    def name(self) -> str:
+        return f"{self.runs} (v{self.version})"
+
+    @property
+    def public_score(self) -> float | None:
+        return to_number(self.public)
+
+    @property
+    def margin(self) -> float | None:
+        """Half of the 95% interval of the public score; see `half_interval`."""
+        return half_interval(self.metric, self.public_score, int(self.observations))
+
+
+COLUMNS = tuple(column.name for column in fields(Submission))
+
+
+def make_submission(bundle: Bundle, version: int) -> Submission:
+    """The row of a bundle that was just submitted as a version of its kernel.
+
+    Its local score is that of its best run, the first: the score of an ensemble is not known before the leaderboard.
     """
     competition, size = bundle.table.competition, len(bundle.table.observations)
-    metric = competition.metric
     scores = bundle.manifest.members[0].validation
-    local = {
-        name: f"{scores[key]:.4f}"
-        for name, key in (("local", metric), ("low", f"{metric}_low"), ("high", f"{metric}_high"))
-        if key in scores
-    }
-    observations = competition.boards(size).get("public", size)  # elsewhere the test set is an upper bound
-    known = {
-        "when": now(),
-        "competition": bundle.competition,
-        "runs": " + ".join(bundle.runs),
-        "commit": bundle.commit,
-        **bundle.digests,
-        "version": str(version),
-        "metric": metric,
-        **local,
-        "observations": str(observations),
-        "status": "pending",
-    }
-    return {column: known.get(column, "") for column in COLUMNS}
+    local, low, high = (
+        f"{scores[name]:.4f}" if name in scores else ""
+        for name in (competition.metric, f"{competition.metric}_low", f"{competition.metric}_high")
+    )
+    return Submission(
+        when=now(),
+        competition=bundle.competition,
+        runs=" + ".join(bundle.runs),
+        commit=bundle.commit,
+        kernel=bundle.record.bundle.kernel,
+        manifest=bundle.record.bundle.manifest,
+        version=str(version),
+        metric=competition.metric,
+        local=local,
+        low=low,
+        high=high,
+        # Without a known public part the size of the test set is an upper bound.
+        observations=str(competition.boards(size).get("public", size)),
+        status="pending",
+    )
 
 
-def note(row: dict[str, str], path: Path) -> None:
-    """Add a submission to the ledger, or what is now known of it to the row that it has; in one step."""
-    rows = read_ledger(path)
-    known = next((old for old in rows if all(old[column] == row[column] for column in KEY)), None)
-    if known:
-        known.update({column: value for column, value in row.items() if value and column != "when"})
-    else:
-        rows.append(row)
-    write_table(rows, path, COLUMNS)
+def save_submission(submission: Submission, path: Path) -> None:
+    """Add a submission to the ledger, or update its row with what is known now; the file is replaced in one step."""
+    rows = {row.key: row for row in read_ledger(path)}
+    if known := rows.get(submission.key):
+        news = {column: value for column, value in asdict(submission).items() if value and column != "when"}
+        submission = replace(known, **news)
+    rows[submission.key] = submission
+    write_table([asdict(row) for row in rows.values()], path, COLUMNS)
 
 
-def read_ledger(path: Path) -> list[dict[str, str]]:
-    """The rows of a ledger, oldest first; none where there is no file.
+def read_ledger(path: Path) -> list[Submission]:
+    """The rows of a ledger, oldest first; an empty list if there is no file.
 
     Raises:
-        InputError: the file is no ledger.
+        InputError: the file is not a ledger.
     """
-    return read_table(path, COLUMNS) if path.exists() else []
+    rows = read_table(path, COLUMNS) if path.exists() else []
+    return [Submission(**{column: row[column] or "" for column in COLUMNS}) for row in rows]
 
 
-def noise(metric: str, score: float, observations: int) -> float | None:
-    """Half of the 95% interval of a score that was measured on so many observations.
+def half_interval(metric: str, score: float, observations: int) -> float | None:
+    """Half of the 95% interval of a score, by the normal approximation.
 
-    A recall is a fraction of the observations (normal approximation). Of any other metric, such as macro-F1, the score
-    and the number of observations do not tell: None.
+    Only a recall is a fraction of the observations. For other metrics, such as macro-F1, the interval does not follow
+    from the score and the number of observations: None.
     """
     if not metric.startswith("recall_at_"):
         return None
     return 1.96 * sqrt(score * (1 - score) / observations)
 
 
-def compare(rows: Sequence[dict[str, str]]) -> list[str]:
-    """A line for each scored submission but the first of a competition: what it gained on the best before it.
+def compare_submissions(rows: Sequence[Submission]) -> list[str]:
+    """A line for each scored submission but the first of a competition: its gain over the best one before it.
 
-    A gain inside the leaderboard's noise is called so: it is no reason to prefer either. Where the noise is not known,
-    the line says that.
+    The line says whether the gain is within the noise of the leaderboard, or that the noise is not known.
     """
     lines, best = [], {}
     for row in rows:
-        score, before = number(row["public"]), best.get(row["competition"])
-        if score is None:
+        if row.public_score is None:
             continue
-        if before:
-            gain = score - number(before["public"])
-            lines.append(
-                f"{row['runs']} (v{row['version']}) is {gain:+.3f} on {before['runs']} (v{before['version']}); "
-                f"{verdict(gain, before, row)}"
-            )
-        if not before or score > number(before["public"]):
-            best[row["competition"]] = row
+        if before := best.get(row.competition):
+            gain = row.public_score - before.public_score
+            lines.append(f"{row.name} is {gain:+.3f} compared with {before.name}; {judge_gain(gain, before, row)}")
+        if not before or row.public_score > before.public_score:
+            best[row.competition] = row
     return lines
 
 
-def verdict(gain: float, before: dict[str, str], row: dict[str, str]) -> str:
-    """Whether chance alone explains what a submission gained on one before it."""
-    margin = noise(row["metric"], number(before["public"]), int(row["observations"]))
+def judge_gain(gain: float, before: Submission, row: Submission) -> str:
+    """Whether a gain is larger than chance explains."""
+    margin = half_interval(row.metric, before.public_score, int(row.observations))
     if margin is None:
-        return f"the noise of {row['metric'] or 'its metric'} is not known: compare the intervals of the local scores"
-    beyond = "beyond" if abs(gain) > margin else "warning: no reason to prefer either, it is inside"
-    return f"{beyond} the noise of ±{margin:.3f} that {row['observations']} observations have"
+        return f"the noise of {row.metric or 'its metric'} is not known: compare the intervals of the local scores"
+    noise = f"the noise of ±{margin:.3f} of {row.observations} observations"
+    return f"beyond {noise}" if abs(gain) > margin else f"warning: within {noise}, no reason to prefer either"
 
 
-def number(cell: str) -> float | None:
-    """A score, or None where there is none, or no finite one."""
+def to_number(text: str) -> float | None:
+    """A score, or None if the text is not a finite number."""
     try:
-        return float(cell) if isfinite(float(cell)) else None
+        return float(text) if isfinite(float(text)) else None
     except ValueError:
         return None
 
 
-def table(rows: Sequence[dict[str, str]]) -> list[str]:
+def format_ledger(rows: Sequence[Submission]) -> list[str]:
     """The ledger as lines of a table that fits a terminal."""
-    shown = ("when", "competition", "runs", "commit", "version", "metric", "local", "public", "private", "status")
-    told = []
-    for row in rows:
-        interval = f"{row['local']} [{row['low']}, {row['high']}]" if row["low"] else row["local"]
-        told.append({**row, "local": interval, "commit": row["commit"][:8]})
-    return aligned([{column: row[column] or "–" for column in shown} for row in told])
+    return aligned(
+        [
+            {
+                "when": row.when,
+                "competition": row.competition,
+                "runs": row.runs,
+                "commit": row.commit[:8] or "–",
+                "version": row.version,
+                "metric": row.metric or "–",
+                "local": (f"{row.local} [{row.low}, {row.high}]" if row.low else row.local) or "–",
+                "public": row.public or "–",
+                "private": row.private or "–",
+                "status": row.status or "–",
+            }
+            for row in rows
+        ]
+    )
+
+
+def plot_submissions(rows: Sequence[Submission], path: Path) -> int:
+    """Plot local against public scores with 95% intervals; returns how many submissions have both.
+
+    If there are none, no file is written.
+    """
+    scored = [row for row in rows if to_number(row.local) is not None and row.public_score is not None]
+    if not scored:
+        return 0
+    from matplotlib.figure import Figure  # takes half a second to import
+
+    figure = Figure(figsize=(6.5, 6), layout="constrained")
+    axis = figure.subplots()
+    competitions = list(dict.fromkeys(row.competition for row in scored))
+    for row in scored:
+        local, public, color = float(row.local), row.public_score, f"C{competitions.index(row.competition)}"
+        low, high = (to_number(bound) for bound in (row.low, row.high))
+        spread = [[local - (local if low is None else low)], [(local if high is None else high) - local]]
+        axis.errorbar(local, public, row.margin, spread, "o", color=color)
+        label = f"{row.runs} v{row.version}"
+        axis.annotate(label, (local, public), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    for index, competition in enumerate(competitions):
+        axis.plot([], [], "o", color=f"C{index}", label=competition)
+    low, high = (pick(*axis.get_xlim(), *axis.get_ylim()) for pick in (min, max))
+    axis.plot([low, high], [low, high], ":", color="grey", label="equal")
+    axis.set(xlabel="local score, cross-validated", ylabel="public leaderboard score")
+    axis.legend(frameon=False)
+    axis.set_title("Local against leaderboard, 95% intervals", loc="left")
+    figure.savefig(path, dpi=120)
+    return len(scored)

@@ -1,7 +1,7 @@
-"""Run a script as Kaggle would: in its own process, without network, over folders it cannot write to.
+"""Run a script as Kaggle would: in its own process, without network, with read-only folders.
 
-Where the system allows it, Linux namespaces cut the network off and mount the folders read-only, for the script and for
-whatever it starts. Elsewhere a guard inside the interpreter refuses connections and writes.
+If the system permits it, Linux namespaces disable the network and mount the folders read-only, for the script and all
+processes that it starts. Otherwise an audit hook in the interpreter refuses connections and writes.
 """
 
 import os
@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-# With processes of their own, all that the script started ends with it, also what left its session.
+# In a process namespace, all processes that the script started end with it, even those in another session.
 PROCESSES = ["--pid", "--fork", "--kill-child"]
-NAMESPACES = tuple(  # as root; as anybody
-    ["--net", "--mount", *who, *what] for what in (PROCESSES, []) for who in ([], ["--user", "--map-root-user"])
+NAMESPACES = tuple(  # for root, then for any user
+    ["--net", "--mount", *user, *pid] for pid in (PROCESSES, []) for user in ([], ["--user", "--map-root-user"])
 )
 MOUNT_READ_ONLY = """
 count=$1; shift
@@ -28,9 +28,9 @@ while [ "$count" -gt 0 ]; do
   count=$((count - 1)); shift
 done
 "$@"
-exit $?  # and no exec: the first process of a namespace would be deaf to signals
+exit $?  # without exec: the first process of a namespace ignores signals
 """
-# An audit hook cannot be removed again by the script that it watches.
+# The script cannot remove an audit hook.
 GUARD = """
 import os, sys
 folders = [os.path.realpath(folder) for folder in sys.argv[1].split(os.pathsep)]
@@ -42,7 +42,7 @@ def refuse(event, arguments):
         raise PermissionError("no network in a rehearsal")
     writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     if writes or event in CHANGES:
-        # A path may be relative to a folder that is open: for what has one, its descriptor follows the paths.
+        # A path may be relative to an open folder, whose descriptor is then among the arguments.
         at = [value for value in arguments if isinstance(value, int) and value >= 0] if event in CHANGES else []
         for path in arguments[: 1 if writes else 2]:
             if isinstance(path, (str, bytes, os.PathLike)):
@@ -58,8 +58,8 @@ import runpy, sys
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# Called in a thread with the process group and an event that is set when the process is about to end.
-Companion = Callable[[int, threading.Event], None]
+# Runs in a thread beside the process; gets its process group, and an event that is set when the process ends.
+Controller = Callable[[int, threading.Event], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Outcome:
     Attributes:
         code: the exit code; negative is a signal's number.
         timed_out: whether it was killed at the limit.
-        peak_memory_mb: of the process or a child of it, whichever was larger.
+        peak_memory_mb: of the process or one of its children, whichever was larger.
     """
 
     code: int
@@ -78,8 +78,27 @@ class Outcome:
     timed_out: bool
 
 
+@dataclass(frozen=True)
+class Sandbox:
+    """What a script may do.
+
+    Attributes:
+        working: its working folder, which it may write to.
+        read_only: folders that it may not write to.
+        isolation: of `find_isolation`; None uses the audit hook.
+        environment: additional environment variables.
+        bootstrap: Python code that runs in the process before the script, such as an audit hook.
+    """
+
+    working: Path
+    read_only: tuple[Path, ...]
+    isolation: list[str] | None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    bootstrap: str = ""
+
+
 def find_isolation(folder: Path) -> list[str] | None:
-    """The command that runs another in fresh namespaces, if this system lets us mount `folder` read-only in them."""
+    """A command that runs another one in new namespaces; None if this system cannot mount `folder` read-only there."""
     if sys.platform != "linux" or not shutil.which("unshare"):
         return None
     for flags in NAMESPACES:
@@ -93,56 +112,47 @@ def find_isolation(folder: Path) -> list[str] | None:
 def run_isolated(
     script: Path,
     arguments: Sequence[str],
-    read_only: Sequence[Path],
-    working: Path,
-    isolation: list[str] | None,
+    sandbox: Sandbox,
     limit: float,
-    hear: Callable[[str], None],
-    environment: Mapping[str, str] | None = None,
-    bootstrap: str = "",
-    companion: Companion | None = None,
+    on_line: Callable[[str], None],
+    controller: Controller | None = None,
 ) -> Outcome:
-    """Run `python -I script arguments` without network, in `working`.
+    """Run `python -I script arguments` without network.
 
     Args:
-        read_only: folders that the process may not write to.
-        isolation: of `find_isolation`; None takes the guard in the interpreter.
         limit: seconds after which the process and its children are killed.
-        hear: called with each line that it prints, errors included.
-        environment: variables that the process gets beside the usual ones.
-        bootstrap: Python that runs in the process before the script, such as an audit hook.
-        companion: lives beside the process, and may send signals to its group.
+        on_line: called with each line of its output, errors included.
+        controller: runs beside the process, and may send signals to its group.
     """
     started = time.monotonic()
     process = subprocess.Popen(
-        command_line(script, arguments, read_only, isolation, bootstrap),
-        cwd=working,
-        env=variables_for(working, environment or {}),
+        make_command(script, arguments, sandbox),
+        cwd=sandbox.working,
+        env=make_environment(sandbox),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
         start_new_session=True,
     )
-    killed = threading.Event()
+    killed, ending, peak = threading.Event(), threading.Event(), [0.0]
 
     def kill() -> None:
         killed.set()
         os.killpg(process.pid, signal.SIGKILL)
 
     timer = threading.Timer(limit, kill)
-    timer.start()
-    ended, peak = threading.Event(), [0.0]
-    watcher = threading.Thread(target=_watch_memory, args=(process.pid, ended, peak), daemon=True)
-    watcher.start()
-    ending = threading.Event()
-    attendant = threading.Thread(target=companion or _be_idle, args=(process.pid, ending), daemon=True)
-    attendant.start()
+    threads = [threading.Thread(target=_watch_memory, args=(process.pid, ending, peak), daemon=True)]
+    if controller:
+        threads.append(threading.Thread(target=controller, args=(process.pid, ending), daemon=True))
+    for thread in (timer, *threads):
+        thread.start()
     try:
         for line in process.stdout:
-            hear(line.rstrip("\n"))
+            on_line(line.rstrip("\n"))
         ending.set()
-        attendant.join()  # before the process is reaped: until then its number is nobody else's
+        for thread in threads:  # before the process is reaped: until then no other process can get its number
+            thread.join()
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
         kill()
@@ -151,55 +161,52 @@ def run_isolated(
     finally:
         timer.cancel()
         ending.set()
-        ended.set()
-        watcher.join()
         process.stdout.close()
     process.returncode = os.waitstatus_to_exitcode(status)
-    # The shell between says 128 + n of a script that signal n ended.
+    # The shell of the namespaces returns 128 + n for a script that was ended by signal n.
     code = 128 - process.returncode if process.returncode > 128 else process.returncode
-    # Linux counts in ru_maxrss what the parent held when it forked, so there the process itself is asked.
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in kilobytes elsewhere
+    # On Linux ru_maxrss includes what the parent had when it forked, so the watched value is better.
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in kilobytes elsewhere
     return Outcome(code, time.monotonic() - started, peak[0] or usage.ru_maxrss * unit / 1e6, killed.is_set())
 
 
-def command_line(
-    script: Path, arguments: Sequence[str], read_only: Sequence[Path], isolation: list[str] | None, bootstrap: str
-) -> list[str]:
-    """The command that starts the script, behind the namespaces or the guard; arguments as of `run_isolated`."""
-    python = [sys.executable, "-I", "-u"]  # -I makes it deaf to PYTHONUNBUFFERED
-    before = bootstrap + ("" if isolation else GUARD)
-    if before:
-        python += ["-c", before + START, os.pathsep.join(map(str, read_only))]
-    mounts = [*isolation, str(len(read_only)), *map(str, read_only)] if isolation else []
+def make_command(script: Path, arguments: Sequence[str], sandbox: Sandbox) -> list[str]:
+    """The command that starts the script in its sandbox."""
+    python = [sys.executable, "-I", "-u"]  # -u, since -I ignores PYTHONUNBUFFERED
+    folders = list(map(str, sandbox.read_only))
+    bootstrap = sandbox.bootstrap + ("" if sandbox.isolation else GUARD)
+    if bootstrap:
+        python += ["-c", bootstrap + START, os.pathsep.join(folders)]
+    mounts = [*sandbox.isolation, str(len(folders)), *folders] if sandbox.isolation else []
     return [*mounts, *python, str(script), *arguments]
 
 
-def variables_for(working: Path, more: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the process: little of the user's, and none of the user's secrets."""
+def make_environment(sandbox: Sandbox) -> dict[str, str]:
+    """The environment of the process: a few of the user's variables, none of which is a secret."""
     kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
     kept += ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how torch shares the cores with others
-    # A home of its own: nothing that was downloaded before can stand in for what the bundle lacks.
-    own = {"HOME": str(working), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
-    return {name: os.environ[name] for name in kept if name in os.environ} | own | dict(more)
+    # With its own home the script cannot use files that were downloaded before and that the bundle lacks.
+    own = {"HOME": str(sandbox.working), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    return {name: os.environ[name] for name in kept if name in os.environ} | own | dict(sandbox.environment)
 
 
-def duty_cycle(share: float, period: float = 0.1) -> Companion:
-    """A companion that lets a process group run for only a share of each period, in seconds: a slower machine."""
+def duty_cycle(fraction: float, period: float = 0.1) -> Controller:
+    """A controller that lets a process group run for a fraction of each period (seconds), as on a slower machine."""
 
     def throttle(group: int, ending: threading.Event) -> None:
-        while not ending.wait(period * share):
+        while not ending.wait(period * fraction):
             os.killpg(group, signal.SIGSTOP)
-            ending.wait(period * (1 - share))
+            ending.wait(period * (1 - fraction))
             os.killpg(group, signal.SIGCONT)
 
     return throttle
 
 
-def kill_after(announced: threading.Event, seconds: float) -> Companion:
-    """A companion that kills a process group some seconds after an announcement, unless it ends before."""
+def kill_after(start: threading.Event, seconds: float) -> Controller:
+    """A controller that kills a process group some seconds after `start` is set, unless it ends before."""
 
     def kill(group: int, ending: threading.Event) -> None:
-        while not announced.wait(0.01):
+        while not start.wait(0.01):
             if ending.is_set():
                 return
         if not ending.wait(seconds):
@@ -208,12 +215,8 @@ def kill_after(announced: threading.Event, seconds: float) -> Companion:
     return kill
 
 
-def _be_idle(group: int, ending: threading.Event) -> None:
-    """The companion of a process that needs none."""
-
-
-def _watch_memory(pid: int, ended: threading.Event, peak: list[float]) -> None:
-    """Keep the largest resident size of a process or one below it, in MB, in `peak`, where the system tells it."""
+def _watch_memory(pid: int, ending: threading.Event, peak: list[float]) -> None:
+    """Keep the largest resident size of a process or one of its descendants in `peak` (MB), if the system gives it."""
     while True:
         pids = [pid]
         for each in pids:
@@ -222,5 +225,5 @@ def _watch_memory(pid: int, ended: threading.Event, peak: list[float]) -> None:
                 if "VmHWM:" in status:
                     peak[0] = max(peak[0], int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6)
                 pids += map(int, Path(f"/proc/{each}/task/{each}/children").read_text(encoding="ascii").split())
-        if ended.wait(0.05):
+        if ending.wait(0.05):
             return

@@ -13,7 +13,7 @@ from local.data.folder import find_competition
 
 
 @dataclass(frozen=True)
-class Stage:
+class Mounts:
     """A rehearsal's folders.
 
     Attributes:

@@ -19,11 +19,11 @@ from local.banks.ensemble import Answers, read_answers
 from local.banks.estimators import l2_normalize, pool
 from local.banks.search import Evaluation, evaluate_predictions
 from local.base.run_folder import CACHE, require_answers
+from local.base.runs import open_run
 from local.data.cache import embed_with_run
 from local.data.competition import read_competition
 from local.data.observations import UNKNOWN_TAXA, LabelledObservations, encode_labels, sort_ids
 from local.recipes.recipe import Recipe, make_recipe
-from local.runs import open_run
 
 SPECIES = "species"  # the finest rank: the class itself
 

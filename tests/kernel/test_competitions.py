@@ -19,8 +19,9 @@ from kernel.manifest import MANIFEST, CompetitionSpec, write_manifest
 from kernel.observations import find_test_table, recognise
 from kernel.submission import check_submission, fallback_guesses, write_submission
 from local.bundling.flatten import flatten
+from local.bundling.record import BundleDigests, RehearsalRecord
 from local.data.competition import read_competition
-from local.publishing.ledger import row_of
+from local.publishing.ledger import make_submission
 from local.publishing.preflight import Bundle
 from local.rehearsal.staging import stage_competition
 from local.rehearsal.variations import keep_observations, keep_one_row, remove_photos, repeat_observations, spoil_photos
@@ -199,11 +200,10 @@ def test_a_submission_is_recorded_by_the_metric_of_its_competition(competition, 
     monkeypatch.setattr(Bundle, "commit", "c")
     values = {"recall_at_1": 0.1, "recall_at_5": 0.5, "recall_at_10": 0.7, "macro_f1": 0.3}
     manifest = manifests.manifest(members=(manifests.member(name="run", validation=values),))
-    digests, metadata = {"kernel": "k", "manifest": "m"}, {"competition_sources": ["a-competition"]}
-    table = find_test_table(folder)
-    row = row_of(Bundle(Path(), metadata, manifest, digests, table, Path(), {}), 1)
-    assert (row["metric"], row["local"]) == (competition.metric, f"{values[competition.metric]:.4f}")
-    assert row["observations"] == "12"
+    metadata, record = {"competition_sources": ["a-competition"]}, RehearsalRecord(BundleDigests("k", "m"))
+    row = make_submission(Bundle(Path(), metadata, manifest, find_test_table(folder), record), 1)
+    assert (row.metric, row.local) == (competition.metric, f"{values[competition.metric]:.4f}")
+    assert row.observations == "12"
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from kernel.inputs import InputError
-from local.runs import open_run
+from local.base.runs import open_run
 from tests.conftest import command
 
 

@@ -27,7 +27,7 @@ from local.benchmarks.accuracy import (
 )
 from local.data.competition import read_competition
 from local.recipes.recipe import make_recipe
-from local.rehearse import rehearse
+from local.rehearsal.report import rehearse
 from local.training.run import train_run
 from tests.conftest import TINY
 
@@ -80,7 +80,7 @@ def test_a_run_scores_as_the_rehearsal_of_its_bundle_does(members, report, runs,
     rehearsed = rehearse(answered, tmp_path, answered / "solution.csv")
     name = f"fungiclef-best, {label(encoders[0])}" if members == 1 else "their ensemble"
     found = next(row for row in report["methods"] if row["method"] == name)
-    assert {name: found[name] for name in SCORES} == {name: rehearsed[name] for name in SCORES}
+    assert {name: found[name] for name in SCORES} == {name: rehearsed.scores[name] for name in SCORES}
 
 
 def test_the_ensemble_is_compared_with_the_best_of_one_of_its_encoders(report, encoders):

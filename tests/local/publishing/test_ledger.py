@@ -12,15 +12,23 @@ from kernel.competitions import competition_named
 from kernel.competitions.competition import Competition
 from kernel.inputs import InputError
 from kernel.observations import Observation, TestTable
-from local.publishing.ledger import COLUMNS, compare, noise, note, read_ledger, row_of
+from local.bundling.record import BundleDigests, RehearsalRecord
+from local.publishing.ledger import (
+    Submission,
+    compare_submissions,
+    half_interval,
+    make_submission,
+    plot_submissions,
+    read_ledger,
+    save_submission,
+)
 from local.publishing.preflight import Bundle
-from local.submissions import plot_submissions
 from tests import manifests
 from tests.conftest import command
 
 
-def row(version: int, public: str = "", **more: str) -> dict[str, str]:
-    known = {
+def row(version: int, public: str = "", **more: str) -> Submission:
+    values = {
         "when": f"2026-11-0{version} 10:00:00",
         "competition": "fungi-clef-2025",
         "runs": f"run{version}",
@@ -37,18 +45,18 @@ def row(version: int, public: str = "", **more: str) -> dict[str, str]:
         "public": public,
         **more,
     }
-    return {column: known.get(column, "") for column in COLUMNS}
+    return Submission(**values)
 
 
 def test_the_noise_of_fungiclefs_public_leaderboard_is_six_and_a_half_points_at_a_half() -> None:
-    assert noise("recall_at_5", 0.5, 226) == pytest.approx(0.065, abs=0.0005)
+    assert half_interval("recall_at_5", 0.5, 226) == pytest.approx(0.065, abs=0.0005)
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", ""])
 def test_the_noise_of_what_is_no_fraction_of_observations_is_not_known(metric: str) -> None:
-    assert noise(metric, 0.5, 226) is None
-    [line] = compare([row(1, "0.5000", metric=metric), row(2, "0.5100", metric=metric)])
-    assert line.startswith("run2 (v2) is +0.010 on run1 (v1); the noise of ")
+    assert half_interval(metric, 0.5, 226) is None
+    [line] = compare_submissions([row(1, "0.5000", metric=metric), row(2, "0.5100", metric=metric)])
+    assert line.startswith("run2 (v2) is +0.010 compared with run1 (v1); the noise of ")
     assert "is not known" in line
     assert "±" not in line
 
@@ -60,24 +68,24 @@ def bundle_of(competition: Competition, observations: int) -> Bundle:
     table = TestTable(Path(), competition, [Observation(str(number), ()) for number in range(observations)])
     metadata = {"competition_sources": ["a-competition"]}
     manifest = manifests.manifest(members=(manifests.member(name="run", validation=values),))
-    return Bundle(Path(), metadata, manifest, {"kernel": "k", "manifest": "m"}, table, Path(), {})
+    return Bundle(Path(), metadata, manifest, table, RehearsalRecord(BundleDigests("k", "m")))
 
 
 def test_fungiclefs_public_score_is_of_226_observations(monkeypatch) -> None:
     monkeypatch.setattr(Bundle, "commit", "c")
-    assert row_of(bundle_of(competition_named("fungiclef"), 999), 1)["observations"] == "226"
-    assert row_of(bundle_of(competition_named("fungitastic"), 999), 1)["observations"] == "999"
+    assert make_submission(bundle_of(competition_named("fungiclef"), 999), 1).observations == "226"
+    assert make_submission(bundle_of(competition_named("fungitastic"), 999), 1).observations == "999"
 
 
 def test_a_submission_is_one_row_that_learns_its_scores(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "submissions.csv"
     assert read_ledger(path) == []
-    note(row(1), path)
-    note(row(2), path)
-    note({**row(1, "0.5310"), "when": "2026-12-01 00:00:00"}, path)
-    note(row(1), path)  # a resumed command knows less, and takes nothing away but the state
+    save_submission(row(1), path)
+    save_submission(row(2), path)
+    save_submission(row(1, "0.5310", when="2026-12-01 00:00:00"), path)
+    save_submission(row(1), path)  # a resumed command knows less, and takes nothing away but the state
     first, second = read_ledger(path)
-    assert (first["when"], first["public"], second["public"]) == ("2026-11-01 10:00:00", "0.5310", "")
+    assert (first.when, first.public, second.public) == ("2026-11-01 10:00:00", "0.5310", "")
     assert [path.name for path in path.parent.iterdir()] == ["submissions.csv"]
 
 
@@ -85,38 +93,40 @@ def test_another_table_is_not_taken_for_a_ledger_and_stays(tmp_path: Path) -> No
     path = tmp_path / "submissions.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="lacks the column"):
-        note(row(1), path)
+        save_submission(row(1), path)
     assert path.read_text() == "a,b\n1,2\n"
 
 
 def test_a_gain_inside_the_noise_is_called_so_and_one_beyond_it_is_not() -> None:
     rows = [row(1, "0.5000"), row(2), row(3, "0.5600"), row(4, "0.4300"), row(5, "0.6400")]
-    inside, worse, beyond = compare(rows)
-    assert inside.startswith("run3 (v3) is +0.060 on run1 (v1); warning: no reason to prefer either, it is inside")
-    assert worse.startswith("run4 (v4) is -0.130 on run3 (v3); beyond the noise of ±0.065 that 226 observations have")
-    assert beyond.startswith("run5 (v5) is +0.080 on run3 (v3); beyond")
+    inside, worse, beyond = compare_submissions(rows)
+    assert inside.startswith("run3 (v3) is +0.060 compared with run1 (v1); warning: within the noise")
+    assert worse.startswith(
+        "run4 (v4) is -0.130 compared with run3 (v3); beyond the noise of ±0.065 of 226 observations"
+    )
+    assert beyond.startswith("run5 (v5) is +0.080 compared with run3 (v3); beyond")
 
 
 @pytest.mark.parametrize("public", ["nan", "inf", "–"])
 def test_a_public_score_that_is_no_finite_number_is_compared_with_nothing(public: str) -> None:
-    (line,) = compare([row(1, public), row(2, "0.5000"), row(3, public), row(4, "0.6400")])
-    assert line.startswith("run4 (v4) is +0.140 on run2 (v2); beyond")
+    (line,) = compare_submissions([row(1, public), row(2, "0.5000"), row(3, public), row(4, "0.6400")])
+    assert line.startswith("run4 (v4) is +0.140 compared with run2 (v2); beyond")
 
 
 def test_competitions_are_compared_with_themselves_alone() -> None:
-    assert compare([row(1, "0.5"), row(2, "0.9", competition="herbarium-2020-fgvc7")]) == []
+    assert compare_submissions([row(1, "0.5"), row(2, "0.9", competition="herbarium-2020-fgvc7")]) == []
 
 
 def test_the_command_prints_the_ledger_warns_and_draws(tmp_path: Path) -> None:
     path = tmp_path / "submissions.csv"
     for one in (row(1, "0.5000", private="0.4880"), row(2, "0.5100", local="", low="", high=""), row(3)):
-        note(one, path)
+        save_submission(one, path)
     result = command("local/submissions.py", path)
     assert result.returncode == 0, result.stderr
     header, first, *_ = result.stdout.splitlines()
     assert header.split()[-4:] == ["local", "public", "private", "status"]
     assert "0.5200 [0.4900, 0.5500]  0.5000  0.4880" in first
-    assert "run2 (v2) is +0.010 on run1 (v1); warning" in result.stdout
+    assert "run2 (v2) is +0.010 compared with run1 (v1); warning" in result.stdout
     assert "1 submission with both scores" in result.stdout
     assert Image.open(tmp_path / "submissions.png").size[0] > 300
 

@@ -24,13 +24,14 @@ from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST
 from local.base.files import write_json
 from local.base.kaggle_image import IMAGE
+from local.bundling.metadata import PLACEHOLDER, write_metadata
+from local.bundling.record import PLAIN, RECORD, ScenarioResult, record_results
 from local.publish import publish
-from local.publishing.metadata import PLACEHOLDER, write_metadata
-from local.publishing.preflight import SECRETS, find_credentials
-from local.rehearsal.record import PLAIN, RECORD, write_record
-from local.rehearse import rehearse
+from local.publishing.credentials import find_credentials
+from local.publishing.preflight import SECRETS
+from local.rehearsal.report import rehearse
 from tests.conftest import command, kernel_metadata, trained_with
-from tests.loopback import KEY, OWNER, TOKEN, Loopback, http, saying
+from tests.local.publishing.loopback import KEY, OWNER, TOKEN, Loopback, http, saying
 
 DATASET, KERNEL = f"{OWNER}/few-shot-species-weights", f"{OWNER}/few-shot-species"
 OTHERS = {"slug": "autumn-fungi", "title": "Autumn fungi", "competition": "plantclef-2026"}
@@ -42,7 +43,7 @@ def rehearsed(trained, drawn, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("publish")
     run = trained_with(trained, folder / "runs" / trained.name, IMAGE["timm"])  # so that no wheel travels
     bundle([run], folder / "build", kernel_metadata(folder / "kernel-metadata.json", OWNER))
-    assert rehearse(drawn.competition, folder / "build", drawn.solution)["scenarios"][0]["ok"]
+    assert not rehearse(drawn.competition, folder / "build", drawn.solution).failed
     return folder
 
 
@@ -102,8 +103,7 @@ class World:
         self.record(plain=True)
 
     def record(self, **scenarios: bool) -> None:
-        results = [{"name": name, "ok": ok, "seconds": 1.0, "reason": ""} for name, ok in scenarios.items()]
-        write_record(self.build, {"scenarios": results})
+        record_results(self.build, [ScenarioResult(name, ok, 1.0, "") for name, ok in scenarios.items()])
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_a_rehearsal_without_observations_is_not_published(world):
     submission.write_text(header, encoding="utf-8")
     record = json.loads((world.build / RECORD).read_text(encoding="utf-8"))
     write_json(record | {"submission": sha256(submission)}, world.build / RECORD)
-    assert "has no observation" in world.refusal()
+    assert "has no observations" in world.refusal()
     assert world.kaggle.requests == []
 
 
@@ -281,20 +281,20 @@ def swap_credentials(world: World, monkeypatch, **environment: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda world: world.change("id", "another/few-shot-species"), "are of tester"),
+        (lambda world: world.change("id", "another/few-shot-species"), "belong to tester"),
         (lambda world: world.change("title", "Another title"), "title"),
         (lambda world: world.change("dataset_sources", [f"{OWNER}/other-weights"]), "bundle again"),
         (lambda world: (world.build / "kernel.py").unlink(), "python bundle.py"),
         (append("kernel.py", "#" * 1_000_000), "less than 1,000,000"),
-        (append("kernel.py", "# changed"), "after its rehearsal"),
+        (append("kernel.py", "# changed"), "was changed after its rehearsal"),
         (append("weights/manifest.json", "\n"), "does not belong to the weights"),
         (append("weights/1-bank.safetensors", "x"), "SHA-256"),
         (lambda world: (world.build / "weights" / "1-bank.safetensors").unlink(), "missing"),
-        (append("weights/notes.txt", "x"), "none of the bundle's files"),
+        (append("weights/notes.txt", "x"), "does not belong to the bundle"),
         (lambda world: (world.build / RECORD).unlink(), "has not been rehearsed"),
         (append("rehearsal/plain/submission.csv", "x"), "not the submission of the rehearsal"),
         (lambda world: world.record(hostile=False), "failed in hostile"),
-        (lambda world: (world.bundle_again(), (world.build / RECORD).unlink(), world.record(gone=True)), "gone alone"),
+        (lambda world: (world.bundle_again(), (world.build / RECORD).unlink(), world.record(gone=True)), "gone only"),
     ],
 )
 def test_what_is_not_fit_to_be_sent_is_refused_before_the_first_request(world, change, says):
@@ -318,7 +318,7 @@ def test_no_secret_is_sent_in_the_script(world, secret):
     world.record(plain=True)
     lines = len((world.build / "kernel.py").read_text(encoding="utf-8").splitlines())
     message = world.refusal()
-    assert f"{world.build / 'kernel.py'} holds what looks like a secret in line {lines}" in message
+    assert f"{world.build / 'kernel.py'} has what looks like a secret in line {lines}" in message
     assert secret not in message
     assert world.kaggle.requests == []
 
@@ -354,7 +354,7 @@ def test_no_secret_is_sent_with_the_weights(world, secret, name):
         manifest = json.loads((world.build / "weights" / MANIFEST).read_text(encoding="utf-8"))
         world.bundle_again(files={**manifest["files"], name: sha256(path)})
     message = world.refusal()
-    assert f"{world.build / 'weights' / name} holds what looks like a secret" in message
+    assert f"{world.build / 'weights' / name} has what looks like a secret" in message
     assert world.kaggle.requests == []
 
 
@@ -465,14 +465,14 @@ def test_a_network_that_fails_for_a_while_is_waited_for(world, method, capsys):
     world.kaggle.fail(method, http(500), http(429), hang_up, http(503), be_slow)
     world.publish()
     assert world.slept[:4] == [2, 4, 8, 16] or method != "GetCompetition"
-    assert capsys.readouterr().out.count("trying again in") == 4
+    assert capsys.readouterr().out.count("next attempt in") == 4
     assert world.kaggle.count("CreateDataset") == 1
 
 
 @pytest.mark.parametrize("method", ["GetCompetition", "StartBlobUpload", "PUT"])
 def test_a_connection_that_dies_in_silence_is_given_up(world, method, monkeypatch):
     """The client alone would wait for ever."""
-    monkeypatch.setattr("local.publishing.client.SILENCE", 0.5)
+    monkeypatch.setattr("local.publishing.client.REQUEST_TIMEOUT", 0.5)
     awake = threading.Event()
 
     def be_silent(body: dict) -> dict:
@@ -580,7 +580,7 @@ def test_what_did_arrive_is_not_sent_again_when_only_the_answer_was_lost(world, 
         ({"versionNumber": 1, "url": "u", "invalidKernelSources": ["k"]}, "invalid kernel sources k"),
         ({"versionNumber": 1, "url": "u", "invalidModelSources": ["m"]}, "invalid model sources m"),
         ({"versionNumber": 1, "url": "u", "invalidTags": ["t"]}, "invalid tags t"),
-        ({"url": "u"}, "names no version"),
+        ({"url": "u"}, "did not give a version number"),
     ],
 )
 def test_an_error_inside_a_200_is_one_and_the_next_command_pushes_again(world, answer, says):
@@ -677,9 +677,9 @@ def reverse_guesses(text: str) -> str:
         (lambda text: text.replace("observationId", "observationID"), "header"),
         (lambda text: text[: len(text) // 2], "observation"),
         (lambda text: "\n".join(text.splitlines()[:-1]) + "\n", "not the"),
-        (lambda text: "<html>Something went wrong</html>", "no CSV"),
-        (lambda text: "", "no CSV"),
-        (reverse_guesses, "of the first guesses alone"),
+        (lambda text: "<html>Something went wrong</html>", "not a CSV"),
+        (lambda text: "", "not a CSV"),
+        (reverse_guesses, "of the first guesses in common"),
     ],
 )
 def test_a_csv_that_comes_back_wrong_is_not_submitted(world, spoil, says):
@@ -691,7 +691,7 @@ def test_a_csv_that_comes_back_wrong_is_not_submitted(world, spoil, says):
 def test_a_run_that_leaves_no_csv_is_a_failure_and_an_older_one_is_not_taken_for_its_own(world):
     world.publish()
     world.kaggle.output = {"other.csv": b"x", "../submission.csv": b"x"}
-    assert "left no submission.csv" in world.refusal(submits=True)
+    assert "wrote no submission.csv" in world.refusal(submits=True)
     assert not (world.build / "kaggle" / "submission.csv").exists()
 
 

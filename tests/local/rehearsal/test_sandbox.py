@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from local.rehearsal.sandbox import Outcome, find_isolation, run_isolated
+from local.rehearsal.sandbox import Outcome, Sandbox, find_isolation, run_isolated
 
 POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="sessions and file locks are POSIX's")
 HOLD = """
@@ -32,12 +32,12 @@ open("outlived", "w")
 
 
 @dataclass
-class Sandbox:
+class Folders:
     """Folders of a rehearsal, and how to run a script in them."""
 
     folder: Path
     isolation: list[str] | None
-    heard: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for folder in (self.read_only, self.read_only / "sub", self.working):
@@ -58,15 +58,10 @@ class Sandbox:
         path.write_text(source, encoding="utf-8")
         return path
 
-    def run(self, source: str, *arguments: object, limit: float = 30, hear=None) -> Outcome:
+    def run(self, source: str, *arguments: object, limit: float = 30, on_line=None) -> Outcome:
+        allowed = Sandbox(self.working, (self.read_only,), self.isolation)
         return run_isolated(
-            self.script(source),
-            [str(argument) for argument in arguments],
-            [self.read_only],
-            self.working,
-            self.isolation,
-            limit,
-            hear or self.heard.append,
+            self.script(source), list(map(str, arguments)), allowed, limit, on_line or self.lines.append
         )
 
     def content(self) -> dict[str, str]:
@@ -78,11 +73,11 @@ class Sandbox:
 
 
 @pytest.fixture(params=["namespaces", "guard"])
-def sandbox(request: pytest.FixtureRequest, tmp_path: Path) -> Sandbox:
+def sandbox(request: pytest.FixtureRequest, tmp_path: Path) -> Folders:
     isolation = find_isolation(tmp_path) if request.param == "namespaces" else None
     if request.param == "namespaces" and isolation is None:
         pytest.skip("this system lets us make no namespaces")
-    return Sandbox(tmp_path, isolation)
+    return Folders(tmp_path, isolation)
 
 
 @pytest.fixture
@@ -125,7 +120,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_a_script_reaches_no_server_not_even_on_the_loopback(
-    sandbox: Sandbox, server: socket.socket, call: str
+    sandbox: Folders, server: socket.socket, call: str
 ) -> None:
     source = f"import socket, sys, urllib.request\nport = int(sys.argv[1])\n{call}\n"
     port = server.getsockname()[1]
@@ -135,7 +130,7 @@ def test_a_script_reaches_no_server_not_even_on_the_loopback(
     assert not was_called(server)
 
 
-def test_in_namespaces_what_the_script_starts_has_no_network_either(sandbox: Sandbox, server: socket.socket) -> None:
+def test_in_namespaces_what_the_script_starts_has_no_network_either(sandbox: Folders, server: socket.socket) -> None:
     if sandbox.isolation is None:
         pytest.skip("the guard watches the interpreter alone")
     call = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])), timeout=5)"
@@ -169,22 +164,22 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_writing_into_a_read_only_folder_fails_and_leaves_it_as_it_was(sandbox: Sandbox, write: str) -> None:
+def test_writing_into_a_read_only_folder_fails_and_leaves_it_as_it_was(sandbox: Folders, write: str) -> None:
     before = sandbox.content()
     source = f"import os, shutil, sys\nfrom pathlib import Path\n\nfolder = Path(sys.argv[1])\n{write}\n"
     outcome = sandbox.run(source, sandbox.read_only)
     assert sandbox.content() == before
     assert outcome.code == 1
-    assert any(name in sandbox.heard[-1] for name in ("OSError", "PermissionError")), sandbox.heard
+    assert any(name in sandbox.lines[-1] for name in ("OSError", "PermissionError")), sandbox.lines
 
 
-def test_what_is_read_only_can_be_read_and_listed(sandbox: Sandbox) -> None:
+def test_what_is_read_only_can_be_read_and_listed(sandbox: Folders) -> None:
     source = "import os, sys\nprint(open(sys.argv[1] + '/photo.jpg').read(), sorted(os.listdir(sys.argv[1])))"
     assert sandbox.run(source, sandbox.read_only).code == 0
-    assert sandbox.heard == ["original ['photo.jpg', 'sub']"]
+    assert sandbox.lines == ["original ['photo.jpg', 'sub']"]
 
 
-def test_the_working_folder_is_where_the_script_starts_and_may_write(sandbox: Sandbox) -> None:
+def test_the_working_folder_is_where_the_script_starts_and_may_write(sandbox: Folders) -> None:
     source = """
 import os, shutil, sys
 from pathlib import Path
@@ -195,35 +190,35 @@ Path("packages/one/file").touch()
 shutil.rmtree("packages")
 shutil.copy(sys.argv[1] + "/photo.jpg", "copy.jpg")
 """
-    assert sandbox.run(source, sandbox.read_only).code == 0, sandbox.heard
+    assert sandbox.run(source, sandbox.read_only).code == 0, sandbox.lines
     written = {path.name: path.read_text(encoding="utf-8") for path in sandbox.working.iterdir()}
     assert written == {"submission.csv": "done", "copy.jpg": "original"}
 
 
-def test_secrets_of_the_environment_stay_outside(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_the_environment_stay_outside(sandbox: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KAGGLE_KEY", "HF_TOKEN", "SOMEBODYS_PASSWORD"):
         monkeypatch.setenv(name, "s3cret-value")
     monkeypatch.setenv("PYTHONPATH", "/s3cret-value")
     assert sandbox.run("import os, sys\nprint(dict(os.environ), sys.path)").code == 0
-    assert "HOME" in sandbox.heard[0]
-    assert "s3cret-value" not in sandbox.heard[0]
+    assert "HOME" in sandbox.lines[0]
+    assert "s3cret-value" not in sandbox.lines[0]
 
 
-def test_the_script_has_a_home_of_its_own_and_is_told_that_it_runs_in_a_batch(sandbox: Sandbox) -> None:
+def test_the_script_has_a_home_of_its_own_and_is_told_that_it_runs_in_a_batch(sandbox: Folders) -> None:
     source = "import os, pathlib\nprint(pathlib.Path.home())\nprint(os.environ['KAGGLE_KERNEL_RUN_TYPE'])"
     assert sandbox.run(source).code == 0
-    assert sandbox.heard == [str(sandbox.working), "Batch"]
+    assert sandbox.lines == [str(sandbox.working), "Batch"]
 
 
-def test_the_script_is_main_and_gets_its_arguments_as_they_are(sandbox: Sandbox) -> None:
+def test_the_script_is_main_and_gets_its_arguments_as_they_are(sandbox: Folders) -> None:
     assert sandbox.run("import sys\nprint(__name__, sys.argv[1:])", "--input", "a b", "$HOME", "*").code == 0
-    assert sandbox.heard == ["__main__ ['--input', 'a b', '$HOME', '*']"]
+    assert sandbox.lines == ["__main__ ['--input', 'a b', '$HOME', '*']"]
 
 
-def test_every_line_is_heard_in_order_errors_included(sandbox: Sandbox) -> None:
+def test_every_line_is_heard_in_order_errors_included(sandbox: Folders) -> None:
     source = "import sys\nprint('one')\nprint('two', file=sys.stderr)\nsys.stdout.buffer.write(b'\\xff three')\n"
     assert sandbox.run(source).code == 0
-    assert sandbox.heard == ["one", "two", "\ufffd three"]
+    assert sandbox.lines == ["one", "two", "\ufffd three"]
 
 
 @pytest.mark.parametrize(
@@ -236,13 +231,13 @@ def test_every_line_is_heard_in_order_errors_included(sandbox: Sandbox) -> None:
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
     ],
 )
-def test_exit_codes_pass_through(sandbox: Sandbox, source: str, code: int) -> None:
+def test_exit_codes_pass_through(sandbox: Folders, source: str, code: int) -> None:
     outcome = sandbox.run(source)
     assert outcome.code == code
     assert not outcome.timed_out
 
 
-def test_the_memory_of_a_script_is_measured(sandbox: Sandbox) -> None:
+def test_the_memory_of_a_script_is_measured(sandbox: Folders) -> None:
     source = "import sys, time\nblock = bytearray(int(sys.argv[1]))\ntime.sleep(0.3)"
     lean, heavy = (sandbox.run(source, size).peak_memory_mb for size in (0, 100_000_000))
     assert 1 < lean < 100  # of the script, and not of who runs it
@@ -250,9 +245,9 @@ def test_the_memory_of_a_script_is_measured(sandbox: Sandbox) -> None:
 
 
 @POSIX_ONLY
-def test_a_script_that_sleeps_is_killed_at_the_limit_with_its_children(sandbox: Sandbox) -> None:
+def test_a_script_that_sleeps_is_killed_at_the_limit_with_its_children(sandbox: Folders) -> None:
     outcome = sandbox.run(HOLD, limit=2)
-    assert sandbox.heard == ["holding"]
+    assert sandbox.lines == ["holding"]
     assert outcome.timed_out
     assert outcome.code == -signal.SIGKILL
     assert not is_held(sandbox.working / "held")
@@ -260,12 +255,12 @@ def test_a_script_that_sleeps_is_killed_at_the_limit_with_its_children(sandbox: 
 
 
 @POSIX_ONLY
-def test_in_a_namespace_what_left_the_scripts_session_is_killed_too(sandbox: Sandbox) -> None:
+def test_in_a_namespace_what_left_the_scripts_session_is_killed_too(sandbox: Folders) -> None:
     if "--pid" not in (sandbox.isolation or []):
         pytest.skip("only a namespace knows what left its session")
     source = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {HOLD!r}], start_new_session=True)"
     outcome = sandbox.run(source, limit=2)
-    assert sandbox.heard == ["holding"]
+    assert sandbox.lines == ["holding"]
     assert outcome.timed_out
     assert outcome.seconds < 5  # nobody holds its output open
     assert not is_held(sandbox.working / "held")
@@ -273,12 +268,12 @@ def test_in_a_namespace_what_left_the_scripts_session_is_killed_too(sandbox: San
 
 
 @POSIX_ONLY
-def test_a_script_does_not_outlive_an_interrupted_rehearsal(sandbox: Sandbox) -> None:
+def test_a_script_does_not_outlive_an_interrupted_rehearsal(sandbox: Folders) -> None:
     def interrupt(line: str) -> None:
-        sandbox.heard.append(line)
+        sandbox.lines.append(line)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sandbox.run(HOLD, hear=interrupt)
-    assert sandbox.heard == ["holding"]
+        sandbox.run(HOLD, on_line=interrupt)
+    assert sandbox.lines == ["holding"]
     assert not is_held(sandbox.working / "held")

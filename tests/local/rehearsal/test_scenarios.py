@@ -17,11 +17,12 @@ from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, CompetitionSpec
 from kernel.observations import find_test_table
 from local.base.kaggle_image import IMAGE, is_newer
+from local.bundling.record import ScenarioResult
 from local.data.competition import read_competition
-from local.rehearsal.scenarios import BY_NAME, SCENARIOS, conduct
+from local.rehearsal.rehearsal import Rehearsal, check_competition
+from local.rehearsal.report import Report, play_all
+from local.rehearsal.scenarios import SCENARIOS, play
 from local.rehearsal.staging import fingerprint
-from local.rehearsal.trial import Rehearsal, refuse_other_competition
-from local.rehearse import conclude, report_on
 from tests.conftest import command, trained_with
 
 
@@ -33,24 +34,24 @@ def built(trained, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def report(built, drawn) -> dict:
+def report(built, drawn) -> Report:
     """All scenarios, played with the real bundle."""
     before = fingerprint(drawn.competition), fingerprint(built / "weights")
     with Rehearsal(drawn.competition, built, drawn.solution, kills=1) as rehearsal:
-        report = report_on(rehearsal, list(BY_NAME))
+        report = play_all(rehearsal, list(SCENARIOS))
     assert (fingerprint(drawn.competition), fingerprint(built / "weights")) == before  # they were linked, not copied
     assert not list(built.glob(".*"))
     return report
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("name", SCENARIOS)
 def test_the_bundle_survives(report, built, name):
-    result = next(result for result in report["scenarios"] if result["name"] == name)
-    assert result["ok"], result
-    if name == "kaggle-image" and result["reason"].startswith("skipped: timm=="):
-        pytest.skip(result["reason"])  # no package index
-    assert result["seconds"] > 0
+    result = next(result for result in report.scenarios if result.name == name)
+    assert result.ok, result
+    if name == "kaggle-image" and result.is_skipped:
+        pytest.skip(result.reason)  # no package index
+    assert result.seconds > 0
     assert name == "memory" or (built / "rehearsal" / name / "kernel.log").stat().st_size > 0
 
 
@@ -58,19 +59,19 @@ def test_the_bundle_survives(report, built, name):
 def test_the_report_tells_what_happened(report, drawn):
     asked = find_test_table(drawn.competition, None).observations
     photos = sum(len(observation.photos) for observation in asked)
-    reasons = {result["name"]: result["reason"] for result in report["scenarios"]}
-    assert list(reasons) == [scenario.name for scenario in SCENARIOS]
+    reasons = {result.name: result.reason for result in report.scenarios}
+    assert list(reasons) == list(SCENARIOS)
     assert f"{len(asked)} observations" in reasons["new-mounts"]
     assert f"{3 * len(asked)} observations" in reasons["larger"]
     assert "1 photo of 1 observation" in reasons["one-row"]
-    assert "8 hostile" in reasons["hostile"]
+    assert "8 spoiled" in reasons["hostile"]
     assert f"2 of {len(asked)} observations" in reasons["gone"]
-    assert reasons["throttled"].startswith(("shed", "skipped: nothing had to be shed"))
+    assert reasons["throttled"].startswith(("left out", "skipped: nothing had to be left out"))
     assert f"{photos} photos opened late" in reasons["slow-disk"]
     assert "/kaggle/input" in reasons["weights-missing"]
     assert "complete submission" in reasons["killed"]
-    assert report["recall_at_5"] > 0
-    assert report["photos_per_second"] > 0
+    assert report.scores["recall_at_5"] > 0
+    assert report.photos_per_second > 0
 
 
 # A kernel of the standard library alone, right in all that a scenario looks at but the worth of its guesses. Each test
@@ -193,19 +194,19 @@ def miniature(built, tmp_path):
     return make
 
 
-def play(build: Path, drawn, name: str, **options) -> dict:
+def result_of(build: Path, drawn, name: str, **options) -> ScenarioResult:
     with Rehearsal(drawn.competition, build, **options) as rehearsal:
-        return conduct(rehearsal, BY_NAME[name])
+        return play(rehearsal, name)
 
 
-SOUND = [name for name in BY_NAME if name not in ("throttled", "kaggle-image")]  # the second needs a package index
+SOUND = [name for name in SCENARIOS if name not in ("throttled", "kaggle-image")]  # the second needs a package index
 
 
 def test_the_unbroken_miniature_passes(miniature, drawn):
     with Rehearsal(drawn.competition, miniature(), kills=3) as rehearsal:
-        report = report_on(rehearsal, SOUND)
-    assert all(result["ok"] for result in report["scenarios"]), report
-    assert not [result for result in report["scenarios"] if result["reason"].startswith("skipped")]
+        report = play_all(rehearsal, SOUND)
+    assert not report.failed, report
+    assert not any(result.is_skipped for result in report.scenarios)
 
 
 @pytest.mark.parametrize(
@@ -221,30 +222,30 @@ def test_the_unbroken_miniature_passes(miniature, drawn):
         ("knows the size", "one-row", "exit code 1: AssertionError"),
         ("stops at a bad photo", "hostile", "exit code 1"),
         ("counts no bad photo", "hostile", "0 photos are counted as unreadable: 4 are"),
-        ("takes its neighbour's place", "gone", "has all its photos, and yet its row changed"),
-        ("guesses where it saw nothing", "gone", "has no photo, and its row is not the fallback"),
-        ("has no patience", "slow-disk", "too late, with time enough"),
+        ("takes its neighbour's place", "gone", "has all its photos, but its row changed"),
+        ("guesses where it saw nothing", "gone", "has no photo, but its row is not the fallback"),
+        ("has no patience", "slow-disk", "too late, although there was enough time"),
         ("ignores the limit", "throttled", "the limit was"),
         ("never predicts", "throttled", "no better than the fallback"),
         ("keeps its photos", "memory", "memory grows with the number of photos"),
-        ("ends well in the visible run", "weights-missing", "exit code 0, and must end with 2"),
-        ("ends with a traceback", "weights-missing", "exit code 1, and must end with 2"),
-        ("says two errors", "weights-truncated", "2 lines of error"),
-        ("leaves a part", "weights-truncated", "left submission.csv, submission.partial behind"),
-        ("fails in the scored rerun", "weights-other", "in the scored rerun, exit code 2"),
-        ("takes any weights", "weights-other", "exit code 0, and must end with 2"),
+        ("ends well in the visible run", "weights-missing", "exit code 0, expected 2"),
+        ("ends with a traceback", "weights-missing", "exit code 1, expected 2"),
+        ("says two errors", "weights-truncated", "2 error lines"),
+        ("leaves a part", "weights-truncated", "left submission.csv, submission.partial in the working folder"),
+        ("fails in the scored rerun", "weights-other", "in the scored rerun: exit code 2"),
+        ("takes any weights", "weights-other", "exit code 0, expected 2"),
         ("writes in place", "killed", "killed after"),
-        ("announces nothing", "killed", "never said"),
+        ("announces nothing", "killed", "did not print"),
         ("connects", "network", "1 attempt to connect, the first: socket.connect ('127.0.0.1', 9)"),
         ("asks for an address", "network", "socket.getaddrinfo huggingface.co"),
-        ("writes a short CSV", "slow-disk", "nothing to compare with"),
+        ("writes a short CSV", "slow-disk", "no run to compare with"),
     ],
 )
 def test_a_kernel_fails_that(miniature, drawn, breakage, scenario, reason):
-    result = play(miniature(breakage), drawn, scenario, solution=drawn.solution, kills=5)
-    assert not result["ok"], result
-    assert reason in result["reason"]
-    assert "\n" not in result["reason"]
+    result = result_of(miniature(breakage), drawn, scenario, solution=drawn.solution, kills=5)
+    assert not result.ok, result
+    assert reason in result.reason
+    assert "\n" not in result.reason
 
 
 @pytest.fixture
@@ -272,31 +273,33 @@ OLD_TIMM = "def create_model(name, **arguments): raise RuntimeError(f'Unknown mo
 @pytest.mark.skipif(version("timm") == IMAGE["timm"], reason="here is the timm of Kaggle's image")
 def test_a_bundle_without_a_timm_of_its_own_is_run_with_that_of_kaggles_image(trained, drawn, index, tmp_path):
     bundle([trained_with(trained, tmp_path / "run", IMAGE["timm"])], tmp_path / "build")
-    assert play(tmp_path / "build", drawn, "kaggle-image")["reason"].startswith("skipped: timm==")
+    assert result_of(tmp_path / "build", drawn, "kaggle-image").reason.startswith("skipped: timm==")
     index(OLD_TIMM)
-    result = play(tmp_path / "build", drawn, "kaggle-image")
-    assert not result["ok"]
-    assert f"cannot be built by timm {IMAGE['timm']}" in result["reason"]
+    result = result_of(tmp_path / "build", drawn, "kaggle-image")
+    assert not result.ok
+    assert f"cannot be built by timm {IMAGE['timm']}" in result.reason
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not is_newer(version("timm"), IMAGE["timm"]), reason="here is no newer timm than Kaggle's")
 def test_a_bundle_of_a_newer_timm_brings_it_along(built, drawn, index):
     index(OLD_TIMM)
-    result = play(built, drawn, "kaggle-image")
-    assert result["ok"], result
-    assert result["reason"].startswith(f"timm {version('timm')}, of a wheel in the weights; 0 of ")
+    result = result_of(built, drawn, "kaggle-image")
+    assert result.ok, result
+    assert result.reason.startswith(f"timm {version('timm')}, from a wheel in the weights; 0 of ")
 
 
 def test_the_last_line_can_be_trusted():
-    results = [{"name": scenario.name, "ok": True, "reason": ""} for scenario in SCENARIOS]
-    assert conclude(results) == "ready to push"
-    assert "ready to push" in conclude(results[:1])
-    assert not conclude(results[:1]).startswith("ready")
-    skipped = [{**results[0], "reason": "skipped: no such signal"}, *results[1:]]
-    assert conclude(skipped) == "ready to push (skipped: plain)"
-    failed = [*results[:-1], {**results[-1], "ok": False}]
-    assert conclude(failed) == f"not ready to push: {results[-1]['name']} failed"
+    def verdict(results: list[ScenarioResult]) -> str:
+        return Report(tuple(results), "guard").verdict
+
+    results = [ScenarioResult(name, True, 1.0, "") for name in SCENARIOS]
+    assert verdict(results) == "ready to push"
+    assert "ready to push" in verdict(results[:1])
+    assert not verdict(results[:1]).startswith("ready")
+    assert verdict([replace(results[0], reason="skipped: no such signal"), *results[1:]]).endswith("(skipped: plain)")
+    failed = [*results[:-1], replace(results[-1], ok=False)]
+    assert verdict(failed) == f"not ready to push: {results[-1].name} failed"
 
 
 def test_the_command_writes_the_report_and_ends_with_1_when_a_scenario_failed(miniature, drawn, tmp_path):
@@ -325,17 +328,17 @@ def test_a_solution_of_other_observations_is_an_error_of_the_user(miniature, dra
         Rehearsal(drawn.competition, miniature(), tmp_path / "other.csv") as rehearsal,
         pytest.raises(InputError, match="lacks observation"),
     ):
-        report_on(rehearsal, ["plain"])
+        play_all(rehearsal, ["plain"])
 
 
 def test_a_bundle_is_rehearsed_on_the_competition_that_it_was_trained_on_and_no_other(drawn, tmp_path):
     competition = read_competition(drawn.competition)
     digest = competition.observations_digest()
     trained = CompetitionSpec(name="fungiclef", resolution="300p", observations_sha256=digest, time_limit=43200)
-    refuse_other_competition(drawn.competition, trained)
+    check_competition(drawn.competition, trained)
     for other in ("class-folders", "herbarium"):
         with pytest.raises(InputError, match=f"is of fungiclef, but the bundle was trained on {other}"):
-            refuse_other_competition(drawn.competition, replace(trained, name=other))
+            check_competition(drawn.competition, replace(trained, name=other))
     folder = tmp_path / "relabelled"
     shutil.copytree(drawn.competition / "metadata", folder / "metadata")
     table = next(folder.rglob("*-Train.csv"))
@@ -343,4 +346,4 @@ def test_a_bundle_is_rehearsed_on_the_competition_that_it_was_trained_on_and_no_
     observation = first.split(",")[header.split(",").index("observationID")]
     table.write_text("".join([header, *(row for row in rest if observation not in row)]), encoding="utf-8")
     with pytest.raises(InputError, match=r"training observations of .* are not those"):
-        refuse_other_competition(folder, trained)
+        check_competition(folder, trained)

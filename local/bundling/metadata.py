@@ -1,6 +1,6 @@
-"""Check kernel-metadata.json before Kaggle does, fill in the owner, and write the dataset's metadata from it.
+"""Check kernel-metadata.json, fill in its owner, and write the dataset's metadata from it.
 
-The rules are the Kaggle client's own and the server's, some of which it only applies after the push, or never says.
+The rules are those of Kaggle's client and server. The server applies some of them only after the push.
 """
 
 import json
@@ -14,57 +14,62 @@ from local.base.files import write_json
 
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[a-z0-9][a-z0-9-]{4,}")  # owner/slug
-PLACEHOLDER = "your-kaggle-username"  # the owner in the repository's file; the credentials say who it is
+PLACEHOLDER = "your-kaggle-username"  # the owner in the repository's file; replaced by the owner of the credentials
 KERNEL_METADATA, DATASET_METADATA = "kernel-metadata.json", "dataset-metadata.json"
 
 
 def read_kernel_metadata(path: Path) -> dict:
-    """The checked content of kernel-metadata.json.
+    """Read and check kernel-metadata.json.
 
     Raises:
-        InputError: a rule is broken; the message names the key and what it must be.
+        InputError: the file breaks a rule; the message gives the key and what it must be.
     """
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from error
-
     if not isinstance(metadata, dict):
-        raise InputError(f"{path} holds no JSON object: it must be that of a Kaggle kernel")
+        raise InputError(f"{path} is not a JSON object: give the metadata of a Kaggle kernel")
 
-    def need(is_met: bool, key: str, wanted: str) -> None:
+    def need(is_met: bool, key: str, rule: str) -> None:
         if not is_met:
-            raise InputError(f"{path}: {key} is {metadata.get(key)!r}: it must be {wanted}")
+            raise InputError(f"{path}: {key} is {metadata.get(key)!r}: it must be {rule}")
 
     reference, title = str(metadata.get("id", "")), str(metadata.get("title", ""))
-    need(bool(REFERENCE.fullmatch(reference)), "id", "owner/slug, the slug of 5 or more of a-z, 0-9 and -")
+    need(bool(REFERENCE.fullmatch(reference)), "id", "owner/slug, with a slug of at least 5 of a-z, 0-9 and -")
     need(5 <= len(title) <= 50, "title", "5 to 50 characters long")
     slug = reference.partition("/")[2]
-    need(slugify(title) == slug, "title", f"one whose slug is {slug!r}, that of id; this one's is {slugify(title)!r}")
+    need(slugify(title) == slug, "title", f"a title with the slug of id, {slug!r}; it has {slugify(title)!r}")
     need(metadata.get("code_file") == "build/kernel.py", "code_file", "'build/kernel.py', which bundle.py writes")
     need(metadata.get("language") == "python", "language", "'python'")
     need(metadata.get("kernel_type") == "script", "kernel_type", "'script'")
-    need(metadata.get("is_private") is True, "is_private", "true: publishing is decided elsewhere")
+    need(metadata.get("is_private") is True, "is_private", "true: local/publish.py --public publishes")
     need(metadata.get("enable_gpu") is True, "enable_gpu", "true")
-    need(metadata.get("enable_internet") is False, "enable_internet", "false (when absent it is on)")
+    need(metadata.get("enable_internet") is False, "enable_internet", "false; without the key it would be on")
     datasets, competitions = metadata.get("dataset_sources"), metadata.get("competition_sources")
     need(
         isinstance(datasets, list) and bool(datasets) and all(REFERENCE.fullmatch(str(name)) for name in datasets),
         "dataset_sources",
-        "a list of owner/slug, that of the weights first",
+        "a list of owner/slug, the weights first",
     )
-    need(6 <= len(datasets[0].partition("/")[2]) <= 50, "dataset_sources", "led by a slug of 6 to 50 characters")
     need(
-        isinstance(competitions, list) and bool(competitions), "competition_sources", "a list of the competition's slug"
+        6 <= len(datasets[0].partition("/")[2]) <= 50,
+        "dataset_sources",
+        "a list whose first slug has 6 to 50 letters",
+    )
+    need(
+        isinstance(competitions, list) and bool(competitions),
+        "competition_sources",
+        "a list of the competition's slug",
     )
     return metadata
 
 
 def with_owner(metadata: dict, owner: str | None) -> dict:
-    """Kernel metadata with a Kaggle name in place of PLACEHOLDER; an owner that is written there stays.
+    """Kernel metadata with a Kaggle name in place of PLACEHOLDER; another owner is left as it is.
 
     Args:
-        owner: None, where it is not known, leaves the placeholder.
+        owner: None, if it is not known, leaves the placeholder.
 
     Raises:
         InputError: `owner` cannot be a Kaggle name.
@@ -73,8 +78,8 @@ def with_owner(metadata: dict, owner: str | None) -> dict:
         raise InputError(f"{owner!r} is not a Kaggle name: check KAGGLE_USERNAME, and the username in kaggle.json")
 
     def fill_in(reference: str) -> str:
-        named, _, slug = reference.partition("/")
-        return f"{owner}/{slug}" if owner and named == PLACEHOLDER else reference
+        current, _, slug = reference.partition("/")
+        return f"{owner}/{slug}" if owner and current == PLACEHOLDER else reference
 
     return {
         **metadata,
@@ -97,10 +102,10 @@ def dataset_metadata(metadata: dict) -> dict:
 
 
 def write_metadata(build: Path, metadata: dict) -> None:
-    """Write what Kaggle's client reads: kernel-metadata.json for the script and dataset-metadata.json for the weights.
+    """Write the files that Kaggle's client reads: kernel-metadata.json, and dataset-metadata.json for the weights.
 
     Args:
-        metadata: of the kernel, with the owner where it is known.
+        metadata: of the kernel, with the owner if it is known.
     """
     write_json({**metadata, "code_file": "kernel.py"}, build / KERNEL_METADATA)
     write_json(dataset_metadata(metadata), build / "weights" / DATASET_METADATA)

@@ -11,7 +11,7 @@ import pytest
 from slugify import slugify
 
 from kernel.inputs import InputError
-from local.publishing.metadata import (
+from local.bundling.metadata import (
     PLACEHOLDER,
     dataset_metadata,
     has_owner,
