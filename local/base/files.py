@@ -1,4 +1,4 @@
-"""Write files in one step: a reader finds the old file or the new one, never a part."""
+"""Write files atomically: a reader finds the old file or the new one, never a part."""
 
 import csv
 import json
@@ -11,20 +11,24 @@ if TYPE_CHECKING:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write UTF-8."""
-    partial = begin(path)
+    """Write text as UTF-8."""
+    partial = make_partial(path)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
 def write_json(value: dict, path: Path) -> None:
-    """Write JSON for people and machines: indented, in a stable order, with a newline at the end."""
+    """Write indented JSON with a newline at the end."""
     write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", path)
 
 
 def write_table(rows: Sequence[dict], path: Path, columns: Sequence[str] = ()) -> None:
-    """Write rows as CSV under a header; without `columns`, of which the first row has."""
-    partial = begin(path)
+    """Write rows as CSV with a header.
+
+    Args:
+        columns: to write; empty for the keys of the first row.
+    """
+    partial = make_partial(path)
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns or rows[0], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
@@ -33,13 +37,16 @@ def write_table(rows: Sequence[dict], path: Path, columns: Sequence[str] = ()) -
 
 
 def write_tensors(tensors: "dict[str, torch.Tensor]", path: Path, notes: dict[str, str] | None = None) -> None:
-    """Write tensors as safetensors, wherever they are and however they lie in memory.
+    """Write tensors as safetensors, from any device and in any memory layout.
 
-    Tensors that share memory, such as tied weights, are written one by one: the format has no sharing.
+    Tensors that share memory, such as tied weights, are written separately, since the format does not permit sharing.
+
+    Args:
+        notes: the metadata of the file.
     """
-    from safetensors.torch import save_file  # imports torch, which takes seconds that publishing need not pay
+    from safetensors.torch import save_file  # imports torch, which publishing does not need
 
-    partial, own, taken = begin(path), {}, set()
+    partial, own, taken = make_partial(path), {}, set()
     for name, tensor in tensors.items():
         own[name] = tensor.detach().cpu().contiguous()
         if own[name].untyped_storage().data_ptr() in taken:
@@ -49,7 +56,7 @@ def write_tensors(tensors: "dict[str, torch.Tensor]", path: Path, notes: dict[st
     partial.replace(path)
 
 
-def begin(path: Path) -> Path:
-    """The file beside `path` to write to first, hidden; its folder is made."""
+def make_partial(path: Path) -> Path:
+    """A hidden file beside `path` to write to first; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.partial")

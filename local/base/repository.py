@@ -14,7 +14,7 @@ def versions() -> dict[str, str]:
 
 
 def commit(part: str = ".") -> str:
-    """The repository's present commit, marked when a part of it has changed since; "unknown" where git cannot tell."""
+    """The current commit, marked if `part` of the repository has changed since; "unknown" without a working git."""
     git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 60}
     try:

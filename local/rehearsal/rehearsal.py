@@ -21,7 +21,7 @@ from local.bundling.record import ScenarioResult, check_bundle
 from local.data.folder import find_competition
 from local.data.solution import read_solution
 from local.rehearsal.sandbox import Controller, Outcome, Sandbox, find_isolation, run_isolated
-from local.rehearsal.staging import Mounts, fingerprint, place, stage_bundle, stage_competition
+from local.rehearsal.staging import Mounts, fingerprint, link_or_copy, stage_bundle, stage_competition
 from local.rehearsal.variations import keep_observations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,7 +183,7 @@ class Rehearsal(AbstractContextManager):
         if is_whole:
             stage_competition(self.data, mounts.competition)
         else:
-            shutil.copytree(self._part(), mounts.competition, copy_function=lambda a, b: place(Path(a), Path(b)))
+            shutil.copytree(self._part(), mounts.competition, copy_function=lambda a, b: link_or_copy(Path(a), Path(b)))
         stage_bundle(self.build, mounts.weights, mounts.source)
         return mounts
 

@@ -1,6 +1,6 @@
 """Lay out a competition without its test labels, and a bundle, as Kaggle mounts them. Called by the rehearsal.
 
-The files may be links to the user's own, so none is ever written into: it is removed and replaced by another.
+The files may be hard links to the user's own. So none is ever written to: it is removed, and another one is created.
 """
 
 import os
@@ -14,11 +14,11 @@ from local.data.folder import find_competition
 
 @dataclass(frozen=True)
 class Mounts:
-    """A rehearsal's folders.
+    """The folders of a scenario.
 
     Attributes:
-        inputs: what Kaggle would mount at /kaggle/input; the competition and the weights lie somewhere in it.
-        source: holds the script, alone.
+        inputs: what Kaggle would mount at /kaggle/input; `competition` and `weights` are folders in it.
+        source: contains only the script.
     """
 
     name: str
@@ -39,7 +39,7 @@ def stage_competition(data: Path, folder: Path) -> None:
     for source in {*tables, *all_files(found.split_folder("test")), *data.glob(found.competition.sample)}:
         if source.is_file():
             target, content = folder / source.relative_to(data), tables.get(source)
-            place(source, target)
+            link_or_copy(source, target)
             if content is not None:
                 replace_file(target, content)
 
@@ -54,15 +54,15 @@ def all_files(folder: Path) -> Iterator[Path]:
 
 
 def stage_bundle(build: Path, weights: Path, source: Path) -> None:
-    """Lay out the weights as a mounted dataset, and the script under another name, alone in its folder."""
+    """Lay out the weights as a mounted dataset, and the script, renamed, alone in its folder."""
     for file in (build / "weights").rglob("*"):
         if file.is_file():
-            place(file, weights / file.relative_to(build / "weights"))
-    place(build / "kernel.py", source / "script.py")
+            link_or_copy(file, weights / file.relative_to(build / "weights"))
+    link_or_copy(build / "kernel.py", source / "script.py")
 
 
-def place(source: Path, target: Path) -> None:
-    """Make a file appear elsewhere: as a hard link where the file system can, else as a copy."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file to another path, or copy it if the file system has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()  # a relative link would lead nowhere from another folder
     try:
@@ -78,6 +78,6 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def fingerprint(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of modification of every file, by which a change is seen."""
+    """Size and time of modification of every file, to detect changes."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}

@@ -1,6 +1,6 @@
-"""Change a staged competition or staged weights as Kaggle, or bad luck, might. Called by the scenarios.
+"""Change a staged competition or staged weights, as Kaggle or an accident might. Called by the scenarios.
 
-Each function is one variation. Files are replaced and never written into, since they may be links to the user's own.
+Each function is one variation. Files are replaced and never written to, since they may be hard links to the user's own.
 """
 
 import io
@@ -17,7 +17,7 @@ from kernel.competitions.competition import CompetitionFolder, PhotoRow
 from kernel.manifest import MANIFEST, read_manifest, write_manifest
 from kernel.observations import TestTable, read_rows
 from local.data.folder import find_competition
-from local.rehearsal.staging import place, replace_file
+from local.rehearsal.staging import link_or_copy, replace_file
 
 
 def write_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> None:
@@ -73,7 +73,7 @@ def repeat_observations(competition: Path, times: int) -> dict[str, str]:
             for folder in folders:
                 source = folder / row.photo
                 if source.is_file():
-                    place(source, folder / new.photo)
+                    link_or_copy(source, folder / new.photo)
             repeated.append(new)
             originals[new.observation] = row.observation
     write_rows(found, repeated)
@@ -81,7 +81,7 @@ def repeat_observations(competition: Path, times: int) -> dict[str, str]:
 
 
 def truncate(path: Path) -> None:
-    """Leave the first half of a file, as an upload that broke off does."""
+    """Keep the first half of a file, as after an interrupted upload."""
     replace_file(path, path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -96,7 +96,7 @@ def _replace_by_image(path: Path, image: Image.Image, form: str) -> None:
     replace_file(path, content.getvalue())
 
 
-# Photos of the first kinds cannot be read; whether those of the others can be is the decoder's affair.
+# No decoder can read photos of the first kinds; some decoders can read those of the others.
 UNREADABLE: dict[str, Callable[[Path], None]] = {
     "empty": lambda path: replace_file(path, b""),
     "HTML": lambda path: replace_file(path, b"<!DOCTYPE html><title>404 Not Found</title>"),
@@ -109,21 +109,17 @@ STRANGE: dict[str, Callable[[Path], None]] = {
     "16-bit PNG": lambda path: _replace_by_image(path, Image.new("I;16", (300, 400), 30000), "PNG"),
     "CMYK": lambda path: _replace_by_image(path, Image.new("CMYK", (300, 400), (20, 90, 60, 10)), "JPEG"),
 }
-HOSTILE_SHARE = 0.1  # of the photos; more where that is less than one of each kind
+SPOILED = 0.1  # fraction of the photos; more if that is less than one of each kind
 
 
 def spoil_photos(table: TestTable, seed: int) -> dict[str, int]:
-    """Replace photos by hostile ones, of each kind in turn.
-
-    Returns:
-        How many photos of each kind there are now.
-    """
+    """Replace photos by unreadable or strange ones, of each kind in turn; returns the number of each kind."""
     kinds = UNREADABLE | STRANGE
     if not table.competition.has_table:
         del kinds["missing"]  # a photo that no table lists cannot be missing
     photos = [photo for observation in table.observations for photo in observation.photos]
     # The kernel takes a quarter of unreadable photos for a broken mount, so a small table cannot have every kind.
-    count = min(max(len(kinds), round(HOSTILE_SHARE * len(photos))), len(photos) // 5)
+    count = min(max(len(kinds), round(SPOILED * len(photos))), len(photos) // 5)
     counts = dict.fromkeys(kinds, 0)
     for index, photo in enumerate(random.Random(seed).sample(photos, count)):
         kind = list(kinds)[index % len(kinds)]
@@ -132,28 +128,28 @@ def spoil_photos(table: TestTable, seed: int) -> dict[str, int]:
     return counts
 
 
-def remove_photos(table: TestTable, seed: int, share: float = 0.1) -> set[str]:
-    """Remove all photos of some observations, at least of one; returns their ids."""
-    gone = random.Random(seed).sample(table.observations, max(1, round(share * len(table.observations))))
-    for observation in gone:
+def remove_photos(table: TestTable, seed: int, fraction: float = 0.1) -> set[str]:
+    """Remove all photos of a fraction of the observations, at least of one; returns their ids."""
+    chosen = random.Random(seed).sample(table.observations, max(1, round(fraction * len(table.observations))))
+    for observation in chosen:
         for photo in observation.photos:
             photo.unlink()
-    return {observation.id for observation in gone}
+    return {observation.id for observation in chosen}
 
 
 def remove_weights(weights: Path) -> None:
-    """Take staged weights away, as a kernel has it whose dataset was not attached."""
+    """Remove the weights, as if the dataset were not attached."""
     shutil.rmtree(weights)
 
 
 def truncate_weights(weights: Path) -> None:
-    """Break off the largest file of staged weights."""
+    """Truncate the largest file of the weights."""
     truncate(max(weights.rglob("*.safetensors"), key=lambda path: path.stat().st_size))
 
 
 def exchange_weights(weights: Path) -> None:
-    """Put the weights of another run in the place of staged ones, as far as the manifest can tell."""
+    """Replace the manifest by one of another run."""
     manifest = read_manifest(weights / MANIFEST)
     first, *others = manifest.members
     renamed = replace(first, name=f"{first.name}, another run")
-    write_manifest(replace(manifest, members=(renamed, *others)), weights / MANIFEST)  # in the place of a link, too
+    write_manifest(replace(manifest, members=(renamed, *others)), weights / MANIFEST)
