@@ -1,7 +1,7 @@
-"""A Kaggle that lies at home: a small HTTP server that speaks the wire of Kaggle's client, and is its proxy.
+"""A local Kaggle: a small HTTP server with the API that Kaggle's client uses, and the client's proxy.
 
-The client is pointed at it by the environment that `Loopback.environment` gives. It keeps what it is sent, answers from
-what it keeps, and fails where a test asks it to. A request for any other address is refused and remembered.
+`Loopback.environment` directs the client to it. It stores what it receives, answers from that, and fails where a test
+asks for it. Requests for any other address are refused and recorded.
 """
 
 import json
@@ -13,13 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-OWNER, KEY, TOKEN = "tester", "5" * 32, "KGAT_" + "0123456789abcdef" * 2  # a key and a token as Kaggle spells them
+OWNER, KEY, TOKEN = "tester", "5" * 32, "KGAT_" + "0123456789abcdef" * 2  # a key and a token in Kaggle's format
 
 
 class Refusal(Exception):
     """An HTTP error to answer with."""
 
-    def __init__(self, code: int, message: str = "as the test wants it"):
+    def __init__(self, code: int, message: str = "as the test demands"):
         self.code, self.message = code, message
 
 
@@ -27,15 +27,15 @@ class Loopback:
     """The state of this Kaggle.
 
     Attributes:
-        requests: names of the methods called, in order; "PUT" for what is uploaded, "GET" for what is downloaded.
-        bodies: of each method, what it was sent, in order.
-        foreign: addresses that were asked for and are not this server's.
-        blobs: of each upload's token, its name and the bytes that arrived.
-        datasets: of each reference, its versions; each has the contents of its files by name.
-        processing: states that a dataset goes through, one per question, after each version; the last one stays.
-        running: the same of a kernel's run.
-        scoring: the same of a submission.
-        output: files that a run leaves, by name.
+        requests: names of the methods called, in order; "PUT" for uploads, "GET" for downloads.
+        bodies: the bodies sent to each method, in order.
+        foreign: requested addresses that are not this server's.
+        blobs: name and received bytes of each upload, by token.
+        datasets: versions of each dataset, by reference; a version is the contents of its files by name.
+        processing: states of a dataset, one per question; the last one stays.
+        running: the same for a kernel's run.
+        scoring: the same for a submission.
+        output: files that a run writes, by name.
         limits: submissions that are left today.
     """
 
@@ -71,7 +71,7 @@ class Loopback:
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What makes Kaggle's client speak to this server, and to nobody else."""
+        """Environment variables that direct Kaggle's client to this server, and to no other."""
         proxies = {f"{kind}_proxy": self.address for kind in ("http", "https")}
         return {
             "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
@@ -82,7 +82,7 @@ class Loopback:
         }  # fmt: skip
 
     def fail(self, method: str, *answers: Callable[[dict], dict | None]) -> None:
-        """Answer the next calls of a method by these functions of the body; one that returns None lets it pass."""
+        """Answer the next calls of a method by functions of the body; if one returns None, the call succeeds."""
         self.faults[method] += answers
 
     def count(self, method: str) -> int:
@@ -116,7 +116,7 @@ class Loopback:
     def _GetDatasetStatus(self, body: dict) -> dict:
         if f"{body['ownerSlug']}/{body['datasetSlug']}" not in self.datasets:
             raise Refusal(404, "no such dataset")
-        return {"status": following(self.processing)}
+        return {"status": next_state(self.processing)}
 
     def _GetDataset(self, body: dict) -> dict:
         versions = len(self.datasets[f"{body['ownerSlug']}/{body['datasetSlug']}"])
@@ -138,7 +138,7 @@ class Loopback:
         return {"ref": body["slug"], "url": "https://www.kaggle.com/code/it", "versionNumber": self.versions}
 
     def _GetKernelSessionStatus(self, body: dict) -> dict:
-        state = following(self.running)
+        state = next_state(self.running)
         return {"status": state, **({"failureMessage": "out of memory"} if state == "ERROR" else {})}
 
     def _ListKernelSessionOutput(self, body: dict) -> dict:
@@ -157,10 +157,10 @@ class Loopback:
     def _ListSubmissions(self, body: dict) -> dict:
         if not self.submitted:
             return {"submissions": []}
-        state = following(self.scoring)
+        state = next_state(self.scoring)
         score = {"publicScore": "0.5310"} if state == "COMPLETE" else {}
         reason = {"errorDescription": "Notebook Timeout"} if state == "ERROR" else {}
-        found = [{"ref": place, "description": text} for place, text in enumerate(self.submitted)]
+        found = [{"ref": number, "description": text} for number, text in enumerate(self.submitted)]
         return {"submissions": [{**one, "status": state, **score, **reason} for one in reversed(found)]}
 
     def _CreateCodeSubmission(self, body: dict) -> dict:
@@ -171,12 +171,12 @@ class Loopback:
     _CreateSubmission = _CreateCodeSubmission
 
 
-def following(states: list[str]) -> str:
-    """The next of some states; the last one stays."""
+def next_state(states: list[str]) -> str:
+    """The next state of a list; the last one stays."""
     return states.pop(0) if len(states) > 1 else states[0]
 
 
-def http(code: int, message: str = "as the test wants it") -> Callable[[dict], dict]:
+def http(code: int, message: str = "as the test demands") -> Callable[[dict], dict]:
     """A fault that answers with an HTTP error."""
 
     def refuse(body: dict) -> dict:
@@ -186,18 +186,18 @@ def http(code: int, message: str = "as the test wants it") -> Callable[[dict], d
 
 
 def saying(**answer: object) -> Callable[[dict], dict]:
-    """A fault that answers 200 with something else."""
+    """A fault that answers 200 with another body."""
     return lambda body: answer
 
 
 class _Handler(BaseHTTPRequestHandler):
     kaggle: Loopback
     protocol_version = "HTTP/1.1"
-    wbufsize = 1 << 16  # head and body in one packet: in two, each answer would wait for an acknowledgement
+    wbufsize = 1 << 16  # header and body in one packet; in two, each answer would wait for an acknowledgement
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
-        if not self._is_at_home():
+        if not self._is_for_this_server():
             return
         try:
             kind, _, credentials = self.headers.get("Authorization", "").partition(" ")
@@ -212,11 +212,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(200, json.dumps(answer).encode())
 
     def do_PUT(self) -> None:
-        """A part of an upload, or with `Content-Range: bytes */SIZE` the question how much of it has arrived."""
+        """Receive a part of an upload; or, with `Content-Range: bytes */SIZE`, say how much has arrived."""
         token, sent = self.path.rpartition("/")[2], self.rfile.read(int(self.headers["Content-Length"]))
         kaggle, (name, content) = self.kaggle, self.kaggle.blobs[token]
         is_question = self.headers.get("Content-Range", "").startswith("bytes */")
-        kaggle.requests.append("asked how much" if is_question else "PUT")
+        kaggle.requests.append("size question" if is_question else "PUT")
         if not is_question:
             del content[self._start() :]
             fault = kaggle.faults["PUT"].pop(0) if kaggle.faults["PUT"] else None
@@ -237,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(308, b"", **({"Range": f"bytes=0-{len(content) - 1}"} if content else {}))
 
     def do_GET(self) -> None:
-        if self._is_at_home():
+        if self._is_for_this_server():
             self.kaggle.requests.append("GET")
             self._reply(200, self.kaggle.output[self.path.rpartition("/")[2]], kind="text/csv")
 
@@ -245,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.kaggle.foreign.append(self.path)
         self._reply(403, b"")
 
-    def _is_at_home(self) -> bool:
+    def _is_for_this_server(self) -> bool:
         if urlsplit(self.path).hostname in (None, "localhost", "127.0.0.1"):
             return True
         self.kaggle.foreign.append(self.path)
