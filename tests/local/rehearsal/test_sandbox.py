@@ -1,6 +1,6 @@
-"""A rehearsed script has no network, writes nowhere but where it may, knows no secrets, and ends in time.
+"""A rehearsed script has no network, writes only to its working folder, sees no secrets, and ends in time.
 
-python -m pytest tests/local/rehearsal/test_sandbox.py
+python -m pytest tests/local/rehearsal/test_folders.py
 """
 
 import fcntl
@@ -18,7 +18,7 @@ import pytest
 
 from local.rehearsal.sandbox import Outcome, Sandbox, find_isolation, run_isolated
 
-POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="sessions and file locks are POSIX's")
+POSIX_ONLY = pytest.mark.skipif(os.name != "posix", reason="sessions and file locks need POSIX")
 HOLD = """
 import fcntl, os, sys, time
 file = open("held", "w")
@@ -73,22 +73,22 @@ class Folders:
 
 
 @pytest.fixture(params=["namespaces", "guard"])
-def sandbox(request: pytest.FixtureRequest, tmp_path: Path) -> Folders:
+def folders(request: pytest.FixtureRequest, tmp_path: Path) -> Folders:
     isolation = find_isolation(tmp_path) if request.param == "namespaces" else None
     if request.param == "namespaces" and isolation is None:
-        pytest.skip("this system lets us make no namespaces")
+        pytest.skip("this system does not permit namespaces")
     return Folders(tmp_path, isolation)
 
 
 @pytest.fixture
 def server() -> Iterator[socket.socket]:
-    """A server on the loopback that nobody has called yet."""
+    """A local server without connections so far."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.settimeout(0.2)
         yield listening
 
 
-def was_called(server: socket.socket) -> bool:
+def has_connection(server: socket.socket) -> bool:
     try:
         server.accept()[0].close()
     except TimeoutError:
@@ -97,7 +97,7 @@ def was_called(server: socket.socket) -> bool:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process of HOLD still lives; waits a little for the kernel to clean up."""
+    """Whether a process of HOLD is still running; waits a little for the system to clean up."""
     with path.open("w") as file:
         for _ in range(50):
             try:
@@ -120,25 +120,25 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_a_script_reaches_no_server_not_even_on_the_loopback(
-    sandbox: Folders, server: socket.socket, call: str
+    folders: Folders, server: socket.socket, call: str
 ) -> None:
     source = f"import socket, sys, urllib.request\nport = int(sys.argv[1])\n{call}\n"
     port = server.getsockname()[1]
-    outside = subprocess.run([sys.executable, "-I", str(sandbox.script(source)), str(port)], capture_output=True)
-    assert was_called(server), outside.stderr  # so the script would call, if it could
-    assert sandbox.run(source, port).code != 0
-    assert not was_called(server)
+    outside = subprocess.run([sys.executable, "-I", str(folders.script(source)), str(port)], capture_output=True)
+    assert has_connection(server), outside.stderr  # so the script can connect outside of the sandbox
+    assert folders.run(source, port).code != 0
+    assert not has_connection(server)
 
 
-def test_in_namespaces_what_the_script_starts_has_no_network_either(sandbox: Folders, server: socket.socket) -> None:
-    if sandbox.isolation is None:
-        pytest.skip("the guard watches the interpreter alone")
+def test_in_namespaces_what_the_script_starts_has_no_network_either(folders: Folders, server: socket.socket) -> None:
+    if folders.isolation is None:
+        pytest.skip("the audit hook watches only the interpreter")
     call = "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])), timeout=5)"
     source = (
         f"import subprocess, sys\nsys.exit(subprocess.run([sys.executable, '-c', {call!r}, *sys.argv[1:]]).returncode)"
     )
-    assert sandbox.run(source, server.getsockname()[1]).code != 0
-    assert not was_called(server)
+    assert folders.run(source, server.getsockname()[1]).code != 0
+    assert not has_connection(server)
 
 
 WRITES = {
@@ -164,22 +164,22 @@ WRITES = {
 
 
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_writing_into_a_read_only_folder_fails_and_leaves_it_as_it_was(sandbox: Folders, write: str) -> None:
-    before = sandbox.content()
+def test_writing_into_a_read_only_folder_fails_and_leaves_it_as_it_was(folders: Folders, write: str) -> None:
+    before = folders.content()
     source = f"import os, shutil, sys\nfrom pathlib import Path\n\nfolder = Path(sys.argv[1])\n{write}\n"
-    outcome = sandbox.run(source, sandbox.read_only)
-    assert sandbox.content() == before
+    outcome = folders.run(source, folders.read_only)
+    assert folders.content() == before
     assert outcome.code == 1
-    assert any(name in sandbox.lines[-1] for name in ("OSError", "PermissionError")), sandbox.lines
+    assert any(name in folders.lines[-1] for name in ("OSError", "PermissionError")), folders.lines
 
 
-def test_what_is_read_only_can_be_read_and_listed(sandbox: Folders) -> None:
+def test_a_read_only_folder_can_be_read_and_listed(folders: Folders) -> None:
     source = "import os, sys\nprint(open(sys.argv[1] + '/photo.jpg').read(), sorted(os.listdir(sys.argv[1])))"
-    assert sandbox.run(source, sandbox.read_only).code == 0
-    assert sandbox.lines == ["original ['photo.jpg', 'sub']"]
+    assert folders.run(source, folders.read_only).code == 0
+    assert folders.lines == ["original ['photo.jpg', 'sub']"]
 
 
-def test_the_working_folder_is_where_the_script_starts_and_may_write(sandbox: Folders) -> None:
+def test_the_script_starts_in_the_working_folder_and_may_write_there(folders: Folders) -> None:
     source = """
 import os, shutil, sys
 from pathlib import Path
@@ -190,35 +190,35 @@ Path("packages/one/file").touch()
 shutil.rmtree("packages")
 shutil.copy(sys.argv[1] + "/photo.jpg", "copy.jpg")
 """
-    assert sandbox.run(source, sandbox.read_only).code == 0, sandbox.lines
-    written = {path.name: path.read_text(encoding="utf-8") for path in sandbox.working.iterdir()}
+    assert folders.run(source, folders.read_only).code == 0, folders.lines
+    written = {path.name: path.read_text(encoding="utf-8") for path in folders.working.iterdir()}
     assert written == {"submission.csv": "done", "copy.jpg": "original"}
 
 
-def test_secrets_of_the_environment_stay_outside(sandbox: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_sees_no_secrets_of_the_environment(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("KAGGLE_KEY", "HF_TOKEN", "SOMEBODYS_PASSWORD"):
         monkeypatch.setenv(name, "s3cret-value")
     monkeypatch.setenv("PYTHONPATH", "/s3cret-value")
-    assert sandbox.run("import os, sys\nprint(dict(os.environ), sys.path)").code == 0
-    assert "HOME" in sandbox.lines[0]
-    assert "s3cret-value" not in sandbox.lines[0]
+    assert folders.run("import os, sys\nprint(dict(os.environ), sys.path)").code == 0
+    assert "HOME" in folders.lines[0]
+    assert "s3cret-value" not in folders.lines[0]
 
 
-def test_the_script_has_a_home_of_its_own_and_is_told_that_it_runs_in_a_batch(sandbox: Folders) -> None:
+def test_the_script_has_its_own_home_and_runs_as_a_batch(folders: Folders) -> None:
     source = "import os, pathlib\nprint(pathlib.Path.home())\nprint(os.environ['KAGGLE_KERNEL_RUN_TYPE'])"
-    assert sandbox.run(source).code == 0
-    assert sandbox.lines == [str(sandbox.working), "Batch"]
+    assert folders.run(source).code == 0
+    assert folders.lines == [str(folders.working), "Batch"]
 
 
-def test_the_script_is_main_and_gets_its_arguments_as_they_are(sandbox: Folders) -> None:
-    assert sandbox.run("import sys\nprint(__name__, sys.argv[1:])", "--input", "a b", "$HOME", "*").code == 0
-    assert sandbox.lines == ["__main__ ['--input', 'a b', '$HOME', '*']"]
+def test_the_script_is_main_and_gets_its_arguments_as_they_are(folders: Folders) -> None:
+    assert folders.run("import sys\nprint(__name__, sys.argv[1:])", "--input", "a b", "$HOME", "*").code == 0
+    assert folders.lines == ["__main__ ['--input', 'a b', '$HOME', '*']"]
 
 
-def test_every_line_is_heard_in_order_errors_included(sandbox: Folders) -> None:
+def test_every_line_of_output_is_received_in_order_errors_included(folders: Folders) -> None:
     source = "import sys\nprint('one')\nprint('two', file=sys.stderr)\nsys.stdout.buffer.write(b'\\xff three')\n"
-    assert sandbox.run(source).code == 0
-    assert sandbox.lines == ["one", "two", "\ufffd three"]
+    assert folders.run(source).code == 0
+    assert folders.lines == ["one", "two", "\ufffd three"]
 
 
 @pytest.mark.parametrize(
@@ -231,49 +231,49 @@ def test_every_line_is_heard_in_order_errors_included(sandbox: Folders) -> None:
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
     ],
 )
-def test_exit_codes_pass_through(sandbox: Folders, source: str, code: int) -> None:
-    outcome = sandbox.run(source)
+def test_exit_codes_pass_through(folders: Folders, source: str, code: int) -> None:
+    outcome = folders.run(source)
     assert outcome.code == code
     assert not outcome.timed_out
 
 
-def test_the_memory_of_a_script_is_measured(sandbox: Folders) -> None:
+def test_the_memory_of_a_script_is_measured(folders: Folders) -> None:
     source = "import sys, time\nblock = bytearray(int(sys.argv[1]))\ntime.sleep(0.3)"
-    lean, heavy = (sandbox.run(source, size).peak_memory_mb for size in (0, 100_000_000))
-    assert 1 < lean < 100  # of the script, and not of who runs it
+    lean, heavy = (folders.run(source, size).peak_memory_mb for size in (0, 100_000_000))
+    assert 1 < lean < 100  # of the script, not of the test
     assert 90 < heavy - lean < 130
 
 
 @POSIX_ONLY
-def test_a_script_that_sleeps_is_killed_at_the_limit_with_its_children(sandbox: Folders) -> None:
-    outcome = sandbox.run(HOLD, limit=2)
-    assert sandbox.lines == ["holding"]
+def test_a_script_that_sleeps_is_killed_at_the_limit_with_its_children(folders: Folders) -> None:
+    outcome = folders.run(HOLD, limit=2)
+    assert folders.lines == ["holding"]
     assert outcome.timed_out
     assert outcome.code == -signal.SIGKILL
-    assert not is_held(sandbox.working / "held")
-    assert not (sandbox.working / "outlived").exists()
+    assert not is_held(folders.working / "held")
+    assert not (folders.working / "outlived").exists()
 
 
 @POSIX_ONLY
-def test_in_a_namespace_what_left_the_scripts_session_is_killed_too(sandbox: Folders) -> None:
-    if "--pid" not in (sandbox.isolation or []):
-        pytest.skip("only a namespace knows what left its session")
+def test_in_a_namespace_what_left_the_scripts_session_is_killed_too(folders: Folders) -> None:
+    if "--pid" not in (folders.isolation or []):
+        pytest.skip("only a process namespace knows which processes left its session")
     source = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {HOLD!r}], start_new_session=True)"
-    outcome = sandbox.run(source, limit=2)
-    assert sandbox.lines == ["holding"]
+    outcome = folders.run(source, limit=2)
+    assert folders.lines == ["holding"]
     assert outcome.timed_out
-    assert outcome.seconds < 5  # nobody holds its output open
-    assert not is_held(sandbox.working / "held")
-    assert not (sandbox.working / "outlived").exists()
+    assert outcome.seconds < 5  # no process keeps its output open
+    assert not is_held(folders.working / "held")
+    assert not (folders.working / "outlived").exists()
 
 
 @POSIX_ONLY
-def test_a_script_does_not_outlive_an_interrupted_rehearsal(sandbox: Folders) -> None:
+def test_a_script_does_not_outlive_an_interrupted_rehearsal(folders: Folders) -> None:
     def interrupt(line: str) -> None:
-        sandbox.lines.append(line)
+        folders.lines.append(line)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sandbox.run(HOLD, on_line=interrupt)
-    assert sandbox.lines == ["holding"]
-    assert not is_held(sandbox.working / "held")
+        folders.run(HOLD, on_line=interrupt)
+    assert folders.lines == ["holding"]
+    assert not is_held(folders.working / "held")
