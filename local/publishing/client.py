@@ -167,12 +167,12 @@ class Kaggle:
             return NotFound(f"{what}: Kaggle does not find it ({reason})")
         return InputError(f"{what}: Kaggle refuses it ({reason})")
 
-    def wait(self, what: str, ask: Callable[[], tuple[Any, str]], interval: float, limit: float) -> Any:
-        """Ask repeatedly until there is an answer, and show the state.
+    def wait(self, what: str, poll: Callable[[], tuple[Any, str]], interval: float, limit: float) -> Any:
+        """Poll until there is an answer, and show the state.
 
         Args:
-            ask: returns the answer, or None if there is none yet, and the state in a word.
-            interval: seconds between two questions.
+            poll: returns the answer, or None if there is none yet, and the state in a word.
+            interval: seconds between two polls.
             limit: seconds after which to give up.
 
         Raises:
@@ -180,7 +180,7 @@ class Kaggle:
         """
         started, printed_at, printed = self.clock.now(), 0.0, None
         while True:
-            answer, state = ask()
+            answer, state = poll()
             waited = self.clock.now() - started
             if sys.stdout.isatty():
                 line = f"{what}: {state}, {format_duration(waited)}"
@@ -283,11 +283,11 @@ class Kaggle:
         request = ApiGetCompetitionRequest()
         request.competition_name = name
 
-        def ask() -> Any:
+        def request_competition() -> Any:
             with self.api.build_kaggle_client() as client:
                 return client.competitions.competition_api_client.get_competition(request)
 
-        return self.call(f"asking for the competition {name}", ask, forbidden=accept_rules(name))
+        return self.call(f"asking for the competition {name}", request_competition, forbidden=accept_rules(name))
 
     def submissions_left(self, competition: str) -> int:
         """How many submissions the user's team may still make today."""

@@ -153,12 +153,12 @@ class Publication:
         """Wait for the run, and download its output; returns its log."""
         kernel = self.bundle.metadata["id"]
 
-        def ask() -> tuple[tuple[str, str] | None, str]:
+        def poll() -> tuple[tuple[str, str] | None, str]:
             state, failure = self.kaggle.kernel_status(kernel)
             return (state, failure) if state in ENDED else None, state.lower()
 
         limit = MAX_QUEUE + self.bundle.manifest.competition.time_limit
-        state, failure = self.kaggle.wait(what, ask, POLL_SECONDS, limit)
+        state, failure = self.kaggle.wait(what, poll, POLL_SECONDS, limit)
         output, log = self.kaggle.download_output(kernel, OUTPUT, self.path.parent)
         is_complete = state == "COMPLETE" and output is not None
         for line in [line for line in log.splitlines() if line.strip()][-1 if is_complete else -LOG_LINES :]:
@@ -190,12 +190,12 @@ class Publication:
             self.kaggle.submit(name, description, output, kernel if takes_kernels else None, version)
         save_submission(submission, ledger)
 
-        def ask() -> tuple[object | None, str]:
+        def poll() -> tuple[object | None, str]:
             found = self._find(description)
             state = found.status.name.lower() if found else "not listed yet"
             return found if state in ("complete", "error") else None, state
 
-        scored = self.kaggle.wait(f"submission to {name}", ask, POLL_SECONDS, MAX_SCORING)
+        scored = self.kaggle.wait(f"submission to {name}", poll, POLL_SECONDS, MAX_SCORING)
         status, public, private = scored.status.name.lower(), scored.public_score or "", scored.private_score or ""
         save_submission(replace(submission, status=status, public=public, private=private), ledger)
         if status != "complete":
@@ -213,7 +213,7 @@ class Publication:
         """Wait until a version of the weights, or a later one, is ready."""
         dataset = self.bundle.dataset
 
-        def ask() -> tuple[bool | None, str]:
+        def poll() -> tuple[bool | None, str]:
             found = self.kaggle.dataset_status(dataset) or DatasetStatus("not there yet", 0)
             if found.status in BROKEN:
                 self._save(weights=None)
@@ -224,7 +224,7 @@ class Publication:
                 return None, f"ready, but still version {found.version}"
             return True, found.status
 
-        self.kaggle.wait(dataset, ask, POLL_SECONDS, MAX_PROCESSING)
+        self.kaggle.wait(dataset, poll, POLL_SECONDS, MAX_PROCESSING)
 
     def _save(self, **changes: object) -> None:
         self.state = replace(self.state, **changes)
