@@ -126,18 +126,18 @@ class Kaggle:
             raise self._unauthorized() from stop
         self.name = self.api.get_config_value("username")
 
-    def call(self, what: str, function: Callable, *args: Any, forbidden: str = "", **kwargs: Any) -> Any:
+    def call(self, what: str, function: Callable, *args: Any, forbidden: str | None = "", **kwargs: Any) -> Any:
         """Call a function of the client; repeat it after network failures and the status codes 408, 429 and 5xx.
 
         Args:
             what: description for messages, such as "sending the weights".
-            forbidden: what to do when Kaggle answers 403.
+            forbidden: what to do when Kaggle answers 403; None if 403, like 404, means that it does not exist.
 
         Returns:
             What the function returns.
 
         Raises:
-            NotFound: Kaggle answered 404.
+            NotFound: it does not exist.
             InputError: any other failure that is not temporary, or one that lasted for all attempts.
         """
         for attempt in range(1, ATTEMPTS + 1):
@@ -157,14 +157,14 @@ class Kaggle:
                 raise InputError(f"{what}: {shorten(error)}") from error
         raise InputError(f"{what} failed {ATTEMPTS} times, the last time with {reason}: {AGAIN_LATER}")
 
-    def _permanent(self, what: str, code: int, reason: str, forbidden: str) -> InputError:
+    def _permanent(self, what: str, code: int, reason: str, forbidden: str | None) -> InputError:
         """The error for a status code that no repetition changes."""
         if code == 401:
             return self._unauthorized()
+        if code == 404 or (code == 403 and forbidden is None):
+            return NotFound(f"{what}: Kaggle does not find it ({reason})")
         if code == 403:
             return InputError(f"{what}: Kaggle does not permit it ({reason}){forbidden and ': ' + forbidden}")
-        if code == 404:
-            return NotFound(f"{what}: Kaggle does not find it ({reason})")
         return InputError(f"{what}: Kaggle refuses it ({reason})")
 
     def wait(self, what: str, poll: Callable[[], tuple[Any, str]], interval: float, limit: float) -> Any:
@@ -196,18 +196,9 @@ class Kaggle:
 
     def dataset_status(self, reference: str) -> DatasetStatus | None:
         """The status of a dataset, or None if the user has none of that name."""
-
-        def request_status() -> str:
-            try:
-                return self.api.dataset_status(reference, format="json")
-            except HTTPError as error:
-                code, reason = explain(error)
-                if code == 403:  # Kaggle answers 403 as well as 404 for what does not exist
-                    raise NotFound(reason) from error
-                raise
-
+        what = f"asking for the dataset {reference}"
         try:
-            answer = json.loads(self.call(f"asking for the dataset {reference}", request_status))
+            answer = json.loads(self.call(what, self.api.dataset_status, reference, forbidden=None, format="json"))
         except NotFound:
             return None
         return DatasetStatus(answer["status"], answer["current_version_number"] or 0)

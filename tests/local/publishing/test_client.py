@@ -181,3 +181,9 @@ def test_a_state_that_the_client_does_not_know_is_reported(world):
     message = world.refusal()
     assert "HIBERNATING" in message
     assert "pip install --upgrade kaggle" in message
+
+
+def test_a_dataset_that_kaggle_forbids_to_look_at_does_not_exist_yet(world):
+    world.kaggle.fail("GetDatasetStatus", http(403, "Permission denied"))
+    world.publish()
+    assert world.kaggle.count("CreateDataset") == 1
