@@ -16,7 +16,7 @@ import torch
 
 from kernel.encoders import describe_versions, open_encoder, pick_devices
 from kernel.start import Setup
-from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, name_unreadable, write_unreadable
+from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, describe_unreadable, write_unreadable
 from kernel.embeddings import Embeddings, Limits, embed_observations
 from kernel.metadata_prior import weighted_prior
 from kernel.bank import rank, read_banks
@@ -102,7 +102,7 @@ def summarise(setup: Setup, embedded: Sequence[Embeddings], fallbacks: int, seco
     """
     observations, first = setup.table.observations, embedded[0]
     photos = sum(len(observation.photos) for observation in observations)
-    examples = name_unreadable(first.unreadable)
+    examples = describe_unreadable(first.unreadable)
     if examples:
         print(f"unreadable: {examples}; all in {UNREADABLE_FILE}", flush=True)
     causes = "".join(f", {count} {cause}" for cause, count in first.failures.most_common())

@@ -1,7 +1,7 @@
-"""The weights and their manifest: how a run was trained, and all that is needed to predict with it.
+"""The weights and their manifest, which records how a run was trained and what is needed to predict with it.
 
-Training writes a manifest, bundling joins those of several runs into one, and the kernel reads it. Its JSON is read,
-checked and written here alone; everything else sees these dataclasses.
+Training writes a manifest, bundling merges the manifests of several runs, and the kernel reads it. Only this module
+reads, checks and writes the JSON; the rest of the code uses these dataclasses.
 """
 
 import json
@@ -14,54 +14,55 @@ from typing import Any, Literal, get_args, get_origin
 
 from kernel.inputs import InputError, find_folders, sha256, shorten
 
-FORMAT = "few-shot-species/1"  # the manifest's "format"; raised when a kernel could no longer read older weights
+FORMAT = "few-shot-species/2"  # the manifest's "format"; increase it when older manifests can no longer be read
 MANIFEST = "manifest.json"
-# The digest of the one manifest that the script accepts, set by bundle.py; empty accepts any.
+# The SHA-256 of the only manifest that the script accepts. bundle.py sets it; an empty string accepts any manifest.
 MANIFEST_SHA256 = ""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a photo becomes the square that an encoder was trained on.
+    """How a photo becomes the square input of an encoder.
 
     Attributes:
-        size: side of the square, pixels.
-        mean, std: per channel, of values in 0..1.
-        interpolation: of the resize.
-        scale: the shorter side is resized to `size / scale` before the centre is cut out (timm's crop_pct).
-        fit: "crop" keeps the aspect ratio and loses the margins, "squash" keeps all and loses the aspect ratio.
-        larger: side of the square of the view `larger`, pixels; 0 where the views do not include it.
+        size: side of the input, in pixels.
+        mean, std: per channel, for pixel values in [0, 1].
+        interpolation: method of the resize.
+        crop_pct: the photo is resized to `size / crop_pct` before the centre crop, as in timm.
+        resize_mode: "crop" resizes the shorter side and crops the centre, which loses the margins. "squash" resizes
+            both sides, which loses the aspect ratio.
+        larger_size: side of the input in the view `larger`, in pixels; 0 if the views do not include it.
     """
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]
-    scale: float
-    fit: Literal["crop", "squash"]
-    larger: int = 0
+    crop_pct: float
+    resize_mode: Literal["crop", "squash"]
+    larger_size: int = 0
 
     @property
-    def decoded(self) -> int:
-        """Side of the square that a photo is decoded to, from which all its views are made; pixels."""
-        return max(self.size, self.larger)
+    def decoded_size(self) -> int:
+        """Side of the square to which a photo is decoded, in pixels. All views are made from that square."""
+        return max(self.size, self.larger_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """An encoder, described well enough to rebuild it offline from this and its weights file.
+    """All that is needed to rebuild an encoder offline from its weights file.
 
     Attributes:
-        library: that builds it.
-        architecture: the library's name of it.
-        arguments: keyword arguments with which the library builds it.
-        packages: versions of the Python packages that it was built with, by name.
+        library: the library that builds it.
+        architecture: its name in that library.
+        arguments: keyword arguments for the library.
+        packages: name -> version of the Python packages with which it was built.
         preprocessing: of the photos.
         features: length of an embedding.
-        precision: "half" is the fastest type that keeps embeddings on a device, "full" is fp32 everywhere.
-        learnt_from: digest of a competition's observations -> digest of the part of them that the encoder was trained
-            on, and the seed by which another part was held out. Observations that it has seen cannot validate it.
-        file: its weights, in the folder of the manifest; empty while it has none.
+        precision: "half" is half precision on a GPU and fp32 on a CPU; "full" is fp32 everywhere.
+        learnt_from: digest of a competition's observations -> (digest of those that the encoder was trained on, seed of
+            the split that held out the others). An encoder cannot be validated on observations of its training.
+        file: name of the weights file, in the folder of the manifest; empty if it is not saved yet.
     """
 
     library: Literal["timm", "open_clip"]
@@ -77,11 +78,11 @@ class EncoderSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class GivenSettings:
-    """The settings that a run was started with, by which `--resume` recognises it.
+    """The settings with which a run was started. `--resume` compares them.
 
     Attributes:
-        recipe: before anything in it was resolved or chosen.
-        weights: digest of the files of the encoder; empty where it was given by its name.
+        recipe: the settings before any of them was resolved or chosen.
+        weights: digest of the encoder's files; empty if the encoder was given by name.
     """
 
     recipe: dict[str, Any]
@@ -90,23 +91,23 @@ class GivenSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One trained encoder with its bank. A run has one member, an ensemble several.
+    """A trained encoder and its bank. A run has one member, an ensemble has several.
 
     Attributes:
         name: for the log.
         encoder: see `EncoderSpec`.
-        views: names of the test-time views, in order of worth.
-        pooling: how the photos of an observation are combined.
-        bank: its file.
-        metadata_prior: its file; None without one.
-        metadata_prior_weight: of the metadata's log-probabilities, beside those of the photos.
-        weight: of the member's log-probabilities in the ensemble.
-        validation: scores on held-out observations; empty where nothing could be held out.
-        recipe: the settings, with all that was resolved and chosen.
-        given: the settings as they were given; empty in older runs.
-        data_sha256: digest of the data that it was trained on.
-        versions: of Python and of libraries in training, by name.
-        run: name of the run's folder, in a bundle.
+        views: names of the test-time views, the most useful first.
+        pooling: how the embeddings of an observation's photos are combined.
+        bank: name of its file.
+        metadata_prior: name of its file; None if there is no metadata prior.
+        metadata_prior_weight: weight of the log-probabilities by metadata, which are added to those by photos.
+        weight: weight of the member's log-probabilities in the ensemble.
+        validation: scores on held-out observations; empty if none could be held out.
+        recipe: the settings, including those that were resolved and chosen.
+        given: the settings as they were given.
+        data_sha256: digest of the training data.
+        versions: name -> version of Python and of the libraries used in training.
+        run: name of the run's folder; only in a bundle.
     """
 
     name: str
@@ -114,8 +115,8 @@ class Member:
     views: tuple[str, ...]
     pooling: str
     bank: str
-    metadata_prior: str | None = field(metadata={"earlier": "prior"})
-    metadata_prior_weight: float = field(metadata={"earlier": "prior_weight"})
+    metadata_prior: str | None
+    metadata_prior_weight: float
     weight: float
     validation: dict[str, float]
     recipe: dict[str, Any]
@@ -131,8 +132,8 @@ class CompetitionSpec:
 
     Attributes:
         name: see `kernel.competitions`.
-        resolution: of the photos, where the competition ships several.
-        observations_sha256: digest of all its labelled observations; empty in older runs.
+        resolution: of the photos, where the competition has several.
+        observations_sha256: digest of all its labelled observations.
         time_limit: for a kernel, seconds.
     """
 
@@ -144,15 +145,15 @@ class CompetitionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What lies in a folder of weights, a run's or a bundle's.
+    """The content of a folder of weights: a run or `build/weights`.
 
     Attributes:
         format: see FORMAT.
-        commit: of the repository in training; None in a bundle, whose script names its own.
+        commit: the repository's commit in training; None in a bundle, whose script names it.
         competition: see `CompetitionSpec`.
-        class_ids: of all classes, in the order of the banks.
-        fallback_classes: ids of the commonest classes, which are predicted where no photo can be read.
-        members: the best first, since a kernel short of time drops the last.
+        class_ids: ids of all classes, in the order of the banks.
+        fallback_classes: ids of the most common classes, predicted for an observation without a readable photo.
+        members: the best first, because a kernel that is short of time skips the last.
         files: name -> SHA-256 of every other file in the folder.
     """
 
@@ -160,16 +161,16 @@ class Manifest:
     commit: str | None = None
     competition: CompetitionSpec
     class_ids: tuple[str, ...]
-    fallback_classes: tuple[str, ...] = field(metadata={"earlier": "prior"})
+    fallback_classes: tuple[str, ...]
     members: tuple[Member, ...]
     files: dict[str, str]
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a manifest. Keys that are not known are ignored.
+    """Read and check a manifest. Unknown keys are ignored.
 
     Raises:
-        InputError: the file cannot be read, is of another format, or lacks a key; or a value has the wrong type.
+        InputError: the file cannot be read or has another format, a key is missing, or a value has the wrong type.
     """
     values = _read_json(path)
     try:
@@ -183,36 +184,37 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def write_manifest(manifest: Manifest, path: Path) -> None:
-    """Write a manifest in one step: a reader finds the old file or the new one, never a part."""
+    """Write a manifest atomically: a reader sees the old file or the new one, never a part of it."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(to_json(manifest), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def to_json(value: object) -> Any:
-    """A dataclass of this module as the JSON that stands for it; an optional value that is None is left out."""
+    """Convert a dataclass of this module to JSON. An optional field is left out if it is None."""
     if not is_dataclass(value):
-        return [to_json(one) for one in value] if isinstance(value, tuple) else value
-    known = {one.name: (getattr(value, one.name), one.default) for one in fields(value)}
-    return {name: to_json(own) for name, (own, default) in known.items() if own is not None or default is not None}
+        return [to_json(item) for item in value] if isinstance(value, tuple) else value
+    values = {one.name: (getattr(value, one.name), one.default) for one in fields(value)}
+    return {name: to_json(own) for name, (own, default) in values.items() if own is not None or default is not None}
 
 
 def _read_json(path: Path) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read ({shorten(error)}): give a folder that training left") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        raise InputError(f"{path} is not of format {FORMAT}: train or bundle again with this version")
+        raise InputError(f"{path} cannot be read ({shorten(error)}): give a run, or train again") from error
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise InputError(f"{path} has format {shorten(repr(found), 60)}, expected {FORMAT!r}: train or bundle again")
     return values
 
 
 def _from_json(kind: Any, value: Any, key: str) -> Any:
-    """A value of the JSON as the type of its field.
+    """Convert a JSON value to the type of its field.
 
     Args:
-        kind: the type; a dataclass, or what their fields are annotated with.
-        key: of the value, for messages, such as `members[0].encoder`.
+        kind: the type: one of the dataclasses, or the annotation of one of their fields.
+        key: name of the value in messages, such as `members[0].encoder`.
 
     Raises:
         ValueError: a key is missing, or a value has another type.
@@ -225,7 +227,7 @@ def _from_json(kind: Any, value: Any, key: str) -> Any:
 
     if outer is Any:
         return value
-    if outer is UnionType:  # with None
+    if outer is UnionType:  # of one type and None
         return None if value is None else _from_json(inner[0], value, key)
     if outer is Literal:
         expect(value in inner, " or ".join(map(repr, inner)))
@@ -234,27 +236,25 @@ def _from_json(kind: Any, value: Any, key: str) -> Any:
         expect(isinstance(value, list), "a list")
         kinds = inner[:1] * len(value) if inner[-1] is ... else inner
         expect(len(value) == len(kinds), f"{len(kinds)} values")
-        return tuple(
-            _from_json(one, own, f"{key}[{at}]") for at, (one, own) in enumerate(zip(kinds, value, strict=True))
-        )
+        pairs = enumerate(zip(kinds, value, strict=True))
+        return tuple(_from_json(kind, item, f"{key}[{index}]") for index, (kind, item) in pairs)
     if outer is dict:
         expect(isinstance(value, dict), "an object")
         return {name: _from_json(inner[1], own, f"{key}.{name}") for name, own in value.items()}
     if is_dataclass(outer):
         expect(isinstance(value, dict), "an object")
         return outer(**_fields_from_json(outer, value, f"{key}." if key else ""))
-    words, types = {str: ("a string", str), int: ("an int", int), float: ("a number", (int, float))}[outer]
-    expect(isinstance(value, types) and not isinstance(value, bool), words)
+    what, types = {str: ("a string", str), int: ("an int", int), float: ("a number", (int, float))}[outer]
+    expect(isinstance(value, types) and not isinstance(value, bool), what)
     return value
 
 
 def _fields_from_json(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The arguments of a dataclass, of an object of the JSON; what is not there keeps its default."""
+    """The arguments of a dataclass, from a JSON object. A missing key leaves the field's default, if it has one."""
     found = {}
     for one in fields(kind):
-        names = [name for name in (one.name, one.metadata.get("earlier")) if name in values]
-        if names:
-            found[one.name] = _from_json(one.type, values[names[0]], prefix + names[0])
+        if one.name in values:
+            found[one.name] = _from_json(one.type, values[one.name], prefix + one.name)
         elif one.default is MISSING and one.default_factory is MISSING:
             raise ValueError(f"{prefix}{one.name} is missing")
     return found
@@ -262,16 +262,16 @@ def _fields_from_json(kind: type, values: Mapping[str, Any], prefix: str) -> dic
 
 @dataclass(frozen=True)
 class Weights:
-    """A folder of weights, and what its manifest says of them."""
+    """A folder of weights and its manifest."""
 
     folder: Path
     manifest: Manifest
 
     def file(self, name: str) -> Path:
-        """The path of a weights file, once its content has been found to be what the manifest promised.
+        """The path of a weights file, after a check of its SHA-256.
 
         Raises:
-            InputError: the file is missing or its SHA-256 differs.
+            InputError: the file is missing, or its SHA-256 is not the manifest's.
         """
         path = self.folder / name
         if not path.is_file():
@@ -282,20 +282,24 @@ class Weights:
         return path
 
     def wheels(self) -> list[Path]:
-        """The wheels among the files, each checked as by `file`."""
+        """The paths of the wheels, each checked as in `file`."""
         return [self.file(name) for name in sorted(self.manifest.files) if name.endswith(".whl")]
 
 
 def find_weights(root: Path, digest: str = MANIFEST_SHA256) -> Weights:
-    """The weights that this kernel was bundled with.
+    """Find the weights that this kernel was bundled with.
+
+    Args:
+        digest: SHA-256 of their manifest; an empty string accepts any weights.
 
     Raises:
-        InputError: none are attached, several are and any would do, or those attached belong to another bundle.
+        InputError: no weights are attached, or only those of another bundle; or several are attached and `digest` is
+            empty.
     """
     found: dict[Path, str] = {}
     for folder in find_folders(root, _holds_weights):
         found[folder] = sha256(folder / MANIFEST)
-        if found[folder] == digest:  # there is no need to list the photos, which lie deeper
+        if found[folder] == digest:  # stop here: searching deeper would list the folders of photos
             return read_weights(folder)
     if not found:
         raise InputError(f"no weights under {root}: attach the dataset made from build/weights (it holds {MANIFEST})")
@@ -306,12 +310,12 @@ def find_weights(root: Path, digest: str = MANIFEST_SHA256) -> Weights:
             "attach the matching version of the dataset, or bundle again"
         )
     if len(set(found.values())) > 1:
-        raise InputError(f"several weights under {root} ({', '.join(map(str, found))}): leave one")
+        raise InputError(f"several weights under {root} ({', '.join(map(str, found))}): attach only one")
     return read_weights(first)
 
 
 def read_weights(folder: Path) -> Weights:
-    """The weights in one folder: a bundle's, or a run's.
+    """The weights in a folder: a run or `build/weights`.
 
     Raises:
         InputError: see `read_manifest`.
@@ -320,7 +324,7 @@ def read_weights(folder: Path) -> Weights:
 
 
 def _holds_weights(folder: Path) -> bool:
-    """Whether a folder has a manifest of this format, complete or not."""
+    """Whether a folder has a manifest in this format, complete or not."""
     try:
         _read_json(folder / MANIFEST)
     except InputError:

@@ -1,4 +1,4 @@
-"""Decode photos in threads, each behind its own guard: a photo that cannot be read costs only itself."""
+"""Decode photos in threads. A photo that cannot be read affects no other photo."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -13,46 +13,51 @@ from torch import nn
 
 from kernel.manifest import Preprocessing
 
-# Raise it when a photo or a view of it comes out in other pixels than before, so that cached embeddings are made anew.
+# Increase it whenever a photo or a view changes in its pixels, so that cached embeddings are computed again.
 PIXELS_VERSION = 1
-UNREADABLE_FILE = "unreadable.csv"  # lists them, with their causes
-UNREADABLE_LIMIT = 0.25  # fraction of unreadable photos above which something is wrong with all, such as the mount
-DRAFT = 1.75  # keeps what the resize makes of a photo within a third of a grey level of the exact result, on average
+UNREADABLE_FILE = "unreadable.csv"  # the photos that could not be read, with their causes
+UNREADABLE_LIMIT = 0.25  # a larger fraction of unreadable photos has a common cause, such as the mount
+DRAFT = 1.75  # at this factor the result differs from the exact one by less than a third of a grey level on average
+MAX_ASPECT_RATIO = 8  # a longer photo, resized whole, could fill the memory
 
 
 def read_photo(path: Path, side: int) -> Image.Image:
-    """A photo in RGB, upright. A JPEG may come smaller than it is, its shorter side at least DRAFT times `side`.
+    """Read a photo as RGB, upright.
 
-    `draft` lets the JPEG decoder leave out detail that the resize would average away, and spares the resize most of
-    its work, which on a large photo is the larger half.
+    A JPEG may be decoded at a reduced size, with a shorter side of at least `DRAFT * side` pixels: the decoder then
+    skips detail that the resize would average away. That also saves most of the resize, the slower part for a large
+    photo.
     """
     with Image.open(path) as image:
         width, height = image.size
         factor = DRAFT * side / min(width, height)
         image.draft("RGB", (int(width * factor), int(height * factor)))
         image.load()
-        with suppress(Exception):  # it turns the photo before it fails at other tags, which phones often get wrong
+        with suppress(Exception):  # invalid EXIF tags, frequent in photos of phones, raise only after the rotation
             ImageOps.exif_transpose(image, in_place=True)
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any photo in 8 bits of red, green and blue; Pillow itself cuts 16 bits off at 255, or refuses them."""
+    """Convert a photo to 8-bit RGB. 16-bit values are scaled down; Pillow alone would clip them at 255."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     return image.convert("RGB")
 
 
-def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize and crop an RGB photo as the encoder's own evaluation transform does: (decoded, decoded, 3) uint8.
+def resize(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize and crop an RGB photo as the encoder's evaluation transform does.
 
-    PyTorch resizes bytes nearly twice as fast as Pillow; on photos, what comes out is within two grey levels of it.
+    PyTorch resizes bytes nearly twice as fast as Pillow, with results within two grey levels of Pillow's.
+
+    Returns:
+        (decoded_size, decoded_size, 3) uint8.
     """
-    size, short = preprocessing.decoded, shorter_side(preprocessing)
-    if preprocessing.fit == "squash":
+    size, short = preprocessing.decoded_size, shorter_side(preprocessing)
+    if preprocessing.resize_mode == "squash":
         width, height = short, short
     else:
-        image = without_far_ends(image)
+        image = crop_to_aspect_ratio(image)
         width, height = image.size
         width, height = max(short, int(short * width / height)), max(short, int(short * height / width))
     left, top = round((width - size) / 2), round((height - size) / 2)
@@ -61,10 +66,10 @@ def prepare(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     return resized[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
-def without_far_ends(image: Image.Image, aspect: int = 8) -> Image.Image:
-    """The middle of a photo more than `aspect` times as long as wide, which resized whole could fill the memory."""
+def crop_to_aspect_ratio(image: Image.Image) -> Image.Image:
+    """Crop the ends of a photo that is more than MAX_ASPECT_RATIO times as long as wide."""
     width, height = image.size
-    longest = aspect * min(width, height)
+    longest = MAX_ASPECT_RATIO * min(width, height)
     if max(width, height) <= longest:
         return image
     left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
@@ -72,18 +77,18 @@ def without_far_ends(image: Image.Image, aspect: int = 8) -> Image.Image:
 
 
 def shorter_side(preprocessing: Preprocessing) -> int:
-    """The shorter side of a photo before the centre is cut out of it, in pixels."""
-    return int(preprocessing.decoded / preprocessing.scale)
+    """The shorter side of a resized photo before the centre crop, in pixels."""
+    return int(preprocessing.decoded_size / preprocessing.crop_pct)
 
 
 def decode(path: Path, preprocessing: Preprocessing) -> np.ndarray | str:
-    """One photo as (decoded, decoded, 3) uint8, or why it cannot be read.
+    """Decode one photo to (decoded_size, decoded_size, 3) uint8. Returns the cause instead if it cannot be read.
 
-    Whatever a decoder throws at a damaged file (OSError, struct.error, ZeroDivisionError, MemoryError, ...) is this
-    photo's misfortune and nobody else's, so the guard is as wide as it can be.
+    Decoders raise many kinds of errors on a damaged file (OSError, struct.error, ZeroDivisionError, MemoryError, ...),
+    so all of them are caught.
     """
     try:
-        return prepare(read_photo(path, shorter_side(preprocessing)), preprocessing)
+        return resize(read_photo(path, shorter_side(preprocessing)), preprocessing)
     except Exception as error:
         return type(error).__name__
 
@@ -91,10 +96,10 @@ def decode(path: Path, preprocessing: Preprocessing) -> np.ndarray | str:
 def decode_all(
     paths: Iterable[Path], preprocessing: Preprocessing, threads: Executor, timeout: float | None = None
 ) -> list[np.ndarray | str]:
-    """`decode` of every path, in order. Threads suffice: Pillow lets go of the interpreter while it decodes.
+    """`decode` every path, in order. Threads suffice, because Pillow releases the GIL while it decodes.
 
     Args:
-        timeout: seconds for all of them together; None waits for ever.
+        timeout: seconds for all of them together; None waits without a limit.
 
     Raises:
         TimeoutError: they took longer.
@@ -102,14 +107,14 @@ def decode_all(
     return list(threads.map(lambda path: decode(path, preprocessing), paths, timeout=timeout))
 
 
-def name_unreadable(unreadable: Sequence[tuple[Path, str]], named: int = 3) -> str:
-    """The first of the photos that could not be read, each with its cause: `a.jpg (OSError), b.jpg (OSError), ...`."""
-    names = [f"{path} ({cause})" for path, cause in unreadable[:named]]
-    return ", ".join(names + ["..."] * (len(unreadable) > named))
+def describe_unreadable(unreadable: Sequence[tuple[Path, str]], most: int = 3) -> str:
+    """The first of the unreadable photos with their causes: `a.jpg (OSError), b.jpg (OSError), ...`."""
+    names = [f"{path} ({cause})" for path, cause in unreadable[:most]]
+    return ", ".join(names + ["..."] * (len(unreadable) > most))
 
 
 def write_unreadable(unreadable: Sequence[tuple[Path, str]], path: Path) -> None:
-    """Write all photos that could not be read, with their causes, as CSV; nothing where there is none."""
+    """Write all unreadable photos and their causes as CSV; no file if there are none."""
     if unreadable:
         with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([("photo", "cause"), *unreadable])

@@ -184,7 +184,7 @@ class BankSelection:
     def embed(self, resize_mode: str) -> Embedded:
         """All labelled observations in all views that may be used."""
         if resize_mode not in self._embedded:
-            preprocessing = dataclasses.replace(self.encoder.preprocessing, fit=resize_mode)
+            preprocessing = dataclasses.replace(self.encoder.preprocessing, resize_mode=resize_mode)
             encoder = Encoder(self.encoder.module, preprocessing, self.encoder.features, self.encoder.devices)
             photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.settings.views)
             self.unreadable |= dict(photos.unreadable)

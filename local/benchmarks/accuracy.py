@@ -147,7 +147,7 @@ def export_encoder(run: Path, stem: Path) -> str:
     weights = read_weights(run)
     spec = weights.manifest.members[0].encoder
     how = spec.preprocessing
-    config = {"input_size": [3, how.size, how.size], "crop_pct": how.scale, "interpolation": how.interpolation}
+    config = {"input_size": [3, how.size, how.size], "crop_pct": how.crop_pct, "interpolation": how.interpolation}
     config |= {"mean": how.mean, "std": how.std}
     shutil.copyfile(weights.file(spec.file), stem.with_name(f"{stem.name}.safetensors"))
     description = {"architecture": spec.architecture, "num_classes": 0, "model_args": spec.arguments}

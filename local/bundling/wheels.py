@@ -12,7 +12,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from kernel.inputs import InputError
-from kernel.manifest import Weights
+from kernel.manifest import MANIFEST, Weights
 from local.base.kaggle_image import IMAGE, is_newer
 
 # Files that installers add to those of a wheel.
@@ -32,7 +32,9 @@ def needed_wheels(runs: Sequence[Weights]) -> dict[str, str]:
     needed: dict[str, tuple[str, Path]] = {}
     for run in runs:
         for member in run.manifest.members:
-            encoder, timm = member.encoder, member.versions["timm"]
+            encoder, timm = member.encoder, member.versions.get("timm")
+            if timm is None:
+                raise InputError(f"{run.folder / MANIFEST} does not name the version of timm: train again")
             libraries = dict(encoder.packages) if encoder.library != "timm" else {}
             if is_newer(timm, IMAGE["timm"]):
                 libraries["timm"] = timm

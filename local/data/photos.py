@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernel.inputs import InputError
-from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, name_unreadable
+from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, describe_unreadable
 from local.base.console import counted, say_once
 from local.data.observations import LabelledObservations
 
@@ -33,7 +33,7 @@ def check_readable(unreadable: Sequence[tuple[Path, str]], photos: int) -> None:
     """
     if not unreadable:
         return
-    found = f"{len(unreadable)} of {counted(photos, 'photo')} could not be read: {name_unreadable(unreadable)}"
+    found = f"{len(unreadable)} of {counted(photos, 'photo')} could not be read: {describe_unreadable(unreadable)}"
     if len(unreadable) > UNREADABLE_LIMIT * photos:
         raise InputError(f"{found}; download them again, or check what they are")
     say_once(f"{found}; left out, and listed in {UNREADABLE_FILE}")

@@ -127,7 +127,7 @@ def take_larger(module: nn.Module, spec: EncoderSpec) -> tuple[nn.Module, Encode
                 candidate.eval()(torch.zeros(1, 3, size, size))
         except (AssertionError, RuntimeError, TypeError):
             continue
-        preprocessing = replace(spec.preprocessing, larger=size)
+        preprocessing = replace(spec.preprocessing, larger_size=size)
         return candidate, replace(spec, arguments=arguments, preprocessing=preprocessing)
     raise InputError(f"the view larger: {spec.architecture} takes photos of {own} pixels alone; leave the view out")
 
@@ -335,7 +335,7 @@ def _from_run(folder: Path, image_size: int) -> tuple[nn.Module, EncoderSpec]:
         reason = shorten(f"{type(error).__name__}: {error}")
         raise InputError(f"{spec.architecture} of {folder} cannot be built ({reason}); train it again") from error
     _load(module, _read_weights(folder / spec.file), folder)
-    return module, replace(spec, precision="half", preprocessing=replace(spec.preprocessing, larger=0), file="")
+    return module, replace(spec, precision="half", preprocessing=replace(spec.preprocessing, larger_size=0), file="")
 
 
 def _from_open_clip(name: str) -> tuple[nn.Module, EncoderSpec]:
@@ -371,8 +371,8 @@ def _open_clip_spec(architecture: str, tower: dict, config: dict) -> EncoderSpec
         mean=tuple(config.get("mean", (0.48145466, 0.4578275, 0.40821073))),  # OpenAI's, which open_clip falls back to
         std=tuple(config.get("std", (0.26862954, 0.26130258, 0.27577711))),
         interpolation="bilinear" if config.get("interpolation") == "bilinear" else "bicubic",  # also when "random"
-        scale=1.0,
-        fit="squash" if mode == "squash" else "crop",
+        crop_pct=1.0,
+        resize_mode="squash" if mode == "squash" else "crop",
     )
     packages = {name: version(name) for name in ("open_clip_torch", "ftfy")}
     return _spec("open_clip", architecture, tower, packages, preprocessing)
@@ -469,8 +469,8 @@ def _describe_timm(module: nn.Module, architecture: str, arguments: dict, config
         mean=tuple(resolved["mean"]),
         std=tuple(resolved["std"]),
         interpolation=resolved["interpolation"],
-        scale=resolved["crop_pct"],
-        fit="squash" if resolved.get("crop_mode") == "squash" else "crop",
+        crop_pct=resolved["crop_pct"],
+        resize_mode="squash" if resolved.get("crop_mode") == "squash" else "crop",
     )
     size = preprocessing.size
     if image_size:

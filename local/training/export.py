@@ -44,7 +44,7 @@ def refuse_unopenable(inputs: Inputs, out: Path) -> None:
     encoder, spec, name = inputs.encoder, inputs.spec, inputs.recipe.encoder.encoder
     folder = out.with_name(f".{out.name}.check")
     photo = torch.randint(
-        0, 256, (1, 3, *[encoder.preprocessing.decoded] * 2), generator=torch.Generator().manual_seed(0)
+        0, 256, (1, 3, *[encoder.preprocessing.decoded_size] * 2), generator=torch.Generator().manual_seed(0)
     )
     views = [VIEWS[view] for view in inputs.recipe.bank.views]
     encoder.module.eval()
@@ -121,7 +121,7 @@ def describe_member(inputs: Inputs, recipe: Recipe, bank: SelectedBank) -> Membe
     spec, settings = inputs.spec, bank.settings
     encoder = dataclasses.replace(
         spec,
-        preprocessing=dataclasses.replace(spec.preprocessing, fit=settings.resize_mode),
+        preprocessing=dataclasses.replace(spec.preprocessing, resize_mode=settings.resize_mode),
         precision=recipe.encoder.precision,
         packages={name: version(name) for name in spec.packages},  # today's, also if the encoder is that of a run
         file=ENCODER_FILE,

@@ -72,7 +72,7 @@ def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -
     resolved = dataclasses.replace(
         recipe,
         encoder=dataclasses.replace(recipe.encoder, resolution=resolution),
-        bank=dataclasses.replace(recipe.bank, resize_mode=spec.preprocessing.fit),
+        bank=dataclasses.replace(recipe.bank, resize_mode=spec.preprocessing.resize_mode),
     )
     encoder = Encoder(module, spec.preprocessing, spec.features, [torch.device("cpu")])
     return Inputs(recipe, resolved, encoder, spec, labelled, whole.observations_digest(), labelled.digest())
@@ -85,7 +85,7 @@ def load_described(recipe: Recipe) -> tuple[nn.Module, EncoderSpec]:
     if "larger" in recipe.bank.views:
         module, spec = take_larger(module, spec)
     if recipe.bank.resize_mode != "encoder":
-        resized = dataclasses.replace(spec.preprocessing, fit=recipe.bank.resize_mode)
+        resized = dataclasses.replace(spec.preprocessing, resize_mode=recipe.bank.resize_mode)
         spec = dataclasses.replace(spec, preprocessing=resized)
     return module, spec
 

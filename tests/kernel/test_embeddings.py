@@ -68,7 +68,7 @@ def test_the_larger_view_sees_the_photo_decoded_larger_and_the_others_see_it_at_
         return Encoder(encoder.module, preprocessing, encoder.features, [encoder.device])
 
     path = photo(tmp_path / "a.jpg", size=(400, 300))
-    both, at_96 = encoder_with(larger=96), encoder_with(size=96)
+    both, at_96 = encoder_with(larger_size=96), encoder_with(size=96)
     assert torch.allclose(by_hand(both, path, ["larger"]), by_hand(at_96, path), atol=1e-6)
     for view in ("plain", "rotate90", "top-left"):
         assert by_hand(both, path, [view]) @ by_hand(encoder, path, [view]) > 0.999

@@ -38,7 +38,7 @@ def test_an_encoder_embeds_as_the_module_it_was_saved_from(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["levit_128s", "tiny_vit_5m_224"])
 def test_an_encoder_whose_weights_have_changed_embeds_as_the_one_opened_from_them(tmp_path, architecture):
-    """These keep attention biases in evaluation mode, which must be those of the present weights."""
+    """These cache their attention biases in evaluation mode. The biases must be those of the current weights."""
     torch.manual_seed(0)
     module = build_module("timm", architecture, {}).requires_grad_(False).eval()
     preprocessing = replace(SPEC.preprocessing, size=224)
@@ -84,7 +84,9 @@ def test_weights_of_another_architecture_are_refused_in_one_line(tmp_path):
     ],
     ids=["architecture", "argument", "layer", "open_clip"],
 )
-def test_what_this_version_of_a_library_cannot_build_is_one_line_with_both_versions(tmp_path, change, reason):
+def test_an_architecture_that_this_version_cannot_build_is_refused_in_one_line_with_both_versions(
+    tmp_path, change, reason
+):
     weights = saved(tmp_path, build_module("timm", "test_resnet", {}))
     spec = replace(SPEC, **change, packages={"timm": "9.9.9", "open_clip_torch": "9.9.9"})
     with pytest.raises(InputError, match=r"cannot be built by .* \(trained with 9\.9\.9\)") as error:
@@ -94,7 +96,7 @@ def test_what_this_version_of_a_library_cannot_build_is_one_line_with_both_versi
     assert "\n" not in str(error.value)
 
 
-def test_the_versions_that_run_stand_beside_those_of_the_training():
+def test_the_versions_are_printed_together_with_those_of_the_training():
     members = [member(versions={"timm": trained, "torch": "2.10.0"}) for trained in ("1.0.26", "1.0.20", "1.0.26")]
     assert describe_versions(members) == (
         f"running with timm {timm.__version__} (trained with 1.0.20 and 1.0.26), "
@@ -102,12 +104,12 @@ def test_the_versions_that_run_stand_beside_those_of_the_training():
     )
 
 
-class OfAFullGpu(torch.nn.Module):
-    """A module for which a GPU has no memory, or none for its photos; so that the test needs no GPU."""
+class OnFullGpu(torch.nn.Module):
+    """A module for whose weights, or for whose photos, a GPU has no memory. The test needs no GPU."""
 
-    def __init__(self, inner: torch.nn.Module, is_placed: bool):
+    def __init__(self, inner: torch.nn.Module, weights_fit: bool):
         super().__init__()
-        self.inner, self.is_placed, self.is_on_gpu = inner, is_placed, False
+        self.inner, self.weights_fit, self.is_on_gpu = inner, weights_fit, False
 
     def load_state_dict(self, state, strict=True):
         return self.inner.load_state_dict(state, strict)
@@ -117,7 +119,7 @@ class OfAFullGpu(torch.nn.Module):
             return super().to(device, *arguments, **options)
         self.inner.half()
         self.is_on_gpu = True
-        if not self.is_placed:
+        if not self.weights_fit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return self
 
@@ -127,28 +129,28 @@ class OfAFullGpu(torch.nn.Module):
         return self.inner(photos)
 
 
-@pytest.mark.parametrize("is_placed", [False, True], ids=["no memory for the weights", "none for one photo"])
-def test_an_encoder_without_room_on_the_gpu_goes_on_with_the_cpu(tmp_path, monkeypatch, capsys, is_placed):
+@pytest.mark.parametrize("weights_fit", [False, True], ids=["no memory for the weights", "none for one photo"])
+def test_an_encoder_that_does_not_fit_on_the_gpu_runs_on_the_cpu(tmp_path, monkeypatch, capsys, weights_fit):
     module = build_module("timm", "test_resnet", {}).eval()
     weights, photos = saved(tmp_path, module), torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     expected = open_encoder(weights, SPEC, [torch.device("cpu")]).embed(photos, [VIEWS["plain"]])
-    monkeypatch.setattr("kernel.encoders.build_module", lambda *_: OfAFullGpu(build_module(*_), is_placed))
+    monkeypatch.setattr("kernel.encoders.build_module", lambda *_: OnFullGpu(build_module(*_), weights_fit))
     monkeypatch.setattr(Encoder, "normalise", lambda encoder, photos, device: photos / 255)
     full = replace(SPEC, precision="full")
     encoder = open_encoder(weights, full, [torch.device("cuda", 0)])
     monkeypatch.undo()
-    assert torch.equal(encoder.embed(photos, [VIEWS["plain"]]), expected)  # nothing is left of the half precision
+    assert torch.equal(encoder.embed(photos, [VIEWS["plain"]]), expected)  # no weight is left in half precision
     assert (encoder.devices, encoder.batch_size) == ([torch.device("cpu")], 16)
-    told = capsys.readouterr().out.splitlines()
-    assert told == ["out of memory: test_resnet does not fit on cuda:0", "going on with the CPU"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == ["out of memory: test_resnet does not fit on cuda:0", "continuing on the CPU"]
 
 
-def test_the_device_is_one_that_works():
+def test_the_picked_device_works():
     assert torch.ones(2, device=pick_devices()[0]).sum().item() == 2
 
 
 class Hungry(torch.nn.Module):
-    """A module whose device holds so many photos and no more."""
+    """A module whose device has memory for `holds` photos."""
 
     def __init__(self, inner: torch.nn.Module, holds: int):
         super().__init__()
@@ -160,16 +162,16 @@ class Hungry(torch.nn.Module):
         return self.inner(photos)
 
 
-def test_out_of_memory_halves_the_batch_and_goes_on(encoder, capsys):
+def test_out_of_memory_halves_the_batch_and_gives_the_same_embeddings(encoder, capsys):
     photos = torch.randint(0, 256, (13, 3, 64, 64), dtype=torch.uint8)
     views = [VIEWS["plain"], VIEWS["hflip"]]
     hungry = Encoder(Hungry(encoder.module, 4), encoder.preprocessing, encoder.features, [encoder.device])
     assert torch.allclose(hungry.embed(photos, views), encoder.embed(photos, views), atol=1e-5)
     assert hungry.batch_size <= 4
-    assert "out of memory: going on with batches of 4" in capsys.readouterr().out
+    assert "out of memory: continuing with batches of 4" in capsys.readouterr().out
 
 
-def test_one_photo_that_does_not_fit_is_an_error_and_so_is_any_other_failure(encoder):
+def test_one_photo_that_does_not_fit_and_any_other_failure_are_errors(encoder):
     photos = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     full = Encoder(Hungry(encoder.module, 0), encoder.preprocessing, encoder.features, [encoder.device])
     with pytest.raises(RuntimeError, match="can't allocate memory"):
@@ -178,7 +180,7 @@ def test_one_photo_that_does_not_fit_is_an_error_and_so_is_any_other_failure(enc
         encoder.embed(photos, [lambda pixels: pixels[:, :2]])
 
 
-def test_several_devices_share_a_batch_and_give_what_one_gives(encoder):
+def test_several_devices_give_the_same_embeddings_as_one(encoder):
     photos = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
     both = Encoder(encoder.module, encoder.preprocessing, encoder.features, [encoder.device, torch.device("cpu", 0)])
     for count in (1, 2, 5):
@@ -186,7 +188,7 @@ def test_several_devices_share_a_batch_and_give_what_one_gives(encoder):
         assert torch.allclose(found, encoder.embed(photos[:count], [VIEWS["plain"]]), atol=1e-5)
 
 
-def test_an_encoder_that_overflows_in_half_precision_goes_on_in_full(encoder, capsys):
+def test_an_encoder_that_overflows_in_half_precision_continues_in_full_precision(encoder, capsys):
     class Large(torch.nn.Module):
         def __init__(self):
             super().__init__()

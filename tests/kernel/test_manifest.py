@@ -1,4 +1,4 @@
-"""A manifest is read as it was written, and a damaged one is refused with the key that is wrong."""
+"""A manifest is read as it was written, and a damaged one is refused with the name of the wrong key."""
 
 import json
 import subprocess
@@ -31,12 +31,12 @@ def full_manifest():
         arguments={"img_size": [64, 96]}, packages={"timm": "1.0.20"}, learnt_from={"a" * 64: ("b" * 64, 3)}
     )
     one = manifests.member(
-        encoder=replace(spec, preprocessing=replace(spec.preprocessing, larger=96)),
+        encoder=replace(spec, preprocessing=replace(spec.preprocessing, larger_size=96)),
         views=("plain", "larger"),
         metadata_prior="prior.safetensors",
         metadata_prior_weight=0.5,
         validation={"recall_at_1": 0.25, "recall_at_5": 1},
-        recipe={"epochs": 2, "choose": ["fit"]},
+        recipe={"epochs": 2, "choose": ["resize_mode"]},
         given=GivenSettings(recipe={"epochs": 2}, weights="c" * 64),
         run="baseline",
     )
@@ -78,31 +78,28 @@ def test_the_json_on_disk_has_the_names_of_the_fields(tmp_path):
     assert "run" not in content["members"][0]
 
 
-def test_the_earlier_names_of_keys_are_read(tmp_path):
-    content = to_json(full_manifest())
-    content["prior"] = content.pop("fallback_classes")
-    content["competition"]["layout"] = content["competition"].pop("name")
-    for one in content["members"]:
-        one["prior"], one["prior_weight"] = one.pop("metadata_prior"), one.pop("metadata_prior_weight")
-    (tmp_path / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
-    assert read_manifest(tmp_path / MANIFEST) == full_manifest()
+def test_a_manifest_of_an_older_version_is_refused_with_both_formats_and_what_to_do(tmp_path):
+    path = changed(tmp_path / MANIFEST, "format", "few-shot-species/1")
+    with pytest.raises(InputError) as error:
+        read_manifest(path)
+    assert str(error.value) == (f"{path} has format 'few-shot-species/1', expected '{FORMAT}': train or bundle again")
 
 
-def test_keys_that_older_runs_lack_keep_their_defaults(tmp_path):
+def test_optional_keys_that_are_missing_have_their_defaults(tmp_path):
     content = to_json(full_manifest())
     del content["commit"], content["competition"]["observations_sha256"]
     for one in content["members"]:
         del one["given"], one["encoder"]["learnt_from"], one["encoder"]["packages"]
-        del one["encoder"]["preprocessing"]["larger"]
+        del one["encoder"]["preprocessing"]["larger_size"]
     (tmp_path / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
     found = read_manifest(tmp_path / MANIFEST)
     assert (found.commit, found.competition.observations_sha256) == (None, "")
     assert found.members[0].given == GivenSettings(recipe={}, weights="")
     spec = found.members[0].encoder
-    assert (spec.learnt_from, spec.packages, spec.preprocessing.larger) == ({}, {}, 0)
+    assert (spec.learnt_from, spec.packages, spec.preprocessing.larger_size) == ({}, {}, 0)
 
 
-def test_keys_that_are_not_known_are_ignored(tmp_path):
+def test_unknown_keys_are_ignored(tmp_path):
     changed(tmp_path / MANIFEST, "members.0.encoder.of_next_year", {"a": 1})
     assert read_manifest(tmp_path / MANIFEST) == full_manifest()
 
@@ -156,21 +153,21 @@ def test_a_value_of_another_type_is_named_with_its_key(tmp_path, key, value, pro
     assert str(error.value).endswith("; train or bundle again")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": "few-shot-species/2"}', "[" * 100_000])
-def test_a_file_that_is_no_manifest_of_this_format_is_one_line(tmp_path, text):
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": ["few-shot-species/2"]}', "[" * 100_000])
+def test_a_file_that_is_not_a_manifest_of_this_format_is_refused_in_one_line(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=rf"{tmp_path / MANIFEST} (cannot be read|is not of format)") as error:
+    with pytest.raises(InputError, match=rf"{tmp_path / MANIFEST} (cannot be read|has format)") as error:
         read_manifest(tmp_path / MANIFEST)
     assert "\n" not in str(error.value)
 
 
-def test_reading_a_manifest_imports_the_standard_library_alone():
+def test_reading_a_manifest_imports_only_the_standard_library():
     code = "import sys, kernel.manifest; print({'torch', 'numpy', 'PIL', 'timm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
 
-def lay_weights(folder, text: str = "weights"):
+def write_weights(folder, text: str = "weights"):
     """A folder of weights with one file."""
     folder.mkdir(parents=True)
     (folder / "bank.safetensors").write_text(text)
@@ -181,21 +178,21 @@ def lay_weights(folder, text: str = "weights"):
 
 @pytest.mark.parametrize("mount", ["weights", "datasets/somebody/weights", "models/a/b/pytorch/default/1", "."])
 def test_weights_are_found_under_every_layout_of_mounts(tmp_path, mount):
-    folder = lay_weights(tmp_path / "input" / mount) if mount != "." else lay_weights(tmp_path / "input")
+    folder = write_weights(tmp_path / "input" / mount) if mount != "." else write_weights(tmp_path / "input")
     (tmp_path / "input" / "competitions" / "fungi" / "images").mkdir(parents=True)
     assert find_weights(tmp_path / "input").folder == folder
 
 
-def test_another_datasets_manifest_is_not_taken_for_weights(tmp_path):
+def test_the_manifest_of_another_dataset_is_ignored(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / MANIFEST).write_text('{"name": "a web app"}')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / MANIFEST).write_text("{")
-    folder = lay_weights(tmp_path / "zz-weights")
+    folder = write_weights(tmp_path / "zz-weights")
     assert find_weights(tmp_path).folder == folder
 
 
-def test_weights_whose_manifest_lacks_a_key_are_found_and_refused_with_the_key(tmp_path):
+def test_weights_whose_manifest_lacks_a_key_are_found_and_refused_with_the_name_of_the_key(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / MANIFEST).write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
     with pytest.raises(InputError, match="competition is missing"):
@@ -203,23 +200,23 @@ def test_weights_whose_manifest_lacks_a_key_are_found_and_refused_with_the_key(t
 
 
 def test_weights_of_another_bundle_are_refused_with_both_digests(tmp_path):
-    folder = lay_weights(tmp_path / "weights")
+    folder = write_weights(tmp_path / "weights")
     with pytest.raises(InputError) as error:
         find_weights(tmp_path, "f" * 64)
     assert "f" * 64 in str(error.value)
     assert sha256(folder / MANIFEST) in str(error.value)
 
 
-def test_of_two_versions_the_one_that_the_script_names_is_taken(tmp_path):
-    lay_weights(tmp_path / "a", "old")
-    wanted = lay_weights(tmp_path / "b", "new")
-    assert find_weights(tmp_path, sha256(wanted / MANIFEST)).folder == wanted
+def test_of_two_versions_the_one_that_the_script_names_is_used(tmp_path):
+    write_weights(tmp_path / "a", "old")
+    new = write_weights(tmp_path / "b", "new")
+    assert find_weights(tmp_path, sha256(new / MANIFEST)).folder == new
     with pytest.raises(InputError, match="several weights"):
         find_weights(tmp_path)
 
 
 def test_a_damaged_or_missing_weights_file_is_refused(tmp_path):
-    weights = read_weights(lay_weights(tmp_path / "weights"))
+    weights = read_weights(write_weights(tmp_path / "weights"))
     assert weights.file("bank.safetensors").is_file()
     (weights.folder / "bank.safetensors").write_text("damaged")
     with pytest.raises(InputError, match="SHA-256"):
@@ -234,7 +231,7 @@ def test_without_weights_the_error_says_what_to_attach(tmp_path):
         find_weights(tmp_path)
 
 
-def test_a_wheel_that_is_not_the_manifests_is_refused(tmp_path):
+def test_a_wheel_whose_digest_is_not_in_the_manifest_is_refused(tmp_path):
     wheel = tmp_path / "wheels" / "a-1-py3-none-any.whl"
     wheel.parent.mkdir()
     wheel.write_bytes(b"not a zip")

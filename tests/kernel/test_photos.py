@@ -16,17 +16,23 @@ CROP = Preprocessing(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.875, "cr
 
 
 @pytest.mark.parametrize("size", [(80, 60), (60, 80), (64, 64), (33, 190), (201, 97)])
-@pytest.mark.parametrize("fit", ["crop", "squash"])
+@pytest.mark.parametrize("resize_mode", ["crop", "squash"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_pixels_are_those_of_timms_evaluation_transform(tmp_path, size, fit, interpolation):
+def test_pixels_are_those_of_timms_evaluation_transform(tmp_path, size, resize_mode, interpolation):
     path = photo(tmp_path / "a.png", size=size)
-    mode = {"crop": "center", "squash": "squash"}[fit]
-    scale = 0.875 if fit == "crop" else 1.0
+    crop_mode = {"crop": "center", "squash": "squash"}[resize_mode]
+    crop_pct = 0.875 if resize_mode == "crop" else 1.0
     transform = create_transform(
-        (3, 64, 64), crop_mode=mode, crop_pct=scale, interpolation=interpolation, mean=(0.0,) * 3, std=(1.0,) * 3
+        (3, 64, 64),
+        crop_mode=crop_mode,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+        mean=(0.0,) * 3,
+        std=(1.0,) * 3,
     )
     expected = (transform(Image.open(path)).numpy().transpose(1, 2, 0) * 255).round().astype(int)
-    found = decode(path, replace(CROP, fit=fit, scale=scale, interpolation=interpolation)).astype(int)
+    preprocessing = replace(CROP, resize_mode=resize_mode, crop_pct=crop_pct, interpolation=interpolation)
+    found = decode(path, preprocessing).astype(int)
     assert found.shape == (64, 64, 3)
     difference = np.abs(found - expected)
     assert difference.max() <= 2  # PyTorch's weights are of 16 bits where Pillow's are of 32

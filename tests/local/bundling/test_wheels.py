@@ -125,6 +125,12 @@ def test_a_timm_travels_when_it_is_newer_than_kaggles_and_open_clip_always():
     assert needed_wheels([run("a", "timm", {"timm": "1.0.20"}, "1.0.20"), run("b", "timm", {}, newer)])["timm"] == newer
 
 
+def test_a_run_that_does_not_name_its_timm_is_refused_with_its_manifest():
+    manifest = manifests.manifest(members=(manifests.member(versions={"torch": "2.8.0"}),))
+    with pytest.raises(InputError, match=r"^a/manifest\.json does not name the version of timm: train again$"):
+        needed_wheels([Weights(Path("a"), manifest)])
+
+
 def test_two_runs_that_need_two_versions_of_a_library_are_refused():
     clips = [run(name, "open_clip", {"open_clip_torch": name}, IMAGE["timm"]) for name in ("3.2.0", "3.3.0")]
     with pytest.raises(InputError, match=r"^3\.2\.0 was trained with open_clip_torch 3\.2\.0 and 3\.3\.0 with 3\.3\.0"):

@@ -81,7 +81,7 @@ def test_other_views_weights_or_preprocessing_are_other_embeddings(encoder, obse
     EmbeddingCache(tmp_path / "cache", encoder).embed(observations, ("plain", "rotate90"))
     assert sum(passes) == 14
     squashed = copy.copy(encoder)
-    squashed.preprocessing = dataclasses.replace(encoder.preprocessing, fit="squash")
+    squashed.preprocessing = dataclasses.replace(encoder.preprocessing, resize_mode="squash")
     EmbeddingCache(tmp_path / "cache", squashed).embed(observations, VIEWS)
     assert sum(passes) == 21
     tuned = copy.copy(encoder)

@@ -368,7 +368,7 @@ def test_an_encoder_that_takes_larger_photos_is_the_same_at_its_own_size(
     write_timm(tmp_path / "a.safetensors", tmp_path / "a.json", architecture, arguments, input_size=[3, size, size])
     module, described = load_encoder(str(tmp_path / "a"))
     taken, enlarged = take_larger(module, described)
-    assert enlarged.preprocessing == replace(described.preprocessing, larger=larger)
+    assert enlarged.preprocessing == replace(described.preprocessing, larger_size=larger)
     pixels = torch.rand(2, 3, size, size)
     with torch.inference_mode():
         assert torch.equal(taken(pixels), module.eval()(pixels))
@@ -400,7 +400,7 @@ def test_a_timm_name_without_pretraining_has_the_seeds_weights_and_timms_prepara
     assert (size, described.features) == (48, expected.num_features)
     assert load_encoder("timm:test_resnet", pretrained=False)[1].preprocessing.size == config.input_size[1]
     assert described.preprocessing.mean == config.mean
-    assert described.preprocessing.scale == config.crop_pct
+    assert described.preprocessing.crop_pct == config.crop_pct
 
 
 def test_a_timm_name_with_a_tag_is_rebuilt_by_its_architecture(tmp_path: Path) -> None:
