@@ -1,13 +1,30 @@
-"""Write files atomically: a reader finds the old file or the new one, never a part."""
+"""Read JSON with clear errors, and write files atomically: a reader sees the old file or the new one, never a part."""
 
 import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from kernel.inputs import InputError, shorten
 
 if TYPE_CHECKING:
     import torch
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({shorten(error)}): correct the file") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds {shorten(repr(value), 60)}, expected a JSON object: correct the file")
+    return value
 
 
 def write_text(text: str, path: Path) -> None:

@@ -3,14 +3,13 @@
 The rules are those of Kaggle's client and server. The server applies some of them only after the push.
 """
 
-import json
 import re
 from pathlib import Path
 
 from slugify import slugify
 
 from kernel.inputs import InputError
-from local.base.files import write_json
+from local.base.files import read_json, write_json
 
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[a-z0-9][a-z0-9-]{4,}")  # owner/slug
@@ -24,12 +23,7 @@ def read_kernel_metadata(path: Path) -> dict:
     Raises:
         InputError: the file breaks a rule; the message gives the key and what it must be.
     """
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(metadata, dict):
-        raise InputError(f"{path} is not a JSON object: give the metadata of a Kaggle kernel")
+    metadata = read_json(path)
 
     def need(is_met: bool, key: str, rule: str) -> None:
         if not is_met:

@@ -1,1 +1,1 @@
-"""`--encoder SPEC`: find the weights, load them, describe the encoder as the manifest does."""
+"""Find, load and describe the encoder of `--encoder SPEC`."""

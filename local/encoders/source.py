@@ -1,4 +1,4 @@
-"""Where `--encoder SPEC` takes an encoder from. Loads nothing, so that a wrong path is answered at once."""
+"""Find out what `--encoder SPEC` refers to. Nothing is loaded, so that a wrong path is reported at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST
 
-OPEN_CLIP, TIMM = "open_clip_config.json", "config.json"  # the configurations by which the two formats are known
-# File names of the hub, in the order in which both libraries look for them; a folder may have any other name.
+OPEN_CLIP, TIMM = "open_clip_config.json", "config.json"  # the configuration file of each format
+# The hub's names for weights in each format, in the libraries' order of preference. A local folder may use others.
 WEIGHTS = {
     OPEN_CLIP: ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
     TIMM: ("model.safetensors", "pytorch_model.bin"),
@@ -17,12 +17,12 @@ SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin", ".pt")
 
 @dataclass(frozen=True)
 class Source:
-    """Where an encoder comes from.
+    """What a SPEC refers to.
 
     Attributes:
-        form: "timm", "open_clip", "hub", "run", "folder", or "pair", which is a .safetensors and a .json.
-        name: of a model, or OWNER/NAME of a repository of the hub, with @REVISION if need be; or a path.
-        formats: configurations that a repository or a folder is searched for, the preferred one first.
+        form: "timm", "open_clip", "hub", "run", "folder", or "pair" (a .safetensors and a .json).
+        name: a model's name, OWNER/NAME or OWNER/NAME@REVISION of a repository on the hub, or a path.
+        formats: configuration files to look for in a repository or folder, the preferred one first.
     """
 
     form: str
@@ -31,10 +31,11 @@ class Source:
 
 
 def find_source(spec: str, pretrained: bool = True, image_size: int = 0) -> Source:
-    """Read an encoder's SPEC; see `local.encoders.load.load_encoder`.
+    """Parse a SPEC; see `local.encoders.load.load_encoder`.
 
     Raises:
-        InputError: the form is unknown, nothing is at the path, or the form has no random weights or no other size.
+        InputError: the form is unknown, the path does not exist, or the form does not support `pretrained` = False or
+            an `image_size`.
     """
     kind, _, name = spec.partition(":")
     formats = tuple(WEIGHTS)
@@ -44,9 +45,9 @@ def find_source(spec: str, pretrained: bool = True, image_size: int = 0) -> Sour
     if kind == "timm":
         return Source("timm", name)
     if not pretrained:
-        raise InputError(f"pretrained = false with the encoder {spec}: random weights are for timm:NAME alone")
+        raise InputError(f"pretrained = false with the encoder {spec}: only timm:NAME can have random weights")
     if kind == "open_clip":
-        refuse_size(spec, image_size)
+        refuse_image_size(spec, image_size)
         return Source("open_clip", name)
     if kind in ("hf-hub", "hf_hub"):
         return Source("hub", name, formats)
@@ -63,7 +64,17 @@ def find_source(spec: str, pretrained: bool = True, image_size: int = 0) -> Sour
     )
 
 
-def refuse_size(spec: str, image_size: int) -> None:
-    """Refuse another input size than an open_clip tower's own."""
+def refuse_image_size(spec: str, image_size: int) -> None:
+    """Raise an InputError if another input size is set for an open_clip encoder."""
     if image_size:
-        raise InputError(f"image_size = {image_size} with {spec}: an open_clip tower takes its own size; leave it at 0")
+        raise InputError(
+            f"image_size = {image_size} with {spec}: an open_clip encoder only takes its own size; leave it at 0"
+        )
+
+
+def refuse_unsupported(architecture: str, key: str, value: object, supported: tuple[str, ...]) -> None:
+    """Raise an InputError if the kernel does not support an encoder's preprocessing."""
+    if value not in supported:
+        raise InputError(
+            f"{architecture} was trained with {key} {value}, expected {' or '.join(supported)}: choose another encoder"
+        )

@@ -18,7 +18,7 @@ from local.base.console import counted, say
 from local.data.competition import read_competition
 from local.data.observations import LabelledObservations, Split, select_observations
 from local.data.photos import refuse_missing
-from local.encoders.load import load_encoder, take_larger
+from local.encoders.load import enable_larger_view, load_encoder
 from local.recipes.recipe import Recipe
 from local.recipes.settings import TrainSettings
 from local.training.checkpoints import memory_named
@@ -83,7 +83,7 @@ def load_described(recipe: Recipe) -> tuple[nn.Module, EncoderSpec]:
     module, spec = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
     refuse_large(recipe.encoder, module)
     if "larger" in recipe.bank.views:
-        module, spec = take_larger(module, spec)
+        module, spec = enable_larger_view(module, spec)
     if recipe.bank.resize_mode != "encoder":
         resized = dataclasses.replace(spec.preprocessing, resize_mode=recipe.bank.resize_mode)
         spec = dataclasses.replace(spec, preprocessing=resized)

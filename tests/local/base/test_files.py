@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from local.base.files import write_json, write_table, write_tensors
+from kernel.inputs import InputError
+from local.base.files import read_json, write_json, write_table, write_tensors
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,24 @@ def test_what_is_written_reads_the_same(tmp_path):
     written = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(written[name], value) for name, value in tied.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.json", "a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"{", "cannot be read as JSON"),
+        (b"\xff", "cannot be read as JSON"),
+        (b"[" * 100_000, "cannot be read as JSON"),
+        (b"[1]", "holds [1], expected a JSON object"),
+        (None, "cannot be read as JSON"),
+    ],
+)
+def test_a_file_that_is_not_one_json_object_is_refused_with_its_path(tmp_path, content, problem):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read_json(path)
+    assert str(error.value).startswith(f"{path} {problem}")
+    path.write_text('{"a": 1}')
+    assert read_json(path) == {"a": 1}

@@ -1,0 +1,116 @@
+"""Load the vision tower of an open_clip model: by its name, or from a configuration and weights in its format."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip import transform
+from torch import nn
+
+from kernel.encoders import build_module, is_out_of_memory
+from kernel.inputs import InputError, shorten
+from kernel.manifest import EncoderSpec, Preprocessing
+from local.base.files import read_json
+from local.encoders.hub import read_weights_file
+from local.encoders.source import refuse_unsupported
+
+
+def load_open_clip_name(name: str) -> tuple[nn.Module, EncoderSpec]:
+    """Load the vision tower of ARCHITECTURE/PRETRAINED, downloading the weights if necessary.
+
+    Raises:
+        InputError: open_clip has no such weights, or they cannot be downloaded.
+    """
+    architecture, _, tag = name.partition("/")
+    if (architecture, tag) not in open_clip.list_pretrained():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture))
+        known = f"the weights for {architecture} are {tags}" if tags else "see open_clip.list_models()"
+        raise InputError(f"open_clip has no {architecture}/{tag}: {known}")
+    try:
+        visual = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True).visual
+    except (ImportError, OSError, RuntimeError) as error:
+        raise InputError(f"open_clip:{name} cannot be loaded: {shorten(error)}; check the network") from error
+    # Some weights change the activation; only the module shows which it is.
+    quick_gelu = any(isinstance(layer, open_clip.transformer.QuickGELU) for layer in visual.modules())
+    arguments = _tower_arguments(open_clip.get_model_config(architecture), quick_gelu)
+    module = build_module("open_clip", "", arguments)
+    module.load_state_dict(visual.state_dict())
+    return module, _describe(architecture, arguments, visual.preprocess_cfg)
+
+
+def load_open_clip_files(config_file: Path, weights: Path, name: str) -> tuple[nn.Module, EncoderSpec]:
+    """Load the vision tower from a configuration (model_cfg, preprocess_cfg) and weights.
+
+    The text tower is not built, because some text towers would be downloaded.
+
+    Raises:
+        InputError: the configuration builds no model, or the weights are damaged or do not match it.
+    """
+    config = read_json(config_file)
+    try:
+        model_cfg = config["model_cfg"]
+        arguments = _tower_arguments(model_cfg, model_cfg.get("quick_gelu", False))
+        module = build_module("open_clip", "", arguments)
+        given = config.get("preprocess_cfg") or {}
+        preprocess_cfg = transform.merge_preprocess_dict(transform.PreprocessCfg(), given)
+    except Exception as error:  # the type depends on what is wrong
+        raise InputError(f"{config_file} builds no open_clip model: {_reason(error)}; correct it") from error
+    state = read_weights_file(weights)
+    try:
+        tower = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+        try:
+            module.load_state_dict(tower)
+        except RuntimeError:
+            module.load_state_dict(_convert(config_file.parent, weights))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{weights} does not match {config_file}: {_reason(error)}; give the weights that belong to it"
+        ) from error
+    return module, _describe(name, arguments, preprocess_cfg | {"size": module.image_size})
+
+
+def _convert(folder: Path, weights: Path) -> dict[str, torch.Tensor]:
+    """The vision tower's weights, after open_clip has converted those of another format or input size."""
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+    open_clip.load_checkpoint(model, str(weights), weights_only=True)
+    return model.visual.state_dict()
+
+
+def _tower_arguments(model_cfg: dict, quick_gelu: bool) -> dict:
+    """Arguments with which the kernel builds the vision tower.
+
+    They exclude base weights, which would be downloaded only to be overwritten, and the tokens that CoCa's tower
+    returns for its text decoder.
+    """
+    vision = {**model_cfg["vision_cfg"], "timm_model_pretrained": False, "output_tokens": False}
+    return {"embed_dim": model_cfg["embed_dim"], "vision_cfg": vision, "quick_gelu": quick_gelu}
+
+
+def _describe(architecture: str, arguments: dict, preprocess_cfg: dict) -> EncoderSpec:
+    size, resize_mode = preprocess_cfg["size"], preprocess_cfg["resize_mode"]
+    refuse_unsupported(architecture, "resize_mode", resize_mode, ("shortest", "squash"))
+    return EncoderSpec(
+        library="open_clip",
+        architecture=architecture,
+        arguments=arguments,
+        packages={name: version(name) for name in ("open_clip_torch", "ftfy")},
+        preprocessing=Preprocessing(
+            size=size if isinstance(size, int) else size[0],
+            mean=tuple(preprocess_cfg["mean"]),
+            std=tuple(preprocess_cfg["std"]),
+            # "random" is for training; open_clip then evaluates with bicubic.
+            interpolation="bilinear" if preprocess_cfg["interpolation"] == "bilinear" else "bicubic",
+            crop_pct=1.0,
+            resize_mode="squash" if resize_mode == "squash" else "crop",
+        ),
+        features=0,  # counted by `load_encoder`
+        precision="half",
+        file="",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return shorten(f"{type(error).__name__}: {error}")
