@@ -137,7 +137,7 @@ class CompetitionSpec:
         time_limit: for a kernel, seconds.
     """
 
-    name: str = field(metadata={"earlier": "layout"})
+    name: str
     resolution: str
     observations_sha256: str = ""
     time_limit: float
