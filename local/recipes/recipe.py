@@ -1,4 +1,4 @@
-"""Recipes: how to train, as a TOML file of differences from the defaults in `settings.py`."""
+"""Recipes say how to train. A recipe is a TOML file of differences from the defaults in `settings.py`."""
 
 import dataclasses
 import difflib
@@ -22,7 +22,7 @@ from local.recipes.settings import (
 )
 
 FOLDER = Path(__file__).parent
-# Settings had other names in recipes and runs made before there were tables.
+# Former names of settings in recipes without tables.
 FORMER_NAMES = {
     "fit": "resize_mode",
     "most_parameters": "max_parameters",
@@ -43,13 +43,13 @@ FORMER_NAMES = {
     "decay_patience": "plateau_patience",
     "ema": "ema_decay",
 }
-# Settings that are gone, at the values that changed nothing.
+# Removed settings, with the value that had no effect.
 REMOVED = {"centre": True, "restarts": 0, "cosface": 0.0, "subcentres": 1}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of a run, in one table per room."""
+    """All settings of a run, in tables."""
 
     encoder: EncoderSettings = field(default_factory=EncoderSettings)
     bank: BankSettings = field(default_factory=BankSettings)
@@ -60,7 +60,7 @@ class Recipe:
 
     @property
     def keeps_head(self) -> bool:
-        """Whether the bank is the head that was trained with the encoder."""
+        """Whether the bank is the head trained with the encoder."""
         return self.bank.matcher == "head"
 
 
@@ -70,27 +70,32 @@ TABLE_OF = {setting.name: name for name, table in TABLES.items() for setting in 
 
 @dataclass(frozen=True)
 class Given:
-    """A value that a recipe or a command line gives to a setting, and where: a path, `--set epochs=3`, ..."""
+    """A value of a setting, and its source for messages: a path, `--set epochs=3`, ..."""
 
     value: object
     source: str
 
 
 def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> Recipe:
-    """A recipe by the name of a file in local/recipes or by path, with `key=value` settings on top.
+    """Read a recipe.
+
+    Args:
+        name: name of a file in local/recipes, or path of a .toml file.
+        settings: `key=value`, which replace those of the file.
+        encoder: replaces the encoder.
 
     Raises:
-        InputError: no such recipe; an unknown key; a value of the wrong type or out of range.
+        InputError: the recipe does not exist, a key is unknown, or a value has the wrong type or is out of range.
     """
     return build_recipe(read_given(name, settings, encoder))
 
 
 def make_recipe(values: Mapping, where: str, ignores_removed: bool = False) -> Recipe:
-    """A validated recipe from settings, in tables or without.
+    """A checked recipe from settings, in tables or not.
 
     Args:
-        where: the settings come from, to be named in errors.
-        ignores_removed: for a finished run, of which other settings are to be read.
+        where: source of the settings, for messages.
+        ignores_removed: ignore removed settings. For a finished run, whose other settings are needed.
 
     Raises:
         InputError: see `read_recipe`.
@@ -101,19 +106,19 @@ def make_recipe(values: Mapping, where: str, ignores_removed: bool = False) -> R
 
 
 def read_given(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> dict[str, Given]:
-    """What a recipe's file, `--set` and `--encoder` give, by setting. Of two values of a setting the last counts.
+    """The settings given by a recipe's file, `--set` and `--encoder`. Later values replace earlier ones.
 
     Raises:
-        InputError: no such recipe; an unknown key; a setting without a value.
+        InputError: the recipe does not exist, a key is unknown, or a setting has no value.
     """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
-    if not os.path.isfile(path):  # unlike Path's, it takes any name
+    if not os.path.isfile(path):  # Path.is_file raises an error for a name that is too long
         known = ", ".join(recipe.stem for recipe in sorted(FOLDER.glob("*.toml")))
         raise InputError(f"no recipe {name}: known are {known}, or the path of a .toml file")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not TOML: {shorten(error)}") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     given = _flatten(values, str(path))
@@ -129,17 +134,17 @@ def read_given(name: str, settings: Sequence[str] = (), encoder: str | None = No
 
 
 def build_recipe(given: Mapping[str, Given]) -> Recipe:
-    """A validated recipe.
+    """A checked recipe.
 
     Raises:
-        InputError: a value of the wrong type or out of range; two settings that do not go together.
+        InputError: a value has the wrong type or is out of range, or two settings cannot be combined.
     """
     tables: dict[str, dict] = {name: {} for name in TABLES}
-    for name, (one, default) in settings_by_name().items():
+    for name, (setting, default) in settings_by_name().items():
         if name in given:
-            tables[TABLE_OF[name]][name] = one.check(name, given[name].value, default, given[name].source)
+            tables[TABLE_OF[name]][name] = setting.check(name, given[name].value, default, given[name].source)
     recipe = Recipe(**{name: table(**tables[name]) for name, table in TABLES.items()})
-    _check_together(recipe, given)
+    _check_combinations(recipe, given)
     return recipe
 
 
@@ -152,51 +157,45 @@ def settings_by_name() -> dict[str, tuple[Setting, object]]:
     }
 
 
-def _check_together(recipe: Recipe, given: Mapping[str, Given]) -> None:
-    train, augment = recipe.train, recipe.augment
-    is_learned, is_episodic = train.prototypes == "learned", train.prototypes == "episodic"
-    mixes = augment.mixup or augment.cutmix
-    for is_wrong, names, why in (
-        (
-            train.head_only_epochs and not is_learned,
-            "head_only_epochs prototypes",
-            'head_only_epochs needs a head that is trained: set prototypes = "learned"',
-        ),
-        (
-            train.hidden_features and not is_learned,
-            "hidden_features prototypes",
-            'hidden_features needs a head that is trained: set prototypes = "learned"',
-        ),
-        (
-            recipe.keeps_head and is_episodic,
-            "matcher prototypes",
-            'matcher = "head" does not work with episodes, which train no head: set prototypes = "learned" or another '
-            "matcher",
-        ),
-        (
-            recipe.keeps_head and not train.epochs,
-            "matcher epochs",
-            'matcher = "head" needs a head that is trained: set epochs, or another matcher',
-        ),
-        (
-            mixes and train.photos_per_observation > 1,
-            "mixup cutmix photos_per_observation",
-            "mixup and cutmix mix photos, not observations: set photos_per_observation = 1",
-        ),
-        (
-            mixes and is_episodic,
-            "mixup cutmix prototypes",
-            "mixup and cutmix do not work with episodes: set them to 0, or other prototypes",
-        ),
-        (is_episodic and train.ways < 2, "ways prototypes", "expected ways >= 2 for episodes"),
-    ):
+def _check_combinations(recipe: Recipe, given: Mapping[str, Given]) -> None:
+    """Raise an InputError that names both sources if two settings cannot be combined."""
+
+    def refuse_if(is_wrong: object, names: str, reason: str) -> None:
         if is_wrong:
             sources = dict.fromkeys(given[name].source for name in names.split() if name in given)
-            raise InputError(f"{why} (in {' and '.join(sources)})")
+            raise InputError(f"{reason} (in {' and '.join(sources)})")
+
+    train, keeps_head, mixes = recipe.train, recipe.keeps_head, recipe.augment.mixup or recipe.augment.cutmix
+    is_episodic = train.prototypes == "episodic"
+    for name in ("head_only_epochs", "hidden_features"):
+        needs_head = getattr(train, name) and train.prototypes != "learned"
+        refuse_if(needs_head, f"{name} prototypes", f'{name} needs a head that is trained: set prototypes = "learned"')
+    refuse_if(
+        keeps_head and is_episodic,
+        "matcher prototypes",
+        'matcher = "head" does not work with episodes, which train no head: set prototypes = "learned" or another '
+        "matcher",
+    )
+    refuse_if(
+        keeps_head and not train.epochs,
+        "matcher epochs",
+        'matcher = "head" needs a head that is trained: set epochs, or another matcher',
+    )
+    refuse_if(
+        mixes and train.photos_per_observation > 1,
+        "mixup cutmix photos_per_observation",
+        "mixup and cutmix mix photos, not observations: set photos_per_observation = 1",
+    )
+    refuse_if(
+        mixes and is_episodic,
+        "mixup cutmix prototypes",
+        "mixup and cutmix do not work with episodes: set them to 0, or other prototypes",
+    )
+    refuse_if(is_episodic and train.ways < 2, "ways prototypes", "expected ways >= 2 for episodes")
 
 
 def _flatten(values: Mapping, where: str) -> dict[str, Given]:
-    """The settings of tables, and of a file without tables under their present names."""
+    """The settings in the tables of a file, and those outside of tables, which may have former names."""
     given: dict[str, Given] = {}
 
     def add(name: str, value: object) -> None:
@@ -210,28 +209,28 @@ def _flatten(values: Mapping, where: str) -> dict[str, Given]:
                 raise InputError(
                     f"unknown table [{key}] (in {where}): the nearest known one is [{_nearest(key, TABLES)}]"
                 )
-            for name, one in value.items():
-                add(_resolve(f"{key}.{name}", where), one)
+            for name, own in value.items():
+                add(_resolve(f"{key}.{name}", where), own)
         elif key in REMOVED:
             if value != REMOVED[key]:
                 raise InputError(f"{key} = {value!r} is no longer supported (in {where}): remove it")
         else:
-            add(_resolve(FORMER_NAMES.get(key, key), where), _renamed(key, value))
+            add(_resolve(FORMER_NAMES.get(key, key), where), _rename_choices(key, value))
     return given
 
 
-def _renamed(key: str, value: object) -> object:
-    """The value of `choose`, a list of settings, under their present names; any other value as it is."""
+def _rename_choices(key: str, value: object) -> object:
+    """Replace former names in the value of `choose`, which is a list of settings. Other values are unchanged."""
     if key != "choose" or not isinstance(value, (list, tuple)):
         return value
     return [FORMER_NAMES.get(name, name) if isinstance(name, str) else name for name in value]
 
 
 def _resolve(key: str, where: str) -> str:
-    """The name of a setting written as `name` or `table.name`.
+    """The name of a setting that is written as `name` or `table.name`.
 
     Raises:
-        InputError: there is none.
+        InputError: the table or the name is unknown.
     """
     table, dot, name = key.rpartition(".")
     if dot and table not in TABLES:
@@ -252,10 +251,10 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def _parse(text: str) -> object:
-    """A value of `--set`: as TOML where it is TOML, else as text, so that nobody has to quote for the shell."""
+    """Parse a value of `--set` as TOML; if it is not TOML, it is a string, which then needs no quotes in a shell."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -269,7 +268,7 @@ def list_recipes() -> str:
 
 
 def explain(given: Mapping[str, Given]) -> str:
-    """Every setting of the recipe that `given` makes: its value, where that comes from, and what it means."""
+    """Every setting of the recipe: its value, the source of the value, and its meaning."""
     lines, recipe = [], build_recipe(given)
     for name, table in TABLES.items():
         lines += ["", f"[{name}]  {table.__doc__.partition(chr(10))[0]}"]
@@ -283,55 +282,59 @@ def explain(given: Mapping[str, Given]) -> str:
 
 
 def _meaning(one: dataclasses.Field) -> str:
-    """What a setting means, and which values it takes."""
+    """The meaning of a setting, and its choices or limits."""
     setting = one.metadata["setting"]
     known = ", ".join(setting.choices)
     if setting.choices:
         return f"{setting.meaning} {'Some' if isinstance(one.default, tuple) else 'One'} of: {known}."
     limits = setting.limits(one.name)
-    # That a size or a weight is not negative goes without saying.
+    # A lower limit of 0 is obvious for a size or a weight.
     return setting.meaning if limits in (one.name, f"{one.name} >= 0") else f"{setting.meaning} {limits}."
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write every setting as TOML; `read_recipe` gives the same recipe back."""
+    """Write all settings as TOML. `read_recipe` reads the same recipe back."""
     lines = []
     for name, values in dataclasses.asdict(recipe).items():
-        # JSON's strings, numbers, booleans and lists are TOML's too.
-        lines += [
-            f"[{name}]",
-            *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()),
-            "",
-        ]
+        # Strings, numbers, booleans and lists are written alike in JSON and TOML.
+        lines += [f"[{name}]", *(f"{key} = {_dumps(value)}" for key, value in values.items()), ""]
     path.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
 
 
+def _dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def settings_of(recipe: Recipe, but: Collection[str] = ()) -> dict:
-    """Every setting by its name alone, without tables, as JSON gives it back, but for some names."""
+    """All settings by name, without tables, as JSON stores them.
+
+    Args:
+        but: names to leave out.
+    """
     settings = {name: value for table in dataclasses.asdict(recipe).values() for name, value in table.items()}
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in but}))
 
 
 def current_names(settings: Mapping) -> dict:
-    """The settings that a run recorded, see `settings_of`, under their present names."""
-    return {FORMER_NAMES.get(name, name): _renamed(name, value) for name, value in settings.items()}
+    """Recorded settings (see `settings_of`) under their current names."""
+    return {FORMER_NAMES.get(name, name): _rename_choices(name, value) for name, value in settings.items()}
 
 
 def differences(was: Mapping, now: Mapping, weights: tuple[str, str] = ("", "")) -> dict[str, str]:
-    """What differs between the settings of two runs: by name, `NAME was X, is Y`.
+    """The settings that differ between two runs: name -> `NAME was X, is Y`.
 
     Args:
-        was, now: by name, as `settings_of` gives them; a name that one of them lacks is not compared.
-        weights: digests of both encoders' files, where they are known. Then these are compared, since one file has many
-            paths, and other weights may lie at the same one.
+        was, now: settings by name (see `settings_of`). A name that one of them lacks is not compared.
+        weights: digests of both encoders' files, if known. They are compared instead of the encoders' paths, because a
+            file may be moved or replaced.
     """
     found = {
-        name: f"{name} was {json.dumps(was[name], ensure_ascii=False)}, is {json.dumps(now[name], ensure_ascii=False)}"
+        name: f"{name} was {_dumps(was[name])}, is {_dumps(now[name])}"
         for name in was
         if name in now and was[name] != now[name]
     }
     found |= {
-        name: f"{name} was {json.dumps(was[name])}, which is no longer supported"
+        name: f"{name} was {_dumps(was[name])}, which is no longer supported"
         for name in REMOVED
         if was.get(name, REMOVED[name]) != REMOVED[name]
     }

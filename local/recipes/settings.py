@@ -18,20 +18,20 @@ VIEW_GROUPS = (
 VIEWS = ("plain", *(view for group in VIEW_GROUPS for view in group))  # as in kernel.views, which imports torch
 MONITORS = ("recalls", "recall_at_1", "recall_at_5", "recall_at_10", "macro_f1", "weighted_f1", "log_loss")
 
-KINDS = {tuple: "a list", int: "an int", float: "a float", bool: "true or false", str: "a str"}
+TYPES = {tuple: "a list", int: "an int", float: "a float", bool: "true or false", str: "a str"}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a setting means and which values it takes.
+    """The meaning of a setting and the values that it accepts.
 
     Attributes:
         meaning: one or two sentences, for `train.py --explain`.
-        choices: of a str, its only values; of a list, the only values of its items, each at most once.
-        least, above, most, below: limits of a number, or of each number of a list.
-        lengths: how many items a list may have; none are any number.
-        candidates: the values that cross-validation tries where `choose` names the setting, the simplest first; of
-            `views`, the groups that it tries to add.
+        choices: the values of a str, or of the items of a list, each at most once; empty for any value.
+        least, above, most, below: limits (>=, >, <=, <) of a number, or of each number in a list.
+        lengths: the numbers of items that a list may have; empty for any number.
+        candidates: the values that cross-validation tries if `choose` names the setting, the simplest first. For
+            `views`, the groups of views that it tries to add.
     """
 
     meaning: str
@@ -44,35 +44,36 @@ class Setting:
     candidates: tuple = ()
 
     def check(self, name: str, value: object, default: object, where: str) -> object:
-        """The value in the type of the default.
+        """Convert a value to the type of the default, and check it.
 
         Args:
-            where: the value was given, for the message.
+            where: source of the value, for messages.
 
         Raises:
-            InputError: it is of another type, or outside the limits.
+            InputError: it has another type, or is not one of the choices or within the limits.
         """
-        value = _converted(value, default)
-        if type(value) is not type(default):
-            raise InputError(f"expected {KINDS[type(default)]} for {name}, got {value!r} (in {where})")
-        items = value if isinstance(value, tuple) else (value,)
-        got = f"got {list(value) if isinstance(value, tuple) else value!r} (in {where})"
+        value = _convert(value, default)
+        is_list = isinstance(value, tuple)
+        items = value if is_list else (value,)
+        got = f"got {list(value) if is_list else value!r} (in {where})"
+
+        def expect(is_met: bool, what: str) -> None:
+            if not is_met:
+                raise InputError(f"expected {what}, {got}")
+
+        expect(type(value) is type(default), f"{TYPES[type(default)]} for {name}")
+        is_length = not self.lengths or len(items) in self.lengths
         if self.choices:
-            known = ", ".join(self.choices)
-            if isinstance(value, tuple):
-                is_known = all(isinstance(item, str) and item in self.choices for item in items)
-                if not is_known or len(set(items)) < len(items) or (self.lengths and len(items) not in self.lengths):
-                    raise InputError(f"expected some of {known} for {name}, each once, {got}")
-            elif value not in self.choices:
-                raise InputError(f"expected one of {known} for {name}, {got}")
-        elif isinstance(value, tuple):
-            count = " or ".join(map(str, self.lengths))
-            if len(items) not in self.lengths or not all(isinstance(item, float) for item in items):
-                raise InputError(f"expected a list of {count} numbers for {name}, {got}")
-        if not all(math.isfinite(item) for item in items if isinstance(item, float)):
-            raise InputError(f"expected finite numbers for {name}, {got}")
-        if not all(self.allows(item) for item in items if isinstance(item, (int, float))):
-            raise InputError(f"expected {self.limits(name)}, {got}")
+            are_known = all(isinstance(item, str) and item in self.choices for item in items)
+            how, each = ("some", ", each once") if is_list else ("one", "")
+            is_met = are_known and len(set(items)) == len(items) and (is_length or not is_list)
+            expect(is_met, f"{how} of {', '.join(self.choices)} for {name}{each}")
+        elif is_list:
+            are_numbers = all(isinstance(item, float) for item in items)
+            expect(is_length and are_numbers, f"a list of {' or '.join(map(str, self.lengths))} numbers for {name}")
+        numbers = [item for item in items if isinstance(item, (int, float))]
+        expect(all(math.isfinite(item) for item in numbers if isinstance(item, float)), f"finite numbers for {name}")
+        expect(all(map(self.allows, numbers)), self.limits(name))
         return value
 
     def allows(self, number: float) -> bool:
@@ -85,7 +86,7 @@ class Setting:
         )
 
     def limits(self, name: str) -> str:
-        """The limits of a number, such as `0 < crop_scale <= 1`; without any, the name alone."""
+        """The limits of a number, such as `0 < crop_scale <= 1`; only the name if there are none."""
         low = [(self.least, "<=", ">="), (self.above, "<", ">")]
         high = [(self.most, "<="), (self.below, "<")]
         left = [(f"{limit} {sign} ", f" {alone} {limit}") for limit, sign, alone in low if limit is not None]
@@ -95,41 +96,48 @@ class Setting:
         return (left[0][0] if left else "") + name + right
 
 
-def _converted(value: object, default: object) -> object:
-    """A value as TOML or `--set` gives it, in the default's type where only the notation differs."""
+def _convert(value: object, default: object) -> object:
+    """Convert an int to a float, and a list or comma-separated string to a tuple, if the default has that type."""
     if isinstance(default, float) and type(value) is int:
-        return float(value)
+        return _to_float(value)
     if isinstance(default, tuple):
         if isinstance(value, str):
             value = value.split(",") if value else []
         if isinstance(value, (list, tuple)):
-            return tuple(float(item) if type(item) is int else item for item in value)
+            return tuple(_to_float(item) if type(item) is int else item for item in value)
     return value
 
 
+def _to_float(number: int) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
+
+
 def setting(default: object, meaning: str, **limits):
-    """A dataclass field that carries its `Setting`; see there for the limits."""
+    """A dataclass field with its `Setting`, which documents the limits."""
     return field(default=default, metadata={"setting": Setting(meaning, **limits)})
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """The encoder, and the photos that it is given."""
+    """The encoder, and the photos that it gets."""
 
     encoder: str = setting(
         "hf-hub:imageomics/bioclip",
-        "hf-hub:REPOSITORY, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, or a path: a run, a folder in the hub's "
-        "format, or a stem with .safetensors and .json. --encoder sets it too.",
+        "hf-hub:OWNER/NAME, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, or a path: of a run, of a folder in the "
+        "hub's format, or of a .safetensors and a .json, without the suffix. --encoder sets it too.",
     )
     pretrained: bool = setting(True, "Use the pretrained weights. false: random weights, to train from scratch.")
-    image_size: int = setting(0, "Pixels of the encoder's input. 0: what it was trained with.", least=0)
+    image_size: int = setting(0, "Side of the encoder's input in pixels. 0: that of its training.", least=0)
     resolution: str = setting(
         "auto",
-        "Which of FungiCLEF's image folders to read. auto: the smallest whose photos need no enlarging.",
+        "Which of FungiCLEF's image folders to read. auto: the smallest whose photos are not enlarged.",
         choices=("auto", *RESOLUTIONS),
     )
     precision: str = setting(
-        "half", "Of the encoder on a GPU. Use full where half loses accuracy.", choices=("half", "full")
+        "half", "Of the encoder on a GPU. Use full if half loses accuracy.", choices=("half", "full")
     )
     max_parameters: int = setting(0, "Refuse an encoder and head with more parameters. 0: no limit.", least=0)
 

@@ -179,6 +179,14 @@ def test_no_number_of_a_recipe_is_infinite_or_nan(key: str, number: str) -> None
     assert message.startswith(f"expected finite numbers for {key}, got {number} ")
 
 
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize("setting", ["seed", "learning_rate", "rank_weights"])
+def test_a_number_of_hundreds_of_digits_is_refused_in_one_line(setting: str, digits: int) -> None:
+    number = "1" + "0" * digits
+    value = f"[{', '.join([number] * 5)}]" if setting == "rank_weights" else number
+    assert refusal("demo", f"{setting}={value}").startswith("expected ")
+
+
 def test_no_number_of_a_list_is_infinite() -> None:
     assert "finite" in refusal("demo", "rank_weights=[0.1, 0.1, 0.1, 0.1, inf]")
 
@@ -265,8 +273,9 @@ def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:
 def test_a_file_that_is_no_toml_is_refused_with_its_path(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "epochs: 3\n")
     assert f"{path} is not TOML" in refusal(path)
-    (tmp_path / "mine.toml").write_bytes(b'encoder = "\xff"\n')
-    assert f"{path} is not TOML" in refusal(path)
+    for content in (b'encoder = "\xff"\n', b"seed = 1" + b"0" * 5000, b"views = " + b"[" * 5000):
+        (tmp_path / "mine.toml").write_bytes(content)
+        assert f"{path} is not TOML" in refusal(path)
 
 
 @pytest.mark.parametrize(
