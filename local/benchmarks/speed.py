@@ -1,4 +1,4 @@
-"""Measure speed: photos per second of the parts, of the whole, and of other ways of the same work, in one run.
+"""Measure photos per second: of decoding, of the forward pass, of the whole, and of other pipelines.
 
 Called by local/benchmark.py.
 """
@@ -27,13 +27,13 @@ from local.base.console import progress, say
 from local.drawing.fungi import draw, traits
 from local.encoders.load import load_encoder
 
-# Width and height, pixels, and how many photos are measured; the few large ones are read several times.
+# Name -> (width and height in pixels, number of photos).
 SIZES = {"300p": ((400, 300), 96), "500p": ((750, 500), 96), "fullsize": ((3000, 2000), 24)}
-REPEATS = 3  # the best of them counts: whatever disturbs a measurement makes it slower
+REPEATS = 3  # the fastest counts, because any disturbance makes a measurement slower
 
 
 def best_rate(photos: int, work: Callable[[], object]) -> float:
-    """Photos per second of the best of some repeats, after one that warms up."""
+    """Photos per second in the fastest of REPEATS runs, after a run to warm up."""
     work()
     seconds = []
     for _ in range(REPEATS):
@@ -44,7 +44,7 @@ def best_rate(photos: int, work: Callable[[], object]) -> float:
 
 
 def draw_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
-    """Photos of generated fungi, as JPEG."""
+    """Write photos of generated fungi as JPEG."""
     paths = []
     for number in progress(range(count), f"drawing {size[0]}x{size[1]}"):
         path = folder / f"{size[0]}-{number}.jpg"
@@ -54,7 +54,7 @@ def draw_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
 
 
 class PlainDataset(Dataset):
-    """What most notebooks do: decode it all, resize with Pillow, a float tensor per photo."""
+    """Photos as most notebooks load them: decoded at full size, resized with Pillow, one float tensor per photo."""
 
     def __init__(self, paths: Sequence[Path], transform: Callable):
         self.paths, self.transform = paths, transform
@@ -68,14 +68,14 @@ class PlainDataset(Dataset):
 
 @torch.inference_mode()
 def plain_pipeline(paths: Sequence[Path], encoder: Encoder) -> None:
-    """The field's plain pipeline: torchvision's transforms, a DataLoader with its defaults, one view."""
-    how = encoder.preprocessing
+    """The usual pipeline: torchvision's transforms, a DataLoader with its defaults, one view."""
+    preprocessing = encoder.preprocessing
     transform = transforms.Compose(
         [
-            transforms.Resize(shorter_side(how), transforms.InterpolationMode(how.interpolation)),
-            transforms.CenterCrop(how.size),
+            transforms.Resize(shorter_side(preprocessing), transforms.InterpolationMode(preprocessing.interpolation)),
+            transforms.CenterCrop(preprocessing.size),
             transforms.ToTensor(),
-            transforms.Normalize(how.mean, how.std),
+            transforms.Normalize(preprocessing.mean, preprocessing.std),
         ]
     )
     for batch in DataLoader(PlainDataset(paths, transform), batch_size=32):
@@ -84,21 +84,21 @@ def plain_pipeline(paths: Sequence[Path], encoder: Encoder) -> None:
 
 @torch.inference_mode()
 def one_by_one(paths: Sequence[Path], encoder: Encoder) -> None:
-    """A common way: a float tensor at full resolution, resized as such, a photo at a time."""
-    how = encoder.preprocessing
+    """Another common pipeline: one photo at a time, resized as a float tensor."""
+    preprocessing = encoder.preprocessing
+    mode = transforms.InterpolationMode(preprocessing.interpolation)
     for path in paths:
         pixels = functional.to_tensor(Image.open(path).convert("RGB"))
-        pixels = functional.resize(
-            pixels, shorter_side(how), transforms.InterpolationMode(how.interpolation), antialias=True
-        )
-        pixels = functional.normalize(functional.center_crop(pixels, how.size), how.mean, how.std)
+        pixels = functional.resize(pixels, shorter_side(preprocessing), mode, antialias=True)
+        pixels = functional.center_crop(pixels, preprocessing.size)
+        pixels = functional.normalize(pixels, preprocessing.mean, preprocessing.std)
         encoder.forward(pixels[None].to(encoder.device), encoder.module).cpu()
 
 
 def pybioclip_embedding(encoder: Encoder) -> Callable[[Sequence[Path]], None] | None:
-    """What `bioclip embed` does, by pybioclip's own code, with this encoder in the place of the one that it downloads.
+    """The code of pybioclip's `bioclip embed`, with this encoder instead of the one that it downloads.
 
-    None where pybioclip is not installed, or the encoder does not see its 224 pixels.
+    None if pybioclip is not installed, or if the input of the encoder is not 224 pixels as in pybioclip.
     """
     try:
         from bioclip._constants import DEFAULT_BATCH_SIZE
@@ -110,7 +110,7 @@ def pybioclip_embedding(encoder: Encoder) -> Callable[[Sequence[Path]], None] | 
 
     class Offline(BaseClassifier):
         def load_pretrained_model(self, **_) -> None:
-            # It knows no half precision.
+            # pybioclip does not support half precision.
             self.model = SimpleNamespace(encode_image=copy.deepcopy(encoder.module).float())
             self.preprocess = preprocess_img
 
@@ -125,11 +125,11 @@ def pybioclip_embedding(encoder: Encoder) -> Callable[[Sequence[Path]], None] | 
 
 
 def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
-    """A row per size of photo: photos per second of the parts, of the whole, and of other ways."""
+    """One row per size of photo: photos per second of the parts, of the whole, and of other pipelines."""
     size, on_cpu, rows = encoder.preprocessing.size, encoder.device.type == "cpu", []
     batch = torch.randint(0, 256, (encoder.batch_size, 3, size, size), dtype=torch.uint8)
     plain, every = [VIEWS["plain"]], [view for name, view in VIEWS.items() if name != "larger"]  # at one size
-    batches = [batch] * 6  # as many photos as the whole is measured on: the best of short spells flatters
+    batches = [batch] * 6  # about as many photos as the whole is measured on; short runs seem faster than they are
     forward = best_rate(6 * len(batch), lambda: [encoder.embed(each, plain) for each in batches])
     all_views = best_rate(len(batch), lambda: encoder.embed(batch, every))
     pybioclip = pybioclip_embedding(encoder)
@@ -143,7 +143,7 @@ def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
             )
         whole = best_rate(len(paths), lambda rows=observations: embed_observations(encoder, rows, ["plain"]))
         few = paths[:count]
-        # On a CPU decode and forward share the cores; beside a GPU they overlap.
+        # On a CPU, decoding and the forward pass share the cores; beside a GPU they overlap.
         limit = 1 / (1 / decode + 1 / forward) if on_cpu else min(decode, forward)
         rows.append(
             {
@@ -151,7 +151,7 @@ def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
                 "decode": decode,
                 "forward": forward,
                 "end_to_end": whole,
-                "share_of_limit": whole / limit,
+                "fraction_of_limit": whole / limit,
                 "plain_pipeline": best_rate(len(few), lambda few=few: plain_pipeline(few, encoder)),
                 "one_by_one": best_rate(len(few), lambda few=few: one_by_one(few, encoder)),
                 "pybioclip": best_rate(len(few), lambda few=few: pybioclip(few)) if pybioclip else None,
@@ -165,14 +165,14 @@ def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
 def table_row(row: dict) -> str:
     """A row of the table in RESULTS.md; the last column is the time of 11 views over that of 11 forward passes."""
     cells = [f"{row[name]:.1f}" for name in ("decode", "forward", "end_to_end")]
-    cells += [f"{row['share_of_limit']:.2f}"]
+    cells += [f"{row['fraction_of_limit']:.2f}"]
     others = [row[name] for name in ("plain_pipeline", "one_by_one", "pybioclip")]
     cells += [f"{rate:.1f} ({row['end_to_end'] / rate:.1f}×)" if rate else "not here" for rate in others]
     return f"| {row['photos']} | {' | '.join(cells)} | {row['views_against_forwards']:.2f} |"
 
 
 def speed(spec: str) -> dict:
-    """The table of speeds for one encoder, with random weights where they would have to be fetched."""
+    """The table of speeds for one encoder. timm:NAME gets random weights, which need no download."""
     module, described = load_encoder(spec, pretrained=not spec.startswith("timm:"))
     devices = pick_devices()
     module.requires_grad_(False).eval()
