@@ -22,7 +22,8 @@ class Progress:
 
     def __init__(self, name: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.name, self.total, self.clock = name, total, clock
-        self.done, self.note, self.started = 0, "", clock()
+        self.done, self.note = 0, ""
+        self.started = self.updated = clock()
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self.print_lines, args=(self._finished.wait,), daemon=True)
 
@@ -38,17 +39,18 @@ class Progress:
 
     def update(self, done: int, note: str = "") -> None:
         """So many photos are done; the note goes into the line."""
-        self.done, self.note = done, note
+        self.done, self.note, self.updated = done, note, self.clock()
 
     def line(self) -> str:
         """The line for now."""
-        seconds = self.clock() - self.started
+        now, seconds = self.clock(), self.updated - self.started  # the speed is that of the batches that are complete
         parts = [f"{self.done:,} of {self.total:,} photos"] + ([self.note] if self.note else [])
         if self.done and seconds > 0:
             speed = self.done / seconds
-            parts += [f"{speed:.1f} photos/s", f"{(self.total - self.done) / speed:,.0f} s left"]
+            left = max(0, (self.total - self.done) / speed - (now - self.updated))
+            parts += [f"{speed:.{1 if speed >= 1 else 2}f} photos/s", f"{left:,.0f} s left"]
         else:
-            parts += [f"{seconds:,.0f} s so far"]
+            parts += [f"{now - self.started:,.0f} s so far"]
         return f"{self.name}: {', '.join(parts)}"
 
     def print_lines(self, wait: Callable[[float], bool]) -> None:

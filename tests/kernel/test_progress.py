@@ -27,6 +27,18 @@ def test_a_line_says_how_far_how_fast_and_how_long_still():
     clock.now = 20.0
     progress.update(1_240, "3 of 4 views")
     assert progress.line() == "bioclip on cuda:0: 1,240 of 17,840 photos, 3 of 4 views, 62.0 photos/s, 268 s left"
+    clock.now = 50.0  # the next batch takes long: the time left goes down, and the speed is that of complete batches
+    assert progress.line() == "bioclip on cuda:0: 1,240 of 17,840 photos, 3 of 4 views, 62.0 photos/s, 238 s left"
+    clock.now = 10_000.0
+    assert progress.line().endswith(", 0 s left")
+
+
+def test_a_slow_machine_has_a_speed_too():
+    clock = Clock()
+    progress = Progress("tiny", 40, clock)
+    clock.now = 32.0
+    progress.update(8)
+    assert progress.line() == "tiny: 8 of 40 photos, 0.25 photos/s, 128 s left"
 
 
 def test_there_is_a_line_every_ten_seconds_at_first_and_every_minute_after_ten(capsys):
