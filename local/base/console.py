@@ -122,7 +122,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.what, self.total, self.unit, self.clock = what, total, unit, clock
-        self.done, self.began = 0, clock()
+        self.done, self.began, self.advanced = 0, clock(), 0.0
         self._bar: tqdm | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self.report, args=(self._ended.wait,), daemon=True, name="progress")
@@ -144,7 +144,7 @@ class Progress:
 
     def advance(self, count: int = 1) -> None:
         """Another `count` units are done."""
-        self.done += count
+        self.done, self.advanced = self.done + count, self.clock()
         if self._bar:
             self._bar.update(count)
 
@@ -166,11 +166,11 @@ class Progress:
             return f"{self.what}: {clock_time(seconds)} so far"
         if not self.done:
             return f"{self.what}: 0 of {counted(self.total, self.unit)}, {clock_time(seconds)} so far"
-        each = seconds / self.done
+        each = max(self.advanced - self.began, 1e-9) / self.done  # of complete units: the next may take long
         speed = f"{1 / each:,.1f} per second" if each < 1 else f"{each:,.1f} s each"
         if not self.total:
             return f"{self.what}: {counted(self.done, self.unit)}, {speed}, {clock_time(seconds)} so far"
-        left = clock_time(max(0, self.total - self.done) * each)
+        left = clock_time(max(0, (self.total - self.done) * each - (self.clock() - self.advanced)))
         far = f"{self.done:,} of {counted(self.total, self.unit)} ({self.done / self.total:.0%})"
         return f"{self.what}: {far}, {speed}, {left} left"
 

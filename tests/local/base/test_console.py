@@ -197,6 +197,15 @@ def test_a_step_without_a_terminal_says_how_far_how_fast_and_how_long_still(caps
     ]
 
 
+def test_while_a_unit_takes_long_the_time_left_goes_down_and_the_speed_stays(capsys):
+    clock = Clock(lambda: bar.advance(50), lambda: None, lambda: None)
+    bar = Progress("embedding", 100, "photo", clock)
+    bar.report(clock.wait)
+    assert capsys.readouterr().out.splitlines() == [
+        f"embedding: 50 of 100 photos (50%), 5.0 per second, 0:{left} left" for left in ("10", "00", "00")
+    ]
+
+
 def test_a_slow_step_gives_its_seconds_per_unit_and_one_of_unknown_length_the_time_so_far(capsys):
     clock = Clock(lambda: None, lambda: bar.advance(1), lambda: None)
     bar = Progress("selecting the bank", unit="candidate", clock=clock)
@@ -204,7 +213,7 @@ def test_a_slow_step_gives_its_seconds_per_unit_and_one_of_unknown_length_the_ti
     assert capsys.readouterr().out.splitlines() == [
         "selecting the bank: 0:10 so far",
         "selecting the bank: 1 candidate, 20.0 s each, 0:20 so far",
-        "selecting the bank: 1 candidate, 30.0 s each, 0:30 so far",
+        "selecting the bank: 1 candidate, 20.0 s each, 0:30 so far",
     ]
 
 
