@@ -155,7 +155,7 @@ def _render(introduction: str, sections: Sequence[Section]) -> str:
         name = section.title if parts == 1 else f"{section.title}, part {part} of {parts}"
         docstring = section.docstring if part == parts else ""  # the last part is what the docstring tells of
         headers.append(_header(name, docstring))
-        contents.append((name, re.split(r"[:\n]|\.$", section.docstring, maxsplit=1, flags=re.MULTILINE)[0]))
+        contents.append((name, re.split(r"[:\n]|\.(?:\s|$)", section.docstring, maxsplit=1)[0]))
     bodies = [_without_blank_ends(section.lines) for section in sections]
     opening = [*introduction.splitlines(), *([""] if introduction else []), "Contents, by line:"]
     width = max((len(name) for name, _ in contents), default=0)

@@ -41,7 +41,7 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
         commit: of kernel/.
 
     Raises:
-        InputError: a bank's file is damaged, or of an earlier version.
+        InputError: the file of a bank is damaged, or of an earlier version.
     """
     manifest = weights.manifest
     members, spec = manifest.members, manifest.competition
@@ -71,7 +71,12 @@ def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
     yield "views", f"{len(member.views)}{first}: {', '.join(member.views)}"
     if member.pooling != "mean":
         yield "pooling", f"{member.pooling} over an observation's photos, in the place of the mean"
-    banks = list(describe_banks(folder / member.bank))
+    try:
+        banks = list(describe_banks(folder / member.bank))
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"the bank of the run {member.run or member.name} is not of this version ({shorten(error)}): train it again"
+        ) from error
     methods = [f"{member.recipe.get('matcher', 'bank')}"] * len(banks)
     if member.recipe.get("nearest_neighbour_weight"):
         methods[-1] = "nearest neighbour"
@@ -85,28 +90,23 @@ def describe_banks(path: Path) -> Iterator[str]:
     """Each bank of a file in words; only its shapes and scalars are read, without torch.
 
     Raises:
-        InputError: the file is damaged, or of an earlier version.
+        SafetensorError, OSError: the file is damaged, or of an earlier version.
     """
-    try:
-        with safe_open(path, "numpy") as file:
-            names = list(file.keys())
-            banks = sum(name.endswith(".prototypes") for name in names)
-            for index in range(banks):
-                scalars = {
-                    name: float(file.get_tensor(f"{index}.{name}"))
-                    for name in ("logit_scale", "mixture_weight", "transduction")
-                }
-                prototypes, features = file.get_slice(f"{index}.prototypes").get_shape()
-                layers = sum(name.startswith(f"{index}.layers.") and name.endswith(".weight") for name in names)
-                parts = [
-                    f"{counted(prototypes, 'prototype')} of {counted(features, 'feature')}",
-                    *([f"after {counted(layers, 'layer')}"] if layers else []),
-                    f"logit_scale {scalars['logit_scale']:.3g}",
-                ]
-                if scalars["transduction"]:
-                    parts.append(f"transduction {scalars['transduction']:.3g}")
-                if banks > 1:
-                    parts.append(f"{scalars['mixture_weight']:.0%} of the probability")
-                yield ", ".join(parts)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a bank of this version ({shorten(error)}): train again") from error
+    with safe_open(path, "numpy") as file:
+        names = list(file.keys())
+        banks = sum(name.endswith(".prototypes") for name in names)
+        for index in range(banks):
+            logit_scale, mixture_weight, transduction = (
+                float(file.get_tensor(f"{index}.{name}")) for name in ("logit_scale", "mixture_weight", "transduction")
+            )
+            prototypes, features = file.get_slice(f"{index}.prototypes").get_shape()
+            layers = sum(name.startswith(f"{index}.layers.") and name.endswith(".weight") for name in names)
+            parts = [f"{counted(prototypes, 'prototype')} of {counted(features, 'feature')}"]
+            if layers:
+                parts.append(f"after {counted(layers, 'layer')}")
+            parts.append(f"logit_scale {logit_scale:.3g}")
+            if transduction:
+                parts.append(f"transduction {transduction:.3g}")
+            if banks > 1:
+                parts.append(f"{mixture_weight:.0%} of the probability")
+            yield ", ".join(parts)

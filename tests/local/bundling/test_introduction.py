@@ -72,5 +72,7 @@ def test_a_bank_that_cannot_be_read_is_named_in_one_line(tmp_path, tensors):
         save_file(tensors, tmp_path / "bank.safetensors")
     else:
         (tmp_path / "bank.safetensors").write_bytes(b"12345678")
-    with pytest.raises(InputError, match=r"bank\.safetensors is not a bank of this version [^\n]*: train again$"):
-        introduction(tmp_path, member())
+    with pytest.raises(
+        InputError, match=r"^the bank of the run mine is not of this version \([^\n]*\): train it again$"
+    ):
+        introduction(tmp_path, member(run="mine"))
