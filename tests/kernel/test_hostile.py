@@ -198,7 +198,7 @@ def test_unreadable_photos_are_counted_by_cause_and_cost_only_themselves(hidden,
 
 
 @pytest.mark.parametrize(("is_rerun", "code"), [(False, 2), (True, 0)])
-def test_when_most_photos_are_unreadable_the_visible_run_fails_and_the_rerun_stands(hidden, tmp_path, is_rerun, code):
+def test_when_most_photos_are_unreadable_the_visible_run_fails_and_the_rerun_succeeds(hidden, tmp_path, is_rerun, code):
     for path in hidden[:6]:
         path.unlink()
     rerun = {"KAGGLE_IS_COMPETITION_RERUN": "1"} if is_rerun else {}

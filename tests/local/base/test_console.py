@@ -23,7 +23,7 @@ from tests.conftest import ROOT, command
 
 COMMANDS = [
     "bundle",
-    "kernel.__main__",
+    "kernel.start",
     *(f"local.{path.stem}" for path in sorted((ROOT / "local").glob("*.py")) if "run(main)" in path.read_text("utf-8")),
 ]
 
@@ -54,7 +54,7 @@ def test_no_flag_of_a_command_can_be_abbreviated(name, monkeypatch):
 
 
 def test_all_commands_are_looked_at():
-    assert {"bundle", "kernel.__main__", "local.publish", "local.benchmark"} <= set(COMMANDS)
+    assert {"bundle", "kernel.start", "local.publish", "local.benchmark"} <= set(COMMANDS)
     assert len(COMMANDS) >= 11
 
 
