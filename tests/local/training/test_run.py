@@ -395,7 +395,7 @@ def test_a_disk_that_is_too_small_for_a_run_without_training_is_one_line(drawn, 
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"no file system of its own to fill: {done.stderr.strip()}")
     assert done.returncode == 2, done.stderr
-    assert re.fullmatch(r"error: the disk is full: .* run the command again, with --resume\n", done.stderr)
+    assert re.fullmatch(r"error: the disk is full: .* run the command again with --resume\n", done.stderr)
     assert not done.stdout  # found before the first photo is embedded, and nothing is left
 
 
