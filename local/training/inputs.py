@@ -68,7 +68,7 @@ def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -
     labelled = select_observations(whole, uses_val, recipe.train.subset, recipe.train.seed)
     refuse_missing(labelled)
     if recipe.train.subset:
-        say(describe_subset(whole if uses_val else whole.in_splits("train"), labelled, recipe.train.subset))
+        say(describe_subset(whole, labelled, recipe.train.subset))
     resolved = dataclasses.replace(
         recipe,
         encoder=dataclasses.replace(recipe.encoder, resolution=resolution),
