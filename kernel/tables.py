@@ -1,4 +1,4 @@
-"""Read CSV tables and ids, whatever programs have done to them since they were downloaded."""
+"""Read tables and ids: CSV files, even after other programs have changed them."""
 
 import csv
 import io

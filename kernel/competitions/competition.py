@@ -1,4 +1,4 @@
-"""What a competition is. Each competition is one object, which knows all that differs between competitions."""
+"""What a competition is: one object that knows all that differs between competitions."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
