@@ -126,17 +126,17 @@ def predict_leaderboard(evidence: Evidence, others: Sequence[Comparison], expect
     Args:
         expected: the score that the held-out observations predict; None is that of all of them, unweighted.
     """
-    layout, outcome = evidence.labelled.competition, evidence.outcome
-    value = value_of(layout.metric, evidence.truth, outcome) if expected is None else expected
-    own_noise, boards = sampling_noise(evidence, layout.metric, len(evidence.queries)), []
-    for part, observations in layout.boards(count_test_observations(evidence)).items():
+    competition, outcome = evidence.labelled.competition, evidence.outcome
+    value = value_of(competition.metric, evidence.truth, outcome) if expected is None else expected
+    own_noise, boards = sampling_noise(evidence, competition.metric, len(evidence.queries)), []
+    for part, observations in competition.boards(count_test_observations(evidence)).items():
         if observations:
-            noise = sampling_noise(evidence, layout.metric, observations)
+            noise = sampling_noise(evidence, competition.metric, observations)
             width = float(np.hypot(noise, own_noise))
             interval = Estimate(value, max(0.0, value - width), min(1.0, value + width))
-            orders = {other.run: wrong_order(other, layout.metric, observations) for other in others}
+            orders = {other.run: wrong_order(other, competition.metric, observations) for other in others}
             boards.append(Board(part, observations, noise, interval, orders))
-    return Leaderboard(layout.metric, boards)
+    return Leaderboard(competition.metric, boards)
 
 
 def count_test_observations(evidence: Evidence) -> int:
