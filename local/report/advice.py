@@ -35,8 +35,8 @@ def advice_for(observations: int, what: str, then: str) -> Advice | None:
 
 def reorder(evidence: Evidence, figures: "Figures") -> Advice | None:
     """The true class is among the ten guesses, but not the first."""
-    places = evidence.outcome.ranks
-    near, missed = ((places > 0) & (places < 10)).sum(), (places > 0).sum()
+    positions = evidence.outcome.ranks
+    near, missed = ((positions > 0) & (positions < 10)).sum(), (positions > 0).sum()
     if evidence.recipe.search.choose:
         then = "Try a stronger encoder, or an ensemble with a second run: `python bundle.py runs/A runs/B`."
     else:

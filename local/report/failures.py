@@ -255,9 +255,9 @@ def recalls_by(evidence: Evidence, groups: Sequence[str | None], order: Sequence
     """The recalls of each group of observations, in order; groups without observations are left out."""
     rows, groups = [], np.array(groups, dtype=object)
     for name in order:
-        places = evidence.outcome.ranks[groups == name]
-        if len(places):
-            rows.append(GroupRecalls(name, len(places), *(mean(places < count) for count in RECALLS.values())))
+        positions = evidence.outcome.ranks[groups == name]
+        if len(positions):
+            rows.append(GroupRecalls(name, len(positions), *(mean(positions < count) for count in RECALLS.values())))
     return rows
 
 
@@ -415,8 +415,8 @@ def focus_on(evidence: Evidence, closeup: Closeup, label: int) -> Focus:
     own, taken = evidence.truth == label, evidence.guesses == label
     ranks = []
     for rank in evidence.ranks:
-        places = evidence.rank_answers[rank.name].outcome.ranks[own]
-        recalls = [mean(places < count) if len(places) else None for count in (1, 5)]
+        positions = evidence.rank_answers[rank.name].outcome.ranks[own]
+        recalls = [mean(positions < count) if len(positions) else None for count in (1, 5)]
         ranks.append(FocusRank(rank.name, rank.names[rank.groups[label]], *recalls))
     return Focus(
         label=label,

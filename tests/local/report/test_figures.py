@@ -256,9 +256,9 @@ def test_runs_are_compared_on_the_observations_that_both_held_out(written, evide
     (found,) = written[0]["evaluation"]["against"]
     common = {query.id for query in evidence.queries} & {query.id for query in from_folds.queries}
     assert found["observations"] == len(common) > 0
-    places = {query.id: place for query, place in zip(evidence.queries, evidence.outcome.ranks, strict=True)}
-    other = {query.id: place for query, place in zip(from_folds.queries, from_folds.outcome.ranks, strict=True)}
-    gain = np.mean([(places[one] < 5) - float(other[one] < 5) for one in common])
+    positions = {query.id: position for query, position in zip(evidence.queries, evidence.outcome.ranks, strict=True)}
+    other = {query.id: position for query, position in zip(from_folds.queries, from_folds.outcome.ranks, strict=True)}
+    gain = np.mean([(positions[one] < 5) - float(other[one] < 5) for one in common])
     assert found["gain"]["recall_at_5"]["value"] == pytest.approx(gain)
 
 
