@@ -41,7 +41,7 @@ def parsers_of(name: str, monkeypatch) -> list[argparse.ArgumentParser]:
     module = importlib.import_module(name)
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     with pytest.raises(Parsed) as stopped:
-        (module.main if hasattr(module, "main") else module.parse_options)()
+        (module.parse_options if hasattr(module, "parse_options") else module.main)()
     parser = stopped.value.args[0]
     subparsers = [action.choices.values() for action in parser._actions if isinstance(action.choices, dict)]
     return [parser, *(one for choices in subparsers for one in choices)]
