@@ -29,7 +29,7 @@ def test_a_folder_without_runs_is_one_line(tmp_path):
     assert done.stderr == f"error: {tmp_path} holds no run: train one with local/train.py, or give another folder\n"
 
 
-def test_a_run_that_is_not_there_is_answered_by_those_that_are(tmp_path):
+def test_for_a_missing_run_the_existing_ones_are_listed(tmp_path):
     with pytest.raises(InputError, match=r"no such run: .*best; train one with local/train.py"):
         open_run(tmp_path / "best")
     for name in ("best", "baseline", ".other.partial"):
@@ -44,7 +44,7 @@ def test_a_run_that_is_not_there_is_answered_by_those_that_are(tmp_path):
         assert str(error.value).endswith(runs)
 
 
-def test_a_folder_of_many_runs_is_not_listed_whole(tmp_path):
+def test_of_many_runs_only_the_first_are_listed(tmp_path):
     for number in range(11):
         (tmp_path / f"{number:02}").mkdir()
         (tmp_path / f"{number:02}" / "manifest.json").touch()

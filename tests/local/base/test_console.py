@@ -1,4 +1,4 @@
-"""What every command does at its border: its flags, its output, its messages.
+"""What all commands share: flags, output, messages.
 
 python -m pytest tests/local/base/test_console.py
 """
@@ -53,7 +53,7 @@ def test_no_flag_of_a_command_can_be_abbreviated(name, monkeypatch):
         assert not parser.allow_abbrev, parser.prog
 
 
-def test_all_commands_are_looked_at():
+def test_all_commands_are_tested():
     assert {"bundle", "kernel.start", "local.publish", "local.benchmark"} <= set(COMMANDS)
     assert len(COMMANDS) >= 11
 
@@ -66,14 +66,14 @@ def test_an_abbreviated_submit_is_a_mistake_and_submits_nothing(monkeypatch, cap
     assert "unrecognized arguments: --sub" in capsys.readouterr().err
 
 
-def test_a_console_that_lacks_a_character_shows_its_escape(monkeypatch):
+def test_a_character_that_the_console_cannot_print_is_escaped(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     run(lambda: say("±0.065 … Tromsø \udcff"))
     assert stream.buffer.getvalue() == b"\\xb10.065 \\u2026 Troms\\xf8 \\udcff\n"
 
 
-def test_the_kernel_too_goes_on_where_a_console_lacks_a_character(tmp_path):
+def test_the_kernel_escapes_what_the_console_cannot_print_too(tmp_path):
     (tmp_path / "Pilzblüte").mkdir()
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     result = command("-m", "kernel", "--input", tmp_path, "--working", tmp_path / "out", env=environment)
@@ -84,7 +84,7 @@ def test_the_kernel_too_goes_on_where_a_console_lacks_a_character(tmp_path):
 
 @contextmanager
 def closed_output(monkeypatch) -> Iterator[None]:
-    """An output whose reader has gone, as `head` goes."""
+    """An output whose reader has closed it, as `head` does."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", encoding="utf-8") as stream, monkeypatch.context() as patch:
@@ -92,7 +92,7 @@ def closed_output(monkeypatch) -> Iterator[None]:
         yield
 
 
-def test_a_reader_that_goes_ends_a_command_without_a_word(monkeypatch, capfd):
+def test_a_closed_output_ends_a_command_without_a_message(monkeypatch, capfd):
     worked = []
 
     def main() -> None:
@@ -106,13 +106,13 @@ def test_a_reader_that_goes_ends_a_command_without_a_word(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_left_in_the_buffer_is_lost_without_a_word_too(monkeypatch, capfd):
+def test_the_rest_of_the_buffer_is_lost_without_a_message_too(monkeypatch, capfd):
     with closed_output(monkeypatch):
         run(lambda: print("a line that waits in the buffer"))
     assert capfd.readouterr().err == ""
 
 
-def test_a_pipe_that_breaks_elsewhere_is_a_defect_and_is_seen():
+def test_another_broken_pipe_is_a_bug_and_is_shown():
     def main() -> None:
         raise BrokenPipeError("a worker's pipe")
 
@@ -140,7 +140,7 @@ def test_a_line_that_is_too_long_ends_after_a_whole_word(words, width, short):
     assert shorten(words, width) == short
 
 
-def test_no_message_is_cut_anywhere_else():
+def test_nothing_else_cuts_a_message():
     for path in [*Path(ROOT, "kernel").rglob("*.py"), *Path(ROOT, "local").rglob("*.py"), ROOT / "bundle.py"]:
         assert ".split())[:" not in path.read_text(encoding="utf-8"), path
 
@@ -163,7 +163,7 @@ def test_a_count_has_its_noun_in_the_right_number(count, noun, says):
     assert counted(count, noun) == says
 
 
-def test_a_plural_that_no_rule_gives_is_given():
+def test_an_irregular_plural_can_be_given():
     assert counted(1, "query", "queries") == "1 query"
     assert counted(2, "query", "queries") == "2 queries"
 

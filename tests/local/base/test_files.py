@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, never a part."""
+"""Files are written atomically."""
 
 import json
 
@@ -18,7 +18,7 @@ from local.base.files import read_json, write_json, write_table, write_tensors
         (write_tensors, {"a": torch.arange(6).view(2, 3).T}, {"a": "no tensor"}),
     ],
 )
-def test_what_cannot_be_written_leaves_what_was_there(tmp_path, write, good, bad):
+def test_a_failed_write_keeps_the_old_file(tmp_path, write, good, bad):
     path = tmp_path / "made" / "file"
     write(good, path)
     before = path.read_bytes()

@@ -16,7 +16,7 @@ from local.base.repository import commit
     ],
     ids=["no git", "git refuses", "git cannot tell what changed", "git answers"],
 )
-def test_a_commit_is_unknown_where_git_is_absent_or_fails(tmp_path, monkeypatch, script, expected):
+def test_a_commit_is_unknown_without_a_working_git(tmp_path, monkeypatch, script, expected):
     if script:
         (tmp_path / "git").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "git").chmod(0o755)

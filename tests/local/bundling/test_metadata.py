@@ -1,4 +1,4 @@
-"""kernel-metadata.json is checked against Kaggle's rules before Kaggle sees it.
+"""kernel-metadata.json is checked against Kaggle's rules before it is sent.
 
 python -m pytest tests/local/publishing/test_metadata.py
 """
@@ -41,11 +41,11 @@ def refusal(path: Path) -> str:
     return str(refused.value)
 
 
-def test_the_repositorys_own_file_passes_and_comes_back_whole() -> None:
+def test_the_file_of_the_repository_passes() -> None:
     assert read_kernel_metadata(OWN) == json.loads(OWN.read_text(encoding="utf-8"))
 
 
-def test_an_owner_is_filled_in_for_the_placeholder_and_one_that_is_written_stays(tmp_path: Path) -> None:
+def test_the_owner_replaces_the_placeholder_and_no_other_name(tmp_path: Path) -> None:
     metadata = read_kernel_metadata(metadata_file(tmp_path))
     assert not has_owner(metadata)
     assert with_owner(metadata, None) == metadata
@@ -59,12 +59,12 @@ def test_an_owner_is_filled_in_for_the_placeholder_and_one_that_is_written_stays
 
 
 @pytest.mark.parametrize("owner", ["Ann Lee", "ann/lee", "ann@example.org", "-ann"])
-def test_what_cannot_be_a_kaggle_name_is_refused(tmp_path: Path, owner: str) -> None:
+def test_an_impossible_kaggle_name_is_refused(tmp_path: Path, owner: str) -> None:
     with pytest.raises(InputError, match=re.escape(repr(owner))):
         with_owner(read_kernel_metadata(metadata_file(tmp_path)), owner)
 
 
-def test_the_bundles_folder_gets_what_kaggles_client_reads_there(tmp_path: Path) -> None:
+def test_the_metadata_that_kaggles_client_reads_is_written_into_the_bundle(tmp_path: Path) -> None:
     metadata = with_owner(read_kernel_metadata(metadata_file(tmp_path)), "ann")
     write_metadata(tmp_path / "build", metadata)
     written = json.loads((tmp_path / "build" / "kernel-metadata.json").read_text())
@@ -85,7 +85,7 @@ def test_the_bundles_folder_gets_what_kaggles_client_reads_there(tmp_path: Path)
         {"enable_tpu": ABSENT, "machine_shape": ABSENT, "kernel_sources": ABSENT, "model_sources": ABSENT},
     ],
 )
-def test_what_kaggle_takes_passes(tmp_path: Path, changes: dict) -> None:
+def test_metadata_that_kaggle_accepts_passes(tmp_path: Path, changes: dict) -> None:
     path = metadata_file(tmp_path, **changes)
     assert read_kernel_metadata(path) == json.loads(path.read_text(encoding="utf-8"))
 
@@ -136,22 +136,20 @@ def test_what_kaggle_takes_passes(tmp_path: Path, changes: dict) -> None:
         ("competition_sources", None),
     ],
 )
-def test_a_broken_rule_is_one_line_that_names_the_file_the_key_and_what_it_must_be(
-    tmp_path: Path, key: str, value: object
-) -> None:
+def test_a_broken_rule_is_reported_with_file_key_and_rule_in_one_line(tmp_path: Path, key: str, value: object) -> None:
     path = metadata_file(tmp_path, **{key: value})
     message = refusal(path)
     assert message.startswith(f"{path}: {key} is {None if value is ABSENT else value!r}: it must be ")
 
 
-def test_the_title_must_have_the_slug_of_the_id_since_kaggle_renames_the_kernel_by_it(tmp_path: Path) -> None:
+def test_the_title_must_have_the_slug_of_the_id(tmp_path: Path) -> None:
     message = refusal(metadata_file(tmp_path, title="Few shots of species"))
     assert "'few-shot-species'" in message
     assert "'few-shots-of-species'" in message
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b'{"id": "\xff"}', b"[]", b'"text"', b"null"])
-def test_a_file_that_holds_no_json_object_is_refused_with_its_path(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_json_object_is_refused_with_its_path(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "kernel-metadata.json"
     path.write_bytes(content)
     assert str(path) in refusal(path)
@@ -162,7 +160,7 @@ def test_a_missing_file_is_refused_with_its_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("slug", ["weight", "few-shot-species-weights", "w" * 50, "5-shots-2025"])
-def test_the_datasets_metadata_obeys_kaggles_rules(tmp_path: Path, slug: str) -> None:
+def test_the_metadata_of_the_dataset_follows_kaggles_rules(tmp_path: Path, slug: str) -> None:
     metadata = read_kernel_metadata(metadata_file(tmp_path, dataset_sources=[f"Ann/{slug}", "bob/another"]))
     dataset = dataset_metadata(metadata)
     assert set(dataset) == {"title", "id", "licenses"}

@@ -55,7 +55,7 @@ def install(tmp_path, monkeypatch):
     return install
 
 
-def test_a_wheel_holds_the_librarys_own_files_and_a_record_of_them(install, tmp_path):
+def test_a_wheel_contains_the_files_of_the_library_and_their_record(install, tmp_path):
     install()
     wheel = make_wheel("tiny-library", "1.2", tmp_path / "wheels")
     assert wheel == tmp_path / "wheels" / "tiny_library-1.2-py3-none-any.whl"
@@ -98,7 +98,7 @@ def test_the_same_files_give_the_same_bytes_whenever_they_were_installed(install
     ],
     ids=["another version", "absent", "impure", "of one machine", "no wheel", "compiled", "damaged", "editable", "new"],
 )
-def test_what_is_no_wheel_of_that_version_is_refused_in_one_line(install, tmp_path, name, version, changes, says):
+def test_a_library_that_cannot_be_bundled_is_refused_in_one_line(install, tmp_path, name, version, changes, says):
     install(**changes)
     with pytest.raises(InputError) as refused:
         make_wheel(name, version, tmp_path / "wheels")
@@ -113,7 +113,7 @@ def run(name: str, library: str, packages: dict[str, str], timm: str) -> Weights
     return Weights(Path(name), manifests.manifest(members=(member,)))
 
 
-def test_a_timm_travels_when_it_is_newer_than_kaggles_and_open_clip_always():
+def test_timm_is_bundled_if_it_is_newer_than_kaggles_and_open_clip_always():
     image, newer = IMAGE["timm"], IMAGE["timm"] + ".1"
     clip = {"open_clip_torch": "3.3.0", "ftfy": "6.3.1"}
     assert needed_wheels([run("a", "timm", {"timm": image}, image)]) == {}

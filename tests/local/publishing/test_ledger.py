@@ -1,4 +1,4 @@
-"""The ledger keeps what was submitted, and does not take noise for a gain.
+"""The ledger stores every submission, and distinguishes a gain from noise.
 
 python -m pytest tests/local/publishing/test_ledger.py
 """
@@ -48,12 +48,12 @@ def row(version: int, public: str = "", **more: str) -> Submission:
     return Submission(**values)
 
 
-def test_the_noise_of_fungiclefs_public_leaderboard_is_six_and_a_half_points_at_a_half() -> None:
+def test_at_one_half_the_noise_of_fungiclefs_public_leaderboard_is_six_and_a_half_points() -> None:
     assert half_interval("recall_at_5", 0.5, 226) == pytest.approx(0.065, abs=0.0005)
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", ""])
-def test_the_noise_of_what_is_no_fraction_of_observations_is_not_known(metric: str) -> None:
+def test_only_a_recall_has_known_noise(metric: str) -> None:
     assert half_interval(metric, 0.5, 226) is None
     [line] = compare_submissions([row(1, "0.5000", metric=metric), row(2, "0.5100", metric=metric)])
     assert line.startswith("run2 (v2) is +0.010 compared with run1 (v1); the noise of ")
@@ -77,7 +77,7 @@ def test_fungiclefs_public_score_is_of_226_observations(monkeypatch) -> None:
     assert make_submission(bundle_of(competition_named("fungitastic"), 999), 1).observations == "999"
 
 
-def test_a_submission_is_one_row_that_learns_its_scores(tmp_path: Path) -> None:
+def test_a_submission_is_one_row_that_is_updated_with_its_scores(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "submissions.csv"
     assert read_ledger(path) == []
     save_submission(row(1), path)
@@ -89,7 +89,7 @@ def test_a_submission_is_one_row_that_learns_its_scores(tmp_path: Path) -> None:
     assert [path.name for path in path.parent.iterdir()] == ["submissions.csv"]
 
 
-def test_another_table_is_not_taken_for_a_ledger_and_stays(tmp_path: Path) -> None:
+def test_another_table_is_refused_and_not_changed(tmp_path: Path) -> None:
     path = tmp_path / "submissions.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="lacks the column"):
@@ -97,7 +97,7 @@ def test_another_table_is_not_taken_for_a_ledger_and_stays(tmp_path: Path) -> No
     assert path.read_text() == "a,b\n1,2\n"
 
 
-def test_a_gain_inside_the_noise_is_called_so_and_one_beyond_it_is_not() -> None:
+def test_a_gain_is_reported_as_within_or_beyond_the_noise() -> None:
     rows = [row(1, "0.5000"), row(2), row(3, "0.5600"), row(4, "0.4300"), row(5, "0.6400")]
     inside, worse, beyond = compare_submissions(rows)
     assert inside.startswith("run3 (v3) is +0.060 compared with run1 (v1); warning: within the noise")
@@ -108,16 +108,16 @@ def test_a_gain_inside_the_noise_is_called_so_and_one_beyond_it_is_not() -> None
 
 
 @pytest.mark.parametrize("public", ["nan", "inf", "–"])
-def test_a_public_score_that_is_no_finite_number_is_compared_with_nothing(public: str) -> None:
+def test_a_score_that_is_not_finite_is_not_compared(public: str) -> None:
     (line,) = compare_submissions([row(1, public), row(2, "0.5000"), row(3, public), row(4, "0.6400")])
     assert line.startswith("run4 (v4) is +0.140 compared with run2 (v2); beyond")
 
 
-def test_competitions_are_compared_with_themselves_alone() -> None:
+def test_submissions_to_different_competitions_are_not_compared() -> None:
     assert compare_submissions([row(1, "0.5"), row(2, "0.9", competition="herbarium-2020-fgvc7")]) == []
 
 
-def test_the_command_prints_the_ledger_warns_and_draws(tmp_path: Path) -> None:
+def test_the_command_prints_the_ledger_with_warnings_and_plots_it(tmp_path: Path) -> None:
     path = tmp_path / "submissions.csv"
     for one in (row(1, "0.5000", private="0.4880"), row(2, "0.5100", local="", low="", high=""), row(3)):
         save_submission(one, path)
@@ -137,7 +137,7 @@ def test_an_empty_ledger_says_how_to_fill_it(tmp_path: Path) -> None:
     assert "local/publish.py --submit" in result.stdout
 
 
-def test_a_picture_is_drawn_of_what_has_both_scores_in_several_competitions(tmp_path: Path) -> None:
+def test_submissions_with_both_scores_are_plotted(tmp_path: Path) -> None:
     rows = [row(1, "0.5"), row(2, "0.6", competition="other", low="", high="", metric="macro_f1"), row(3)]
     assert plot_submissions(rows, tmp_path / "plot.png") == 2
     assert plot_submissions(rows[2:], tmp_path / "none.png") == 0

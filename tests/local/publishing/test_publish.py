@@ -152,7 +152,7 @@ def test_a_dataset_that_kaggle_cannot_process_is_sent_again_by_the_next_command(
 
 
 @pytest.mark.parametrize("state", ["ERROR", "CANCEL_ACKNOWLEDGED"])
-def test_a_run_that_fails_shows_the_end_of_its_log_and_the_next_command_pushes_again(world, state, capsys):
+def test_a_failed_run_shows_the_end_of_its_log_and_is_pushed_again_by_the_next_command(world, state, capsys):
     pieces = [{"stream_name": "stderr", "time": 1.0, "data": f"line {number}\n"} for number in range(50)]
     world.kaggle.running, world.kaggle.log = ["RUNNING", state], json.dumps(pieces)
     message = world.refusal(submits=True)
