@@ -26,7 +26,7 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.base.console import command_parser, run, say
+from local.base.console import Progress, command_parser, run, say
 from local.base.files import write_json, write_text
 from local.base.run_folder import require_answers
 from local.base.runs import open_run
@@ -52,7 +52,8 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
     from local.report.figures import compute_figures
     from local.report.page import render
 
-    evidence = read_evidence(folder, data)
+    with Progress("reading the run and its data"):
+        evidence = read_evidence(folder, data)
     figures = compute_figures(evidence, others, focus)
     page = render(figures, data)
     by_training = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

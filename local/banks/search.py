@@ -20,6 +20,7 @@ from local.banks.estimators import (
 )
 from local.banks.folds import FOLDS, macro_weights, shot_weights
 from local.banks.projection import ProjectionEnsemble
+from local.base.console import progress
 from local.base.metrics import GUESSES, gained, mean_recall
 from local.data.taxonomy import Taxonomy
 from local.recipes.settings import CANDIDATES, VIEW_GROUPS, BankSettings
@@ -393,6 +394,15 @@ def coordinate_ascent(
     return settings
 
 
+def most_candidates(settings: BankSettings, choose: Sequence[str]) -> int:
+    """How many candidates `coordinate_ascent` evaluates at most."""
+    groups = len(VIEW_GROUPS)
+    one_pass = sum(groups * (groups + 1) // 2 if key == "views" else len(CANDIDATES[key]) for key in choose)
+    if settings.matcher == "head" and "matcher" in choose:
+        return 2 * 2 * (one_pass - len(CANDIDATES["matcher"])) + 1
+    return 2 * one_pass
+
+
 def add_views(settings: BankSettings, all_views: Sequence[str], best_of: Callable) -> BankSettings:
     """Add the group of views that gains most, then the next, until none gains; so the most useful views come first."""
     while True:
@@ -426,7 +436,7 @@ def nested_predictions(search: Search, settings: BankSettings, choose: Sequence[
     rng = np.random.default_rng(search.seed)
     part = rng.permutation(len(search.truth)) % FOLDS
     top = np.zeros_like(search.evaluate(settings).top)
-    for number in range(FOLDS):
+    for number in progress(range(FOLDS), "evaluating the selection", unit="part"):
         chosen = coordinate_ascent(search, settings, choose, part != number)
         top[part == number] = search.evaluate(chosen).top[part == number]
     return top

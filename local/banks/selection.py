@@ -15,8 +15,8 @@ from kernel.inputs import shorten
 from kernel.metadata_prior import MetadataPrior
 from local.banks.folds import make_folds
 from local.banks.metadata_prior import PriorEstimator
-from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, nested_predictions
-from local.base.console import counted, say
+from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, most_candidates, nested_predictions
+from local.base.console import Progress, counted, say
 from local.base.files import write_tensors
 from local.base.metrics import describe, held_out_scores
 from local.data.cache import EmbeddingCache
@@ -224,15 +224,19 @@ class BankSelection:
         )
         settings, candidates, top = self.settings, [], None
         if self.choose:
+            with Progress("selecting the bank", most_candidates(settings, self.choose), "candidate") as bar:
 
-            def note(row: dict) -> None:
-                candidates.append(row)
-                say(describe_candidate(row))  # at once: with thousands of classes the selection takes minutes
+                def note(row: dict) -> None:
+                    candidates.append(row)
+                    say(describe_candidate(row))  # at once: with thousands of classes the selection takes minutes
+                    bar.advance()
 
-            settings = coordinate_ascent(search, settings, self.choose, np.ones(len(search.truth), dtype=bool), note)
+                every_query = np.ones(len(search.truth), dtype=bool)
+                settings = coordinate_ascent(search, settings, self.choose, every_query, note)
             say("chosen: " + "  ".join(f"{key} = {getattr(settings, key)}" for key in self.choose))
             top = nested_predictions(search, self.settings, self.choose)
-        evaluation = search.evaluate(settings)
+        with Progress("evaluating the bank on the held-out observations"):
+            evaluation = search.evaluate(settings)
         scores = self._score(search, evaluation.top if top is None else top)
         ids = self.labelled.ids
         answers = HeldOutAnswers(

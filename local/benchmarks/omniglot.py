@@ -81,7 +81,7 @@ def run_episodes(embeddings: np.ndarray, classes: np.ndarray, ways: int, shots: 
     """(EPISODES,) accuracies of QUERIES drawings of each of `ways` characters, by the means of `shots` others."""
     rng, accuracies = np.random.default_rng(0), []
     members = [np.flatnonzero(classes == index) for index in range(classes.max() + 1)]
-    for _ in progress(range(EPISODES), f"{ways} ways, {shots} shots"):
+    for _ in progress(range(EPISODES), f"{ways} ways, {shots} shots", unit="episode"):
         drawn = [rng.permutation(members[index])[: shots + QUERIES] for index in rng.permutation(len(members))[:ways]]
         support, queries = (np.stack([own[part] for own in drawn]) for part in (slice(shots), slice(shots, None)))
         prototypes = l2_normalize(l2_normalize(embeddings[support]).mean(axis=1))

@@ -36,7 +36,7 @@ def best_rate(photos: int, work: Callable[[], object]) -> float:
     """Photos per second in the fastest of REPEATS runs, after a run to warm up."""
     work()
     seconds = []
-    for _ in range(REPEATS):
+    for _ in progress(range(REPEATS), "measuring", unit="repeat"):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
@@ -46,7 +46,7 @@ def best_rate(photos: int, work: Callable[[], object]) -> float:
 def draw_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
     """Write photos of generated fungi as JPEG."""
     paths = []
-    for number in progress(range(count), f"drawing {size[0]}x{size[1]}"):
+    for number in progress(range(count), f"drawing {size[0]}x{size[1]}", unit="photo"):
         path = folder / f"{size[0]}-{number}.jpg"
         draw(traits("Amanitaceae", "Amanita", str(number)), number, number, size).save(path, quality=88)
         paths.append(path)

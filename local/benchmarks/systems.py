@@ -135,7 +135,7 @@ def train_and_predict(
         # Keeps the batch statistics of the pretrained encoder, which a few photos would spoil.
         set_training_mode(encoder.module, pretrained=True)
         heads.train()
-        for photos, labels in progress(batches, f"epoch {epoch + 1}"):
+        for photos, labels in progress(batches, f"epoch {epoch + 1}", unit="batch"):
             embedded = embed_batch(encoder, photos)
             targets_of_heads = zip(heads, labels.T[-len(heads) :].to(encoder.device), strict=True)
             loss = sum(criterion(head(embedded), target) for head, target in targets_of_heads)
@@ -169,7 +169,8 @@ def photo_means(encoder: Encoder, part: LabelledObservations, classes: np.ndarra
     encoder.module.eval()
     totals = torch.zeros(int(classes.max()) + 1, encoder.features)
     counts = torch.zeros(len(totals), 1)
-    for owners, photos in load_batches(encoder, part.observations, []):
+    batches = load_batches(encoder, part.observations, [])
+    for owners, photos in progress(batches, "embedding the training photos", unit="batch"):
         index = torch.tensor(classes[list(owners)])
         totals.index_add_(0, index, embed_batch(encoder, photos).cpu())
         counts.index_add_(0, index, torch.ones(len(index), 1))
@@ -182,7 +183,7 @@ def predict(
 ) -> list[torch.Tensor]:
     """For each head (queries, classes) probabilities in one view, averaged over photos."""
     totals = [torch.zeros(len(queries), size) for size in sizes]
-    for owners, photos in load_batches(encoder, queries, []):
+    for owners, photos in progress(load_batches(encoder, queries, []), "embedding the test photos", unit="batch"):
         embedded = embed_batch(encoder, photos)
         for total, head in zip(totals, heads, strict=True):
             total.index_add_(0, torch.tensor(owners), head(embedded).softmax(dim=1).cpu())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from local.base.console import Progress
+from local.base.console import progress
 from local.report.advice import Advice, advise
 from local.report.closeup import Closeup, Example, Map, UnreadablePhoto
 from local.report.comparison import Comparison, Leaderboard, compare_with, predict_leaderboard
@@ -99,9 +99,8 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
     """
     labels = [label for name in focus for label in find_classes(evidence, name)]
     closeup = Closeup(evidence)
-    with Progress("computing the figures"):
-        figures = fill_sections(evidence, closeup, others, labels, trace_origin(evidence, others, focus))
-        return replace(figures, advice=advise(evidence, figures))
+    figures = fill_sections(evidence, closeup, others, labels, trace_origin(evidence, others, focus))
+    return replace(figures, advice=advise(evidence, figures))
 
 
 def fill_sections(
@@ -112,6 +111,27 @@ def fill_sections(
     headline = score_answers(evidence.truth, evidence.log_probabilities, evidence.weights, is_macro)
     against = [compare_with(evidence, run) for run in others]
     expected = getattr(headline, evidence.labelled.competition.metric).value
+    sections = {
+        "unweighted": lambda: None if is_even else score_answers(evidence.truth, evidence.log_probabilities),
+        "leaderboard": lambda: predict_leaderboard(evidence, against, expected),
+        "ranks": lambda: [score_rank(evidence, rank) for rank in evidence.ranks],
+        "hierarchy": lambda: score_hierarchy(evidence),
+        "groups": lambda: score_groups(evidence),
+        "species": lambda: score_classes(evidence, closeup),
+        "confusions": lambda: [confuse_groups(evidence, rank) for rank in evidence.ranks],
+        "mistaken": lambda: list_confusions(evidence),
+        "pairs": lambda: commonest_mistakes(evidence, closeup),
+        "deadly": lambda: find_deadly(evidence, closeup),
+        "focus": lambda: [focus_on(evidence, closeup, label) for label in labels],
+        "unreadable": closeup.unreadable,
+        "trust": lambda: measure_trust(evidence, closeup),
+        "map": closeup.map,
+        "training": lambda: read_training(evidence),
+    }
+    # With thousands of classes a section may take half a minute.
+    computed = {
+        name: compute() for name, compute in progress(sections.items(), "computing the figures", unit="section")
+    }
     best, worst = closeup.best_and_worst()
     return Figures(
         run=evidence.run.name,
@@ -122,26 +142,12 @@ def fill_sections(
         query_classes=len(np.unique(evidence.truth)),
         reference_observations=int(evidence.reference.sum()),
         headline=headline,
-        unweighted=None if is_even else score_answers(evidence.truth, evidence.log_probabilities),
         is_macro=is_macro,
         validation=dict(evidence.manifest.members[0].validation),
         chosen=list(evidence.recipe.search.choose),
         against=against,
-        leaderboard=predict_leaderboard(evidence, against, expected),
-        ranks=[score_rank(evidence, rank) for rank in evidence.ranks],
-        hierarchy=score_hierarchy(evidence),
-        groups=score_groups(evidence),
-        species=score_classes(evidence, closeup),
-        confusions=[confuse_groups(evidence, rank) for rank in evidence.ranks],
-        mistaken=list_confusions(evidence),
-        pairs=commonest_mistakes(evidence, closeup),
-        deadly=find_deadly(evidence, closeup),
-        focus=[focus_on(evidence, closeup, label) for label in labels],
         best=best,
         worst=worst,
-        unreadable=closeup.unreadable(),
-        trust=measure_trust(evidence, closeup),
-        map=closeup.map(),
-        training=read_training(evidence),
         origin=origin,
+        **computed,
     )

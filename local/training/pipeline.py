@@ -9,7 +9,7 @@ from kernel.inputs import InputError
 from kernel.photos import UNREADABLE_FILE, write_unreadable
 from local.banks.estimators import expand_to_classes
 from local.banks.selection import BankSelection, plan_bank
-from local.base.console import say
+from local.base.console import Progress, say
 from local.base.files import write_json
 from local.base.run_folder import CACHE
 from local.data.observations import Split, split_for_validation
@@ -37,10 +37,12 @@ def make_run(recipe: Recipe, data: Path, out: Path, uses_val: bool, resumes: boo
 def load(recipe: Recipe, data: Path, out: Path, uses_val: bool) -> Inputs:
     """Load the encoder and the data, and check all that can be checked before the first photo is embedded."""
     checkpoints = partial_of(out) / CHECKPOINTS
-    inputs = load_inputs(recipe, data, uses_val, checkpoints)
+    with Progress("loading the encoder and the data"):
+        inputs = load_inputs(recipe, data, uses_val, checkpoints)
     refuse_other_checkpoints(out, inputs.recipe, inputs.data_sha256)
     if is_first():
-        with full_disk_named(checkpoints), memory_named("opening the encoder as the kernel will", checkpoints):
+        what = "opening the encoder as the kernel will"
+        with Progress(what), full_disk_named(checkpoints), memory_named(what, checkpoints):
             refuse_unopenable(inputs, out)
     return move_to_device(inputs, checkpoints)
 
