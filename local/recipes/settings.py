@@ -238,7 +238,7 @@ class SearchSettings:
 class TrainSettings:
     """What is trained, on which observations, and with which loss."""
 
-    epochs: int = setting(0, "Epochs in which the encoder is trained. 0: keep it as it came.", least=0)
+    epochs: int = setting(0, "Epochs in which the encoder is trained. 0: do not train it.", least=0)
     seed: int = setting(
         0, "Of everything random: initial weights, splits, batches, augmentation.", least=0, most=2**32 - 1
     )
@@ -321,7 +321,7 @@ class AugmentSettings:
 class OptimSettings:
     """The optimizer and the learning rate."""
 
-    optimizer: str = setting("adamw", "As timm names it.", choices=("adamw", "adam", "sgd"))
+    optimizer: str = setting("adamw", "sgd has Nesterov momentum.", choices=("adamw", "adam", "sgd"))
     learning_rate: float = setting(1e-4, "Peak learning rate.", above=0)
     layer_decay: float = setting(
         1.0, "Factor of the learning rate from each layer to the one below it.", above=0, most=1

@@ -15,7 +15,7 @@ from local.banks.estimators import class_means_bank
 from local.banks.search import evaluate_predictions
 from local.base import distributed
 from local.base.metrics import GUESSES, macro_f1
-from local.data.observations import LabelledObservations, encode_labels, sort_ids
+from local.data.observations import LabelledObservations, encode_labels
 from local.data.photos import check_readable
 
 MONITOR_NAMES = {"recalls": "the mean of Recall@1, 5 and 10"}  # where the setting's own name says too little
@@ -73,7 +73,7 @@ class Evaluator:
             NoUsableEmbedding: no training observation has a finite embedding.
         """
         encoder.module.eval()
-        classes, has_embedding = sort_ids(self.train.class_ids), None
+        classes, has_embedding = self.train.classes, None
         if bank is None:
             embeddings = self.embed(encoder, self.train.observations, f"{what}, training photos")
             has_embedding = (embeddings.norm(dim=1) > 0).numpy()

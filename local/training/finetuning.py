@@ -20,7 +20,7 @@ from local.banks.estimators import ABSENT
 from local.base import distributed
 from local.base.console import counted, say
 from local.base.files import write_tensors
-from local.data.observations import LabelledObservations, encode_labels, sort_ids
+from local.data.observations import LabelledObservations, Split, encode_labels
 from local.recipes.recipe import Recipe
 from local.recipes.settings import EncoderSettings
 from local.training.adaptation import copy_state
@@ -42,28 +42,6 @@ from local.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class TuningData:
-    """What an encoder is trained on and evaluated by.
-
-    Attributes:
-        rank_groups: see `Head`, for the classes of `train` in the order of `sort_ids`.
-        sha256: of the data, by which a training that is resumed knows them again.
-    """
-
-    train: LabelledObservations
-    validation: LabelledObservations
-    rank_groups: Sequence[np.ndarray | None] = ()
-    sha256: str = ""
-
-    def where(self, is_kept: np.ndarray) -> "TuningData":
-        """The data without the training observations where `is_kept`, (observations,) bool, is false."""
-        train, before = self.train.subset(is_kept), sort_ids(self.train.class_ids)
-        kept = encode_labels(np.array(sort_ids(train.class_ids), dtype=object), before)
-        groups = [one if one is None else one[kept] for one in self.rank_groups]
-        return dataclasses.replace(self, train=train, rank_groups=groups)
-
-
-@dataclass(frozen=True)
 class Tuning:
     """The result of a fine-tuning.
 
@@ -82,7 +60,7 @@ class Tuning:
     classes: Sequence[str] = ()
 
 
-def finetune(encoder: Encoder, data: TuningData, recipe: Recipe, folder: Path) -> Tuning:
+def finetune(encoder: Encoder, split: Split, recipe: Recipe, folder: Path, data_sha256: str = "") -> Tuning:
     """Fine-tune an encoder in place, from the newest checkpoint in `folder` if there is one.
 
     Every epoch is evaluated by a bank of the class means of the encoder at that epoch, or by the head where the recipe
@@ -91,7 +69,9 @@ def finetune(encoder: Encoder, data: TuningData, recipe: Recipe, folder: Path) -
     best epoch.
 
     Args:
+        split: which observations to train on, and which to validate on.
         folder: for checkpoints.
+        data_sha256: of the data, by which a training that is resumed knows them again.
 
     Raises:
         InputError: the checkpoint is of another training; memory or disk do not suffice.
@@ -100,14 +80,19 @@ def finetune(encoder: Encoder, data: TuningData, recipe: Recipe, folder: Path) -
     settings, monitor, keeps_head = recipe.train, recipe.train.monitor, recipe.keeps_head
     encoder.module.requires_grad_(False).eval()
     # One view suffices to compare epochs.
-    evaluator = Evaluator(data.train, data.validation, recipe.bank.views[:1], recipe.bank.pooling)
+    evaluator = Evaluator(split.train_set, split.validation_set, recipe.bank.views[:1], recipe.bank.pooling)
     with memory_named("evaluating the encoder before training", folder):
         initial = evaluator.evaluate(encoder, "epoch 0")
     if not initial.has_embedding.all():
         say(f"{counted(int((~initial.has_embedding).sum()), 'observation')} without a readable photo: not trained on")
-    data = data.where(initial.has_embedding)
-    evaluator = dataclasses.replace(evaluator, train=data.train)
-    trainer = make_trainer(encoder, data, initial, recipe, folder)
+    evaluator = dataclasses.replace(evaluator, train=evaluator.train.subset(initial.has_embedding))
+    with memory_named("making the head", folder):
+        head = make_head(evaluator.train, initial, recipe).to(encoder.device)
+    refuse_large(recipe.encoder, encoder.module, head)
+    with memory_named("copying the encoder to train it", folder):
+        trainer = Trainer(encoder, head, evaluator.train, recipe, data_sha256, folder)
+    if not trainer.log:
+        trainer.log.append(log_row(0, "", 0.0, initial.scores))
     say(f"epoch 0: {describe_scores(trainer.log[0])}")
 
     with StopSignals() as signals, tensorboard(folder.parent / "tensorboard") as write_row:
@@ -146,32 +131,22 @@ def finetune(encoder: Encoder, data: TuningData, recipe: Recipe, folder: Path) -
         return keep_best_weights(encoder, trainer, evaluator, initial)
 
 
-def make_trainer(encoder: Encoder, data: TuningData, initial: Evaluation, recipe: Recipe, folder: Path) -> Trainer:
-    """The trainer of an encoder and a head that starts at the class means, at its start or its newest checkpoint.
+def make_head(train: LabelledObservations, initial: Evaluation, recipe: Recipe) -> Head:
+    """A head that starts at the class means.
 
     Args:
-        data: of observations that all have an embedding.
-        initial: of the encoder, by a bank that may have more classes than the data.
+        train: observations that have an embedding; a class without any is not trained on.
+        initial: the evaluation of the encoder, whose bank may have more classes than `train`.
     """
-    classes = sort_ids(data.train.class_ids)  # a class without any readable photo is not trained on
-    labels = encode_labels(data.train.class_ids, classes)
-    class_counts = np.bincount(labels, minlength=len(classes))
-    is_kept = initial.bank.bias > ABSENT
-    prototypes, centre = initial.bank.prototypes[is_kept], -initial.bank.layers[0].bias
-    torch.manual_seed(recipe.train.seed)
-    with memory_named("making the head", folder):
-        head = Head(centre, prototypes, class_counts, recipe.train, data.rank_groups, recipe.bank.pooling)
-        head.to(encoder.device)
-    refuse_large(recipe.encoder, encoder.module, head)
+    class_counts = np.bincount(encode_labels(train.class_ids, train.classes), minlength=len(train.classes))
     if recipe.train.prototypes == "episodic" and class_counts.max() < 2:
         raise InputError(
             "no class has two observations: an episode needs one for the support set and one for the queries"
         )
-    with memory_named("copying the encoder to train it", folder):
-        trainer = Trainer(encoder, head, data.train, recipe, data.sha256, folder)
-    if not trainer.log:
-        trainer.log.append(log_row(0, "", 0.0, initial.scores))
-    return trainer
+    prototypes, centre = initial.bank.prototypes[initial.bank.bias > ABSENT], -initial.bank.layers[0].bias
+    rank_groups = list(train.group_by_rank(train.classes).values())
+    torch.manual_seed(recipe.train.seed)
+    return Head(centre, prototypes, class_counts, recipe.train, rank_groups, recipe.bank.pooling)
 
 
 def refuse_large(settings: EncoderSettings, *modules: nn.Module) -> None:

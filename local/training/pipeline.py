@@ -17,7 +17,7 @@ from local.recipes.recipe import Recipe
 from local.training.checkpoints import full_disk_named, memory_named
 from local.training.checks import CHECKPOINTS, is_first, partial_of
 from local.training.export import export_run, refuse_unopenable
-from local.training.finetuning import Tuning, TuningData, finetune
+from local.training.finetuning import Tuning, finetune
 from local.training.folder import run_folder
 from local.training.inputs import Inputs, describe_data, describe_training, load_inputs, move_to_device
 from local.training.log import peak_memory_gb
@@ -100,9 +100,7 @@ def tune(inputs: Inputs, split: Split, checkpoints: Path) -> tuple[Inputs, Tunin
     if recipe.train.epochs:
         say(describe_training(split, recipe.train))
         used = split.largest_classes(recipe.train.max_classes)
-        rank_groups = list(inputs.labelled.group_by_rank(used.train_set.classes).values())
-        data = TuningData(used.train_set, used.validation_set, rank_groups, inputs.data_sha256)
-        tuning = finetune(encoder, data, recipe, checkpoints)
+        tuning = finetune(encoder, used, recipe, checkpoints, inputs.data_sha256)
     encoder.module.to(pick_dtype(encoder.device, recipe.encoder.precision))
     learnt_from = inputs.spec.learnt_from | ({source: part} if tuning.mix_ratio else {})
     return dataclasses.replace(inputs, spec=dataclasses.replace(inputs.spec, learnt_from=learnt_from)), tuning

@@ -1,4 +1,4 @@
-"""The pictures of a run and of a demo. Draws, and decides nothing."""
+"""The figures of a run and of the demo."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from local.data.competition import read_competition
 INK, ACCENT, MUTED = "#1b3a4b", "#c8553d", "#9aa5ab"
 
 
-def plot_training_curve(log: Sequence[dict], chosen: int, path: Path) -> None:
-    """Loss and validation Recall@5 by epoch; the chosen epoch is marked.
+def plot_training_curve(log: Sequence[dict], kept: int, path: Path) -> None:
+    """Loss and validation recalls by epoch; the epoch whose weights are kept is marked.
 
     Args:
         log: rows of log.csv; epoch 0 is the encoder before training, and has no loss.
@@ -30,8 +30,8 @@ def plot_training_curve(log: Sequence[dict], chosen: int, path: Path) -> None:
     for count, style in ((1, ":"), (5, "-"), (10, "--")):
         values = [row[f"recall_at_{count}"] for row in log]
         recall.plot(epochs, values, style, color=INK, marker="o", label=f"validation Recall@{count}")
-    recall.axvline(chosen, color=ACCENT, alpha=0.5, label=f"chosen: epoch {chosen}")
-    recall.set(xlabel="epoch (0: the encoder as it came)", ylabel="recall", ylim=(0, 1))
+    recall.axvline(kept, color=ACCENT, alpha=0.5, label=f"kept: epoch {kept}")
+    recall.set(xlabel="epoch (0: before training)", ylabel="recall", ylim=(0, 1))
     recall.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses = [(row["epoch"], row["loss"]) for row in log if row["loss"] != ""]
     if losses:

@@ -16,7 +16,7 @@ from kernel.encoders import Encoder, is_out_of_memory
 from kernel.inputs import InputError
 from local.base import distributed
 from local.base.console import counted, progress, say
-from local.data.observations import LabelledObservations, encode_labels, sort_ids
+from local.data.observations import LabelledObservations, encode_labels
 from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, settings_of
 from local.training.adaptation import (
@@ -73,7 +73,7 @@ class Trainer:
         self.recipe, self.head, self.folder, self.data_sha256 = recipe, head, folder, data_sha256
         self.settings, self.device = recipe.train, encoder.device
         self.encoder = self.evaluated = with_module(encoder, copy.deepcopy(encoder.module))
-        self.classes = sort_ids(train.class_ids)
+        self.classes = train.classes
         self.labels = encode_labels(train.class_ids, self.classes)
         self.sampler = ObservationBatchSampler(self.labels, self.settings, *distributed.rank_and_world_size())
         photos = self.settings.photos_per_observation

@@ -26,7 +26,7 @@ from local.training import finetuning
 from local.training.adaptation import copy_state
 from local.training.checkpoints import read_checkpoint
 from local.training.evaluation import Evaluator
-from local.training.finetuning import TuningData, finetune
+from local.training.finetuning import finetune
 from local.training.mixing import interpolate_weights
 from local.training.signals import Stopped
 from local.training.trainer import Trainer
@@ -43,8 +43,7 @@ def fresh():
 
 @pytest.fixture(scope="module")
 def data(drawn):
-    split = split_for_validation(read_competition(drawn.competition), 0)
-    return TuningData(split.train_set, split.validation_set)
+    return split_for_validation(read_competition(drawn.competition), 0)
 
 
 RUINOUS = 0.1
@@ -57,13 +56,6 @@ RANKS = [0.5] * len(TAXONOMY)
 
 def recipe(**settings):
     return make_recipe({"epochs": 2, "patience": 3, **settings}, "the test")
-
-
-@pytest.fixture(scope="module")
-def ranked(drawn, data):
-    """The same data, with the taxonomic ranks of their classes."""
-    ranks = list(data.train.group_by_rank(data.train.classes).values())
-    return replace(data, rank_groups=ranks)
 
 
 def same(one, other):
@@ -187,7 +179,7 @@ class Interrupted(Trainer):
 
 
 @pytest.mark.parametrize("settings", WAYS)
-def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(fresh, ranked, tmp_path, monkeypatch, settings):
+def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(fresh, data, tmp_path, monkeypatch, settings):
     monkeypatch.setattr(finetuning, "Trainer", Interrupted)
     settings = recipe(unfreeze=-1, batch_size=8, learning_rate=1e-3, **settings)
     start, ends = copy_state(fresh.module), []
@@ -197,10 +189,10 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(fresh, ranke
             Interrupted.at = at
             fresh.module.load_state_dict(start)
             with pytest.raises(Stopped):
-                finetune(fresh, ranked, settings, folder)
+                finetune(fresh, data, settings, folder)
         Interrupted.at = math.inf
         fresh.module.load_state_dict(start)
-        tuning = finetune(fresh, ranked, settings, folder)
+        tuning = finetune(fresh, data, settings, folder)
         ends.append((tuning, copy_state(fresh.module), read_checkpoint(folder).tensors))
     (tuning, state, trained), (other, same_state, same_trained) = ends
     assert same(state, same_state)
@@ -356,7 +348,7 @@ def test_the_schedule_covers_all_steps_of_all_epochs(fresh, data, tmp_path, monk
 
     monkeypatch.setattr(finetuning, "Trainer", Watched)
     finetune(fresh, data, recipe(unfreeze=-1, epochs=3, patience=9, batch_size=2, accumulate=3, warmup=0.2), tmp_path)
-    steps = 3 * math.ceil(math.ceil(len(data.train) / 2) / 3)
+    steps = 3 * math.ceil(math.ceil(len(data.train_set) / 2) / 3)
     peak = round(0.2 * steps)
     assert len(rates) == steps
     assert rates[peak - 1] == pytest.approx(1e-4)
@@ -365,16 +357,16 @@ def test_the_schedule_covers_all_steps_of_all_epochs(fresh, data, tmp_path, monk
     assert rates[-1] < 1e-6
 
 
-def test_a_class_whose_photos_cannot_be_read_is_not_trained_on_and_costs_nothing_else(fresh, ranked, tmp_path):
-    train = ranked.train
-    lost, bad = train.class_ids[0], tmp_path / "bad.jpg"
+def test_a_class_whose_photos_cannot_be_read_is_not_trained_on_and_costs_nothing_else(fresh, data, tmp_path):
+    lost, bad = data.labelled.class_ids[data.train][0], tmp_path / "bad.jpg"
     bad.write_bytes(b"no photo")
+    is_lost = (data.labelled.class_ids == lost) & data.train
     observations = [
-        replace(one, photos=(bad,)) if class_id == lost else one
-        for one, class_id in zip(train.observations, train.class_ids, strict=True)
+        replace(observation, photos=(bad,)) if is_bad else observation
+        for observation, is_bad in zip(data.labelled.observations, is_lost, strict=True)
     ]
     settings = recipe(epochs=1, unfreeze=-1, prototypes="learned", matcher="head", rank_weights=RANKS)
-    data = replace(ranked, train=replace(train, observations=observations))
-    tuning = finetune(fresh, data, settings, tmp_path / "checkpoints")
+    split = replace(data, labelled=replace(data.labelled, observations=observations))
+    tuning = finetune(fresh, split, settings, tmp_path / "checkpoints")
     assert lost not in tuning.classes
-    assert len(tuning.classes) == len(set(train.class_ids)) - 1 == len(tuning.head.bias)
+    assert len(tuning.classes) == len(data.train_set.classes) - 1 == len(tuning.head.bias)
