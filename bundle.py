@@ -23,7 +23,7 @@ from pathlib import Path
 from kernel.competitions import competition_named, module_of
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Weights, read_weights
-from local.base.console import command_parser, run, say
+from local.base.console import Progress, command_parser, run, say
 from local.base.files import write_json
 from local.base.repository import commit
 from local.bundling.flatten import flatten
@@ -57,7 +57,8 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
     try:
         clean_up(out)
         partial.mkdir(parents=True)
-        digest = sha256(gather_weights(runs, partial))
+        with Progress("copying the weights"):
+            digest = sha256(gather_weights(runs, partial))
         write_json(dataset_metadata(metadata), partial / DATASET_METADATA)
         script.write_text(make_script(read_weights(partial), digest), encoding="utf-8")
         replace_bundle(out)
