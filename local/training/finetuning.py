@@ -77,7 +77,7 @@ def finetune(encoder: Encoder, split: Split, recipe: Recipe, folder: Path, data_
         InputError: the checkpoint is of another training; memory or disk do not suffice.
         Stopped: by the user or the system.
     """
-    settings, monitor, keeps_head = recipe.train, recipe.train.monitor, recipe.keeps_head
+    settings = recipe.train
     encoder.module.requires_grad_(False).eval()
     # One view suffices to compare epochs.
     evaluator = Evaluator(split.train_set, split.validation_set, recipe.bank.views[:1], recipe.bank.pooling)
@@ -110,25 +110,30 @@ def finetune(encoder: Encoder, split: Split, recipe: Recipe, folder: Path, data_
                 continue
             try:
                 with memory_named(f"evaluating epoch {trainer.epoch}", folder):
-                    head = trainer.head.bank() if keeps_head else None
+                    head = trainer.head.bank() if recipe.keeps_head else None
                     evaluation = evaluator.evaluate(trainer.evaluated, f"epoch {trainer.epoch}", head)
             except NoUsableEmbedding as error:
                 say(describe_divergence(f"epoch {trainer.epoch}: {error}"))
                 break
-            seconds, rate = time.monotonic() - started, trainer.optimization.learning_rate
-            row = log_row(trainer.epoch, loss, rate, evaluation.scores, seconds)
-            trainer.log.append(row)
-            say(f"epoch {trainer.epoch}: loss {loss:.4f}  {describe_scores(row)}")
-            write_row(row)
-            if best_row(trainer.log[1:], monitor) == trainer.epoch - 1:
-                save_best(trainer, evaluation)
-            trainer.optimization.end_epoch(monitored_score(row, monitor))
-            if settings.prototypes == "updated":
-                trainer.head.prototypes.copy_(evaluation.bank.prototypes)
-                trainer.head.centre.copy_(-evaluation.bank.layers[0].bias)
-            trainer.next_epoch()
+            write_row(finish_epoch(trainer, evaluation, loss, time.monotonic() - started))
     with memory_named("interpolating the weights before and after training", folder):
         return keep_best_weights(encoder, trainer, evaluator, initial)
+
+
+def finish_epoch(trainer: Trainer, evaluation: Evaluation, loss: float, seconds: float) -> dict:
+    """Log an epoch, save its weights if they are the best so far, and go to the next. Returns the row of the log."""
+    epoch, settings = trainer.epoch, trainer.recipe.train
+    row = log_row(epoch, loss, trainer.optimization.learning_rate, evaluation.scores, seconds)
+    trainer.log.append(row)
+    say(f"epoch {epoch}: loss {loss:.4f}  {describe_scores(row)}")
+    if best_row(trainer.log[1:], settings.monitor) == epoch - 1:
+        save_best(trainer, evaluation)
+    trainer.optimization.end_epoch(monitored_score(row, settings.monitor))
+    if settings.prototypes == "updated":
+        trainer.head.prototypes.copy_(evaluation.bank.prototypes)
+        trainer.head.centre.copy_(-evaluation.bank.layers[0].bias)
+    trainer.next_epoch()
+    return row
 
 
 def make_head(train: LabelledObservations, initial: Evaluation, recipe: Recipe) -> Head:
