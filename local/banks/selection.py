@@ -270,8 +270,10 @@ class BankSelection:
         self, settings: BankSettings, logit_scales: Sequence[float] = ()
     ) -> tuple[list[Bank], MetadataPrior | None]:
         """The bank of some settings, made of the whole reference, and its metadata prior if they give that a weight."""
-        banks = fit_banks(settings, self.embed(settings.resize_mode), self.plan.reference, logit_scales, self.plan.seed)
-        return banks, self._fit_prior(self.plan.reference) if settings.metadata_weight else None
+        embedded, reference = self.embed(settings.resize_mode), self.plan.reference
+        with Progress("fitting the bank"):
+            banks = fit_banks(settings, embedded, reference, logit_scales, self.plan.seed)
+            return banks, self._fit_prior(reference) if settings.metadata_weight else None
 
     def _fit_prior(self, reference: np.ndarray) -> MetadataPrior:
         """What the metadata of some of the observations say of the classes."""

@@ -22,6 +22,7 @@ from local.banks.search import (
     coordinate_ascent,
     evaluate_predictions,
     fit_banks,
+    most_candidates,
     nested_predictions,
 )
 from local.base.metrics import mean_recall
@@ -128,6 +129,7 @@ def test_queries_are_weighted_by_shots_or_by_classes():
 def test_the_search_evaluates_every_candidate_and_keeps_what_helps(search):
     table = []
     chosen = coordinate_ascent(search, SETTINGS, KEYS, every_query(search), table.append)
+    assert 0 < len(table) <= most_candidates(SETTINGS, KEYS)
     assert chosen.whitening > 0
     assert chosen.views[0] == "plain"
     assert not {"rotate90", "rotate270"} & set(chosen.views)
@@ -286,7 +288,9 @@ def test_a_trained_head_is_kept_if_it_beats_class_means_at_their_best(is_good, k
         head = replace(head, prototypes=head.prototypes.flip(0))
     search = search_over(replace(embedded, head=head))
     start = replace(SETTINGS, matcher="head")
-    chosen = coordinate_ascent(search, start, ("matcher", "whitening"), every_query(search))
+    table: list[dict] = []
+    chosen = coordinate_ascent(search, start, ("matcher", "whitening"), every_query(search), table.append)
+    assert 0 < len(table) <= most_candidates(start, ("matcher", "whitening"))
     assert chosen.matcher == kept
     assert kept == "head" or chosen.whitening > 0
 
