@@ -246,7 +246,8 @@ class Rehearsal(AbstractContextManager):
                     on_line(line)
 
             script = mounts.source / "script.py"
-            outcome = run_isolated(script, arguments, allowed, limit + grace, collect, controller)
+            with Progress(f"rehearsing {mounts.name}"):
+                outcome = run_isolated(script, arguments, allowed, limit + grace, collect, controller)
         submission = working / "submission.csv"
         defect = self._find_defect(submission, table)
         guesses = {} if defect else dict(table.competition.read_submission(submission))
