@@ -278,7 +278,8 @@ def test_the_nearest_neighbour_is_that_of_scikit_learn():
 @pytest.mark.parametrize("classes", [2, 5])
 def test_logistic_regression_gives_the_log_probabilities_of_scikit_learn(classes):
     reference, labels, queries, taxonomy = overlapping(classes)
-    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3).fit(reference, labels)
+    model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3)
+    model.fit(reference.astype(np.float32), labels)
     assert 0.3 < model.score(queries, labels) < 0.95
     matcher = LinearProbe().fit(reference, labels, taxonomy)
     found = log_probabilities(make_bank([], matcher), queries)

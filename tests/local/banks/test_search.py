@@ -206,7 +206,7 @@ def centred_logistic(values, labels, reference):
     """The reference implementation: centred embeddings, scikit-learn's model."""
     centred = l2_normalize(values - values[reference].mean(axis=0))
     model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300, tol=1e-3)
-    return model.fit(centred[reference], labels[reference]), centred
+    return model.fit(centred[reference].astype(np.float32), labels[reference]), centred
 
 
 def test_logistic_regression_predicts_as_scikit_learn_at_the_best_temperature_of_a_grid():
