@@ -1,5 +1,6 @@
 """Model folders in the formats of timm and open_clip: download them from the hub and find their weights."""
 
+import argparse
 from pathlib import Path
 
 import timm
@@ -107,7 +108,8 @@ def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
         InputError: it cannot be read, or has no named tensors.
     """
     try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)  # prefers a moving average
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options in checkpoints of timm's trainer
+            state = timm.models.load_state_dict(str(path), weights_only=True)  # prefers a moving average
         if not state:
             raise ValueError("it has no named tensors")
     except Exception as error:  # safetensors, pickle and zip raise errors of their own
