@@ -151,7 +151,7 @@ def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
                 "decode": decode,
                 "forward": forward,
                 "end_to_end": whole,
-                "fraction_of_limit": whole / limit,
+                "share_of_limit": whole / limit,
                 "plain_pipeline": best_rate(len(few), lambda few=few: plain_pipeline(few, encoder)),
                 "one_by_one": best_rate(len(few), lambda few=few: one_by_one(few, encoder)),
                 "pybioclip": best_rate(len(few), lambda few=few: pybioclip(few)) if pybioclip else None,
@@ -165,7 +165,7 @@ def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
 def table_row(row: dict) -> str:
     """A row of the table in RESULTS.md; the last column is the time of 11 views over that of 11 forward passes."""
     cells = [f"{row[name]:.1f}" for name in ("decode", "forward", "end_to_end")]
-    cells += [f"{row['fraction_of_limit']:.2f}"]
+    cells += [f"{row['share_of_limit']:.2f}"]
     others = [row[name] for name in ("plain_pipeline", "one_by_one", "pybioclip")]
     cells += [f"{rate:.1f} ({row['end_to_end'] / rate:.1f}×)" if rate else "not here" for rate in others]
     return f"| {row['photos']} | {' | '.join(cells)} | {row['views_against_forwards']:.2f} |"

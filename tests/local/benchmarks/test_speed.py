@@ -19,7 +19,7 @@ def at_224(encoder) -> Encoder:
 def test_without_pybioclip_its_cell_says_not_here(at_224, monkeypatch):
     monkeypatch.setitem(sys.modules, "bioclip", None)
     assert pybioclip_embedding(at_224) is None
-    names = ("decode", "forward", "end_to_end", "fraction_of_limit", "plain_pipeline", "one_by_one")
+    names = ("decode", "forward", "end_to_end", "share_of_limit", "plain_pipeline", "one_by_one")
     row = table_row({"photos": "300p", "pybioclip": None, "views_against_forwards": 1.0, **dict.fromkeys(names, 2.0)})
     assert row == "| 300p | 2.0 | 2.0 | 2.0 | 2.00 | 2.0 (1.0×) | 2.0 (1.0×) | not here | 1.00 |"
 
