@@ -209,7 +209,7 @@ def load_batches(
     unreadable: list[tuple[Path, str]],
     remaining: Callable[[], float] = lambda: math.inf,
 ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-    """Readable photos in order, as (index of each photo's observation, (batch, 3, decoded, decoded) uint8).
+    """Readable photos in order, as (index of each photo's observation, (batch, 3, decoded_size, decoded_size) uint8).
 
     Args:
         unreadable: gets the path of every photo that could not be read, and the cause.
@@ -238,7 +238,7 @@ def load_batches(
 
 
 def to_batch(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:
-    """Photos as one (batch, 3, decoded, decoded) uint8 tensor, in pinned memory where a GPU will fetch them."""
+    """Photos as one (batch, 3, decoded_size, decoded_size) uint8 tensor, in pinned memory for a GPU."""
     batch = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2)
     return batch.pin_memory() if encoder.device.type == "cuda" else batch
 

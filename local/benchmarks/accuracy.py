@@ -148,7 +148,8 @@ def export_encoder(run: Path, stem: Path) -> str:
     spec = weights.manifest.members[0].encoder
     how = spec.preprocessing
     config = {"input_size": [3, how.size, how.size], "crop_pct": how.crop_pct, "interpolation": how.interpolation}
-    config |= {"mean": how.mean, "std": how.std}
+    crop_mode = {"crop": "center", "squash": "squash"}[how.resize_mode]
+    config |= {"mean": how.mean, "std": how.std, "crop_mode": crop_mode}
     shutil.copyfile(weights.file(spec.file), stem.with_name(f"{stem.name}.safetensors"))
     description = {"architecture": spec.architecture, "num_classes": 0, "model_args": spec.arguments}
     write_json(description | {"pretrained_cfg": config}, stem.with_name(f"{stem.name}.json"))

@@ -5,6 +5,7 @@ python -m pytest tests/local/benchmarks/test_accuracy.py
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from bundle import bundle
 from kernel.inputs import InputError
-from kernel.manifest import read_weights
+from kernel.manifest import MANIFEST, read_manifest, read_weights, write_manifest
 from local import benchmark
 from local.benchmarks import accuracy
 from local.benchmarks.accuracy import (
@@ -26,6 +27,7 @@ from local.benchmarks.accuracy import (
     shots_table,
 )
 from local.data.competition import read_competition
+from local.encoders.load import load_encoder
 from local.recipes.recipe import make_recipe
 from local.rehearsal.report import rehearse
 from local.training.run import train_run
@@ -81,6 +83,19 @@ def test_a_run_scores_as_the_rehearsal_of_its_bundle_does(members, report, runs,
     name = f"fungiclef-best, {label(encoders[0])}" if members == 1 else "their ensemble"
     found = next(row for row in report["methods"] if row["method"] == name)
     assert {name: found[name] for name in SCORES} == {name: rehearsed.scores[name] for name in SCORES}
+
+
+@pytest.mark.parametrize("resize_mode", ["crop", "squash"])
+def test_an_exported_encoder_has_the_preprocessing_of_its_run(trained, tmp_path, resize_mode):
+    shutil.copytree(trained, tmp_path / "run")
+    manifest = read_manifest(trained / MANIFEST)
+    member = manifest.members[0]
+    preprocessing = replace(member.encoder.preprocessing, resize_mode=resize_mode)
+    encoder = replace(member.encoder, preprocessing=preprocessing)
+    changed = replace(manifest, members=(replace(member, encoder=encoder),))
+    write_manifest(changed, tmp_path / "run" / MANIFEST)
+    _, described = load_encoder(export_encoder(tmp_path / "run", tmp_path / "exported"))
+    assert described.preprocessing == preprocessing
 
 
 def test_the_ensemble_is_compared_with_the_best_of_one_of_its_encoders(report, encoders):
