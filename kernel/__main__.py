@@ -121,7 +121,7 @@ def summarise(setup: Setup, embedded: Sequence[Embeddings], fallbacks: int, seco
 
 
 def exit_beside_busy_threads(patience: float = 1.0) -> None:
-    """End the process at once if a thread is still busy, such as one that waits for a disk that hangs.
+    """End the process immediately if a thread is still busy, such as one that waits for a disk that hangs.
 
     Otherwise the interpreter would wait for it.
 

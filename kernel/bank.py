@@ -131,7 +131,7 @@ def read_banks(path: Path) -> list[Bank]:
 
 
 def refine_transductively(bank: Bank, transformed: torch.Tensor) -> Bank:
-    """The bank after transduction; the bank itself where transduction is off or fails, since the run must go on."""
+    """The bank after transduction; the bank itself if that is off or fails, because the kernel must continue."""
     if not bank.transduction or not len(transformed):
         return bank
     try:

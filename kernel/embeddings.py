@@ -69,7 +69,7 @@ class Limits:
     Attributes:
         budget: when it is spent, observations that are not complete are left out.
         fraction: of the remaining time, for which the views are planned; the rest is for other encoders.
-        is_optional: stop at once when there is no time for even one view of every photo.
+        is_optional: stop immediately when there is no time for even one view of every photo.
         tolerates_errors: an error after the first batch costs the observations to come, and those before it are kept.
     """
 

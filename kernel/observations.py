@@ -67,8 +67,8 @@ def recognise(folder: Path, among: Iterable[Competition] = COMPETITIONS) -> Comp
     """
     found = [one for one in (competition.recognise(folder) for competition in COMPETITIONS) if one]
     with_table = [one for one in found if one.competition.has_table]
-    wanted = [one for one in with_table or found if one.competition in among]
-    return max(wanted, key=lambda one: one.split_folder("test").is_dir(), default=None)
+    candidates = [one for one in with_table or found if one.competition in among]
+    return max(candidates, key=lambda one: one.split_folder("test").is_dir(), default=None)
 
 
 def read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
@@ -130,14 +130,14 @@ def find_test_table(root: Path, name: str | None = None, resolution: str = RESOL
         found = recognise(folder)
         return found is not None and found.table.exists()  # folders of photos alone may be anything that is mounted
 
-    wanted = [competition for competition in COMPETITIONS if name in (None, competition.name)]
+    accepted = [competition for competition in COMPETITIONS if name in (None, competition.name)]
     others = []
     for folder in find_folders(root, has_test):
-        found = recognise(folder, wanted)
+        found = recognise(folder, accepted)
         if found:
             return read_test(found, resolution)
         others.append(f"{folder} ({recognise(folder).competition.name})")
-    looked_for = " or ".join(competition.table for competition in wanted)
+    looked_for = " or ".join(competition.table for competition in accepted)
     if others:
         raise InputError(
             f"the weights are for the competition {name} with {looked_for}, but {', '.join(others)} is attached: "

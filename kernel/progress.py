@@ -57,7 +57,7 @@ class Progress:
         """Print a line after each interval.
 
         Args:
-            wait: waits so many seconds; returns True, at once, when the step has ended.
+            wait: waits so many seconds; returns True as soon as the step has ended.
         """
         with suppress(OSError, ValueError):  # of a log that was closed
             while not wait(self.interval()):

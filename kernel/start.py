@@ -126,5 +126,5 @@ def handle_errors(working: Path, is_rerun: bool, submission: str) -> None:
 
 
 def remove_packages(working: Path) -> None:
-    """Remove the unpacked wheels: what lies in the working folder becomes the kernel's output."""
+    """Remove the unpacked wheels: the files in the working folder become the kernel's output."""
     shutil.rmtree(working / PACKAGES, ignore_errors=True)

@@ -63,7 +63,7 @@ def check_each(folders: Sequence[Path], encoders: Sequence[str]) -> None:
 
 def main() -> None:
     options = parse_options()
-    # Each benchmark is imported after the checks: torch takes seconds, and mistakes must be answered at once.
+    # Each benchmark is imported after the checks: torch takes seconds, and mistakes must be answered immediately.
     if options.name == "speed":
         find_source(options.encoder)
         from local.benchmarks.speed import speed

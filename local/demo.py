@@ -37,7 +37,7 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
     step(f"1/5 Drawing a competition: {species} species of fungi, in FungiCLEF 2025's folders and columns.")
     drawn = generate(out, species=species, seed=seed)
     (out / MARKER).touch()
-    # Imported here because torch takes seconds, and `--help` and mistakes must be answered at once.
+    # Imported here because torch takes seconds, and `--help` and mistakes must be answered immediately.
     from local.data.competition import read_competition
     from local.training.plots import plot_predictions
     from local.training.run import train_run

@@ -40,14 +40,14 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
         The path of the page.
 
     Raises:
-        InputError: a folder is no run or no competition, a run has no answers, or a species is unknown. Then nothing
-            is written.
+        InputError: a folder is not a run or not a competition, a run has no answers, or a species is unknown.
+            Then nothing is written.
     """
     for run_folder in (folder, *others):
         open_run(run_folder)
         require_answers(run_folder)
     find_competition(data)
-    # Imported here because torch, scikit-learn and matplotlib take seconds, and mistakes must be answered at once.
+    # Imported here because torch, scikit-learn and matplotlib take seconds, and mistakes must be answered immediately.
     from local.report.evidence import read_evidence
     from local.report.figures import compute_figures
     from local.report.page import render

@@ -73,7 +73,7 @@ def fungitastic(folder: Path, subset: str = "FungiTastic-Mini", resolutions: Seq
 
 
 def herbarium(folder: Path, year: int) -> Path:
-    """Herbarium 2020, 2021 or 2022, whose tables differ in place, encoding and the names of ids; returns a solution."""
+    """Herbarium 2020, 2021 or 2022, whose tables differ in path, encoding and the names of ids; returns a solution."""
     split_folder = {2020: "nybg2020/{}", 2021: "{}", 2022: "{}_images"}[year]
     identity = {"image": "image_id", "category": "category_id"} if year == 2022 else {"image": "id", "category": "id"}
     images, answers = {"train": [], "test": []}, []

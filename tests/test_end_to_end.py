@@ -168,7 +168,7 @@ def test_a_photo_that_cannot_be_read_costs_only_itself(kaggle, drawn):
     (kaggle / "input" / "competitions" / "fungi").unlink()
     shutil.copytree(drawn.competition, kaggle / "input" / "competitions" / "fungi")
     table = rows(next((kaggle / "input").rglob("*-Test.csv")))
-    column = {name: place for place, name in enumerate(table[0])}
+    column = {name: index for index, name in enumerate(table[0])}
     fallback = json.loads((kaggle / "input" / "weights" / MANIFEST).read_text())["fallback_classes"]
     spoilt = next(name for name, predictions in before[1:] if predictions.split() != fallback)
     for row in table[1:]:

@@ -1,4 +1,4 @@
-"""A command answers `--help` and a mistake of the user at once: it imports nothing heavy before it has work to do.
+"""A command answers `--help` and a mistake of the user immediately: it imports nothing heavy before it has work to do.
 
 python -m pytest tests/test_startup.py
 """
@@ -25,7 +25,7 @@ COMMANDS = [KERNEL, ("bundle.py",), *sorted((f"local/{path.name}",) for path in 
 
 def start(*arguments: object) -> tuple[int, str, str, set[str]]:
     """Exit code, output and errors of a command in a fresh process, and which of HEAVY it imported."""
-    command = [sys.executable, "-X", "importtime", *map(str, arguments)]  # tells every import on stderr
+    command = [sys.executable, "-X", "importtime", *map(str, arguments)]  # lists every import on stderr
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = done.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
@@ -54,7 +54,7 @@ EVALUATE = ("local/evaluate.py", "{folder}/run", "--data", "{data}")
         ((*TRAIN, "{data}", "--set", "epoch=3"), "epoch"),
         ((*TRAIN, "{folder}/nowhere"), "nowhere does not exist"),
         ((*TRAIN, "{data}", "--out", "{folder}/run"), "run exists already"),
-        ((*TRAIN, "{data}", "--out", "{folder}", "--resume"), "it is no run, manifest.json is missing"),
+        ((*TRAIN, "{data}", "--out", "{folder}", "--resume"), "it is not a run, manifest.json is missing"),
         ((*TRAIN, "{data}", "--out", "{folder}/file/new"), "cannot be written"),
         ((*TRAIN, "{data}", "--encoder", "{folder}/nowhere", "--set", "pretrained=true"), "no encoder"),
         (("local/evaluate.py", "{folder}/run", "--data", "{folder}/nowhere"), "nowhere does not exist"),

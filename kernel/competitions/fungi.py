@@ -28,7 +28,7 @@ LABELS = (
 
 def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
     rows = read_table(found.table, ("observationID", "filename"), filled=("observationID",), left_out=left_out)
-    # A row that breaks off before the file's name still asks for a prediction.
+    # A row that breaks off before the file's name still needs a prediction.
     return [
         PhotoRow(clean_id(row["observationID"]), "" if is_blank(row["filename"]) else photo_name(row["filename"]), row)
         for row in rows

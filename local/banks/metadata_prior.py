@@ -25,7 +25,7 @@ SHOTS, RECENCY = "shots", "recency"  # the terms that do not depend on the query
 # class. Small in a class, whose one observation says much of where the next will be. These and the widths of the
 # smoothing kernels are from the flat middle of what cross-validation on FungiCLEF's Train preferred, without its Val.
 CONCENTRATIONS = (50.0, 20.0, 5.0, 0.5)
-RIDGE = 1e-3  # penalty of the squared weights, in nats per query: it settles only what the queries leave open
+RIDGE = 1e-3  # penalty of the squared weights, in nats per query: it decides only what the queries leave open
 INITIAL_WEIGHT = 0.3  # of every term, and the final one if there are no queries
 KM_PER_DEGREE = 111.2
 

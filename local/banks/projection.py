@@ -249,7 +249,7 @@ class ProjectionMember:
         self.queue = self.kept[:0]
 
     def find_donors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Photos that lend their variation, and the mean of the photos of each class.
+        """Photos whose variation is added to others, and the mean of the photos of each class.
 
         Returns:
             (donors,) indices of the photos whose class has several, or of all if none has, and (classes, features).

@@ -228,7 +228,7 @@ class BankSelection:
 
                 def note(row: dict) -> None:
                     candidates.append(row)
-                    say(describe_candidate(row))  # at once: with thousands of classes the selection takes minutes
+                    say(describe_candidate(row))  # not at the end: with thousands of classes that takes minutes
                     bar.advance()
 
                 every_query = np.ones(len(search.truth), dtype=bool)

@@ -25,7 +25,7 @@ TIMEOUT = timedelta(hours=12)  # the other ranks wait that long while rank 0 sel
 def process_group() -> Iterator[None]:
     """Within it, the processes that torchrun started can communicate.
 
-    A rank that fails exits at once. Leaving the group would wait for the other ranks, which may be waiting for this one
+    A rank that fails exits immediately. Leaving the group would wait for the other ranks, which may wait for this one
     (on a GPU for as long as TIMEOUT). So torchrun sees it fail, and restarts all of them.
     """
     init_process_group()

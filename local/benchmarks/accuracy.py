@@ -101,7 +101,7 @@ def accuracy(folders: Sequence[Path], encoders: Sequence[str], reference: str, o
         The figures, for `--json`.
 
     Raises:
-        InputError: a folder is no competition or has nothing to score on; an encoder cannot be found.
+        InputError: a folder is not a competition or has nothing to score on; an encoder cannot be found.
     """
     folders, encoders = list(folders), list(encoders)
     require_unique("--data", [data.resolve().name for data in folders])
@@ -157,7 +157,7 @@ def export_encoder(run: Path, stem: Path) -> str:
 
 
 def read_task(data: Path, reference: str) -> Task:
-    """The task of a folder: the test set if there is a `solution.csv`, else val, which then is no reference.
+    """The task of a folder: the test set if there is a `solution.csv`, else val, which the reference then lacks.
 
     Raises:
         InputError: there is neither, or the solution lacks an observation.

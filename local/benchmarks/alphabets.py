@@ -1,4 +1,4 @@
-"""Find the alphabets for `local/benchmark.py omniglot`, without torch, so that mistakes are answered at once."""
+"""Find the alphabets for `local/benchmark.py omniglot`, without torch, so that mistakes are answered immediately."""
 
 from pathlib import Path
 

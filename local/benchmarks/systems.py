@@ -170,8 +170,8 @@ def photo_means(encoder: Encoder, part: LabelledObservations, classes: np.ndarra
     totals = torch.zeros(int(classes.max()) + 1, encoder.features)
     counts = torch.zeros(len(totals), 1)
     batches = load_batches(encoder, part.observations, [])
-    for owners, photos in progress(batches, "embedding the training photos", unit="batch"):
-        index = torch.tensor(classes[list(owners)])
+    for rows, photos in progress(batches, "embedding the training photos", unit="batch"):
+        index = torch.tensor(classes[list(rows)])
         totals.index_add_(0, index, embed_batch(encoder, photos).cpu())
         counts.index_add_(0, index, torch.ones(len(index), 1))
     return totals / counts.clamp(min=1)
@@ -183,10 +183,10 @@ def predict(
 ) -> list[torch.Tensor]:
     """For each head (queries, classes) probabilities in one view, averaged over photos."""
     totals = [torch.zeros(len(queries), size) for size in sizes]
-    for owners, photos in progress(load_batches(encoder, queries, []), "embedding the test photos", unit="batch"):
+    for rows, photos in progress(load_batches(encoder, queries, []), "embedding the test photos", unit="batch"):
         embedded = embed_batch(encoder, photos)
         for total, head in zip(totals, heads, strict=True):
-            total.index_add_(0, torch.tensor(owners), head(embedded).softmax(dim=1).cpu())
+            total.index_add_(0, torch.tensor(rows), head(embedded).softmax(dim=1).cpu())
     return [nn.functional.normalize(total, p=1, dim=1) for total in totals]
 
 
@@ -215,7 +215,7 @@ def systems(folders: Sequence[Path], encoder: str, recipes: Sequence[str], setti
             for name in recipes or RULES:
                 first = len(report["rows"])
                 compare_system(task, name, encoder, settings, Path(temporary), report)
-                for row in report["rows"][first:]:  # at once, because all systems together take hours
+                for row in report["rows"][first:]:  # after each system, because all together take hours
                     say(f"{row['name']}: {describe(row)}")
         reports.append(report)
         say("\n" + "\n".join([*system_table(report), "", *rank_table(report)]))

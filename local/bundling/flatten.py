@@ -153,7 +153,7 @@ def _render(introduction: str, sections: Sequence[Section]) -> str:
     for index, section in enumerate(sections):
         parts, part = titles.count(section.title), titles[: index + 1].count(section.title)
         name = section.title if parts == 1 else f"{section.title}, part {part} of {parts}"
-        docstring = section.docstring if part == parts else ""  # the last part is what the docstring tells of
+        docstring = section.docstring if part == parts else ""  # the docstring is about the last part
         headers.append(_header(name, docstring))
         contents.append((name, re.split(r"[:\n]|\.(?:\s|$)", section.docstring, maxsplit=1)[0]))
     bodies = [_without_blank_ends(section.lines) for section in sections]

@@ -70,7 +70,7 @@ def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
     first = ", the most useful first" if len(member.views) > 1 else ""
     yield "views", f"{len(member.views)}{first}: {', '.join(member.views)}"
     if member.pooling != "mean":
-        yield "pooling", f"{member.pooling} over an observation's photos, in the place of the mean"
+        yield "pooling", f"{member.pooling} over an observation's photos, instead of the mean"
     try:
         banks = list(describe_banks(folder / member.bank))
     except (SafetensorError, OSError) as error:

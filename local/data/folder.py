@@ -1,4 +1,4 @@
-"""Recognise a competition's folder. Reads no table, so that a wrong `--data` is answered at once."""
+"""Recognise a competition's folder. Reads no table, so that a wrong `--data` is answered immediately."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ def find_competition(folder: Path) -> CompetitionFolder:
     """Recognise a competition's folder, as downloaded.
 
     Raises:
-        InputError: the folder does not exist, or is no supported competition's.
+        InputError: the folder does not exist, or is not that of a supported competition.
     """
     if not folder.is_dir():
         problem = "is a file: unpack it, and" if folder.exists() else "does not exist:"

@@ -86,7 +86,7 @@ def generate(out: Path, species: int = 60, seed: int = 0, resolution: str = "300
     if not 2 <= species <= MAX_SPECIES:
         raise InputError(f"--species: expected 2 to {MAX_SPECIES}, got {species}")
     _check(out, resolution)
-    import pandas as pd  # here, because it takes half a second, and mistakes must be answered at once
+    import pandas as pd  # here, because it takes half a second, and mistakes must be answered immediately
 
     rng = np.random.default_rng([seed, 1])
     kinds = _species(species, seed, rng)
@@ -184,11 +184,11 @@ def _species(count: int, seed: int, rng: np.random.Generator) -> list[Species]:
 def _observations(kinds: Sequence[Species], tail: Sequence[float], year: int, rng: np.random.Generator) -> list[dict]:
     """A row for each photo; `tail` is the distribution of observations per class."""
     counts = 1 + rng.choice(len(tail), len(kinds), p=np.divide(tail, sum(tail)))
-    owners = rng.permutation(np.repeat(np.arange(len(kinds)), counts))
-    numbers = year * 1_000_000 + np.sort(rng.choice(1_000_000, len(owners), replace=False))
+    labels = rng.permutation(np.repeat(np.arange(len(kinds)), counts))
+    numbers = year * 1_000_000 + np.sort(rng.choice(1_000_000, len(labels), replace=False))
     rows = []
-    for number, owner in zip(numbers.tolist(), owners, strict=True):
-        row = kinds[owner].columns | _metadata(kinds[owner], year, rng) | {"observationID": number}
+    for number, label in zip(numbers.tolist(), labels, strict=True):
+        row = kinds[label].columns | _metadata(kinds[label], year, rng) | {"observationID": number}
         photos = 1 + rng.choice(len(PHOTOS_PER_OBSERVATION), p=PHOTOS_PER_OBSERVATION)
         rows += [row | {"filename": f"{n}-{number}.JPG"} for n in range(photos)]
     return rows

@@ -1,4 +1,4 @@
-"""Find out what `--encoder SPEC` refers to. Nothing is loaded, so that a wrong path is reported at once."""
+"""Find out what `--encoder SPEC` refers to. Nothing is loaded, so that a wrong path is reported immediately."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Kaggle's own client, made strict: what it only prints becomes an error. Called by publication.py.
 
-Importing this module imports the client, which signs in at once: import it only when something is to be sent.
+Importing this module imports the client, which signs in immediately: import it only when something is to be sent.
 """
 
 import json

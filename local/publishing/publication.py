@@ -1,6 +1,6 @@
 """Send a bundle to Kaggle, and get its output and score back. Called by `local/publish.py`.
 
-Each step can be resumed. `build`/kaggle/state.json stores what was done, and Kaggle is asked for the rest. So the same
+Each step can be resumed. `build`/kaggle/state.json stores what was done, and the rest is read from Kaggle. So the same
 command, run again, continues where the last one stopped, and sends nothing twice.
 """
 

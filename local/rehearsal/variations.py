@@ -39,10 +39,10 @@ def photo_folders(found: CompetitionFolder) -> list[Path]:
     return [photos / name for name in found.resolutions("test")] or [photos]
 
 
-def keep_observations(competition: Path, wanted: Collection[str]) -> None:
+def keep_observations(competition: Path, kept: Collection[str]) -> None:
     """Reduce a staged test set to some observations."""
     found = find_competition(competition)
-    write_rows(found, [row for row in read_rows(found, Counter()) if row.observation in wanted])
+    write_rows(found, [row for row in read_rows(found, Counter()) if row.observation in kept])
 
 
 def keep_one_row(competition: Path) -> None:

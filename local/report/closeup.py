@@ -172,21 +172,21 @@ class Closeup:
         found = np.zeros((photos, views), dtype=np.int64)
         for first in range(0, photos, CHUNK):
             part = slice(first, first + CHUNK)
-            owners = embedded.owners[part]
-            cosines = (embedded.photos[part].reshape(-1, features) @ means.T).reshape(len(owners), views, -1)
+            queries = embedded.query_index[part]
+            cosines = (embedded.photos[part].reshape(-1, features) @ means.T).reshape(len(queries), views, -1)
             cosines[:, :, sizes == 0] = -np.inf
             # A query that is in the bank is taken out of the mean of its own class.
-            own = embedded.classes[owners]
-            rest = np.where(embedded.is_reference[owners][:, None], sums[own] - embedded.pooled[owners], sums[own])
-            is_alone = sizes[own] - embedded.is_reference[owners] <= 0
+            own = embedded.classes[queries]
+            rest = np.where(embedded.is_reference[queries][:, None], sums[own] - embedded.pooled[queries], sums[own])
+            is_alone = sizes[own] - embedded.is_reference[queries] <= 0
             without = np.einsum("pvf,pf->pv", embedded.photos[part], l2_normalize(rest))
-            cosines[np.arange(len(owners)), :, own] = np.where(is_alone[:, None], -np.inf, without)
+            cosines[np.arange(len(queries)), :, own] = np.where(is_alone[:, None], -np.inf, without)
             found[part] = cosines.argmax(axis=2)
         return found
 
     def votes(self, query: int) -> Counter:
         """By label, how many views of a query's photos are nearest to the mean of the class."""
-        return Counter(self.view_labels[self.embedded.owners == query].ravel().tolist())
+        return Counter(self.view_labels[self.embedded.query_index == query].ravel().tolist())
 
     @cached_property
     def agreement(self) -> np.ndarray:
@@ -196,7 +196,7 @@ class Closeup:
         values, votes = np.unique(cells, return_counts=True)
         most = np.zeros(photos)
         np.maximum.at(most, values // len(self.evidence.classes), votes)
-        totals, owned = (np.bincount(self.embedded.owners, one, minlength=count) for one in (most / views, None))
+        totals, owned = (np.bincount(self.embedded.query_index, one, minlength=count) for one in (most / views, None))
         return np.where(owned > 0, totals / np.maximum(owned, 1), np.nan)
 
     def best_and_worst(self) -> tuple[list[Example], list[Example]]:

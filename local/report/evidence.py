@@ -71,7 +71,7 @@ class Embedded:
 
     Attributes:
         photos: (photos, views, features) float32 of length 1, of the queries.
-        owners: (photos,) index of the query of each photo.
+        query_index: (photos,) index of the query of each photo.
         observations: that were embedded, the queries first.
         readable: (observations,) number of readable photos.
         pooled: (observations, features) of length 1, or 0 where no photo is readable.
@@ -80,7 +80,7 @@ class Embedded:
     """
 
     photos: np.ndarray
-    owners: np.ndarray
+    query_index: np.ndarray
     observations: list[Observation]
     readable: np.ndarray
     pooled: np.ndarray
@@ -165,7 +165,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     """Read a run's answers to its held-out observations, and the competition's labels and names.
 
     Raises:
-        InputError: `run` is no run or kept no answers; `data` is another competition than the run's.
+        InputError: `run` is not a run or kept no answers; `data` is another competition than the run's.
     """
     manifest, answers = open_run(run).manifest, read_run_answers(run)
     recipe = make_recipe(manifest.members[0].recipe, str(run), ignores_removed=True)
@@ -272,7 +272,7 @@ def read_embeddings(evidence: Evidence) -> Embedded:
     is_query = found.observations < len(evidence.queries)
     return Embedded(
         photos=l2_normalize(found.values[is_query].astype(np.float32) - mean.astype(np.float32)),
-        owners=found.observations[is_query],
+        query_index=found.observations[is_query],
         observations=observations,
         readable=readable,
         pooled=l2_normalize(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),

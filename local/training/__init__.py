@@ -1,1 +1,1 @@
-"""How an encoder learns: what it sees, under which head, how it is judged, and how nothing of that is lost."""
+"""Train an encoder: batches, head and losses, evaluation, checkpoints, and the run that training leaves."""

@@ -121,7 +121,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
             say(f"{path} is damaged: continuing from the one before")
             continue
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
             return Checkpoint(tensors, _parse_notes(file.metadata(), path))
     return None
 

@@ -1,4 +1,4 @@
-"""Check what a training is given, without torch, so that a mistake is answered at once."""
+"""Check what a training is given, without torch, so that a mistake is answered immediately."""
 
 import contextlib
 import errno
@@ -23,8 +23,8 @@ def check_start(recipe: Recipe, data: Path, out: Path, resumes: bool = False) ->
         out: as `named` gives it.
 
     Raises:
-        InputError: `out` exists already, or is no run that could be continued; it cannot be written, or was
-            interrupted; `data` is no competition; there is no such encoder.
+        InputError: `out` exists already, or is not a run that could be continued; it cannot be written, or was
+            interrupted; `data` is not a competition; there is no such encoder.
     """
     if os.path.exists(out):  # unlike Path's, it takes any name
         if not resumes:
@@ -45,7 +45,7 @@ def refuse_no_run(out: Path) -> None:
         InputError: it is something else, or damaged.
     """
     if not os.path.lexists(out / MANIFEST):
-        raise InputError(f"--resume cannot continue {out}: it is no run, {MANIFEST} is missing; give another --out")
+        raise InputError(f"--resume cannot continue {out}: it is not a run, {MANIFEST} is missing; give another --out")
     read_manifest(out / MANIFEST)
 
 

@@ -72,7 +72,7 @@ class Optimization:
         self.optimizer.zero_grad(set_to_none=True)
 
     def end_epoch(self, score: float) -> None:
-        """Reduce the learning rate where the score has reached a plateau and the recipe asks for it."""
+        """Reduce the learning rate where the score has reached a plateau if that is the recipe's schedule."""
         if isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step(score)
 

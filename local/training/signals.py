@@ -10,7 +10,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Within it, Ctrl-C and SIGTERM raise `Stopped`, at once or, while `deferred`, when the training looks.
+    """Within it, Ctrl-C and SIGTERM raise `Stopped`: immediately, or, while `deferred`, at the next check.
 
     Attributes:
         pending: whether a signal has come while deferred.

@@ -222,7 +222,7 @@ class Trainer:
             if settings.batch_size > 1 and not self.sampler.is_episodic:
                 change = f"--set batch_size={settings.batch_size // 2} --set accumulate={settings.accumulate * 2}"
             elif settings.gradient_checkpointing:
-                change = "on a larger device, or train anew with a smaller encoder or image_size"
+                change = "on a larger device, or train again with a smaller encoder or image_size"
             where = f"epoch {self.epoch}, batch {number}"
             raise InputError(f"out of memory in {where}: continue with --resume {change}") from error
 

@@ -6,7 +6,7 @@ from kernel.progress import Progress
 
 
 class Clock:
-    """Moves when it is told to; `wait` moves it, and ends the step at a given time."""
+    """Moves when it is set; `wait` moves it, and ends the step at a given time."""
 
     def __init__(self, end: float = 0.0):
         self.now, self.end = 0.0, end

@@ -102,7 +102,7 @@ def test_equal_weights_change_no_score_and_no_interval() -> None:
 def test_a_whole_number_as_weight_is_the_observation_so_many_times() -> None:
     truth, guesses = long_tail(0, 60)
     times = np.random.default_rng(0).integers(0, 4, 60)
-    again = [place for place, count in enumerate(times) for _ in range(count)]
+    again = [index for index, count in enumerate(times) for _ in range(count)]
     scores = score(truth, guesses, weights=times.astype(float))
     repeated = score([truth[index] for index in again], [guesses[index] for index in again])
     for name in ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1"):
@@ -262,9 +262,9 @@ def test_the_line_on_the_console_names_each_score_with_its_bounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("guesses", "told"),
+    ("guesses", "expected"),
     [(1, ["Recall@1", "macro-F1"]), (5, ["Recall@1", "Recall@5", "macro-F1"])],
 )
-def test_the_line_has_no_recall_at_more_guesses_than_were_made(guesses: int, told: list[str]) -> None:
+def test_the_line_has_no_recall_at_more_guesses_than_were_made(guesses: int, expected: list[str]) -> None:
     scores = score(["a", "b"], [["a"] * guesses] * 2)
-    assert [word for word in describe(scores, guesses).split() if word[0] in "Rm"] == told
+    assert [word for word in describe(scores, guesses).split() if word[0] in "Rm"] == expected

@@ -245,7 +245,7 @@ FAITHFUL = {
         "__main__": "from pkg.a import STATE, step\n\nstep()\nprint(STATE)\n",
         "a": "STATE = 0\n\n\ndef step():\n    global STATE\n    STATE += 1\n",
     },
-    "one name for a module in one place and for a value in another": {
+    "one name for a module and for a value": {
         "__main__": "from pkg.a import encode\nfrom pkg.b import codec\n\nprint(encode(1), codec)\n",
         "a": "try:\n    import json as codec\nexcept ImportError:\n    raise\n\n\n"
         "def encode(value):\n    return codec.dumps(value)\n",
@@ -367,12 +367,12 @@ REFUSED = {
         "rename it",
     ),
     "a builtin hidden by an import": ({"__main__": "from io import open\n"}, "__main__.py:1", "rename it"),
-    "the file's own place": (
+    "the file's own path": (
         {"__main__": "from pkg.a import X\n", "a": "import os\n\nX = os.path.dirname(__file__)\n"},
         "a.py:3",
         "ship it in the weights",
     ),
-    "the entry's own place": ({"__main__": "print(__file__)\n"}, "__main__.py:1", "ship it in the weights"),
+    "the entry's own path": ({"__main__": "print(__file__)\n"}, "__main__.py:1", "ship it in the weights"),
     "a module's name": (
         {"__main__": "from pkg.a import X\n", "a": "X = 1\nif __name__ == '__main__':\n    print(X)\n"},
         "a.py:2",

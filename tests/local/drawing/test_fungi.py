@@ -1,4 +1,4 @@
-"""Drawn species can be told apart, and relatives resemble each other.
+"""Drawn species can be distinguished, and relatives resemble each other.
 
 python -m pytest tests/local/drawing/test_fungi.py
 """

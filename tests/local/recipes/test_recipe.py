@@ -133,7 +133,7 @@ def test_an_unknown_table_and_a_key_in_another_table_are_refused_with_the_right_
 
 
 @pytest.mark.parametrize(
-    ("setting", "wanted"),
+    ("setting", "expected"),
     [
         ("epochs=many", "an int"),
         ("epochs=1.5", "an int"),
@@ -146,8 +146,8 @@ def test_an_unknown_table_and_a_key_in_another_table_are_refused_with_the_right_
         ("reference=[]", "a str"),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_with_the_type_that_is_wanted(setting: str, wanted: str) -> None:
-    assert refusal("demo", setting).startswith(f"expected {wanted} for {setting.partition('=')[0]}, got ")
+def test_a_value_of_the_wrong_type_is_refused_with_the_expected_type(setting: str, expected: str) -> None:
+    assert refusal("demo", setting).startswith(f"expected {expected} for {setting.partition('=')[0]}, got ")
 
 
 def test_a_message_about_a_setting_names_where_the_setting_was_given(tmp_path: Path) -> None:
@@ -380,8 +380,8 @@ def test_explain_says_of_every_setting_what_it_means_and_where_its_value_comes_f
     assert "weight_decay = 0.05  (default)" in lines
     assert [line.partition("]")[0][1:] for line in lines if line.startswith("[")] == list(TABLES)
     for key in TABLE_OF:
-        place = next(number for number, line in enumerate(lines) if line.startswith(f"{key} = "))
-        assert lines[place + 1].startswith("    ")
+        index = next(number for number, line in enumerate(lines) if line.startswith(f"{key} = "))
+        assert lines[index + 1].startswith("    ")
 
 
 def test_every_recipe_is_listed_with_one_sentence() -> None:

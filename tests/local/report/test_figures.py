@@ -36,7 +36,7 @@ from tests.layouts import SMALLEST
 
 @pytest.fixture(scope="module")
 def run(trained, tmp_path_factory) -> Path:
-    """A copy of the trained run, whose val judged it, to write into."""
+    """A copy of the trained run, that was evaluated on val, to write into."""
     return Path(shutil.copytree(trained, tmp_path_factory.mktemp("reported") / "tiny"))
 
 
@@ -265,9 +265,9 @@ def test_runs_are_compared_on_the_observations_that_both_held_out(written, evide
 def test_a_query_is_never_compared_with_itself(from_folds):
     closeup = Closeup(from_folds)
     sizes = Counter(from_folds.embedded.classes[from_folds.embedded.is_reference])
-    assert list(from_folds.shots) == [sizes[place] - 1 for place in from_folds.truth]
-    for query, place in enumerate(from_folds.truth):
-        assert closeup.nearest(query, place).observation != from_folds.queries[query].id
+    assert list(from_folds.shots) == [sizes[label] - 1 for label in from_folds.truth]
+    for query, label in enumerate(from_folds.truth):
+        assert closeup.nearest(query, label).observation != from_folds.queries[query].id
 
 
 def test_views_vote_for_the_nearest_mean_of_the_other_observations(from_folds):
@@ -277,7 +277,7 @@ def test_views_vote_for_the_nearest_mean_of_the_other_observations(from_folds):
     classes = range(len(from_folds.classes))
     means = np.stack([embedded.pooled[others & (embedded.classes == one)].mean(axis=0) for one in classes])
     means /= np.linalg.norm(means, axis=1, keepdims=True)
-    said = (embedded.photos[embedded.owners == query] @ means.T).argmax(axis=2)
+    said = (embedded.photos[embedded.query_index == query] @ means.T).argmax(axis=2)
     assert closeup.votes(query) == Counter(said.ravel().tolist())
     assert 0 < closeup.agreement[query] <= 1
 

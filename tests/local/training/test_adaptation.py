@@ -66,11 +66,11 @@ def test_low_rank_updates_start_at_zero_and_merge_exactly(make):
 def test_low_rank_updates_are_in_the_last_groups_alone():
     module = tiny_transformer()
     unfreeze(module, 2)
-    wanted = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    expected = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     add_low_rank_updates(module, 2)
     trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     assert trainable
-    assert {name.split(".parametrizations.")[0] for name in trainable} <= {name.rsplit(".", 1)[0] for name in wanted}
+    assert {name.split(".parametrizations.")[0] for name in trainable} <= {name.rsplit(".", 1)[0] for name in expected}
 
 
 @pytest.mark.parametrize("make", ARCHITECTURES)

@@ -12,7 +12,7 @@ TRAIN = [("train", f"t{number}", "ab"[number % 2]) for number in range(6)] + [("
 VAL = [("val", "v0", "a"), ("val", "v1", "b"), ("val", "v2", "d")]
 
 
-def told(rows, **settings):
+def described(rows, **settings):
     return describe_training(split_for_validation(of_rows(rows), 0), TrainSettings(epochs=1, **settings))
 
 
@@ -23,24 +23,24 @@ def test_the_first_line_counts_observations_and_classes():
 
 
 def test_a_training_says_what_it_learns_from_and_is_validated_on():
-    assert told(TRAIN + VAL) == (
+    assert described(TRAIN + VAL) == (
         "training: learns from 7 observations of train, is validated on 3 of val; 1 of val is of classes that train "
         "lacks, so never right"
     )
-    assert told(TRAIN + VAL, max_classes=1) == (
+    assert described(TRAIN + VAL, max_classes=1) == (
         "training: learns from 3 observations of train, is validated on 1 of val; of 7 and 3, those of the 1 "
         "largest class"
     )
-    assert told(TRAIN) == (
+    assert described(TRAIN) == (
         "training: learns from 5 observations of train, is validated on 2 others, never the only one of a class"
     )
 
 
 def test_a_training_that_nothing_could_validate_is_refused():
     with pytest.raises(InputError, match=r"no val, and every class has one observation in the subset of 3; set epochs"):
-        told([TRAIN[0], TRAIN[1], TRAIN[6]], subset=3)
+        described([TRAIN[0], TRAIN[1], TRAIN[6]], subset=3)
     with pytest.raises(InputError, match=r"no observation of val is of a class that train has; set epochs to 0$"):
-        told([TRAIN[0], TRAIN[1], VAL[2]])
+        described([TRAIN[0], TRAIN[1], VAL[2]])
 
 
 @pytest.mark.parametrize(

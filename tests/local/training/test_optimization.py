@@ -1,4 +1,4 @@
-"""Parameters are updated by the recipe's optimizer and schedule, and a resumed optimizer goes on exactly."""
+"""Parameters are updated by the recipe's optimizer and schedule, and a resumed optimizer continues exactly."""
 
 import math
 

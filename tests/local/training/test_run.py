@@ -144,16 +144,16 @@ def test_what_would_be_another_training_is_no_resumption(drawn, tmp_path):
 
 
 @pytest.mark.parametrize("has_learnt", [True, False])
-def test_an_encoder_is_judged_by_what_it_has_not_seen_in_an_earlier_run(drawn, tmp_path, has_learnt):
+def test_an_encoder_is_evaluated_on_what_it_was_not_trained_on_in_an_earlier_run(drawn, tmp_path, has_learnt):
     first = make_recipe({**SETTINGS, "epochs": int(has_learnt), "matcher": "head" if has_learnt else "means"}, "it")
     train_run(first, drawn.competition, tmp_path / "first")
     recipe = make_recipe({"encoder": str(tmp_path / "first"), "epochs": 0, "reference": "train+val"}, "the test")
     train_run(recipe, drawn.competition, tmp_path / "run")
     with safe_open(tmp_path / "run" / VALIDATION_FILE, "pt") as file:
-        asked = set(json.loads(file.metadata()["observations"]))
-    seen = set(read_competition(drawn.competition).in_splits("train").ids)
-    assert asked
-    assert asked.isdisjoint(seen) == has_learnt
+        queries = set(json.loads(file.metadata()["observations"]))
+    trained_on = set(read_competition(drawn.competition).in_splits("train").ids)
+    assert queries
+    assert queries.isdisjoint(trained_on) == has_learnt
 
 
 def test_without_val_an_encoder_that_learnt_here_keeps_its_seed(drawn, tmp_path):
