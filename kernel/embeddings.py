@@ -140,7 +140,7 @@ def embed_observations(
     requested = budget.elapsed()
     deadline = requested + budget.remaining() * limits.fraction
     try:
-        with Progress(name, total) as progress:
+        with Progress(name, total, "photo") as progress:
             for indices, photos in batches:
                 arrived = budget.elapsed()
                 if not done and 0 < budget.remaining() < math.inf:
@@ -164,7 +164,7 @@ def embed_observations(
                 requested = budget.elapsed()
                 photos_by_views[count] += len(indices)
                 done += len(indices)
-                progress.update(done, f"{count} of {len(views)} views")
+                progress.advance(len(indices), f"{count} of {len(views)} views")
     except Exception:
         if not (limits.tolerates_errors and done):
             raise

@@ -1,4 +1,4 @@
-"""The weights and their manifest, which records how a run was trained and what is needed to predict with it.
+"""The weights and their manifest: how a run was trained, and what is needed to predict with it.
 
 Training writes a manifest, bundling merges the manifests of several runs, and the kernel reads it. Only this module
 reads, checks and writes the JSON; the rest of the code uses these dataclasses.

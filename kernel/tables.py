@@ -1,4 +1,4 @@
-"""Read tables and ids: CSV files, even after other programs have changed them."""
+"""Tables and ids, even after other programs have changed them."""
 
 import csv
 import io

@@ -3,20 +3,17 @@
 import argparse
 import os
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from kernel.inputs import InputError, escape_unprintable
+from kernel.progress import Progress
+from kernel.progress import counted as counted
 
 T = TypeVar("T")
-LINE_SECONDS = 10.0  # between two lines of progress
 CLOSED = 141  # the exit code when the reader of the output has closed it: 128 + SIGPIPE, as in a shell
 
 
@@ -75,17 +72,6 @@ def discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def counted(count: int, noun: str, plural: str = "") -> str:
-    """A count with its noun: `1 photo`, `2 photos`, `1,204 classes`.
-
-    Args:
-        noun: singular.
-        plural: if it is not the noun with -s or -es.
-    """
-    several = plural or noun + ("es" if noun.endswith(("s", "x", "sh", "tch")) else "s")
-    return f"{count:,} {noun if count == 1 else several}"
-
-
 @cache
 def say_once(line: str) -> None:
     """Print a line the first time only."""
@@ -97,82 +83,6 @@ def aligned(rows: Sequence[dict[str, str]]) -> list[str]:
     cells = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-
-
-class Progress:
-    """How far a long step is: a bar on a terminal; elsewhere a line every `LINE_SECONDS`, even when nothing advances.
-
-    with Progress("embedding", total=240, unit="photo") as bar:
-        bar.advance(16)
-
-    The line reads `embedding: 16 of 240 photos (7%), 3.2 per second, 1:10 left`.
-
-    Args:
-        what: the step, as the line begins.
-        total: how many units there are; None where nobody knows.
-        unit: what is counted, in the singular.
-        clock: seconds, for tests.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        total: int | None = None,
-        unit: str = "step",
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self.what, self.total, self.unit, self.clock = what, total, unit, clock
-        self.done, self.began, self.advanced = 0, clock(), 0.0
-        self._bar: tqdm | None = None
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self.report, args=(self._ended.wait,), daemon=True, name="progress")
-
-    def __enter__(self) -> "Progress":
-        self.began = self.clock()
-        if sys.stderr.isatty():
-            self._bar = tqdm(desc=self.what, total=self.total, unit=self.unit, leave=False)
-        else:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar:
-            self._bar.close()
-        else:
-            self._ended.set()
-            self._thread.join()
-
-    def advance(self, count: int = 1) -> None:
-        """Another `count` units are done."""
-        self.done, self.advanced = self.done + count, self.clock()
-        if self._bar:
-            self._bar.update(count)
-
-    def report(self, wait: Callable[[float], bool]) -> None:
-        """Print a line after every `LINE_SECONDS`.
-
-        Args:
-            wait: for so many seconds; true as soon as the step has ended.
-        """
-        # A reader that has gone, or a closed stream, is for the main thread to notice when it prints.
-        with suppress(OSError, ValueError):
-            while not wait(LINE_SECONDS):
-                print(self.line(), flush=True)
-
-    def line(self) -> str:
-        """How far, how fast and how long still, as far as each is known."""
-        seconds = self.clock() - self.began
-        if not self.done and not self.total:
-            return f"{self.what}: {clock_time(seconds)} so far"
-        if not self.done:
-            return f"{self.what}: 0 of {counted(self.total, self.unit)}, {clock_time(seconds)} so far"
-        each = max(self.advanced - self.began, 1e-9) / self.done  # of complete units: the next may take long
-        speed = f"{1 / each:,.1f} per second" if each < 1 else f"{each:,.1f} s each"
-        if not self.total:
-            return f"{self.what}: {counted(self.done, self.unit)}, {speed}, {clock_time(seconds)} so far"
-        left = clock_time(max(0, (self.total - self.done) * each - (self.clock() - self.advanced)))
-        far = f"{self.done:,} of {counted(self.total, self.unit)} ({self.done / self.total:.0%})"
-        return f"{self.what}: {far}, {speed}, {left} left"
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None, unit: str = "step") -> Iterator[T]:
@@ -187,10 +97,3 @@ def progress(items: Iterable[T], what: str, total: int | None = None, unit: str 
         for item in items:
             yield item
             bar.advance()
-
-
-def clock_time(seconds: float) -> str:
-    """`0:07`, `12:34` or `1:02:03`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -61,12 +61,10 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
 def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
     """Names and texts of what a member consists of."""
     encoder = member.encoder
-    size = encoder.preprocessing.size
-    yield (
-        "encoder",
-        f"{encoder.architecture} of {encoder.library}, {size} x {size} pixels, {encoder.features:,} features, "
-        f"{'half precision on a GPU' if encoder.precision == 'half' else 'full precision'}",
-    )
+    size, resize_mode = encoder.preprocessing.size, encoder.preprocessing.resize_mode
+    precision = "half precision on a GPU" if encoder.precision == "half" else "full precision"
+    yield "encoder", f"{encoder.architecture} of {encoder.library}, {encoder.features:,} features, {precision}"
+    yield "photos", f"{size} x {size} pixels, resize_mode {resize_mode}"
     first = ", the most useful first" if len(member.views) > 1 else ""
     yield "views", f"{len(member.views)}{first}: {', '.join(member.views)}"
     if member.pooling != "mean":

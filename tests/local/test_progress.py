@@ -1,6 +1,5 @@
 """Every long step of a run and of its report says how far it is, without a terminal too."""
 
-from local.base import console
 from local.evaluate import report
 from local.recipes.recipe import make_recipe
 from local.training.run import train_run
@@ -18,7 +17,7 @@ STEPS = (
 
 
 def test_every_long_step_of_a_run_and_of_its_report_prints_lines(drawn, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(console, "LINE_SECONDS", 0.001)
+    monkeypatch.setattr("kernel.progress.LINE_SECONDS", 0.001)
     settings = {**TINY, **LEARNING, "views": ["plain", "hflip"], "choose": ["whitening"]}
     train_run(make_recipe(settings, "the test"), drawn.competition, tmp_path / "run")
     report(tmp_path / "run", drawn.competition)

@@ -30,7 +30,8 @@ def test_a_run_is_its_encoder_views_and_bank(tmp_path):
     lines = introduction(tmp_path, member(recipe={"matcher": "means"}, views=("plain", "hflip")))
     assert lines[lines.index("The model") + 1 : lines.index("The formula") - 1] == [
         "  competition  class-folders, 2 classes",
-        "  encoder      test_resnet of timm, 64 x 64 pixels, 96 features, half precision on a GPU",
+        "  encoder      test_resnet of timm, 96 features, half precision on a GPU",
+        "  photos       64 x 64 pixels, resize_mode crop",
         "  views        2, the most useful first: plain, hflip",
         "  bank         means: 3 prototypes of 8 features, after 2 layers, logit_scale 20, transduction 0.25",
     ]
@@ -55,7 +56,7 @@ def test_an_ensemble_names_its_members_and_what_it_sums(tmp_path):
     )
     assert "  member 1 of 2, weight 0.625, from the run first" in lines
     second = lines[lines.index("  member 2 of 2, weight 0.375, from the run a b") :]
-    assert second[3:6] == [
+    assert second[4:7] == [
         "  bank         means: 3 prototypes of 8 features, after 1 layer, logit_scale 20, 75% of the probability",
         "  bank         nearest neighbour: 12 prototypes of 8 features, logit_scale 20, 25% of the probability",
         "  metadata     log p(c | metadata) with weight 0.5",
