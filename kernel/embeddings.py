@@ -9,13 +9,11 @@ import math
 import os
 import threading
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, Full, Queue
 from typing import TypeVar
 
 import numpy as np
@@ -193,16 +191,6 @@ def print_plan(name: str, photos: int, views: int, deadline: float, pace: Pace, 
     )
 
 
-@contextmanager
-def decoding_threads() -> Iterator[ThreadPoolExecutor]:
-    """A thread per core. At the end nothing waits for them, since one of them may wait for a disk that hangs."""
-    threads = ThreadPoolExecutor(os.cpu_count())
-    try:
-        yield threads
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)
-
-
 def load_batches(
     encoder: Encoder,
     observations: Sequence[Observation],
@@ -216,7 +204,8 @@ def load_batches(
         remaining: seconds that a batch may take. When it takes longer, as when a disk hangs, there are no more batches.
     """
     photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
-    with decoding_threads() as threads:
+    threads = ThreadPoolExecutor(os.cpu_count())
+    try:
         first, end = 0, FIRST_BATCH
         while first < len(photos):
             part = photos[first:end]
@@ -235,6 +224,8 @@ def load_batches(
             if readable:
                 indices, batch = zip(*readable, strict=True)
                 yield indices, to_batch(batch, encoder)
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)  # one of them may wait for a disk that hangs
 
 
 def to_batch(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:
@@ -250,38 +241,16 @@ def prefetch(batches: Iterator[T], remaining: Callable[[], float], depth: int = 
         remaining: seconds to wait for the next batch at most. After that there are no more, as when a disk hangs.
         depth: batches that are ready at most.
     """
-    ready: Queue = Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: object) -> bool:
-        while not stopped.is_set():
-            with suppress(Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for batch in batches:
-                if not put((batch, None)):
-                    break
-            put((None, StopIteration()))
-        except BaseException as error:
-            put((None, error))
-        finally:
-            batches.close()
-
-    threading.Thread(target=work, name="prefetch", daemon=True).start()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    ready = deque(thread.submit(next, batches, None) for _ in range(depth))
     try:
-        while True:
-            try:
-                batch, error = ready.get(timeout=min(max(0, remaining()), threading.TIMEOUT_MAX))
-            except Empty:
-                return
-            if isinstance(error, StopIteration):
-                return
-            if error:
-                raise error
+        while (batch := ready.popleft().result(min(max(0, remaining()), threading.TIMEOUT_MAX))) is not None:
+            ready.append(thread.submit(next, batches, None))
             yield batch
+    except TimeoutError:
+        return
     finally:
-        stopped.set()
+        for task in ready:
+            task.cancel()
+        thread.submit(batches.close)
+        thread.shutdown(wait=False)

@@ -6,7 +6,6 @@ reads, checks and writes the JSON; the rest of the code uses these dataclasses.
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -95,7 +94,6 @@ class Member:
 
     Attributes:
         name: for the log.
-        encoder: see `EncoderSpec`.
         views: names of the test-time views, the most useful first.
         pooling: how the embeddings of an observation's photos are combined.
         bank: name of its file.
@@ -148,9 +146,7 @@ class Manifest:
     """The content of a folder of weights: a run or `build/weights`.
 
     Attributes:
-        format: see FORMAT.
         commit: the repository's commit in training; None in a bundle, whose script names it.
-        competition: see `CompetitionSpec`.
         class_ids: ids of all classes, in the order of the banks.
         fallback_classes: ids of the most common classes, predicted for an observation without a readable photo.
         members: the best first, because a kernel that is short of time skips the last.
@@ -210,7 +206,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _from_json(kind: Any, value: Any, key: str) -> Any:
-    """Convert a JSON value to the type of its field.
+    """Convert a JSON value to the type of its field. A missing key leaves the field's default, if it has one.
 
     Args:
         kind: the type: one of the dataclasses, or the annotation of one of their fields.
@@ -243,21 +239,15 @@ def _from_json(kind: Any, value: Any, key: str) -> Any:
         return {name: _from_json(inner[1], own, f"{key}.{name}") for name, own in value.items()}
     if is_dataclass(outer):
         expect(isinstance(value, dict), "an object")
-        return outer(**_fields_from_json(outer, value, f"{key}." if key else ""))
+        prefix = f"{key}." if key else ""
+        for one in fields(outer):
+            if one.name not in value and one.default is MISSING and one.default_factory is MISSING:
+                raise ValueError(f"{prefix}{one.name} is missing")
+        given = [one for one in fields(outer) if one.name in value]
+        return outer(**{one.name: _from_json(one.type, value[one.name], prefix + one.name) for one in given})
     what, types = {str: ("a string", str), int: ("an int", int), float: ("a number", (int, float))}[outer]
     expect(isinstance(value, types) and not isinstance(value, bool), what)
     return value
-
-
-def _fields_from_json(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The arguments of a dataclass, from a JSON object. A missing key leaves the field's default, if it has one."""
-    found = {}
-    for one in fields(kind):
-        if one.name in values:
-            found[one.name] = _from_json(one.type, values[one.name], prefix + one.name)
-        elif one.default is MISSING and one.default_factory is MISSING:
-            raise ValueError(f"{prefix}{one.name} is missing")
-    return found
 
 
 @dataclass(frozen=True)
@@ -318,7 +308,7 @@ def read_weights(folder: Path) -> Weights:
     """The weights in a folder: a run or `build/weights`.
 
     Raises:
-        InputError: see `read_manifest`.
+        InputError: as `read_manifest`.
     """
     return Weights(folder, read_manifest(folder / MANIFEST))
 

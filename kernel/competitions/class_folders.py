@@ -72,15 +72,8 @@ def _find_classes(folder: Path) -> list[Path]:
     names = {path.name.lower() for path in found}
     if not names or is_split or names & {*RESOLUTIONS, *SPLITS}:
         return []
-    return found if any(_has_photos(path) for path in found) else []
-
-
-def _has_photos(folder: Path) -> bool:
-    """Whether a photo lies directly in a folder."""
-    with os.scandir(folder) as entries:
-        return any(
-            not is_hidden(entry.name) and os.path.splitext(entry.name)[1].lower() in PHOTO_SUFFIXES for entry in entries
-        )
+    photos = (path for one in found for path in one.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
+    return found if any(not is_hidden(path.name) for path in photos) else []
 
 
 def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
