@@ -17,7 +17,7 @@ from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST
 from local import train
 from local.base.console import run
-from local.base.kaggle_image import IMAGE, is_newer
+from local.bundling.wheels import IMAGE, is_newer
 from local.encoders.load import load_encoder
 from local.recipes.recipe import make_recipe
 from local.rehearsal.report import rehearse

@@ -1,1 +1,1 @@
-"""What several rooms need: the console, files, metrics, the versions of Kaggle's image."""
+"""What several rooms need: the console, files, metrics."""

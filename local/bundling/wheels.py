@@ -13,14 +13,22 @@ from pathlib import Path
 
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, Weights
-from local.base.kaggle_image import IMAGE, is_newer
 
+# Versions in Kaggle's image, as of August 2026. It has no open_clip_torch and no ftfy.
+IMAGE = {"python": "3.12", "timm": "1.0.26"}
 # Files that installers add to those of a wheel.
 ADDED_BY_INSTALLERS = frozenset(
     ("INSTALLER", "REQUESTED", "RECORD", "RECORD.jws", "RECORD.p7s", "direct_url.json", "provenance_url.json",
      "uv_build.json", "uv_cache.json")
 )  # fmt: skip
 COMPILED = (".so", ".pyd", ".dll", ".dylib")
+
+
+def is_newer(version: str, than: str) -> bool:
+    """Whether a version is newer than another, by their numbers; 1.0.26.post1 counts as newer than 1.0.26."""
+    one, other = ([int(number) for number in re.findall(r"\d+", text.partition("+")[0])] for text in (version, than))
+    length = max(len(one), len(other))
+    return one + [0] * (length - len(one)) > other + [0] * (length - len(other))
 
 
 def needed_wheels(runs: Sequence[Weights]) -> dict[str, str]:

@@ -20,6 +20,7 @@ from requests import HTTPError, RequestException, Response
 from requests.adapters import HTTPAdapter
 
 from kernel.inputs import InputError, shorten
+from kernel.progress import clock_time
 from local.base.console import counted, say
 from local.bundling.metadata import DATASET_METADATA
 from local.publishing.credentials import TOKENS
@@ -183,15 +184,15 @@ class Kaggle:
             answer, state = poll()
             waited = self.clock.now() - started
             if sys.stdout.isatty():
-                line = f"{what}: {state}, {format_duration(waited)}"
+                line = f"{what}: {state}, {clock_time(waited)}"
                 print(f"\r{line:<79}", end="" if answer is None else "\n", flush=True)
             elif state != printed or waited - printed_at >= REPEAT_LINE:
-                say(f"{what}: {state}, {format_duration(waited)}")
+                say(f"{what}: {state}, {clock_time(waited)}")
                 printed, printed_at = state, waited
             if answer is not None:
                 return answer
             if waited >= limit:
-                raise InputError(f"{what}: still {state} after {format_duration(waited)}: {AGAIN_LATER}")
+                raise InputError(f"{what}: still {state} after {clock_time(waited)}: {AGAIN_LATER}")
             self.clock.sleep(interval)
 
     def dataset_status(self, reference: str) -> DatasetStatus | None:
@@ -363,7 +364,3 @@ def read_log(path: Path) -> str:
 
 def accept_rules(competition: str) -> str:
     return f"accept the rules at https://www.kaggle.com/competitions/{competition}/rules"
-
-
-def format_duration(seconds: float) -> str:
-    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s" if seconds >= 60 else f"{seconds:.0f} s"

@@ -3,7 +3,6 @@
 Nothing here imports Kaggle's client, which signs in when it is imported.
 """
 
-import json
 import mmap
 import re
 from dataclasses import dataclass, replace
@@ -15,7 +14,8 @@ from kernel.manifest import MANIFEST, Manifest, read_weights
 from kernel.observations import Observation, TestTable
 from kernel.submission import check_submission
 from local.base.console import say
-from local.bundling.metadata import DATASET_METADATA, PLACEHOLDER, dataset_metadata, read_kernel_metadata, with_owner
+from local.base.files import read_json
+from local.bundling.metadata import DATASET_METADATA, PLACEHOLDER, read_kernel_metadata, with_owner
 from local.bundling.record import PLAIN, RehearsalRecord, check_bundle, read_record
 from local.bundling.weights import warn_of_few_classes
 from local.publishing.credentials import Credentials, find_credentials, find_owner
@@ -136,38 +136,25 @@ def check_weights(folder: Path, metadata: dict) -> Manifest:
     unknown = present - {*weights.manifest.files, MANIFEST, DATASET_METADATA}
     if unknown:
         raise InputError(f"{folder / min(unknown)} does not belong to the bundle: remove it, or bundle again")
-    try:
-        written = json.loads((folder / DATASET_METADATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / DATASET_METADATA} cannot be read ({error}): bundle again") from error
-    # Only the slugs are compared: publishing fills in the owner.
-    if not isinstance(written, dict) or get_slug(written.get("id")) != get_slug(dataset_metadata(metadata)["id"]):
+    reference = metadata["dataset_sources"][0]
+    written = str(read_json(folder / DATASET_METADATA).get("id"))
+    if written.partition("/")[2] != reference.partition("/")[2]:  # publishing fills in the owner
         raise InputError(
-            f"{folder / DATASET_METADATA} does not name {metadata['dataset_sources'][0]}, which the kernel attaches: "
-            "bundle again"
+            f"{folder / DATASET_METADATA} does not name {reference}, which the kernel attaches: bundle again"
         )
     return weights.manifest
-
-
-def get_slug(reference: object) -> str:
-    """The slug of an owner/slug."""
-    return str(reference).partition("/")[2]
 
 
 def check_script(path: Path, manifest_digest: str) -> None:
     """Check that Kaggle takes a script of this size, and that the script accepts these weights.
 
     Raises:
-        InputError: it is missing or too large, or was bundled with other weights.
+        InputError: it is too large, or was bundled with other weights.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): run python bundle.py runs/NAME") from error
-    size = len(text.encode())
+    size = path.stat().st_size
     if size >= MAX_BYTES:
         raise InputError(f"{path} has {size:,} bytes, Kaggle takes less than {MAX_BYTES:,}: bundle again")
-    if f'MANIFEST_SHA256 = "{manifest_digest}"' not in text:
+    if f'MANIFEST_SHA256 = "{manifest_digest}"'.encode() not in path.read_bytes():
         raise InputError(
             f"{path} does not belong to the weights beside it, which have manifest {manifest_digest}: bundle again"
         )

@@ -20,9 +20,9 @@ from pathlib import Path
 from kernel.budget import MARGIN
 from kernel.inputs import InputError, shorten
 from local.base.console import counted, say
-from local.base.kaggle_image import IMAGE
 from local.base.metrics import GUESSES, hit_matrix
 from local.bundling.record import ScenarioResult
+from local.bundling.wheels import IMAGE
 from local.rehearsal.rehearsal import DONE, FALLBACK_WRITTEN, PLANNED, KernelRun, Rehearsal, Summary
 from local.rehearsal.sandbox import duty_cycle, kill_after
 from local.rehearsal.staging import Mounts
@@ -32,10 +32,9 @@ from local.rehearsal.variations import (
     keep_observations,
     keep_one_row,
     remove_photos,
-    remove_weights,
     repeat_observations,
     spoil_photos,
-    truncate_weights,
+    truncate,
 )
 
 ENLARGED = 3  # times the size of the test set, in the scenario `larger`
@@ -47,7 +46,7 @@ MIN_RATIO = 2  # of the photos' time to the start's time in a throttled run; wit
 MAX_COPIES = 200  # of the test set, to reach MIN_RATIO
 PIP_SECONDS = 120  # for installing one wheel
 GRACE = 10  # seconds beyond a throttled run's limit, for ending the interpreter
-ATTEMPTS = 3  # to find a limit that leaves time for some of the photos
+ATTEMPTS = 4  # to find a limit that leaves time for some of the photos
 MEMORY_NOISE = 150  # MB by which the peak memory of two equal runs may differ
 QUEUED = 512  # decoded photos that the kernel may hold at once, in its queue and in its batches
 OTHER_TIMM = 0.1  # fraction of the observations that may get another best class with another timm, by rounding
@@ -279,8 +278,10 @@ def throttled(rehearsal: Rehearsal) -> str:
     if not hasattr(signal, "SIGSTOP"):
         raise Skipped("this system cannot stop and continue a process")
     base, mounts = baseline(rehearsal), rehearsal.mount("throttled")
-    originals, start, photos = enlarge_for_throttling(rehearsal, mounts)
-    runs = run_throttled(rehearsal, mounts, start, photos)
+    start, photos = split_time(base)
+    copies = min(MAX_COPIES, ceil(MIN_RATIO * start / max(photos, 0.01)))
+    originals = repeat_observations(mounts.competition, copies)
+    runs = run_throttled(rehearsal, mounts, start / DUTY, copies * photos / DUTY)
     run, views = runs[-1], get_summary(base).views
     check_scored(run)
     done = get_summary(run)
@@ -301,28 +302,6 @@ def throttled(rehearsal: Rehearsal) -> str:
     return f"left out {note}"
 
 
-def enlarge_for_throttling(rehearsal: Rehearsal, mounts: Mounts) -> tuple[dict[str, str], float, float]:
-    """Repeat the test set until its photos take longer than the start of a throttled run.
-
-    Returns:
-        The original id of every id, and how many seconds a throttled run takes for its start and for all views of all
-        photos.
-    """
-    originals = repeat_observations(mounts.competition, count_copies(*split_time(baseline(rehearsal))))
-    run = rehearsal.run(mounts, controller=duty_cycle(DUTY))
-    if run.failure:
-        raise Failed(f"throttled, without a tight limit: {run.failure}")
-    start, photos = split_time(run)
-    copies = count_copies(start, photos)
-    again = repeat_observations(mounts.competition, copies)
-    return {new: originals[old] for new, old in again.items()}, start, photos * copies
-
-
-def count_copies(start: float, photos: float) -> int:
-    """How often to repeat a test set so that the time of its photos is MIN_RATIO times that of the start."""
-    return min(MAX_COPIES, ceil(MIN_RATIO * start / max(photos, 0.01)))
-
-
 def split_time(run: KernelRun) -> tuple[float, float]:
     """Seconds until the kernel had planned its views, imports included, and seconds from then to the end."""
     planned = run.time_of(PLANNED)
@@ -334,8 +313,10 @@ def split_time(run: KernelRun) -> tuple[float, float]:
 def run_throttled(rehearsal: Rehearsal, mounts: Mounts, start: float, photos: float) -> list[KernelRun]:
     """Run with part of the CPU, and a limit that allows half of the photos' work; the last run is the one to check.
 
-    The speed of a machine with other work may change. If everything was done in time, or the start took all the time,
-    the next limit is computed from that run.
+    If everything was done in time, or the start took all the time, the next limit is computed from that run.
+
+    Args:
+        start, photos: expected seconds of the start, and of all views of all photos.
     """
     base, runs = baseline(rehearsal), []
     for _ in range(ATTEMPTS):
@@ -377,14 +358,14 @@ def memory(rehearsal: Rehearsal) -> str:
 def weights_missing(rehearsal: Rehearsal) -> str:
     """A kernel to which no dataset is attached."""
     mounts = rehearsal.mount("weights-missing")
-    remove_weights(mounts.weights)
+    shutil.rmtree(mounts.weights)
     return check_refused(rehearsal, mounts)
 
 
 def weights_truncated(rehearsal: Rehearsal) -> str:
     """Weights whose upload was cut off."""
     mounts = rehearsal.mount("weights-truncated")
-    truncate_weights(mounts.weights)
+    truncate(max(mounts.weights.rglob("*.safetensors"), key=lambda path: path.stat().st_size))
     return check_refused(rehearsal, mounts)
 
 

@@ -5,7 +5,6 @@ Each function is one variation. Files are replaced and never written to, since t
 
 import io
 import random
-import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -135,16 +134,6 @@ def remove_photos(table: TestTable, seed: int, fraction: float = 0.1) -> set[str
         for photo in observation.photos:
             photo.unlink()
     return {observation.id for observation in chosen}
-
-
-def remove_weights(weights: Path) -> None:
-    """Remove the weights, as if the dataset were not attached."""
-    shutil.rmtree(weights)
-
-
-def truncate_weights(weights: Path) -> None:
-    """Truncate the largest file of the weights."""
-    truncate(max(weights.rglob("*.safetensors"), key=lambda path: path.stat().st_size))
 
 
 def exchange_weights(weights: Path) -> None:

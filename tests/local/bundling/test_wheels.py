@@ -14,8 +14,7 @@ import pytest
 
 from kernel.inputs import InputError
 from kernel.manifest import Weights
-from local.base.kaggle_image import IMAGE, is_newer
-from local.bundling.wheels import make_wheel, needed_wheels
+from local.bundling.wheels import IMAGE, is_newer, make_wheel, needed_wheels
 from tests import manifests
 
 WHEEL = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py2-none-any\nTag: py3-none-any\n"

@@ -12,9 +12,9 @@ import pytest
 from bundle import bundle
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST
-from local.base.kaggle_image import IMAGE
 from local.bundling.metadata import DATASET_METADATA, write_metadata
 from local.bundling.record import PLAIN, ScenarioResult, record_results
+from local.bundling.wheels import IMAGE
 from local.publish import publish
 from local.rehearsal.report import rehearse
 from tests.conftest import kernel_metadata, trained_with

@@ -16,8 +16,8 @@ from bundle import bundle
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, CompetitionSpec
 from kernel.observations import find_test_table
-from local.base.kaggle_image import IMAGE, is_newer
 from local.bundling.record import ScenarioResult
+from local.bundling.wheels import IMAGE, is_newer
 from local.data.competition import read_competition
 from local.rehearsal.rehearsal import Rehearsal, check_competition
 from local.rehearsal.report import Report, play_all
