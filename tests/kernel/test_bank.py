@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from kernel import bank as module
-from kernel.bank import Bank, Layer, classify, rank, read_banks
+from kernel.bank import Bank, Layer, classify, largest, rank, read_banks
 from kernel.inputs import InputError
 
 
@@ -71,6 +71,15 @@ def test_chunks_do_not_change_the_ranking(monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 7)
     assert torch.equal(rank([[bank]], [1.0], [queries], 10), whole)
     assert torch.equal(whole, classified([bank], queries).sort(descending=True, stable=True).indices[:, :10])
+
+
+@pytest.mark.parametrize("levels", [2, 5, 1000])  # few levels of score: many equal ones, also across the last guess
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_the_largest_scores_are_those_of_a_stable_sort(levels, count):
+    scores = torch.randint(levels, (200, 20), generator=torch.Generator().manual_seed(levels)).float()
+    scores[0] = -torch.inf
+    expected = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(largest(scores, count), expected)
 
 
 def test_a_members_banks_average_their_probabilities():
