@@ -22,29 +22,6 @@ from local.recipes.settings import (
 )
 
 FOLDER = Path(__file__).parent
-# Former names of settings in recipes without tables.
-FORMER_NAMES = {
-    "fit": "resize_mode",
-    "most_parameters": "max_parameters",
-    "genus": "genus_weight",
-    "family": "family_weight",
-    "nearest": "nearest_neighbour_weight",
-    "shots": "class_prior_exponent",
-    "metadata": "metadata_weight",
-    "classes": "max_classes",
-    "lora": "lora_rank",
-    "probe": "head_only_epochs",
-    "hidden": "hidden_features",
-    "arcface": "arcface_margin",
-    "class_weights": "class_weight_exponent",
-    "optimiser": "optimizer",
-    "clip": "grad_clip_norm",
-    "decay": "plateau_factor",
-    "decay_patience": "plateau_patience",
-    "ema": "ema_decay",
-}
-# Removed settings, with the value that had no effect.
-REMOVED = {"centre": True, "restarts": 0, "cosface": 0.0, "subcentres": 1}
 
 
 @dataclass(frozen=True)
@@ -90,18 +67,15 @@ def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = N
     return build_recipe(read_given(name, settings, encoder))
 
 
-def make_recipe(values: Mapping, where: str, ignores_removed: bool = False) -> Recipe:
+def make_recipe(values: Mapping, where: str) -> Recipe:
     """A checked recipe from settings, in tables or not.
 
     Args:
         where: source of the settings, for messages.
-        ignores_removed: ignore removed settings. For a finished run, whose other settings are needed.
 
     Raises:
         InputError: see `read_recipe`.
     """
-    if ignores_removed:
-        values = {name: value for name, value in values.items() if name not in REMOVED}
     return build_recipe(_flatten(values, where))
 
 
@@ -191,39 +165,21 @@ def _check_combinations(recipe: Recipe, given: Mapping[str, Given]) -> None:
         "mixup cutmix prototypes",
         "mixup and cutmix do not work with episodes: set them to 0, or other prototypes",
     )
-    refuse_if(is_episodic and train.ways < 2, "ways prototypes", "expected ways >= 2 for episodes")
 
 
 def _flatten(values: Mapping, where: str) -> dict[str, Given]:
-    """The settings in the tables of a file, and those outside of tables, which may have former names."""
+    """The settings in the tables of a file, and those outside of tables."""
     given: dict[str, Given] = {}
-
-    def add(name: str, value: object) -> None:
-        if name in given:
-            raise InputError(f"{name} is given twice (in {where}): remove one of them")
-        given[name] = Given(value, where)
-
     for key, value in values.items():
-        if isinstance(value, dict):
-            if key not in TABLES:
-                raise InputError(
-                    f"unknown table [{key}] (in {where}): the nearest known one is [{_nearest(key, TABLES)}]"
-                )
-            for name, own in value.items():
-                add(_resolve(f"{key}.{name}", where), own)
-        elif key in REMOVED:
-            if value != REMOVED[key]:
-                raise InputError(f"{key} = {value!r} is no longer supported (in {where}): remove it")
-        else:
-            add(_resolve(FORMER_NAMES.get(key, key), where), _rename_choices(key, value))
+        if isinstance(value, dict) and key not in TABLES:
+            raise InputError(f"unknown table [{key}] (in {where}): the nearest known one is [{_nearest(key, TABLES)}]")
+        own = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        for path, item in own.items():
+            name = _resolve(path, where)
+            if name in given:
+                raise InputError(f"{name} is given twice (in {where}): remove one of them")
+            given[name] = Given(item, where)
     return given
-
-
-def _rename_choices(key: str, value: object) -> object:
-    """Replace former names in the value of `choose`, which is a list of settings. Other values are unchanged."""
-    if key != "choose" or not isinstance(value, (list, tuple)):
-        return value
-    return [FORMER_NAMES.get(name, name) if isinstance(name, str) else name for name in value]
 
 
 def _resolve(key: str, where: str) -> str:
@@ -236,10 +192,6 @@ def _resolve(key: str, where: str) -> str:
     if dot and table not in TABLES:
         raise InputError(f"unknown table {table!r} (in {where}): the nearest known one is {_nearest(table, TABLES)!r}")
     if name not in TABLE_OF:
-        if name in FORMER_NAMES:
-            raise InputError(f"unknown key {name!r} (in {where}): it is now called {FORMER_NAMES[name]!r}")
-        if name in REMOVED:
-            raise InputError(f"unknown key {name!r} (in {where}): it is no longer supported")
         raise InputError(f"unknown key {name!r} (in {where}): the nearest known one is {_nearest(name, TABLE_OF)!r}")
     if dot and TABLE_OF[name] != table:
         raise InputError(f"unknown key {key!r} (in {where}): {name} is in the table {TABLE_OF[name]!r}")
@@ -273,7 +225,7 @@ def explain(given: Mapping[str, Given]) -> str:
     for name, table in TABLES.items():
         lines += ["", f"[{name}]  {table.__doc__.partition(chr(10))[0]}"]
         for one in dataclasses.fields(table):
-            value = json.dumps(getattr(getattr(recipe, name), one.name), ensure_ascii=False)
+            value = _dumps(getattr(getattr(recipe, name), one.name))
             source = given[one.name].source if one.name in given else "default"
             source = source if source == "default" or source.startswith("--") else "recipe"
             lines.append(f"{one.name} = {value}  ({source})")
@@ -315,11 +267,6 @@ def settings_of(recipe: Recipe, but: Collection[str] = ()) -> dict:
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in but}))
 
 
-def current_names(settings: Mapping) -> dict:
-    """Recorded settings (see `settings_of`) under their current names."""
-    return {FORMER_NAMES.get(name, name): _rename_choices(name, value) for name, value in settings.items()}
-
-
 def differences(was: Mapping, now: Mapping, weights: tuple[str, str] = ("", "")) -> dict[str, str]:
     """The settings that differ between two runs: name -> `NAME was X, is Y`.
 
@@ -332,11 +279,6 @@ def differences(was: Mapping, now: Mapping, weights: tuple[str, str] = ("", ""))
         name: f"{name} was {_dumps(was[name])}, is {_dumps(now[name])}"
         for name in was
         if name in now and was[name] != now[name]
-    }
-    found |= {
-        name: f"{name} was {_dumps(was[name])}, which is no longer supported"
-        for name in REMOVED
-        if was.get(name, REMOVED[name]) != REMOVED[name]
     }
     if all(weights):
         found.pop("encoder", None)

@@ -287,7 +287,7 @@ class TrainSettings:
         least=0,
         most=1,
     )
-    ways: int = setting(20, "Classes per episode.", least=0)
+    ways: int = setting(20, "Classes per episode.", least=2)
     support: int = setting(1, "Support observations per class of an episode.", least=1)
     queries: int = setting(3, "Query observations per class of an episode, or as many as there are.", least=1)
     monitor: str = setting(

@@ -168,7 +168,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         InputError: `run` is not a run or kept no answers; `data` is another competition than the run's.
     """
     manifest, answers = open_run(run).manifest, read_run_answers(run)
-    recipe = make_recipe(manifest.members[0].recipe, str(run), ignores_removed=True)
+    recipe = make_recipe(manifest.members[0].recipe, str(run))
     labelled = read_competition(data, manifest.competition.resolution)
     if recipe.train.subset:
         labelled = labelled.sample(recipe.train.subset, recipe.train.seed)

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from kernel.inputs import InputError
-from kernel.manifest import MANIFEST, Member, read_manifest
+from kernel.manifest import MANIFEST, GivenSettings, read_manifest
 from local.base.console import counted, say
 from local.data.competition import read_competition
 from local.data.observations import select_observations
 from local.encoders.load import weights_digest
-from local.recipes.recipe import Recipe, current_names, differences, settings_of
+from local.recipes.recipe import Recipe, differences, settings_of
 from local.recipes.settings import CANDIDATES
 from local.training.checkpoints import read_notes
 from local.training.checks import CHECKPOINTS, has_checkpoint, partial_of
@@ -29,9 +29,9 @@ def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool) -> bool:
         InputError: it has others, and cannot be continued with these.
     """
     member = read_manifest(out / MANIFEST).members[0]
-    trained = settings_of(Recipe()) | current_names(member.recipe)
-    was = trained | current_names(member.given.recipe)
-    changed = changed_settings(member, trained, was, recipe)
+    trained = settings_of(Recipe()) | member.recipe  # a setting that is newer than the run had its default
+    was = trained | member.given.recipe
+    changed = changed_settings(trained, member.given, recipe)
     whole = read_competition(data, trained["resolution"])
     if select_observations(whole, uses_val, was["subset"], was["seed"]).digest() != member.data_sha256:
         changed["data"] = f"{data} is not the data that it was made of, or has changed since"
@@ -48,21 +48,17 @@ def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool) -> bool:
     return False
 
 
-def changed_settings(member: Member, trained: Mapping, was: Mapping, recipe: Recipe) -> dict[str, str]:
-    """The settings in which a recipe differs from a finished run's, by name, as lines.
+def changed_settings(trained: Mapping, given: GivenSettings, recipe: Recipe) -> dict[str, str]:
+    """The settings in which a recipe differs from those a finished run was given, by name, as lines.
 
     Args:
         trained: the run's settings, with all that was resolved and selected.
-        was: the run's settings as they were given, as far as it recorded them.
     """
-    now, chosen, is_recorded = settings_of(recipe), trained["choose"], bool(member.given.recipe)
-    changed = differences(was, now, (member.given.weights, weights_digest(recipe.encoder.encoder)))
-    for key in ("resize_mode", "resolution"):  # "encoder" and "auto" are recorded as what they stand for
-        is_open = not is_recorded and now[key] in ("encoder", "auto")
-        if key not in chosen and (now[key] == trained[key] or is_open):
+    now = settings_of(recipe)
+    changed = differences(trained | given.recipe, now, (given.weights, weights_digest(recipe.encoder.encoder)))
+    for key in ("resize_mode", "resolution"):  # what "encoder" and "auto" stood for may be given by its own name
+        if key not in trained["choose"] and now[key] == trained[key]:
             changed.pop(key, None)
-    for key in () if is_recorded else chosen:  # of an older run only what was selected is known
-        changed.pop(key, None)
     return changed
 
 
@@ -85,8 +81,8 @@ def refuse_other_training(folder: Path, notes: dict, recipe: Recipe, data_sha256
     Raises:
         InputError: it was made with other settings or data, or more epochs are trained than the recipe has.
     """
-    before, now = current_names(notes["settings"]), settings_of(recipe, CHANGEABLE)
-    found = differences(before, now, (notes["weights"], weights_digest(recipe.encoder.encoder)))
+    now = settings_of(recipe, CHANGEABLE)
+    found = differences(notes["settings"], now, (notes["weights"], weights_digest(recipe.encoder.encoder)))
     different = [*found.values(), *([] if notes["data_sha256"] == data_sha256 else ["the data have changed"])]
     if different:
         raise InputError(f"{folder} holds another training: {'; '.join(different)}; {KEEP}")

@@ -14,20 +14,15 @@ import pytest
 from kernel.inputs import InputError
 from local.recipes.recipe import (
     FOLDER,
-    FORMER_NAMES,
-    REMOVED,
     TABLE_OF,
     TABLES,
     Recipe,
-    current_names,
-    differences,
     explain,
     list_recipes,
     make_recipe,
     read_given,
     read_recipe,
     settings_by_name,
-    settings_of,
     write_recipe,
 )
 from local.recipes.settings import CANDIDATES, RESOLUTIONS, VIEWS, BankSettings
@@ -321,8 +316,6 @@ def test_every_setting_has_a_name_of_its_own_a_meaning_and_a_default_that_it_tak
     for name, (setting, default) in settings_by_name().items():
         assert setting.meaning.endswith(".")
         assert setting.check(name, default, default, "the test") == default
-    assert not set(FORMER_NAMES) & set(names)
-    assert set(FORMER_NAMES.values()) <= set(names)
 
 
 def test_views_and_resolutions_are_those_of_the_kernel() -> None:
@@ -333,43 +326,13 @@ def test_views_and_resolutions_are_those_of_the_kernel() -> None:
     assert RESOLUTIONS == OF_KERNEL
 
 
-def test_a_file_without_tables_and_with_former_names_is_read(tmp_path: Path) -> None:
-    old = (
-        'fit = "squash"\nprobe = 2\nprototypes = "learned"\ncentre = true\nchoose = ["genus", "fit"]\nsubcentres = 1\n'
-    )
-    recipe = read_recipe(recipe_file(tmp_path, old))
-    assert recipe.bank.resize_mode == "squash"
-    assert recipe.train.head_only_epochs == 2
-    assert recipe.search.choose == ("genus_weight", "resize_mode")
-
-
-@pytest.mark.parametrize("text", ["epochs = 1\n[train]\nepochs = 2\n", "clip = 1.0\ngrad_clip_norm = 2.0\n"])
-def test_a_setting_that_a_file_gives_twice_is_refused(tmp_path: Path, text: str) -> None:
-    assert "is given twice" in refusal(recipe_file(tmp_path, text))
+def test_a_setting_that_a_file_gives_twice_is_refused(tmp_path: Path) -> None:
+    assert "is given twice" in refusal(recipe_file(tmp_path, "epochs = 1\n[train]\nepochs = 2\n"))
 
 
 def test_a_name_that_no_file_can_have_and_a_setting_of_two_lines_are_one_line_too() -> None:
     assert refusal("x" * 5000 + ".toml").startswith("no recipe xxx")
     assert refusal("demo", "epochs=\nx").endswith("(in --set epochs= x)")
-
-
-def test_a_former_name_is_refused_with_the_present_one_where_something_new_is_written(tmp_path: Path) -> None:
-    assert refusal("demo", "probe=2").endswith("it is now called 'head_only_epochs'")
-    assert "it is now called 'grad_clip_norm'" in refusal(recipe_file(tmp_path, "[optim]\nclip = 1.0\n"))
-
-
-def test_a_setting_that_is_gone_is_refused_unless_it_changed_nothing(tmp_path: Path) -> None:
-    path = recipe_file(tmp_path, "restarts = 3\n")
-    assert refusal(path) == f"restarts = 3 is no longer supported (in {path}): remove it"
-    assert make_recipe({"restarts": 3, "seed": 1}, "a run", ignores_removed=True).train.seed == 1
-    assert make_recipe(REMOVED, "a run") == Recipe()
-    assert differences({"restarts": 3}, {}) == {"restarts": "restarts was 3, which is no longer supported"}
-
-
-def test_settings_that_a_run_recorded_under_former_names_compare_under_the_present_ones() -> None:
-    was = current_names({"fit": "crop", "clip": 1.0, "choose": ["fit"], "seed": 0})
-    now = settings_of(make_recipe({"resize_mode": "squash", "choose": ["resize_mode"]}, "the test"))
-    assert differences(was, now) == {"resize_mode": 'resize_mode was "crop", is "squash"'}
 
 
 def test_explain_says_of_every_setting_what_it_means_and_where_its_value_comes_from() -> None:
