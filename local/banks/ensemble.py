@@ -12,30 +12,43 @@ from safetensors import SafetensorError, safe_open
 from kernel.inputs import InputError
 from local.banks.search import evaluate_predictions
 from local.base.console import say
+from local.base.files import write_tensors
 from local.base.metrics import MIN_OBSERVATIONS, gained, mean_recall
 from local.base.run_folder import VALIDATION_FILE
 
 STEPS = 20  # weights are multiples of one twentieth
 
 
-@dataclass(frozen=True)
-class Answers:
-    """A run's predictions of its held-out observations.
+@dataclass(frozen=True, eq=False)
+class HeldOutPredictions:
+    """A run's predictions of its held-out observations, by which an ensemble is weighted and a report is made.
 
     Attributes:
-        queries: the ids of the observations and of the classes, as JSON; equal for runs that can be compared.
-        log_probabilities: (queries, classes).
-        truth: (queries,) index of the true class, -1 if the bank lacks it.
-        weights: (queries,), see `shot_weights` and `macro_weights` of `local.banks.folds`.
+        observations: the id of each.
+        classes: the bank's class ids.
+        log_probabilities: (observations, classes).
+        truth: (observations,) int, index into `classes`; -1 for a class that the bank lacks.
+        weights: (observations,), of mean 1; see `shot_weights` and `macro_weights` of `local.banks.folds`.
     """
 
-    queries: str
+    observations: list[str]
+    classes: list[str]
     log_probabilities: torch.Tensor
     truth: np.ndarray
     weights: np.ndarray
 
+    def write(self, path: Path) -> None:
+        """Write the file that `read_predictions` reads, in half precision."""
+        notes = {"observations": json.dumps(self.observations), "classes": json.dumps(self.classes)}
+        known = {"truth": torch.tensor(self.truth), "weights": torch.tensor(self.weights)}
+        write_tensors({"log_probabilities": self.log_probabilities.half(), **known}, path, notes)
 
-def read_answers(run: Path) -> Answers | None:
+    def is_comparable(self, other: "HeldOutPredictions") -> bool:
+        """Whether both are of the same observations and classes."""
+        return (self.observations, self.classes) == (other.observations, other.classes)
+
+
+def read_predictions(run: Path) -> HeldOutPredictions | None:
     """The predictions that training saved in a run folder; None if nothing could be held out.
 
     Raises:
@@ -46,8 +59,10 @@ def read_answers(run: Path) -> Answers | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            return Answers(
-                json.dumps(file.metadata(), sort_keys=True),
+            notes = file.metadata()
+            return HeldOutPredictions(
+                json.loads(notes["observations"]),
+                json.loads(notes["classes"]),
                 file.get_tensor("log_probabilities").float(),
                 file.get_tensor("truth").numpy(),
                 file.get_tensor("weights").numpy(),
@@ -66,10 +81,11 @@ def ensemble_weights(runs: Sequence[Path], guesses: int) -> list[float]:
     Args:
         guesses: in a row of the submission.
     """
-    predictions = [read_answers(run) for run in runs]
-    if len(runs) == 1 or any(one is None or one.queries != predictions[0].queries for one in predictions):
-        if len(runs) > 1:
-            say("the runs were not evaluated on the same held-out observations: they get equal weights")
+    predictions = [read_predictions(run) for run in runs]
+    if len(runs) == 1:
+        return [1.0]
+    if None in predictions or not all(predictions[0].is_comparable(one) for one in predictions):
+        say("the runs were not evaluated on the same held-out observations: they get equal weights")
         return [1 / len(runs)] * len(runs)
     logs, first = [one.log_probabilities for one in predictions], predictions[0]
 

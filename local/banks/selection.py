@@ -1,7 +1,6 @@
 """Select the bank of an encoder: which observations it is made of, which settings it has, and how good it is."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from kernel.bank import Bank
 from kernel.encoders import Encoder
 from kernel.inputs import shorten
 from kernel.metadata_prior import MetadataPrior
+from local.banks.ensemble import HeldOutPredictions
 from local.banks.folds import make_folds
 from local.banks.metadata_prior import PriorEstimator
 from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, most_candidates, nested_predictions
 from local.base.console import Progress, counted, say
-from local.base.files import write_tensors
 from local.base.metrics import describe, held_out_scores
 from local.data.cache import EmbeddingCache
 from local.data.observations import Split, encode_labels, sort_ids
@@ -105,31 +104,6 @@ def plan_bank(split: Split, reference: str, is_tuned: bool, is_macro: bool = Fal
 
 
 @dataclass(frozen=True, eq=False)
-class HeldOutAnswers:
-    """The answers of the selected settings to the held-out observations, by which an ensemble is weighted later.
-
-    Attributes:
-        observations: the id of each.
-        classes: the bank's class ids.
-        log_probabilities: (held-out observations, classes).
-        truth: (held-out observations,) int, index into `classes`; -1 for a class that the bank lacks.
-        weights: (held-out observations,), of mean 1; see `local.banks.folds`.
-    """
-
-    observations: list[str]
-    classes: list[str]
-    log_probabilities: torch.Tensor
-    truth: np.ndarray
-    weights: np.ndarray
-
-    def write(self, path: Path) -> None:
-        """Write what `local.banks.ensemble.read_answers` reads."""
-        notes = {"observations": json.dumps(self.observations), "classes": json.dumps(self.classes)}
-        known = {"truth": torch.tensor(self.truth), "weights": torch.tensor(self.weights)}
-        write_tensors({"log_probabilities": self.log_probabilities.half(), **known}, path, notes)
-
-
-@dataclass(frozen=True, eq=False)
 class SelectedBank:
     """A bank, and how it was selected.
 
@@ -139,7 +113,7 @@ class SelectedBank:
         metadata_prior: None where the settings give it no weight.
         scores: see `local.base.metrics.held_out_scores`; empty where nothing could be held out.
         candidates: the rows of the table of all settings that were compared.
-        answers: None where nothing could be held out.
+        predictions: of the held-out observations; None where nothing could be held out.
     """
 
     settings: BankSettings
@@ -147,7 +121,7 @@ class SelectedBank:
     metadata_prior: MetadataPrior | None
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
     candidates: list[dict] = dataclasses.field(default_factory=list)
-    answers: HeldOutAnswers | None = None
+    predictions: HeldOutPredictions | None = None
 
 
 class BankSelection:
@@ -239,14 +213,14 @@ class BankSelection:
             evaluation = search.evaluate(settings)
         scores = self._score(search, evaluation.top if top is None else top)
         ids = self.labelled.ids
-        answers = HeldOutAnswers(
+        predictions = HeldOutPredictions(
             [ids[query] for query in search.queries],
             plan.classes,
             search.log_probabilities(settings)[0],
             search.truth,
             search.weights,
         )
-        return SelectedBank(settings, *self._fit(settings, evaluation.logit_scales), scores, candidates, answers)
+        return SelectedBank(settings, *self._fit(settings, evaluation.logit_scales), scores, candidates, predictions)
 
     def _score(self, search: Search, top: np.ndarray) -> dict[str, float]:
         """Score the answers to the held-out observations, and print the scores.

@@ -13,7 +13,7 @@ from kernel.observations import find_test_table
 from local.banks.search import evaluate_predictions
 from local.base.metrics import MIN_OBSERVATIONS
 from local.data.observations import encode_labels, sort_ids
-from local.report.evidence import Evidence, evaluate_answers, queries_of, read_run_answers
+from local.report.evidence import Evidence, evaluate_answers, read_run_answers
 from local.report.scores import (
     RECALLS,
     Estimate,
@@ -104,7 +104,7 @@ def common_answers(evidence: Evidence, other: Path) -> tuple[np.ndarray, np.ndar
         InputError: there are no such observations.
     """
     answers = read_run_answers(other)
-    ids, bank = queries_of(answers)
+    ids, bank = answers.observations, answers.classes
     row_of = {name: row for row, name in enumerate(ids)}
     rows = np.array([row for row, query in enumerate(evidence.queries) if query.id in row_of], dtype=int)
     if not len(rows):

@@ -1,6 +1,5 @@
 """Read the evidence of a report: a run's answers to its held-out observations, with their photos and taxonomy."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from kernel.inputs import InputError
 from kernel.manifest import Manifest
 from kernel.observations import Observation
 from kernel.tables import TAXONOMY, names_nothing
-from local.banks.ensemble import Answers, read_answers
+from local.banks.ensemble import HeldOutPredictions, read_predictions
 from local.banks.estimators import l2_normalize, pool
 from local.banks.search import Evaluation, evaluate_predictions
 from local.base.run_folder import CACHE, require_answers
@@ -172,7 +171,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     labelled = read_competition(data, manifest.competition.resolution)
     if recipe.train.subset:
         labelled = labelled.sample(recipe.train.subset, recipe.train.seed)
-    ids, bank = queries_of(answers)
+    ids, bank = answers.observations, answers.classes
     rows = encode_labels(ids, labelled.ids)
     if (rows < 0).any():
         missing = ids[int(np.argmin(rows))]
@@ -207,7 +206,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     )
 
 
-def read_run_answers(run: Path) -> Answers:
+def read_run_answers(run: Path) -> HeldOutPredictions:
     """Read the answers that training kept.
 
     Raises:
@@ -215,13 +214,7 @@ def read_run_answers(run: Path) -> Answers:
     """
     open_run(run)
     require_answers(run)
-    return read_answers(run)
-
-
-def queries_of(answers: Answers) -> tuple[list[str], list[str]]:
-    """The ids of the held-out observations, and of the classes of the bank."""
-    stored = json.loads(answers.queries)
-    return json.loads(stored["observations"]), json.loads(stored["classes"])
+    return read_predictions(run)
 
 
 def names_of(labelled: LabelledObservations, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:

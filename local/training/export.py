@@ -86,8 +86,8 @@ def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, ban
         files.append(PRIOR_FILE)
     if bank.candidates:
         write_table(bank.candidates, folder / CANDIDATES_FILE)
-    if bank.answers:
-        bank.answers.write(folder / VALIDATION_FILE)
+    if bank.predictions:
+        bank.predictions.write(folder / VALIDATION_FILE)
     write_recipe(recipe, folder / "recipe.toml")
     class_ids = plan.split.labelled.class_ids[plan.reference]
     if tuning.log or bank.scores:

@@ -3,15 +3,12 @@
 python -m pytest tests/local/banks/test_ensemble.py
 """
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from kernel.inputs import InputError
-from local.banks.ensemble import STEPS, ensemble_weights, read_answers
+from local.banks.ensemble import STEPS, HeldOutPredictions, ensemble_weights, read_predictions
 from local.banks.search import evaluate_predictions
 from local.base.metrics import gained, mean_recall
 from local.base.run_folder import VALIDATION_FILE
@@ -19,15 +16,13 @@ from local.base.run_folder import VALIDATION_FILE
 QUERIES, CLASSES = 400, 30
 
 
-def write_run(folder, logits, truth, weights=None, queries="the same"):
+def write_run(folder, logits, truth, weights=None, observations="the same"):
     """A run folder with predictions of held-out observations."""
     folder.mkdir(parents=True)
-    tensors = {
-        "log_probabilities": logits.log_softmax(dim=1).half(),
-        "truth": truth,
-        "weights": torch.ones(len(truth), dtype=torch.float64) if weights is None else weights,
-    }
-    save_file(tensors, folder / VALIDATION_FILE, metadata={"observations": json.dumps(queries)})
+    weights = torch.ones(len(truth), dtype=torch.float64) if weights is None else weights
+    classes = [str(label) for label in range(logits.shape[1])]
+    predictions = HeldOutPredictions([observations], classes, logits.log_softmax(dim=1), truth.numpy(), weights.numpy())
+    predictions.write(folder / VALIDATION_FILE)
     return folder
 
 
@@ -45,7 +40,7 @@ def truth():
 
 def recalls_of(runs, weights, guesses):
     """(queries,) weighted mean recall of the weighted sum of log-probabilities."""
-    predictions = [read_answers(run) for run in runs]
+    predictions = [read_predictions(run) for run in runs]
     total = sum(weight * one.log_probabilities for weight, one in zip(weights, predictions, strict=True))
     first = predictions[0]
     return first.weights * mean_recall(evaluate_predictions(total, first.truth).ranks, guesses)
@@ -116,7 +111,7 @@ def test_the_same_predictions_twice_are_no_ensemble(truth, tmp_path):
 
 
 def test_runs_with_different_held_out_observations_get_equal_weights(truth, tmp_path, capsys):
-    runs = [noisy_run(tmp_path / "a", 1.5, 1, truth), noisy_run(tmp_path / "b", 1.5, 2, truth, queries="another")]
+    runs = [noisy_run(tmp_path / "a", 1.5, 1, truth), noisy_run(tmp_path / "b", 1.5, 2, truth, observations="another")]
     assert ensemble_weights(runs, 10) == [0.5, 0.5]
     assert "equal weights" in capsys.readouterr().out
 

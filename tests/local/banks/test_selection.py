@@ -77,7 +77,7 @@ def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(en
     own = plan_bank(split_for_validation(labelled, 0), "train", is_tuned=False)
     selection = BankSelection(BankSettings(), ["whitening"], own, encoder, tmp_path)
     selected = selection.select()
-    assert (selected.settings, selected.scores, selected.answers) == (selection.settings, {}, None)
+    assert (selected.settings, selected.scores, selected.predictions) == (selection.settings, {}, None)
     assert len(selected.banks[0].bias) == len(own.classes)
     assert capsys.readouterr().out.splitlines() == [
         "bank: made of the 2 observations of train",
@@ -87,17 +87,17 @@ def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(en
 
 
 def test_the_answers_are_to_the_held_out_observations_in_the_order_of_the_folds(encoder, drawn, tmp_path):
-    from local.banks.ensemble import read_answers
+    from local.banks.ensemble import read_predictions
     from local.base.run_folder import VALIDATION_FILE
     from local.data.competition import read_competition
 
     own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), "train+val", is_tuned=False)
     settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
-    answers = BankSelection(settings, [], own, encoder, tmp_path).select().answers
+    answers = BankSelection(settings, [], own, encoder, tmp_path).select().predictions
     queries = np.concatenate([np.flatnonzero(queries) for _, queries in own.folds])
     assert answers.observations == [own.split.labelled.ids[index] for index in queries]
     assert [own.classes[label] for label in answers.truth] == own.split.labelled.class_ids[queries].tolist()
     answers.write(tmp_path / VALIDATION_FILE)
-    read = read_answers(tmp_path)
+    read = read_predictions(tmp_path)
     assert read.log_probabilities.exp().sum(dim=1).numpy() == pytest.approx(1, abs=0.01)
     assert read.truth.tolist() == answers.truth.tolist()

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kernel.inputs import InputError
-from local.banks.ensemble import read_answers
+from local.banks.ensemble import read_predictions
 from local.banks.search import evaluate_predictions
 from local.base.run_folder import VALIDATION_FILE
 from local.data.competition import read_competition
@@ -66,7 +66,7 @@ def test_photos_are_decoded_larger_only_for_a_recipe_with_the_larger_view(drawn,
 def test_a_training_ends_with_the_weighted_scores_and_then_the_unweighted_ones(drawn, tmp_path, capsys, monitor, how):
     train_run(make_recipe({**TINY, "epochs": 0, "monitor": monitor}, "the test"), drawn.competition, tmp_path / "run")
     *_, weighted, unweighted, _ = capsys.readouterr().out.splitlines()
-    answers = read_answers(tmp_path / "run")
+    answers = read_predictions(tmp_path / "run")
     hits = evaluate_predictions(answers.log_probabilities, answers.truth).ranks < 5
     assert len(set(answers.weights.tolist())) > 1
     scores = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]["validation"]
