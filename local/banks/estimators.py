@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from kernel.bank import Bank, Layer, apply_layers
 from kernel.inputs import InputError
 from local.base.files import write_tensors
-from local.data.taxonomy import Taxonomy
+from local.data.observations import Taxonomy
 
 LOGIT_SCALE = 16.0  # of cosines, where no held-out observations are there to fit it
 ABSENT = -100.0  # bias of a class without a reference observation

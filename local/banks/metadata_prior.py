@@ -1,7 +1,6 @@
 """Fit the metadata prior: from labelled observations to the tables that the kernel looks up. In float64, on the CPU.
 
-estimator = PriorEstimator().fit(train, classes, train.taxa)
-estimator.prior_.log_probabilities(val.observations)      the kernel's own code
+fit_prior(train, train.classes).log_probabilities(val.observations)
 """
 
 import json
@@ -18,13 +17,15 @@ from scipy.sparse import csr_array
 from kernel.metadata_prior import CELL, FEATURES, MetadataPrior, feature_value, parse_number
 from kernel.observations import Observation
 from local.base.files import write_tensors
-from local.data.observations import LabelledObservations
+from local.data.observations import LabelledObservations, encode_labels
 
 SHOTS, RECENCY = "shots", "recency"  # the terms that do not depend on the query's metadata
 # Pseudo-counts of the wider taxon: of all fungi in an order, of that in a family, of that in a genus, of that in a
 # class. Small in a class, whose one observation says much of where the next will be. These and the widths of the
 # smoothing kernels are from the flat middle of what cross-validation on FungiCLEF's Train preferred, without its Val.
 CONCENTRATIONS = (50.0, 20.0, 5.0, 0.5)
+MEMORY = 2.0  # years after which an observation counts 1/e in the recency of its class
+ORIGINS = 5  # how many of the last years are folds
 RIDGE = 1e-3  # penalty of the squared weights, in nats per query: it decides only what the queries leave open
 INITIAL_WEIGHT = 0.3  # of every term, and the final one if there are no queries
 KM_PER_DEGREE = 111.2
@@ -163,80 +164,53 @@ def rolling_origin_folds(years: np.ndarray, origins: int) -> Iterator[tuple[np.n
             yield fold != number, fold == number
 
 
-class PriorEstimator:
-    """Fits the metadata prior, and chooses the features' weights by cross-validation on what it is given.
+def fit_prior(reference: LabelledObservations, classes: Sequence[str]) -> MetadataPrior:
+    """Fit the prior on labelled observations.
 
     Args:
-        concentrations: of the order, family, genus and class; see CONCENTRATIONS.
-        memory: years after which an observation counts 1/e in the recency of its class.
-        origins: how many of the last years are folds.
-        features: those of kernel.metadata_prior.FEATURES to use.
-
-    Attributes:
-        weights_: of each feature and of RECENCY by cross-validation; of SHOTS 1.
-        prior_: the prior for the kernel.
+        classes: all class ids, in the order of the bank.
     """
+    return weighted(*unweighted_terms(reference, classes), choose_weights(reference))
 
-    def __init__(
-        self,
-        concentrations: Sequence[float] = CONCENTRATIONS,
-        memory: float = 2.0,
-        origins: int = 5,
-        features: Sequence[str] = tuple(FEATURES),
-    ) -> None:
-        self.concentrations, self.memory, self.origins = concentrations, memory, origins
-        self.features = features
 
-    def fit(
-        self, reference: LabelledObservations, classes: Sequence[str], lineages: Mapping[str, tuple[str, ...]]
-    ) -> "PriorEstimator":
-        """Fit on labelled observations.
+def choose_weights(reference: LabelledObservations) -> dict[str, float]:
+    """The weights of the features and of RECENCY by cross-validation over years; that of SHOTS is 1."""
+    years = years_of(reference)
+    terms = (*FEATURES, RECENCY, SHOTS)
+    designs = []
+    # Without metadata there are no weights to choose, and with 32,000 classes the folds would not fit in memory.
+    for past, queries in rolling_origin_folds(years, ORIGINS) if reference.has_metadata else ():
+        known = sorted(set(reference.class_ids[past]))
+        queries = queries & np.isin(reference.class_ids, known)
+        if queries.any():
+            values, tables = unweighted_terms(reference.subset(past), known)
+            design = design_matrix(values, tables, terms, reference.subset(queries).observations)
+            designs.append((design, np.searchsorted(known, reference.class_ids[queries].astype(str))))
+    # The folds cannot weight the shots: few-shot data omit the frequent classes, so that a class of four seems
+    # never to return. Probabilities are proportional to counts, which is a weight of 1.
+    return dict(zip(terms, conditional_logit(designs, len(terms)).tolist(), strict=True)) | {SHOTS: 1.0}
 
-        Args:
-            classes: all class ids, in the order of the bank.
-            lineages: of each class the names of its taxa, the widest first; the narrowest are used, one for each
-                concentration but that of the class.
-        """
-        years = np.array([year_of(observation) for observation in reference.observations])
-        terms = (*self.features, RECENCY, SHOTS)
-        designs = []
-        # Without metadata there are no weights to choose, and with 32,000 classes the folds would not fit in memory.
-        has_metadata = any(observation.metadata for observation in reference.observations)
-        for past, queries in rolling_origin_folds(years, self.origins) if has_metadata else ():
-            known = sorted(set(reference.class_ids[past]))
-            queries = queries & np.isin(reference.class_ids, known)
-            if queries.any():
-                values, tables = self._terms(reference.subset(past), known, lineages)
-                design = design_matrix(values, tables, terms, reference.subset(queries).observations)
-                designs.append((design, np.searchsorted(known, reference.class_ids[queries].astype(str))))
-        # The folds cannot weight the shots: few-shot data omit the frequent classes, so that a class of four seems
-        # never to return. Probabilities are proportional to counts, which is a weight of 1.
-        chosen = dict(zip(terms, conditional_logit(designs, len(terms)).tolist(), strict=True))
-        self.weights_ = chosen | {SHOTS: 1.0}
-        self.prior_ = weighted(*self._terms(reference, classes, lineages), self.weights_)
-        return self
 
-    def _terms(
-        self, reference: LabelledObservations, classes: Sequence[str], lineages: Mapping[str, tuple[str, ...]]
-    ) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-        """The values of each feature that has any, and the unweighted table of each term, (values or 1, classes)."""
-        index = {class_id: label for label, class_id in enumerate(classes)}
-        labels = np.array([index[class_id] for class_id in reference.class_ids])
-        taxa = len(self.concentrations) - 1
-        ancestry = [lineages[class_id][-taxa:] for class_id in classes]
-        values, tables = {}, {}
-        for feature in self.features:
-            read = [feature_value(feature, observation.metadata) for observation in reference.observations]
-            known = sorted({value for value in read if value is not None})
-            if known:
-                values[feature] = known
-                tables[feature] = log_ratios(labels, ancestry, smooth(read, known, feature), self.concentrations).T
-        years = np.array([year_of(observation) for observation in reference.observations])
-        recent = np.exp((years - np.nanmax(years, initial=-np.inf)) / self.memory)
-        mass = np.nan_to_num(np.stack([recent, 1 - recent], axis=1))  # zeros for an unknown year
-        tables[RECENCY] = log_ratios(labels, ancestry, mass, self.concentrations).T[:1]
-        tables[SHOTS] = np.log(np.maximum(np.bincount(labels, minlength=len(classes)), 0.5))[None]
-        return values, tables
+def unweighted_terms(
+    reference: LabelledObservations, classes: Sequence[str]
+) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
+    """The values of each feature that has any, and the unweighted table of each term, (values or 1, classes)."""
+    labels = encode_labels(reference.class_ids, classes)
+    taxa = len(CONCENTRATIONS) - 1
+    ancestry = [reference.taxa[class_id][-taxa:] for class_id in classes]
+    values, tables = {}, {}
+    for feature in FEATURES:
+        read = [feature_value(feature, observation.metadata) for observation in reference.observations]
+        known = sorted({value for value in read if value is not None})
+        if known:
+            values[feature] = known
+            tables[feature] = log_ratios(labels, ancestry, smooth(read, known, feature), CONCENTRATIONS).T
+    years = years_of(reference)
+    recent = np.exp((years - np.nanmax(years, initial=-np.inf)) / MEMORY)
+    mass = np.nan_to_num(np.stack([recent, 1 - recent], axis=1))  # zeros for an unknown year
+    tables[RECENCY] = log_ratios(labels, ancestry, mass, CONCENTRATIONS).T[:1]
+    tables[SHOTS] = np.log(np.maximum(np.bincount(labels, minlength=len(classes)), 0.5))[None]
+    return values, tables
 
 
 def weighted(
@@ -267,12 +241,16 @@ def design_matrix(
     return np.stack(design)
 
 
-def year_of(observation: Observation) -> float:
-    """The year of an observation, NaN if the metadata have none."""
-    try:
-        return parse_number(observation.metadata["year"])
-    except (KeyError, ValueError):
-        return math.nan
+def years_of(reference: LabelledObservations) -> np.ndarray:
+    """(observations,) years, NaN where the metadata have none."""
+
+    def year_of(observation: Observation) -> float:
+        try:
+            return parse_number(observation.metadata["year"])
+        except (KeyError, ValueError):
+            return math.nan
+
+    return np.array([year_of(observation) for observation in reference.observations])
 
 
 def write_prior(prior: MetadataPrior, path: Path) -> None:

@@ -16,7 +16,7 @@ from kernel.bank import Bank, Layer, apply_layers
 from local.banks.estimators import ABSENT, Centring, ClassMeans, Whitening, make_bank, pool
 from local.banks.folds import make_folds
 from local.base.metrics import mean_recall, paired_gain
-from local.data.taxonomy import Taxonomy
+from local.data.observations import Taxonomy
 
 EVALUATIONS = 6  # of the members on their held-out observations, during training
 SEED_STRIDE = 1000  # so that the members of two ensembles have different seeds

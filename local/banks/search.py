@@ -22,7 +22,7 @@ from local.banks.folds import FOLDS, macro_weights, shot_weights
 from local.banks.projection import ProjectionEnsemble
 from local.base.console import progress
 from local.base.metrics import GUESSES, gained, mean_recall
-from local.data.taxonomy import Taxonomy
+from local.data.observations import Taxonomy
 from local.recipes.settings import CANDIDATES, VIEW_GROUPS, BankSettings
 
 LOGIT_SCALE_QUERIES = 1000  # enough for one number

@@ -14,7 +14,7 @@ from kernel.inputs import shorten
 from kernel.metadata_prior import MetadataPrior
 from local.banks.ensemble import HeldOutPredictions
 from local.banks.folds import make_folds
-from local.banks.metadata_prior import PriorEstimator
+from local.banks.metadata_prior import fit_prior
 from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, most_candidates, nested_predictions
 from local.base.console import Progress, counted, say
 from local.base.metrics import describe, held_out_scores
@@ -251,8 +251,7 @@ class BankSelection:
 
     def _fit_prior(self, reference: np.ndarray) -> MetadataPrior:
         """What the metadata of some of the observations say of the classes."""
-        train = self.labelled.subset(reference)
-        return PriorEstimator().fit(train, self.plan.classes, self.labelled.taxa).prior_
+        return fit_prior(self.labelled.subset(reference), self.plan.classes)
 
     def _metadata_log_probabilities(self, reference: np.ndarray, queries: np.ndarray) -> torch.Tensor | None:
         """(queries, classes), by the metadata alone; None where the tables have none."""

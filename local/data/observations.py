@@ -16,9 +16,21 @@ import numpy as np
 from kernel.competitions.competition import Competition
 from kernel.observations import Observation
 from kernel.tables import TAXONOMY
-from local.data.taxonomy import Taxonomy
 
 UNKNOWN_TAXA = ("",) * len(TAXONOMY)
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """The genus and the family of each class, (classes,) int. A class without one is alone in a group of its own."""
+
+    genus: np.ndarray
+    family: np.ndarray
+
+    @classmethod
+    def unknown(cls, classes: int) -> "Taxonomy":
+        """Of classes that have no relatives."""
+        return cls(np.arange(classes), np.arange(classes))
 
 
 @dataclass(frozen=True, eq=False)

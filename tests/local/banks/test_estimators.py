@@ -35,7 +35,7 @@ from local.banks.estimators import (
     save_banks,
     transform,
 )
-from local.data.taxonomy import Taxonomy
+from local.data.observations import Taxonomy
 
 
 def overlapping(classes=5, features=8, seed=0):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from kernel.metadata_prior import read_prior
+from kernel.metadata_prior import MetadataPrior, read_prior
 from kernel.observations import Observation
 from local.banks.metadata_prior import (
     FEATURES,
@@ -16,15 +16,17 @@ from local.banks.metadata_prior import (
     RECENCY,
     RIDGE,
     SHOTS,
-    PriorEstimator,
+    choose_weights,
     conditional_logit,
     elevation_kernel,
+    fit_prior,
     location_kernel,
     log_ratios,
     rolling_origin_folds,
     season_kernel,
     smooth,
     taxon_rings,
+    unweighted_terms,
     write_prior,
 )
 from local.base.metrics import score
@@ -37,7 +39,7 @@ REAL = ROOT / "data" / "fungi-clef-2025"  # as downloaded; the photos are not ne
 HABITATS = ("meadow", "bog", "dune", "oak wood")
 
 
-def grown(shots: int = 4, informative: bool = True, seed: int = 0) -> tuple[LabelledObservations, list[str], dict]:
+def grown(shots: int = 4, informative: bool = True, seed: int = 0) -> tuple[LabelledObservations, list[str]]:
     """Twenty classes in ten genera; a genus has a habitat, and substrates are random."""
     rng = np.random.default_rng(seed)
     classes = [str(number) for number in range(20)]
@@ -52,69 +54,68 @@ def grown(shots: int = 4, informative: bool = True, seed: int = 0) -> tuple[Labe
             }
             observations.append(Observation(str(len(observations)), (), said))
             class_ids.append(class_id)
-    ancestry = {class_id: ("order", "family", f"genus {int(class_id) // 2}") for class_id in classes}
-    return make_labelled(observations, class_ids), classes, ancestry
+    taxa = {class_id: ("order", "family", f"genus {int(class_id) // 2}") for class_id in classes}
+    return make_labelled(observations, class_ids, taxa=taxa), classes
 
 
 @pytest.fixture(scope="module")
-def fitted() -> tuple[PriorEstimator, LabelledObservations]:
-    reference, classes, ancestry = grown()
-    return PriorEstimator().fit(reference, classes, ancestry), reference
+def fitted() -> tuple[MetadataPrior, LabelledObservations]:
+    reference, classes = grown()
+    return fit_prior(reference, classes), reference
 
 
 def test_the_kernel_reads_the_prior_that_was_written(fitted, tmp_path):
-    estimator, reference = fitted
-    write_prior(estimator.prior_, tmp_path / "prior.safetensors")
+    prior, reference = fitted
+    write_prior(prior, tmp_path / "prior.safetensors")
     read = read_prior(tmp_path / "prior.safetensors")
-    expected = estimator.prior_.log_probabilities(reference.observations)
+    expected = prior.log_probabilities(reference.observations)
     assert expected.shape == (80, 20)
     assert torch.equal(read.log_probabilities(reference.observations), expected)
-    assert torch.equal(read.classes, estimator.prior_.classes)
+    assert torch.equal(read.classes, prior.classes)
     write_prior(read, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "prior.safetensors").read_bytes()
 
 
 def test_an_informative_feature_gets_a_weight_and_a_random_one_almost_none():
-    reference, classes, ancestry = grown(shots=12)
-    estimator = PriorEstimator().fit(reference, classes, ancestry)
-    weights = estimator.weights_
+    reference, classes = grown(shots=12)
+    weights = choose_weights(reference)
     assert set(weights) == {*FEATURES, RECENCY, SHOTS}
     assert weights["habitat"] > 0.7
     assert weights["substrate"] < 0.2
-    assert set(estimator.prior_.tables) <= {"habitat", "substrate"}
+    assert set(fit_prior(reference, classes).tables) <= {"habitat", "substrate"}
 
 
 def test_a_habitat_raises_the_classes_that_live_there(fitted):
     query = Observation("new", (), {"habitat": "BOG"})
-    likeliest = fitted[0].prior_.log_likelihoods([query])[0].topk(4).indices.tolist()
+    likeliest = fitted[0].log_likelihoods([query])[0].topk(4).indices.tolist()
     assert {HABITATS[index // 2 % 4] for index in likeliest} == {"bog"}
 
 
 def test_without_metadata_the_prior_is_off_and_classes_are_as_probable_as_their_shots():
-    reference, classes, ancestry = grown()
-    bare = make_labelled([Observation(name, ()) for name in reference.ids], reference.class_ids)
+    reference, classes = grown()
+    bare = [Observation(name, ()) for name in reference.ids]
+    bare = make_labelled(bare, reference.class_ids, taxa=reference.taxa)
     bare = bare.subset(np.arange(80) > 1)  # class 0 has 2 observations, the others 4
-    prior = PriorEstimator().fit(bare, classes, ancestry).prior_
+    prior = fit_prior(bare, classes)
     assert not prior.tables
     assert prior.log_probabilities(reference.observations) is None
     assert torch.allclose(prior.classes.exp(), torch.tensor([2.0] + [4.0] * 19) / 78)
 
 
 def test_a_class_observed_recently_is_more_probable():
-    reference, classes, ancestry = grown(informative=False)
+    reference, classes = grown(informative=False)
     late = [
         Observation(one.id, (), one.metadata | {"year": "2021" if int(class_id) % 2 else "2010"})
         for one, class_id in zip(reference.observations, reference.class_ids, strict=True)
     ]
-    estimator = PriorEstimator()
-    tables = estimator._terms(make_labelled(late, reference.class_ids), classes, ancestry)[1]
+    tables = unweighted_terms(make_labelled(late, reference.class_ids, taxa=reference.taxa), classes)[1]
     assert tables[RECENCY][0, 1::2].min() > 0 > tables[RECENCY][0, ::2].max()
 
 
 def test_a_class_without_an_observation_borrows_the_habitat_of_its_genus():
-    reference, classes, ancestry = grown()
+    reference, classes = grown()
     seen = reference.subset(reference.class_ids != "3")
-    found = PriorEstimator().fit(seen, classes, ancestry).prior_.log_probabilities(reference.observations)
+    found = fit_prior(seen, classes).log_probabilities(reference.observations)
     assert found.isfinite().all()
     in_genus, elsewhere = found[reference.class_ids == "2"][:, 3].mean(), found[reference.class_ids == "4"][:, 3].mean()
     assert in_genus > elsewhere
@@ -265,7 +266,7 @@ def test_the_drawn_competition_carries_its_metadata_and_taxonomy(drawn):
     assert set(ancestry) >= set(train.class_ids)
     assert all(len(line) == 5 and all(line) for line in ancestry.values())
     classes = train.classes
-    found = PriorEstimator().fit(train, classes, ancestry).prior_.log_probabilities(train.observations)
+    found = fit_prior(train, classes).log_probabilities(train.observations)
     assert torch.allclose(found.exp().sum(1), torch.ones(len(train)), atol=1e-5)
 
 
@@ -274,7 +275,7 @@ def test_on_fungiclef_train_predicts_val_better_than_naive_bayes():
     competition = read_competition(REAL)
     train, val = competition.in_splits("train"), competition.in_splits("val")
     classes = train.classes
-    prior = PriorEstimator().fit(train, classes, train.taxa).prior_
+    prior = fit_prior(train, classes)
     order = prior.log_probabilities(val.observations).sort(dim=1, descending=True, stable=True).indices[:, :10]
     scores = score(val.class_ids, [[classes[index] for index in row] for row in order.tolist()])
     found = [scores[f"recall_at_{count}"] for count in (1, 5, 10)]

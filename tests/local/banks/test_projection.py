@@ -24,7 +24,7 @@ from local.banks.projection import (
     gains_over_one_standard_error,
 )
 from local.banks.search import Embedded, Search, fit_banks
-from local.data.taxonomy import Taxonomy
+from local.data.observations import Taxonomy
 from local.recipes.settings import BankSettings
 
 CLASSES, FEATURES, VIEWS = 12, 24, 3

@@ -26,7 +26,7 @@ from local.banks.search import (
     nested_predictions,
 )
 from local.base.metrics import mean_recall
-from local.data.taxonomy import Taxonomy
+from local.data.observations import Taxonomy
 from local.recipes.settings import CANDIDATES, BankSettings
 
 VIEWS = ("plain", "hflip", "rotate90", "rotate270")
