@@ -1,8 +1,8 @@
 """Fit banks: from the embeddings of a reference set to what the kernel classifies with. In float64, on the CPU.
 
 The estimators follow scikit-learn: parameters go to the constructor, `fit` returns self, and what was learned is in
-attributes that end with an underscore. A transform has `layers_`. A matcher has `prototypes_`, `prototype_labels_`,
-`counts_`, `bias_` and `logit_scale_`, the inverse temperature at which the bias was fitted. `make_bank` joins the two.
+attributes that end with an underscore. A matcher has `prototypes_`, `prototype_labels_`, `counts_`, `bias_` and
+`logit_scale_`, the inverse temperature at which the bias was fitted. `make_bank` joins it with the layers before it.
 """
 
 import warnings
@@ -73,14 +73,9 @@ def pool(
     return l2_normalize(np.where(np.isfinite(largest), largest, 0.0))
 
 
-class Centring:
+def centre(mean: np.ndarray) -> list[Layer]:
     """Subtract the mean of the reference set, which all photos share (SimpleShot, https://arxiv.org/abs/1911.04623)."""
-
-    def fit(self, embeddings: np.ndarray, observations: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy):
-        """See `Whitening.fit`."""
-        self.mean_ = pool(embeddings, observations).mean(axis=0)
-        self.layers_ = [layer(np.eye(len(self.mean_)), -self.mean_)]
-        return self
+    return [layer(np.eye(len(mean)), -mean)]
 
 
 class Whitening:
@@ -91,28 +86,18 @@ class Whitening:
     https://doi.org/10.1016/S0047-259X(03)00096-4). It includes the variation between views: so classes of a single
     photo contribute too, and the encoder's sensitivity to rotations is reduced.
 
-    Args:
-        exponent: 1 whitens fully, 0 only centres.
-
     Attributes:
-        mean_: (features,).
         variances_, directions_: eigenvalues (features,) and eigenvectors (features, features) of the within-class
             covariance.
     """
 
-    def __init__(self, exponent: float = 1.0):
-        self.exponent = exponent
-
-    def fit(self, embeddings: np.ndarray, observations: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy):
+    def fit(self, embeddings: np.ndarray, labels: np.ndarray):
         """Fit on a reference set.
 
         Args:
             embeddings: (photos, views, features), rows of length 1.
-            observations: (photos,) index of the observation of each photo, 0 to observations - 1.
             labels: (photos,) index of the class of each photo.
-            taxonomy: of the classes.
         """
-        self.mean_ = pool(embeddings, observations).mean(axis=0)
         views = embeddings.shape[1]
         photos = embeddings.mean(axis=1, dtype=np.float64)
         means, sizes = group_means(photos, labels, labels.max() + 1)
@@ -132,15 +117,10 @@ class Whitening:
         return self
 
     def layers(self, exponent: float, mean: np.ndarray) -> list[Layer]:
-        """One linear map that subtracts a mean, (features,), and whitens with an exponent."""
+        """One linear map that subtracts a mean, (features,), and whitens: exponent 1 fully, 0 not at all."""
         weight = self.directions_ * np.maximum(self.variances_, 1e-12) ** (-exponent / 2)
         weight /= np.abs(weight).max()  # only directions matter, and single precision prefers moderate values
         return [layer(weight, -mean @ weight)]
-
-    @property
-    def layers_(self) -> list[Layer]:
-        """The map with the mean of the reference set and the exponent of the constructor."""
-        return self.layers(self.exponent, self.mean_)
 
 
 class ClassMeans:
@@ -314,9 +294,8 @@ def class_means_bank(embeddings: np.ndarray, labels: np.ndarray, count: int) -> 
         embeddings: (observations, features), rows of length 1.
         labels: (observations,) index of the class of each, of `count` classes.
     """
-    taxonomy = Taxonomy.unknown(count)
-    layers = Centring().fit(embeddings[:, None], np.arange(len(labels)), labels, taxonomy).layers_
-    return make_bank(layers, ClassMeans().fit(transform(layers, embeddings), labels, taxonomy))
+    layers = centre(l2_normalize(embeddings).mean(axis=0))
+    return make_bank(layers, ClassMeans().fit(transform(layers, embeddings), labels, Taxonomy.unknown(count)))
 
 
 def transform(layers: Sequence[Layer], embeddings: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@
 """
 
 import math
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from kernel.bank import Bank, Layer, apply_layers
-from local.banks.estimators import ABSENT, Centring, ClassMeans, Whitening, make_bank, pool
+from local.banks.estimators import ABSENT, ClassMeans, Whitening, centre, make_bank, pool
 from local.banks.folds import make_folds
 from local.base.metrics import mean_recall, paired_gain
 from local.data.observations import Taxonomy
@@ -37,7 +37,7 @@ class ProjectionEnsemble:
     nothing can be held out, they stay as they started.
 
     Args:
-        start: an unfitted transform, in whose space training begins; `Whitening(0.75)` by default.
+        whitening: exponent of the transform in whose space training begins; 0 only centres.
         members: networks, whose probabilities are averaged.
         hidden: units of a network's one hidden layer.
         width: output features, at most those of the embeddings.
@@ -60,7 +60,7 @@ class ProjectionEnsemble:
 
     def __init__(
         self,
-        start: Centring | Whitening | None = None,
+        whitening: float = 0.75,
         members: int = 5,
         hidden: int = 2048,
         width: int = 768,
@@ -78,8 +78,7 @@ class ProjectionEnsemble:
         family: float = 0.0,
         seed: int = 0,
     ):
-        self.start = Whitening(0.75) if start is None else start
-        self.members, self.hidden, self.width, self.seed = members, hidden, width, seed
+        self.whitening, self.members, self.hidden, self.width, self.seed = whitening, members, hidden, width, seed
         self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
         self.draws, self.variation = draws, variation
         self.temperature, self.contrast, self.dropout = temperature, contrast, dropout
@@ -229,7 +228,7 @@ class ProjectionMember:
         self.settings, self.reference = settings, reference
         self.kept, self.held_out = torch.tensor(np.flatnonzero(kept)), torch.tensor(np.flatnonzero(held_out))
         self.generator = torch.Generator().manual_seed(seed)
-        self.start = fit_start(settings.start, reference, kept)
+        self.start = fit_start(settings.whitening, reference, kept)
         self.values = apply_layers(self.start, reference.pooled)
         self.network = Projection(self.values[self.kept], settings.hidden, settings.width, self.generator)
         self.class_vectors = self.prototypes(self.kept).requires_grad_()
@@ -328,17 +327,17 @@ class ProjectionMember:
         return make_bank([*self.start, *self.network.layers()], matcher, 1 / self.settings.temperature)
 
 
-def fit_start(start: Centring | Whitening, reference: ReferenceSet, kept: np.ndarray) -> list[Layer]:
+def fit_start(whitening: float, reference: ReferenceSet, kept: np.ndarray) -> list[Layer]:
     """The layers of a transform fitted on a member's observations; their outputs are centred, of mean length 1."""
     photos = kept[reference.observations.numpy()]
     observations = (np.cumsum(kept) - 1)[reference.observations.numpy()[photos]]
-    labels = reference.labels.numpy()[kept][observations]
-    fitted = copy(start).fit(reference.photos.numpy()[photos], observations, labels, reference.taxonomy)
-    *before, last = fitted.layers_
-    values = apply_layers(fitted.layers_, reference.pooled[torch.tensor(kept)])
+    embeddings, labels = reference.photos.numpy()[photos], reference.labels.numpy()[kept][observations]
+    mean = pool(embeddings, observations).mean(axis=0)
+    [first] = Whitening().fit(embeddings, labels).layers(whitening, mean) if whitening else centre(mean)
+    values = apply_layers([first], reference.pooled[torch.tensor(kept)])
     mean = values.mean(dim=0)
     length = (values - mean).norm(dim=1).mean().clamp_min(1e-9)
-    return [*before, replace(last, weight=last.weight / length, bias=(last.bias - mean) / length)]
+    return [replace(first, weight=first.weight / length, bias=(first.bias - mean) / length)]
 
 
 def contrastive_loss(projected: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -8,11 +8,11 @@ import torch
 
 from kernel.bank import Bank, Layer, classify
 from local.banks.estimators import (
-    Centring,
     ClassMeans,
     LinearProbe,
     NearestNeighbour,
     Whitening,
+    centre,
     make_bank,
     pool,
     rescale,
@@ -106,9 +106,7 @@ class Embedded:
 
 def fit_whitening(reference: Embedded) -> Whitening:
     """The within-class covariance over all views; the exponent is chosen later."""
-    return Whitening().fit(
-        reference.values, reference.observations, reference.labels[reference.observations], reference.taxonomy
-    )
+    return Whitening().fit(reference.values, reference.labels[reference.observations])
 
 
 def fit_banks(
@@ -174,18 +172,17 @@ def fit_layers(
     settings: BankSettings, embedded: Embedded, reference: np.ndarray, whitening: Whitening | None
 ) -> list[Layer]:
     """The layers before the matcher; see `Embedded.transformed`."""
-    pooled = embedded.pooled(settings)[reference]
-    if settings.whitening:
-        whitening = whitening or fit_whitening(embedded.subset(reference))
-        return whitening.layers(settings.whitening, pooled.mean(axis=0))
-    labels = embedded.labels[reference]
-    return Centring().fit(pooled[:, None], np.arange(len(pooled)), labels, embedded.taxonomy).layers_
+    mean = embedded.pooled(settings)[reference].mean(axis=0)
+    if not settings.whitening:
+        return centre(mean)
+    return (whitening or fit_whitening(embedded.subset(reference))).layers(settings.whitening, mean)
 
 
 def fit_projection(settings: BankSettings, reference: Embedded, pooled: np.ndarray, seed: int) -> list[Bank]:
     """The members of a projection ensemble, each with its own layers; `pooled` as the kernel will see it."""
-    start = Whitening(settings.whitening) if settings.whitening else Centring()
-    ensemble = ProjectionEnsemble(start, genus=settings.genus_weight, family=settings.family_weight, seed=seed)
+    ensemble = ProjectionEnsemble(
+        settings.whitening, genus=settings.genus_weight, family=settings.family_weight, seed=seed
+    )
     labels = reference.labels[reference.observations]
     return ensemble.fit(reference.values, reference.observations, labels, reference.taxonomy, pooled=pooled).banks_
 

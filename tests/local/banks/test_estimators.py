@@ -19,11 +19,11 @@ from kernel.bank import classify, read_banks
 from kernel.inputs import InputError
 from local.banks import estimators
 from local.banks.estimators import (
-    Centring,
     ClassMeans,
     LinearProbe,
     NearestNeighbour,
     Whitening,
+    centre,
     class_means_bank,
     commonest_classes,
     expand_to_classes,
@@ -98,16 +98,16 @@ def test_an_observation_is_the_mean_of_its_photos_which_are_the_means_of_their_v
 
 def test_centring_subtracts_the_mean_observation():
     embeddings, labels = photos_in_views()
-    observations = np.arange(len(labels)) // 2
-    layers = Centring().fit(embeddings, observations, labels, Taxonomy.unknown(24)).layers_
-    values = pool(embeddings, observations)
-    assert np.allclose(transform(layers, values), normalize(values - values.mean(axis=0)), atol=1e-6)
+    values = pool(embeddings, np.arange(len(labels)) // 2)
+    assert np.allclose(
+        transform(centre(values.mean(axis=0)), values), normalize(values - values.mean(axis=0)), atol=1e-6
+    )
 
 
 def test_whitening_uses_the_shrunk_covariance_of_linear_discriminant_analysis():
-    reference, labels, queries, taxonomy = overlapping(features=6)
+    reference, labels, queries, _ = overlapping(features=6)
     labels = np.unique(labels, return_inverse=True)[1]
-    fitted = Whitening().fit(reference[:, None], np.arange(len(labels)), labels, taxonomy)
+    fitted = Whitening().fit(reference[:, None], labels)
     means = NearestCentroid().fit(reference, labels).centroids_
     shrinkage = ledoit_wolf_shrinkage(reference - means[labels], assume_centered=True)
     covariance = LinearDiscriminantAnalysis("lsqr", shrinkage=shrinkage).fit(reference, labels).covariance_
@@ -123,7 +123,7 @@ def test_whitening_uses_the_shrunk_covariance_of_linear_discriminant_analysis():
 
 def test_the_within_class_covariance_includes_the_variation_between_views():
     embeddings, labels = photos_in_views(shots=(2, 3))
-    fitted = Whitening().fit(embeddings, np.arange(len(labels)), labels, Taxonomy.unknown(labels.max() + 1))
+    fitted = Whitening().fit(embeddings, labels)
     photos = embeddings.mean(axis=1)
     means = NearestCentroid().fit(photos, labels).centroids_
     residuals = (embeddings - means[labels][:, None]).reshape(-1, embeddings.shape[2])
@@ -136,7 +136,7 @@ def test_the_within_class_covariance_includes_the_variation_between_views():
 def test_classes_of_a_single_photo_whiten_by_their_views_shrunk_to_a_multiple_of_the_identity():
     embeddings, _ = photos_in_views()
     labels = np.arange(len(embeddings))
-    fitted = Whitening().fit(embeddings, labels, labels, Taxonomy.unknown(len(labels)))
+    fitted = Whitening().fit(embeddings, labels)
     residuals = embeddings - embeddings.mean(axis=1, keepdims=True)
     assert np.allclose(fitted.variances_, (residuals**2).sum(axis=(1, 2)).mean() / 2 / 12)
 
@@ -146,8 +146,8 @@ def test_whitening_recognises_classes_that_centring_does_not():
     observations, taxonomy = np.arange(len(labels)), Taxonomy.unknown(labels.max() + 1)
     noise = np.random.default_rng(9).normal(size=embeddings[:, 0].shape) * np.r_[np.full(4, 0.5), np.zeros(8)]
     queries, reference, recalls = l2_normalize(embeddings.mean(axis=1) + noise), pool(embeddings, observations), []
-    for estimator in (Centring(), Whitening()):
-        layers = estimator.fit(embeddings, observations, labels, taxonomy).layers_
+    mean = reference.mean(axis=0)
+    for layers in (centre(mean), Whitening().fit(embeddings, labels).layers(1.0, mean)):
         bank = make_bank(layers, ClassMeans().fit(transform(layers, reference), labels, taxonomy))
         recalls.append((log_probabilities(bank, queries).argmax(axis=1) == labels).mean())
     assert recalls[1] > recalls[0] + 0.2
@@ -335,8 +335,8 @@ def test_a_bank_over_more_classes_gives_the_same_probabilities_and_never_predict
 def test_the_kernel_reads_the_banks_that_were_saved(matcher, tmp_path):
     embeddings, labels = photos_in_views(shots=(4, 5))
     observations, taxonomy = np.arange(len(labels)), Taxonomy.unknown(labels.max() + 2)
-    layers = Whitening().fit(embeddings, observations, labels, taxonomy).layers_
     reference = pool(embeddings, observations)
+    layers = Whitening().fit(embeddings, labels).layers(1.0, reference.mean(axis=0))
     matcher.fit(transform(layers, reference), labels, taxonomy)
     banks = [make_bank(layers, matcher, 16.0, mixture_weight=0.5, transduction=0.25)] * 2
     save_banks(banks, tmp_path / "bank.safetensors")

@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestCentroid
 from torch.nn.functional import normalize
 
 from kernel.bank import classify, read_banks
-from local.banks.estimators import Centring, class_means_bank, l2_normalize, pool, save_banks
+from local.banks.estimators import class_means_bank, l2_normalize, pool, save_banks
 from local.banks.folds import make_folds
 from local.banks.projection import (
     ProjectionEnsemble,
@@ -64,7 +64,7 @@ def problem():
 
 @pytest.fixture(scope="module")
 def ensemble(problem) -> ProjectionEnsemble:
-    return ProjectionEnsemble(Centring(), **SMALL).fit(*problem)
+    return ProjectionEnsemble(0.0, **SMALL).fit(*problem)
 
 
 def test_networks_ignore_a_nuisance_that_misleads_centred_means(problem, ensemble) -> None:
@@ -93,9 +93,9 @@ def test_before_training_a_member_is_the_class_means_in_principal_directions(pro
 
 def test_the_same_seed_gives_the_same_banks_and_another_seed_others(problem, ensemble) -> None:
     state = torch.random.get_rng_state()
-    again = ProjectionEnsemble(Centring(), **SMALL).fit(*problem)
+    again = ProjectionEnsemble(0.0, **SMALL).fit(*problem)
     assert torch.equal(torch.random.get_rng_state(), state)  # training does not change the global generator
-    other = ProjectionEnsemble(Centring(), **SMALL, seed=1).fit(*problem)
+    other = ProjectionEnsemble(0.0, **SMALL, seed=1).fit(*problem)
     for one, two, three in zip(ensemble.banks_, again.banks_, other.banks_, strict=True):
         assert torch.equal(one.prototypes, two.prototypes)
         assert all(torch.equal(a.weight, b.weight) for a, b in zip(one.layers, two.layers, strict=True))
@@ -168,7 +168,7 @@ def test_with_one_observation_per_class_nothing_is_held_out_and_the_members_stay
 def test_training_that_gains_nothing_is_undone() -> None:
     embeddings, observations, _ = nuisance_problem(per_class=4, seed=1)
     chance = np.random.default_rng(0).permutation(np.repeat(np.arange(CLASSES), 4))[observations]
-    fitted = ProjectionEnsemble(Centring(), **SMALL).fit(embeddings, observations, chance, Taxonomy.unknown(CLASSES))
+    fitted = ProjectionEnsemble(0.0, **SMALL).fit(embeddings, observations, chance, Taxonomy.unknown(CLASSES))
     assert fitted.steps_ == 0
     assert not any(layer.relu for bank in fitted.banks_ for layer in bank.layers)
 
@@ -218,7 +218,7 @@ def test_all_members_that_a_recipe_selects_have_one_logit_scale(problem, monkeyp
     embeddings, observations, classes, taxonomy = problem
     monkeypatch.setattr(
         "local.banks.search.ProjectionEnsemble",
-        lambda start, **given: ProjectionEnsemble(start, **given, **SMALL | {"steps": 30}),
+        lambda whitening, **given: ProjectionEnsemble(whitening, **given, **SMALL | {"steps": 30}),
     )
     embedded = Embedded(embeddings, ("plain", "hflip", "rotate90"), observations, classes[::2], taxonomy)
     recipe = BankSettings(
@@ -238,7 +238,7 @@ def test_all_members_that_a_recipe_selects_have_one_logit_scale(problem, monkeyp
 def a_member(problem, steps: int = 1, seed: int = 3, split=None, **given) -> ProjectionMember:
     """A network before its training."""
     embeddings, observations, classes, taxonomy = problem
-    settings = ProjectionEnsemble(Centring(), **{**SMALL, **given})
+    settings = ProjectionEnsemble(0.0, **{**SMALL, **given})
     reference = ReferenceSet.of(embeddings, observations, classes, taxonomy, pool(embeddings, observations))
     kept, held_out = split or make_folds(classes[::2], 0)[0]
     return ProjectionMember(settings, reference, kept, held_out, steps, seed)
