@@ -116,6 +116,12 @@ class Competition:
             return dict(zip(("public", "private"), self.leaderboard, strict=True))
         return {"whole test": observations}
 
+    def smallest_resolution(self, side: int) -> str:
+        """The smallest resolution whose photos are not enlarged to `side` pixels, or the largest."""
+        if not self.resolutions:
+            return RESOLUTIONS[0]
+        return next((name for name in self.resolutions[:-1] if int(name.rstrip("p")) >= side), self.resolutions[-1])
+
     def format_answer(self, class_ids: Sequence[str]) -> str:
         """The second cell of a submission's row."""
         return " ".join(class_ids)

@@ -12,10 +12,10 @@ from kernel.encoders import Encoder, pick_devices
 from kernel.inputs import InputError
 from kernel.manifest import EncoderSpec
 from kernel.photos import shorter_side
-from kernel.tables import RESOLUTIONS
 from local.base import distributed
 from local.base.console import counted, say
 from local.data.competition import read_competition
+from local.data.folder import find_competition
 from local.data.observations import LabelledObservations, Split, select_observations
 from local.data.photos import refuse_missing
 from local.encoders.load import enable_larger_view, load_encoder
@@ -63,7 +63,7 @@ def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -
         module, spec = load_described(recipe)
     resolution = recipe.encoder.resolution
     if resolution == "auto":
-        resolution = smallest_sufficient(shorter_side(spec.preprocessing))
+        resolution = find_competition(data).competition.smallest_resolution(shorter_side(spec.preprocessing))
     whole = read_competition(data, resolution)
     labelled = select_observations(whole, uses_val, recipe.train.subset, recipe.train.seed)
     refuse_missing(labelled)
@@ -97,11 +97,6 @@ def move_to_device(inputs: Inputs, checkpoints: Path) -> Inputs:
         encoder.module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     moved = Encoder(encoder.module, encoder.preprocessing, encoder.features, [device])
     return dataclasses.replace(inputs, encoder=moved)
-
-
-def smallest_sufficient(side: int) -> str:
-    """The smallest of FungiCLEF's resolutions whose shorter side is not enlarged to `side` pixels."""
-    return next((name for name in RESOLUTIONS[:-1] if int(name.rstrip("p")) >= side), RESOLUTIONS[-1])
 
 
 def describe_data(labelled: LabelledObservations) -> str:

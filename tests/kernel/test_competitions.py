@@ -263,3 +263,10 @@ def test_a_larger_herbarium_has_ids_of_the_type_that_it_had(tmp_path, year):
     images = content if year == 2022 else content["images"]
     assert len(images) == 24
     assert {type(image["image_id" if year == 2022 else "id"]) for image in images} == {int}
+
+
+def test_the_smallest_resolution_is_the_first_that_is_not_enlarged() -> None:
+    fungi = competition_named("fungiclef")
+    sides = {224: "300p", 300: "300p", 301: "500p", 720: "720p", 721: "fullsize"}
+    assert {side: fungi.smallest_resolution(side) for side in sides} == sides
+    assert competition_named("class-folders").smallest_resolution(9999) == "300p"  # it ships the photos in one size
