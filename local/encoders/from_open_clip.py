@@ -26,7 +26,7 @@ def load_open_clip_name(name: str) -> tuple[nn.Module, EncoderSpec]:
     if (architecture, tag) not in open_clip.list_pretrained():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture))
         known = f"the weights for {architecture} are {tags}" if tags else "see open_clip.list_models()"
-        raise InputError(f"open_clip has no {architecture}/{tag}: {known}")
+        raise InputError(f"open_clip has no {name}: {known}")
     try:
         visual = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True).visual
     except (ImportError, OSError, RuntimeError) as error:

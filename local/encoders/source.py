@@ -1,5 +1,6 @@
 """Find out what `--encoder SPEC` refers to. Nothing is loaded, so that a wrong path is reported immediately."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ WEIGHTS = {
     OPEN_CLIP: ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
     TIMM: ("model.safetensors", "pytorch_model.bin"),
 }
+REPOSITORY = re.compile(r"[^/@]+/[^/@]+(@.+)?")  # OWNER/NAME or OWNER/NAME@REVISION
 SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin", ".pt")
 
 
@@ -49,7 +51,7 @@ def find_source(spec: str, pretrained: bool = True, image_size: int = 0) -> Sour
     if kind == "open_clip":
         refuse_image_size(spec, image_size)
         return Source("open_clip", name)
-    if kind in ("hf-hub", "hf_hub"):
+    if kind in ("hf-hub", "hf_hub") and REPOSITORY.fullmatch(name):
         return Source("hub", name, formats)
     path = Path(name if kind == "local-dir" else spec)
     if (path / MANIFEST).is_file():

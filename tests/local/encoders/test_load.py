@@ -60,7 +60,10 @@ def test_another_size_of_an_open_clip_encoder_is_refused(tmp_path):
         assert refusal(spec, image_size=64).startswith(f"image_size = 64 with {spec}: ")
 
 
-@pytest.mark.parametrize("spec", ["resnet18", "hub:owner/clip", "/nowhere/nothing"])
+SPECS = ["resnet18", "hub:owner/clip", "/nowhere/nothing", "hf-hub:", "hf-hub:clip", "hf-hub:a/b/c"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
 def test_an_unknown_form_is_refused_with_the_known_ones(spec):
     message = refusal(spec)
     assert message.startswith(f"no encoder {spec}: give ")
