@@ -50,12 +50,12 @@ def apply_layers(layers: Sequence[Layer], values: torch.Tensor) -> torch.Tensor:
 class Bank:
     """Layers, prototypes, and a bias per class; see the formula above.
 
-    Centring, whitening, a random projection and an MLP are layers. Class means, single photos and the columns of a
-    linear classifier are prototypes.
+    Centring, whitening and a trained projection are layers. Class means, single observations and the coefficients of
+    a linear classifier are prototypes.
 
     Attributes:
         layers: from the encoder's space to the space of the prototypes; none leaves the embedding as it is.
-        prototypes: (prototypes, features), rows of length 1.
+        prototypes: (prototypes, features); rows of length 1, except those of a linear classifier.
         prototype_labels: (prototypes,) int64, the index of each prototype's class.
         counts: (prototypes,) weight of each prototype against the test observations in transduction, such as the number
             of observations that it is the mean of.
