@@ -128,7 +128,7 @@ def find_test_table(root: Path, name: str | None = None, resolution: str = RESOL
 
     def has_test(folder: Path) -> bool:
         found = recognise(folder)
-        return found is not None and found.table.exists()  # folders of photos alone may be anything that is mounted
+        return found is not None and found.table.exists()  # folders with nothing but photos may be any other dataset
 
     accepted = [competition for competition in COMPETITIONS if name in (None, competition.name)]
     others = []

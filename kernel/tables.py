@@ -89,7 +89,7 @@ def respell(ids: Iterable[str], sample: Iterable[str]) -> dict[str, str]:
         The spelling of each id; an id whose number the sample lacks stays as it is.
 
     Raises:
-        InputError: two ids differ in leading zeros alone, and the sample does not say which is right.
+        InputError: two ids differ only in leading zeros, and the sample does not say which is right.
     """
 
     def number(text: str) -> str:
@@ -108,7 +108,7 @@ def respell(ids: Iterable[str], sample: Iterable[str]) -> dict[str, str]:
         other = first.setdefault(number(text), text)
         if other != text and text not in spellings:
             raise InputError(
-                f"the ids {other!r} and {text!r} differ in leading zeros alone: spell them alike in all tables"
+                f"the ids {other!r} and {text!r} differ only in leading zeros: spell them alike in all tables"
             )
         spelt[text] = text
     return spelt

@@ -23,7 +23,7 @@ def _read_coco(path: Path) -> tuple[dict[str, PhotoRow], dict]:
     """The photos of COCO metadata by their ids, and the whole content.
 
     2020 and 2021 are written in ISO-8859-1. 2022 is UTF-8, calls an id `image_id` or `category_id`, and its test
-    metadata are a list of images alone.
+    metadata are only a list of images.
 
     Raises:
         InputError: the file is not JSON, or an image lacks its id or file name.

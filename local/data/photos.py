@@ -10,7 +10,7 @@ from local.data.observations import LabelledObservations
 
 
 def refuse_missing(labelled: LabelledObservations) -> None:
-    """Check that the photos are there, but for a few.
+    """Check that all photos but a few are there.
 
     Raises:
         InputError: of a split, more than UNREADABLE_LIMIT of the photos are missing.

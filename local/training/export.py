@@ -76,7 +76,7 @@ def refuse_unopenable(inputs: Inputs, out: Path) -> None:
 
 
 def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, bank: SelectedBank) -> None:
-    """Write all that a run's folder holds, but for metrics.json and what training has left there."""
+    """Write the files of a run's folder, except metrics.json and those that training has written already."""
     recipe = dataclasses.replace(inputs.recipe, bank=bank.settings)
     write_tensors(inputs.encoder.module.state_dict(), folder / ENCODER_FILE)
     save_banks(bank.banks, folder / BANK_FILE)

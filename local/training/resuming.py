@@ -1,4 +1,4 @@
-"""Whether a training may be resumed: only with its own data and settings, but for those that may change."""
+"""Whether a training may be resumed: only with the same data, and the same settings except those that may change."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -22,7 +22,7 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     """
     out = named(out)
     check_start(recipe, data, out, resumes)
-    # Imported here: torch and what is built on it take seconds, and a mistake is to be answered immediately.
+    # Imported here: torch takes seconds, and mistakes must be answered immediately.
     from local.base import distributed
     from local.training.pipeline import make_run
 

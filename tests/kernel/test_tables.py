@@ -27,5 +27,5 @@ def test_ids_are_spelt_as_in_the_sample_submission_or_else_as_they_are():
     assert respell(["7", "12", "oak"], ["007"]) == {"7": "007", "12": "12", "oak": "oak"}
     assert respell(["7", "007"], ["007"]) == {"7": "007", "007": "007"}
     assert respell(["7", "007"], ["007", "7"]) == {"7": "7", "007": "007"}
-    with pytest.raises(InputError, match="'7' and '007' differ in leading zeros alone"):
+    with pytest.raises(InputError, match="'7' and '007' differ only in leading zeros"):
         respell(["7", "007"], [])

@@ -387,7 +387,7 @@ def test_classes_are_spelt_as_in_the_sample_submission(tmp_path: Path) -> None:
 
 def test_classes_that_differ_in_leading_zeros_alone_are_refused(tmp_path: Path) -> None:
     val = [(*VAL[0][:4], "0009")]
-    assert "'9' and '0009' differ in leading zeros alone" in refusal(fungiclef(tmp_path, val=val))
+    assert "'9' and '0009' differ only in leading zeros" in refusal(fungiclef(tmp_path, val=val))
 
 
 def test_rows_that_lack_an_id_a_label_or_a_photo_are_left_out_and_counted(tmp_path: Path, capsys) -> None:
