@@ -117,7 +117,8 @@ def summarise(setup: Setup, embedded: Sequence[Embeddings], fallbacks: int, seco
         flush=True,
     )
     if unreadable > UNREADABLE_LIMIT * photos:
-        raise InputError(f"{unreadable} of {photos} photos cannot be read{causes}, such as {examples}: look there")
+        found = f"{unreadable} of {photos} photos cannot be read{causes}, such as {examples}"
+        raise InputError(f"{found}: attach the competition's data again")
 
 
 def exit_beside_busy_threads(patience: float = 1.0) -> None:

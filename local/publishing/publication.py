@@ -96,7 +96,7 @@ class Publication:
         is_same = sent is not None and (sent.dataset, sent.manifest) == (dataset, manifest)
         # A version newer than the stored one was made by somebody else, and may contain anything.
         if is_usable and is_same and current.version <= sent.version:
-            say(f"{dataset}: version {sent.version} is these weights already")
+            say(f"{dataset}: version {sent.version} has these weights already")
         else:
             if is_usable:
                 self._wait_for_dataset(current.version)  # Kaggle refuses a version while it processes another
@@ -118,7 +118,7 @@ class Publication:
         metadata = {**self.bundle.metadata, "is_private": not self.is_public}
         script, pushed = self.bundle.record.bundle.kernel, self.state.kernel
         if pushed and (pushed.metadata, pushed.script, pushed.weights) == (metadata, script, weights):
-            say(f"{metadata['id']}: version {pushed.version} is this one already, {pushed.url}")
+            say(f"{metadata['id']}: version {pushed.version} is this script already, {pushed.url}")
             return pushed
         version, url = self.kaggle.push(metadata, self.bundle.script)
         pushed = SentKernel(metadata, script, weights, version, url)

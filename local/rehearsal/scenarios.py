@@ -136,7 +136,7 @@ def get_summary(run: KernelRun) -> Summary:
         Failed: it did not print one.
     """
     if run.summary is None:
-        raise Failed(f"the log has no line `done: ...` of the known form, its last line is {run.lines[-1:]}")
+        raise Failed(f"the log has no line `done: ...` as expected; its last line is {run.lines[-1:]}")
     return run.summary
 
 
