@@ -1,1 +1,1 @@
-"""How the bundle is tried before Kaggle does it: as Kaggle mounts it, offline, through all that may go wrong."""
+"""Rehearse the bundle: mounted as on Kaggle, offline, and with the problems that may occur there."""

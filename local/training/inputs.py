@@ -1,4 +1,4 @@
-"""What a training begins with: the encoder, the labelled observations, and a recipe in which nothing is left open."""
+"""What a training begins with: the encoder, the labelled observations, and the recipe with all settings resolved."""
 
 import dataclasses
 from dataclasses import dataclass

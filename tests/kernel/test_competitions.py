@@ -1,4 +1,4 @@
-"""What every competition must do to go all the way. A new one adds its smallest folder to SMALLEST, and passes these.
+"""What every competition must support. A new one adds its smallest folder to SMALLEST, and passes these.
 
 python -m pytest tests/kernel/test_competitions.py
 """

@@ -1,4 +1,4 @@
-"""What a run says of the observations that its bank is made of and evaluated by adds up."""
+"""The observations of a run add up: those of its bank, those it is evaluated on, and those left out."""
 
 import re
 from dataclasses import replace

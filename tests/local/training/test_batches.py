@@ -1,4 +1,4 @@
-"""What training sees depends on the seed, the epoch and the position in it alone."""
+"""What training sees depends only on the seed, the epoch and the position in it."""
 
 import numpy as np
 import pytest
