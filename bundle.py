@@ -79,14 +79,10 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
 
 
 def make_script(weights: Weights, digest: str) -> str:
-    """The script that accepts these weights only.
-
-    Args:
-        digest: SHA-256 of their manifest.
-    """
-    competition = competition_named(weights.manifest.competition.name)
+    """The script that accepts these weights only; `digest` is the SHA-256 of their manifest."""
+    module = module_of(competition_named(weights.manifest.competition.name))
     introduction = introduce(weights, digest, commit("kernel"))
-    script = flatten(ROOT / "kernel", introduction=introduction, chosen={"competitions": module_of(competition)})
+    script = flatten(ROOT / "kernel", introduction=introduction, chosen={"competitions": module})
     if script.count(DIGEST_LINE) != 1:
         raise InputError(f"kernel/manifest.py must contain {DIGEST_LINE} once: the digest is written there")
     return script.replace(DIGEST_LINE, f'MANIFEST_SHA256 = "{digest}"')

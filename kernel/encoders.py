@@ -213,10 +213,7 @@ def library_versions(spec: EncoderSpec) -> str:
 
 
 def read_module(path: Path, spec: EncoderSpec) -> nn.Module:
-    """Build an encoder and load its weights: on the CPU in fp32, in evaluation mode, with frozen parameters.
-
-    Args:
-        path: the weights.
+    """Build an encoder and load its weights from a file: on the CPU in fp32, in evaluation mode, parameters frozen.
 
     Raises:
         InputError: the installed version of the library cannot build the architecture, or the weights do not fit it.
@@ -252,14 +249,7 @@ def make_encoder(module: nn.Module, spec: EncoderSpec, devices: Sequence[torch.d
 
 
 def open_encoder(path: Path, spec: EncoderSpec, devices: Sequence[torch.device]) -> Encoder:
-    """Open an encoder on all devices; if memory runs out, on one of them; if it runs out again, on the CPU.
-
-    Args:
-        path: the weights.
-
-    Raises:
-        InputError: see `read_module`.
-    """
+    """`read_module` on all devices; if memory runs out, on one of them; if it runs out again, on the CPU."""
     if devices[0].type == "cpu":
         return make_encoder(read_module(path, spec), spec, devices)
     for choice in [devices, *([device] for device in devices if len(devices) > 1)]:

@@ -18,11 +18,7 @@ CLOSED = 141  # the exit code when the reader of the output has closed it: 128 +
 
 
 def command_parser(description: str) -> argparse.ArgumentParser:
-    """The parser of a command's flags. They cannot be abbreviated: `--sub` must not cost a submission.
-
-    Args:
-        description: the command's docstring.
-    """
+    """The parser of a command's flags. They cannot be abbreviated: `--sub` must not cost a submission."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
 

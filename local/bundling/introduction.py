@@ -36,10 +36,6 @@ Made from
 def introduce(weights: Weights, digest: str, commit: str) -> str:
     """The introduction of the script that goes with a bundle's weights.
 
-    Args:
-        digest: SHA-256 of their manifest.
-        commit: of kernel/.
-
     Raises:
         InputError: the file of a bank is damaged, or of an earlier version.
     """

@@ -41,29 +41,18 @@ def read_kernel_metadata(path: Path) -> dict:
     need(metadata.get("enable_gpu") is True, "enable_gpu", "true")
     need(metadata.get("enable_internet") is False, "enable_internet", "false; without the key it would be on")
     datasets, competitions = metadata.get("dataset_sources"), metadata.get("competition_sources")
-    need(
-        isinstance(datasets, list) and bool(datasets) and all(REFERENCE.fullmatch(str(name)) for name in datasets),
-        "dataset_sources",
-        "a list of owner/slug, the weights first",
-    )
-    need(
-        6 <= len(datasets[0].partition("/")[2]) <= 50,
-        "dataset_sources",
-        "a list whose first slug has 6 to 50 letters",
-    )
-    need(
-        isinstance(competitions, list) and bool(competitions),
-        "competition_sources",
-        "a list of the competition's slug",
-    )
+    is_list = isinstance(datasets, list) and bool(datasets) and all(REFERENCE.fullmatch(str(name)) for name in datasets)
+    need(is_list, "dataset_sources", "a list of owner/slug, the weights first")
+    slug = datasets[0].partition("/")[2]
+    need(6 <= len(slug) <= 50, "dataset_sources", "a list whose first slug has 6 to 50 letters")
+    is_named = isinstance(competitions, list) and bool(competitions)
+    need(is_named, "competition_sources", "a list of the competition's slug")
     return metadata
 
 
 def with_owner(metadata: dict, owner: str | None) -> dict:
-    """Kernel metadata with a Kaggle name in place of PLACEHOLDER; another owner is left as it is.
-
-    Args:
-        owner: None, if it is not known, leaves the placeholder.
+    """Kernel metadata with a Kaggle name in place of PLACEHOLDER; another owner is left as it is, and so is
+    the placeholder where no name is known.
 
     Raises:
         InputError: `owner` cannot be a Kaggle name.
@@ -96,10 +85,6 @@ def dataset_metadata(metadata: dict) -> dict:
 
 
 def write_metadata(build: Path, metadata: dict) -> None:
-    """Write the files that Kaggle's client reads: kernel-metadata.json, and dataset-metadata.json for the weights.
-
-    Args:
-        metadata: of the kernel, with the owner if it is known.
-    """
+    """Write the files that Kaggle's client reads: kernel-metadata.json, and dataset-metadata.json for the weights."""
     write_json({**metadata, "code_file": "kernel.py"}, build / KERNEL_METADATA)
     write_json(dataset_metadata(metadata), build / "weights" / DATASET_METADATA)

@@ -93,7 +93,7 @@ def warn_of_few_classes(manifest: Manifest) -> str:
 
 
 def weigh_runs(runs: Sequence[Path], guesses: int) -> list[float]:
-    """The weight of each run in the ensemble; see `local.banks.ensemble.ensemble_weights`."""
+    """The weight of each run in the ensemble."""
     if len(runs) == 1:
         return [1.0]
     from local.banks.ensemble import ensemble_weights  # imports torch, which a bundle of one run does not need

@@ -59,9 +59,6 @@ def needed_wheels(runs: Sequence[Weights]) -> dict[str, str]:
 def make_wheel(name: str, version: str, folder: Path) -> Path:
     """Write the wheel of an installed pure-Python library; the same files give the same bytes.
 
-    Args:
-        version: that must be installed.
-
     Raises:
         InputError: another version is installed, or none, or no wheel can be made of it.
     """
@@ -88,11 +85,8 @@ def make_wheel(name: str, version: str, folder: Path) -> Path:
 def read_files(installed: Distribution, name: str, fix: str) -> dict[str, bytes]:
     """The files of an installed library as in its wheel, by path in alphabetical order.
 
-    Args:
-        fix: what to do if it cannot be bundled, for messages.
-
     Raises:
-        InputError: it is not pure Python, not installed from a wheel, or damaged.
+        InputError: it is not pure Python, not installed from a wheel, or damaged; `fix` says what to do.
     """
     wheel = installed.read_text("WHEEL") or ""
     if "Root-Is-Purelib: true" not in wheel or not re.search(r"^Tag: .*\bpy3-none-any\s*$", wheel, re.MULTILINE):

@@ -96,9 +96,6 @@ class Bundle:
 def inspect(build: Path, metadata_path: Path) -> Bundle:
     """Check a bundle and its metadata for everything that Kaggle would refuse or the user would regret.
 
-    Args:
-        metadata_path: kernel-metadata.json.
-
     Raises:
         InputError: something is wrong or missing, or belongs to another bundle.
     """

@@ -161,11 +161,6 @@ class Rehearsal(AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.temporary.cleanup()
 
-    @property
-    def network(self) -> str:
-        """How the network is disabled: "namespace" or "guard"."""
-        return "namespace" if self.isolation else "guard"
-
     def mount(self, name: str, is_whole: bool = False, has_old_mounts: bool = False) -> Mounts:
         """Lay out the bundle and the competition for a scenario.
 

@@ -16,13 +16,11 @@ class Report:
     """The result of a rehearsal.
 
     Attributes:
-        network: how the network was disabled: "namespace" or "guard".
         scores: of the scenario `plain`, as of `metrics.score`; empty without a solution.
         photos_per_second, peak_memory_mb: of the scenario `plain`.
     """
 
     scenarios: tuple[ScenarioResult, ...]
-    network: str
     scores: dict[str, float] = field(default_factory=dict)
     photos_per_second: float | None = None
     peak_memory_mb: float | None = None
@@ -48,45 +46,30 @@ class Report:
         return "ready to push" + (f" (skipped: {', '.join(skipped)})" if skipped else "")
 
 
-def rehearse(data: Path, build: Path, solution: Path | None = None, time_limit: float | None = None) -> Report:
+def rehearse(data: Path, build: Path, solution: Path | None = None) -> Report:
     """Run the bundle once as Kaggle would; submission.csv and kernel.log are kept in `build`/rehearsal/plain.
 
-    Args:
-        data: the competition's folder, as downloaded.
-        solution: CSV of observation and class id, to compute scores.
-        time_limit: seconds for the kernel's own budget and for the process; None is the competition's.
-
-    Raises:
-        InputError: the data, the bundle or the solution is missing or wrong.
+    Arguments and errors are those of `Rehearsal`.
     """
-    with Rehearsal(data, build, solution, time_limit) as rehearsal:
+    with Rehearsal(data, build, solution) as rehearsal:
         return play_all(rehearsal, ["plain"])
 
 
 def play_all(rehearsal: Rehearsal, names: Sequence[str]) -> Report:
     """Play scenarios and print each result; the results are also recorded beside the bundle for `local/publish.py`."""
-    results, measured = [], {}
+    results = []
     for name in names:
         result = play(rehearsal, name)
         results.append(result)
         verdict = "ok" if result.ok else "FAILED"
         say(f"{name:18} {verdict:6} {result.seconds:7.1f} s  {result.reason}".rstrip())
-        if name == "plain":
-            measured = measure(rehearsal)
     record_results(rehearsal.build, results)
-    return Report(tuple(results), rehearsal.network, **measured)
-
-
-def measure(rehearsal: Rehearsal) -> dict:
-    """Scores, speed and memory of the scenario `plain`, as arguments of `Report`."""
+    if "plain" not in rehearsal.runs:
+        return Report(tuple(results))
     run, scores = rehearsal.runs["plain"][0], {}
     if rehearsal.truth and not run.failure:
         truth = [get_class(rehearsal, observation) for observation in run.guesses]
         scores = score(truth, list(run.guesses.values()))
         say(describe(scores, run.table.competition.guesses))
     speed = run.summary.speed if run.summary else None
-    return {
-        "scores": scores,
-        "photos_per_second": speed,
-        "peak_memory_mb": round(run.outcome.peak_memory_mb, 1),
-    }
+    return Report(tuple(results), scores, speed, round(run.outcome.peak_memory_mb, 1))

@@ -420,29 +420,6 @@ def test_the_kernels_table_of_contents_gives_the_line_of_every_section_and_says_
     assert all(summary for _, _, summary in found)
 
 
-def test_in_the_kernels_script_everything_but_the_standard_library_comes_after_the_fallback(
-    kernel_script: Path,
-) -> None:
-    body = ast.parse(kernel_script.read_text(encoding="utf-8")).body
-    written = [
-        node.lineno
-        for statement in body
-        if not isinstance(statement, ast.FunctionDef)
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "start"
-    ]
-    third_party = {}
-    for node in body:
-        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
-        for module in modules:
-            if module.partition(".")[0] not in sys.stdlib_module_names:
-                third_party.setdefault(module.partition(".")[0], node.lineno)
-    assert len(written) == 1
-    assert {"torch", "timm", "numpy", "PIL", "safetensors"} <= set(third_party)
-    assert min(third_party.values()) > written[0]
-
-
 @pytest.mark.parametrize(("rerun", "code"), [({}, 1), ({"KAGGLE_IS_COMPETITION_RERUN": "1"}, 0)])
 def test_where_torch_cannot_be_imported_the_fallback_is_on_disk(
     kernel_script: Path, tmp_path: Path, rerun: dict, code: int

@@ -294,7 +294,7 @@ def test_a_bundle_with_a_newer_timm_has_it_as_a_wheel(built, drawn, index):
 
 def test_the_last_line_can_be_trusted():
     def verdict(results: list[ScenarioResult]) -> str:
-        return Report(tuple(results), "guard").verdict
+        return Report(tuple(results)).verdict
 
     results = [ScenarioResult(name, True, 1.0, "") for name in SCENARIOS]
     assert verdict(results) == "ready to push"
