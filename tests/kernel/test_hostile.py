@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from kernel.inputs import InputError
 from kernel.manifest import Preprocessing
 from kernel.observations import find_test_table
 from kernel.photos import decode
@@ -154,12 +153,6 @@ def test_a_table_of_any_length_and_spelling_of_ids_is_read(tmp_path, rows, ids):
     assert [observation.id for observation in table.observations] == ids
 
 
-def test_a_table_that_is_no_text_is_refused(tmp_path):
-    table_of(tmp_path, "")
-    with pytest.raises(InputError, match="lacks the column"):
-        find_test_table(tmp_path)
-
-
 @pytest.fixture
 def hidden(trained, tmp_path):
     """A hidden test set of ten observations, and the weights of the drawn competition's run."""
@@ -224,32 +217,3 @@ def test_a_table_without_rows_is_refused_in_one_line(hidden, tmp_path):
     result = predict(tmp_path)
     assert result.returncode == 2
     assert re.fullmatch(r"error: .*-Test\.csv has no test observation: [^\n]*\n", result.stderr)
-
-
-READ_AS_SOMEBODY = """
-import os, sys
-from kernel.manifest import Preprocessing
-from kernel.photos import decode
-crop = Preprocessing(64, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.875, "crop")
-os.chdir(sys.argv[1])  # from here on nothing above the folder has to be readable
-decode("open.jpg", crop)  # imports what it needs
-if os.geteuid() == 0:
-    try:
-        os.setuid(65534)  # root reads whatever it likes
-    except OSError:
-        sys.exit("nobody else to be")
-for name in ("open.jpg", "closed.jpg"):
-    result = decode(name, crop)
-    print(result if isinstance(result, str) else "read")
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="permissions of files are POSIX's")
-def test_a_photo_without_permission_is_named_by_its_cause(tmp_path):
-    tmp_path.chmod(0o755)
-    photo(tmp_path / "open.jpg").chmod(0o644)
-    photo(tmp_path / "closed.jpg").chmod(0o000)
-    result = command("-c", READ_AS_SOMEBODY, tmp_path)
-    if "nobody else to be" in result.stderr:
-        pytest.skip("root, and the system lets us be nobody else")
-    assert result.stdout.split() == ["read", "PermissionError"], result.stderr

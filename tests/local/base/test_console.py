@@ -55,14 +55,6 @@ def test_all_commands_are_tested():
     assert len(COMMANDS) >= 11
 
 
-def test_an_abbreviated_submit_is_a_mistake_and_submits_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["publish.py", "--sub"])
-    with pytest.raises(SystemExit) as ended:
-        importlib.import_module("local.publish").main()
-    assert ended.value.code == 2
-    assert "unrecognized arguments: --sub" in capsys.readouterr().err
-
-
 def test_a_character_that_the_console_cannot_print_is_escaped(monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
