@@ -121,15 +121,12 @@ def summarise(setup: Setup, embedded: Sequence[Embeddings], fallbacks: int, seco
         raise InputError(f"{found}: attach the competition's data again")
 
 
-def exit_beside_busy_threads(patience: float = 1.0) -> None:
-    """End the process immediately if a thread is still busy, such as one that waits for a disk that hangs.
+def exit_beside_busy_threads() -> None:
+    """End the process if a thread is still busy after a second, such as one that waits for a disk that hangs.
 
     Otherwise the interpreter would wait for it.
-
-    Args:
-        patience: seconds that threads have to finish.
     """
-    end = time.monotonic() + patience
+    end = time.monotonic() + 1
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join(max(0, end - time.monotonic()))

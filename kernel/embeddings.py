@@ -29,6 +29,7 @@ from kernel.views import VIEWS
 
 T = TypeVar("T")
 FIRST_BATCH = 8  # photos by which the time is planned; few, since on a slow machine the first pass is the slowest
+PREFETCHED = 2  # batches that are decoded ahead, at most
 
 
 @dataclass(frozen=True)
@@ -234,15 +235,14 @@ def to_batch(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:
     return batch.pin_memory() if encoder.device.type == "cuda" else batch
 
 
-def prefetch(batches: Iterator[T], remaining: Callable[[], float], depth: int = 2) -> Iterator[T]:
+def prefetch(batches: Iterator[T], remaining: Callable[[], float]) -> Iterator[T]:
     """The same batches, made in a thread while the batches before them are being embedded.
 
     Args:
         remaining: seconds to wait for the next batch at most. After that there are no more, as when a disk hangs.
-        depth: batches that are ready at most.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    ready = deque(thread.submit(next, batches, None) for _ in range(depth))
+    ready = deque(thread.submit(next, batches, None) for _ in range(PREFETCHED))
     try:
         while (batch := ready.popleft().result(min(max(0, remaining()), threading.TIMEOUT_MAX))) is not None:
             ready.append(thread.submit(next, batches, None))

@@ -86,22 +86,17 @@ def install_wheels(wheels: Sequence[Path], packages: Path) -> None:
         importlib.invalidate_caches()
 
 
-def list_folder(root: Path, depth: int = 3, width: int = 8) -> str:
-    """The upper levels of a folder, for the log when something was not found there.
-
-    Args:
-        depth: levels below `root` to list.
-        width: entries of each folder to list.
-    """
+def list_folder(root: Path) -> str:
+    """The upper three levels of a folder, eight entries of each, for the log when something was not found there."""
     lines = [str(root)]
 
     def visit(folder: Path, level: int) -> None:
-        entries = sorted(folder.iterdir()) if level <= depth and folder.is_dir() else []
-        for entry in entries[:width]:
+        entries = sorted(folder.iterdir()) if level <= 3 and folder.is_dir() else []
+        for entry in entries[:8]:
             lines.append("  " * level + entry.name + ("/" if entry.is_dir() else ""))
             visit(entry, level + 1)
-        if len(entries) > width:
-            lines.append("  " * level + f"... and {len(entries) - width} more")
+        if len(entries) > 8:
+            lines.append("  " * level + f"... and {len(entries) - 8} more")
 
     visit(root, 1)
     return "\n".join(lines)

@@ -107,10 +107,10 @@ def decode_all(
     return list(threads.map(lambda path: decode(path, preprocessing), paths, timeout=timeout))
 
 
-def describe_unreadable(unreadable: Sequence[tuple[Path, str]], most: int = 3) -> str:
+def describe_unreadable(unreadable: Sequence[tuple[Path, str]]) -> str:
     """The first of the unreadable photos with their causes: `a.jpg (OSError), b.jpg (OSError), ...`."""
-    names = [f"{path} ({cause})" for path, cause in unreadable[:most]]
-    return ", ".join(names + ["..."] * (len(unreadable) > most))
+    names = [f"{path} ({cause})" for path, cause in unreadable[:3]]
+    return ", ".join(names + ["..."] * (len(unreadable) > 3))
 
 
 def write_unreadable(unreadable: Sequence[tuple[Path, str]], path: Path) -> None:

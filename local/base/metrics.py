@@ -138,9 +138,9 @@ def bootstrap_interval(statistic: Callable[[np.ndarray], float], size: int, seed
     return float(low), float(high)
 
 
-def bounded(sample: np.ndarray, seed: int = 0, weights: np.ndarray | None = None) -> dict[str, float]:
+def bounded(sample: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
     """A mean, weighted or not, with its 95% interval: `value`, `low`, `high`."""
-    low, high = interval(sample, seed, weights)
+    low, high = interval(sample, weights=weights)
     return {"value": float(np.average(sample, weights=weights)), "low": low, "high": high}
 
 

@@ -190,13 +190,13 @@ def make_environment(sandbox: Sandbox) -> dict[str, str]:
     return {name: os.environ[name] for name in kept if name in os.environ} | own | dict(sandbox.environment)
 
 
-def duty_cycle(fraction: float, period: float = 0.1) -> Controller:
-    """A controller that lets a process group run for a fraction of each period (seconds), as on a slower machine."""
+def duty_cycle(fraction: float) -> Controller:
+    """A controller that lets a process group run for a fraction of each tenth of a second, as on a slower machine."""
 
     def throttle(group: int, ending: threading.Event) -> None:
-        while not ending.wait(period * fraction):
+        while not ending.wait(0.1 * fraction):
             os.killpg(group, signal.SIGSTOP)
-            ending.wait(period * (1 - fraction))
+            ending.wait(0.1 * (1 - fraction))
             os.killpg(group, signal.SIGCONT)
 
     return throttle

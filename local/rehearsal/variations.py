@@ -127,9 +127,9 @@ def spoil_photos(table: TestTable, seed: int) -> dict[str, int]:
     return counts
 
 
-def remove_photos(table: TestTable, seed: int, fraction: float = 0.1) -> set[str]:
-    """Remove all photos of a fraction of the observations, at least of one; returns their ids."""
-    chosen = random.Random(seed).sample(table.observations, max(1, round(fraction * len(table.observations))))
+def remove_photos(table: TestTable, seed: int) -> set[str]:
+    """Remove all photos of a tenth of the observations, at least of one; returns their ids."""
+    chosen = random.Random(seed).sample(table.observations, max(1, round(0.1 * len(table.observations))))
     for observation in chosen:
         for photo in observation.photos:
             photo.unlink()
