@@ -1,7 +1,4 @@
-"""What the code imports is what requirements.txt installs, in versions that were tested.
-
-python -m pytest tests/test_requirements.py
-"""
+"""What the code imports is what requirements.txt installs, in versions that were tested."""
 
 import ast
 import re

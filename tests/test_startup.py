@@ -1,7 +1,4 @@
-"""A command answers `--help` and a mistake of the user immediately: it imports nothing heavy before it has work to do.
-
-python -m pytest tests/test_startup.py
-"""
+"""A command answers `--help` and a mistake of the user immediately: it imports nothing heavy before it has work."""
 
 import subprocess
 import sys

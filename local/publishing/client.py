@@ -286,11 +286,11 @@ class Kaggle:
         what, rules = f"asking how many submissions {competition} allows", accept_rules(competition)
         return self.call(what, self.api.competition_get_submission_limits, competition, forbidden=rules).num_allowed_now
 
-    def submissions(self, competition: str) -> list:
-        """The latest submissions of the user's team, newest first."""
+    def find_submission(self, competition: str, description: str) -> Any | None:
+        """The latest submission of the user's team with a description, if Kaggle lists it."""
         what, rules = f"asking for the submissions to {competition}", accept_rules(competition)
         answer = self.call(what, self.api.competition_submissions, competition, page_size=100, forbidden=rules)
-        return [submission for submission in answer or () if submission]
+        return next((one for one in answer or () if one and one.description == description), None)
 
     def submit(self, competition: str, description: str, output: Path, kernel: str | None, version: int) -> None:
         """Submit a kernel's version, or the file itself if `kernel` is None.
@@ -299,7 +299,7 @@ class Kaggle:
         """
 
         def attempt() -> None:
-            if any(submission.description == description for submission in self.submissions(competition)):
+            if self.find_submission(competition, description):
                 return
             if kernel:
                 self.api.competition_submit_code(output.name, description, competition, kernel, version, quiet=True)

@@ -181,7 +181,7 @@ class Publication:
         description = (
             f"{shorten(submission.runs, 100)}, {kernel} version {version}, manifest {submission.manifest[:16]}"
         )
-        if not self._find(description):
+        if not self.kaggle.find_submission(name, description):
             left = self.kaggle.submissions_left(name)
             if left < 1:
                 raise InputError(f"{name} allows no more submissions today: run the same command after midnight UTC")
@@ -191,7 +191,7 @@ class Publication:
         save_submission(submission, ledger)
 
         def poll() -> tuple[object | None, str]:
-            found = self._find(description)
+            found = self.kaggle.find_submission(name, description)
             state = found.status.name.lower() if found else "not listed yet"
             return found if state in ("complete", "error") else None, state
 
@@ -203,11 +203,6 @@ class Publication:
             reason = scored.error_description or "Kaggle gives no reason"
             raise InputError(f"{name} could not score version {version} ({reason}): fix it, then bundle again")
         say(f"{name}: public score {public or 'not shown'}, private score {private or 'not shown'}")
-
-    def _find(self, description: str) -> object | None:
-        """The submission with a description, if Kaggle lists it."""
-        submissions = self.kaggle.submissions(self.bundle.competition)
-        return next((submission for submission in submissions if submission.description == description), None)
 
     def _wait_for_dataset(self, version: int) -> None:
         """Wait until a version of the weights, or a later one, is ready."""

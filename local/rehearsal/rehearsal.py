@@ -138,7 +138,7 @@ class Rehearsal(AbstractContextManager):
         find_competition(data)
         if solution:
             read_solution(solution)  # report a mistake in it before the slow reading of the competition's tables
-        self.data, self.build, self.solution, self.kills, self.seed = data, build, solution, kills, seed
+        self.data, self.build, self.kills, self.seed = data, build, kills, seed
         self.metadata = read_kernel_metadata(ROOT / "kernel-metadata.json")
         check_bundle(build)
         self.manifest = read_weights(build / "weights").manifest
@@ -148,6 +148,9 @@ class Rehearsal(AbstractContextManager):
         if solution:
             ids = [observation.id for observation in self.find_table(data).observations]
             self.truth = read_solution(solution, ids, self.manifest.class_ids)
+            missing = [identity for identity in ids if identity not in self.truth]
+            if missing:
+                raise InputError(f"{solution} lacks observation {missing[0]}: give the matching solution")
         self.runs: dict[str, list[KernelRun]] = {}
         self.results: dict[str, ScenarioResult] = {}
 

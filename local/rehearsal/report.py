@@ -8,7 +8,7 @@ from local.base.console import say
 from local.base.metrics import describe, score
 from local.bundling.record import ScenarioResult, record_results
 from local.rehearsal.rehearsal import Rehearsal
-from local.rehearsal.scenarios import SCENARIOS, get_class, play
+from local.rehearsal.scenarios import SCENARIOS, play
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def play_all(rehearsal: Rehearsal, names: Sequence[str]) -> Report:
         return Report(tuple(results))
     run, scores = rehearsal.runs["plain"][0], {}
     if rehearsal.truth and not run.failure:
-        truth = [get_class(rehearsal, observation) for observation in run.guesses]
+        truth = [rehearsal.truth[observation] for observation in run.guesses]
         scores = score(truth, list(run.guesses.values()))
         say(describe(scores, run.table.competition.guesses))
     speed = run.summary.speed if run.summary else None

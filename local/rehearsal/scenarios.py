@@ -18,7 +18,7 @@ from math import ceil
 from pathlib import Path
 
 from kernel.budget import MARGIN
-from kernel.inputs import InputError, shorten
+from kernel.inputs import shorten
 from local.base.console import counted, say
 from local.base.metrics import GUESSES, hit_matrix
 from local.bundling.record import ScenarioResult
@@ -169,17 +169,6 @@ def check_refused(rehearsal: Rehearsal, mounts: Mounts) -> str:
     return shorten(re.sub(rf"{re.escape(str(rehearsal.folder))}/[^/]+/input", "/kaggle/input", errors[0]), 160)
 
 
-def get_class(rehearsal: Rehearsal, observation: str) -> str:
-    """The true class of an observation.
-
-    Raises:
-        InputError: it is not in the solution.
-    """
-    if observation not in rehearsal.truth:
-        raise InputError(f"{rehearsal.solution} lacks observation {observation}: give the matching solution")
-    return rehearsal.truth[observation]
-
-
 # The scenarios
 
 
@@ -289,7 +278,7 @@ def throttled(rehearsal: Rehearsal) -> str:
         raise Failed(f"done after {run.time_of(DONE):.1f} s, the limit was {run.limit:.1f} s")
     note = f"{done.late} of {counted(done.observations, 'observation')}; views {done.views} instead of {views}"
     if rehearsal.truth:
-        truth = [get_class(rehearsal, originals[observation]) for observation in run.guesses]
+        truth = [rehearsal.truth[originals[observation]] for observation in run.guesses]
         column = 1 if run.table.competition.guesses >= GUESSES[1] else 0
         recall = hit_matrix(truth, list(run.guesses.values()))[:, column].mean()
         floor = hit_matrix(truth, [rehearsal.fallback(run.table)] * len(truth))[:, column].mean()

@@ -1,7 +1,4 @@
-"""A long step says how far it is, how fast, and how long it still takes, also while nothing advances.
-
-python -m pytest tests/kernel/test_progress.py
-"""
+"""A long step says how far it is, how fast, and how long it still takes, also while nothing advances."""
 
 import io
 import threading

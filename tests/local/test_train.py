@@ -1,7 +1,4 @@
-"""train.py explains a recipe without data, and answers a mistake in its settings before it loads torch.
-
-python -m pytest tests/local/test_train.py
-"""
+"""train.py explains a recipe without data, and answers a mistake in its settings before it loads torch."""
 
 import subprocess
 import sys

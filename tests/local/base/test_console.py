@@ -1,7 +1,4 @@
-"""What all commands share: flags, output, messages.
-
-python -m pytest tests/local/base/test_console.py
-"""
+"""What all commands share: flags, output, messages."""
 
 import argparse
 import importlib

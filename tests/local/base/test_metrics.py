@@ -1,7 +1,4 @@
-"""Scores are what they are called, and their intervals are honest.
-
-python -m pytest tests/local/base/test_metrics.py
-"""
+"""Scores are what they are called, and their intervals are honest."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,4 @@
-"""A package flattened into one script reads, runs and fails like the package, or is refused with line and fix.
-
-python -m pytest tests/local/bundling/test_flatten.py
-"""
+"""A package flattened into one script reads, runs and fails like the package, or is refused with line and fix."""
 
 import ast
 import os

@@ -1,7 +1,4 @@
-"""kernel-metadata.json is checked against Kaggle's rules before it is sent.
-
-python -m pytest tests/local/publishing/test_metadata.py
-"""
+"""kernel-metadata.json is checked against Kaggle's rules before it is sent."""
 
 import json
 import re

@@ -1,7 +1,4 @@
-"""A library that is installed becomes the wheel that it came from, or is refused in one line.
-
-python -m pytest tests/local/bundling/test_wheels.py
-"""
+"""A library that is installed becomes the wheel that it came from, or is refused in one line."""
 
 import base64
 import csv

@@ -1,7 +1,4 @@
-"""Kaggle's own client against a local Kaggle that fails: nothing is lost, and nothing is sent twice.
-
-python -m pytest tests/local/publishing/test_client.py
-"""
+"""Kaggle's own client against a local Kaggle that fails: nothing is lost, and nothing is sent twice."""
 
 import io
 import json

@@ -1,7 +1,4 @@
-"""Credentials are found as Kaggle's client finds them, and their owner owns the bundle.
-
-python -m pytest tests/local/publishing/test_credentials.py
-"""
+"""Credentials are found as Kaggle's client finds them, and their owner owns the bundle."""
 
 import json
 import re

@@ -1,7 +1,4 @@
-"""The ledger stores every submission, and distinguishes a gain from noise.
-
-python -m pytest tests/local/publishing/test_ledger.py
-"""
+"""The ledger stores every submission, and distinguishes a gain from noise."""
 
 from pathlib import Path
 

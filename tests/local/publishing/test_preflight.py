@@ -1,7 +1,4 @@
-"""Everything that can be checked offline is checked before the first request to Kaggle.
-
-python -m pytest tests/local/publishing/test_preflight.py
-"""
+"""Everything that can be checked offline is checked before the first request to Kaggle."""
 
 import json
 

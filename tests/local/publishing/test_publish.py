@@ -1,7 +1,4 @@
-"""A bundle goes to Kaggle and comes back with a score, through Kaggle's own client and a local Kaggle.
-
-python -m pytest tests/local/publishing/test_publish.py
-"""
+"""A bundle goes to Kaggle and comes back with a score, through Kaggle's own client and a local Kaggle."""
 
 import json
 import re

@@ -1,7 +1,4 @@
-"""A rehearsed script has no network, writes only to its working folder, sees no secrets, and ends in time.
-
-python -m pytest tests/local/rehearsal/test_folders.py
-"""
+"""A rehearsed script has no network, writes only to its working folder, sees no secrets, and ends in time."""
 
 import fcntl
 import os
