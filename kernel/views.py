@@ -17,15 +17,14 @@ def rotate(photos: torch.Tensor, degrees: float) -> torch.Tensor:
     return nn.functional.grid_sample(photos, grid, padding_mode="reflection", align_corners=False)
 
 
-def crop(photos: torch.Tensor, left: float, top: float, fraction: float = 0.8) -> torch.Tensor:
-    """Crop a square out of (batch, 3, size, size), and resize it to the original size.
+def crop(photos: torch.Tensor, left: float, top: float) -> torch.Tensor:
+    """Crop a square of 0.8 of the side out of (batch, 3, size, size), and resize it to the original size.
 
     Args:
         left, top: position of the square, from 0 (left, top) to 1 (right, bottom).
-        fraction: side of the square, as a fraction of the photo's.
     """
     size = photos.shape[-1]
-    side = round(size * fraction)
+    side = round(size * 0.8)
     x, y = round((size - side) * left), round((size - side) * top)
     cut = photos[:, :, y : y + side, x : x + side]
     return nn.functional.interpolate(cut, size=(size, size), mode="bilinear", align_corners=False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from kernel.views import VIEWS, crop, rotate
+from kernel.views import VIEWS, rotate
 
 
 @pytest.fixture
@@ -47,7 +47,3 @@ def test_crops_show_the_part_that_their_name_says():
     assert means["top-right"] == pytest.approx(0.6, abs=0.01)
     down = ramp.transpose(-1, -2)
     assert VIEWS["bottom-left"](down).mean() > 0.59 > 0.41 > VIEWS["top-right"](down).mean()
-
-
-def test_a_crop_of_the_whole_is_the_photo(photos):
-    assert torch.allclose(crop(photos, 0.5, 0.5, fraction=1.0), photos, atol=1e-6)

@@ -87,52 +87,26 @@ def test_metadata_that_kaggle_accepts_passes(tmp_path: Path, changes: dict) -> N
     assert read_kernel_metadata(path) == json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("id", ABSENT),
-        ("id", "few-shot-species"),
-        ("id", "ann/Few-Shot-Species"),
-        ("id", "ann/few_shot_species"),
-        ("id", "ann/few"),
-        ("id", "ann/few-shot-species/1"),
-        ("id", "-ann/few-shot-species"),
-        ("id", "ann/few-shot-species\n"),
-        ("id", 5),
-        ("title", ABSENT),
-        ("title", "Few"),
-        ("title", "Few-shot species " + "x" * 40),
-        ("title", "Another title"),
-        ("title", "Few-shot\nspeciess"),
-        ("code_file", ABSENT),
-        ("code_file", "kernel.py"),
-        ("language", ABSENT),
-        ("language", "r"),
-        ("kernel_type", ABSENT),
-        ("kernel_type", "notebook"),
-        ("is_private", ABSENT),
-        ("is_private", False),
-        ("is_private", "true"),
-        ("enable_gpu", ABSENT),
-        ("enable_gpu", False),
-        ("enable_gpu", 1),
-        ("enable_internet", ABSENT),
-        ("enable_internet", True),
-        ("enable_internet", "false"),
-        ("dataset_sources", ABSENT),
-        ("dataset_sources", []),
-        ("dataset_sources", "ann/weights"),
-        ("dataset_sources", ["weights"]),
-        ("dataset_sources", [5]),
-        ("dataset_sources", ["ann/weights", "data"]),
-        ("dataset_sources", ["ann/five5"]),
-        ("dataset_sources", [f"ann/{'w' * 51}"]),
-        ("competition_sources", ABSENT),
-        ("competition_sources", []),
-        ("competition_sources", "fungi-clef-2025"),
-        ("competition_sources", None),
+WRONG = {
+    "id": [
+        ABSENT, "few-shot-species", "ann/Few-Shot-Species", "ann/few_shot_species", "ann/few", "ann/few-shot-species/1",
+        "-ann/few-shot-species", "ann/few-shot-species\n", 5,
     ],
-)
+    "title": [ABSENT, "Few", "Few-shot species " + "x" * 40, "Another title", "Few-shot\nspeciess"],
+    "code_file": [ABSENT, "kernel.py"],
+    "language": [ABSENT, "r"],
+    "kernel_type": [ABSENT, "notebook"],
+    "is_private": [ABSENT, False, "true"],
+    "enable_gpu": [ABSENT, False, 1],
+    "enable_internet": [ABSENT, True, "false"],
+    "dataset_sources": [
+        ABSENT, [], "ann/weights", ["weights"], [5], ["ann/weights", "data"], ["ann/five5"], [f"ann/{'w' * 51}"],
+    ],
+    "competition_sources": [ABSENT, [], "fungi-clef-2025", None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WRONG.items() for value in values])
 def test_a_broken_rule_is_reported_with_file_key_and_rule_in_one_line(tmp_path: Path, key: str, value: object) -> None:
     path = metadata_file(tmp_path, **{key: value})
     message = refusal(path)
