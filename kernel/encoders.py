@@ -249,7 +249,7 @@ def make_encoder(module: nn.Module, spec: EncoderSpec, devices: Sequence[torch.d
 
 
 def open_encoder(path: Path, spec: EncoderSpec, devices: Sequence[torch.device]) -> Encoder:
-    """`read_module` on all devices; if memory runs out, on one of them; if it runs out again, on the CPU."""
+    """`read_module`, then `make_encoder` on all devices; if memory runs out, on one of them; at last on the CPU."""
     if devices[0].type == "cpu":
         return make_encoder(read_module(path, spec), spec, devices)
     for choice in [devices, *([device] for device in devices if len(devices) > 1)]:

@@ -108,7 +108,7 @@ def decode_all(
 
 
 def describe_unreadable(unreadable: Sequence[tuple[Path, str]]) -> str:
-    """The first of the unreadable photos with their causes: `a.jpg (OSError), b.jpg (OSError), ...`."""
+    """The first three of the unreadable photos with their causes: `a.jpg (OSError), b.jpg (OSError), ...`."""
     names = [f"{path} ({cause})" for path, cause in unreadable[:3]]
     return ", ".join(names + ["..."] * (len(unreadable) > 3))
 
