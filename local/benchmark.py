@@ -19,8 +19,8 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.base.console import command_parser, run
-from local.benchmarks.alphabets import find_alphabets
+from kernel.inputs import InputError
+from local.base.console import command_parser, counted, run
 from local.data.folder import find_competition
 from local.encoders.source import find_source
 from local.recipes.recipe import read_recipe
@@ -61,6 +61,20 @@ def check_each(folders: Sequence[Path], encoders: Sequence[str]) -> None:
         find_source(spec)
 
 
+def find_alphabets(folder: Path) -> list[Path]:
+    """The folders of the alphabets in `folder`, which holds `alphabet/character/drawing.png`.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
+    alphabets = sorted({drawing.parents[1] for drawing in folder.rglob("*/*/*.png")})
+    if len(alphabets) < 2:
+        raise InputError(
+            f"{folder} holds {counted(len(alphabets), 'alphabet')}: give a folder of alphabet/character/drawing.png"
+        )
+    return alphabets
+
+
 def main() -> None:
     options = parse_options()
     # Each benchmark is imported after the checks: torch takes seconds, and mistakes must be answered immediately.
@@ -82,11 +96,11 @@ def main() -> None:
 
         report = systems(options.data, options.encoder, options.recipe, options.set)
     else:
-        find_alphabets(options.data)
+        alphabets = find_alphabets(options.data)
         read_recipe("omniglot", options.set)
         from local.benchmarks.omniglot import omniglot
 
-        report = omniglot(options.data, options.set)
+        report = omniglot(alphabets, options.set)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

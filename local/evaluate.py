@@ -21,6 +21,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -57,7 +58,7 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
     figures = compute_figures(evidence, others, focus)
     page = render(figures, data)
     by_training = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    write_json(by_training | {"evaluation": figures.to_dict()}, folder / "metrics.json")
+    write_json(by_training | {"evaluation": asdict(figures)}, folder / "metrics.json")
     write_text(page, folder / "report.html")
     return folder / "report.html"
 

@@ -13,8 +13,9 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from kernel.tables import RESOLUTIONS
 from local.base.console import command_parser, run
-from local.drawing.competition import RESOLUTIONS, generate, generate_from_metadata
+from local.drawing.competition import generate, generate_from_metadata
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--species", type=int, default=60, help="how many to make up (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default: %(default)s)")
     parser.add_argument(
-        "--resolution", choices=RESOLUTIONS, default="300p", help="of the photos (default: %(default)s)"
+        "--resolution", choices=RESOLUTIONS[:-1], default=RESOLUTIONS[0], help="of the photos (default: %(default)s)"
     )
     parser.add_argument("--metadata", type=Path, help="folder of the competition: draw every row of its tables")
     options = vars(parser.parse_args())

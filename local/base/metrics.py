@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 GUESSES = (1, 5, 10)
+METRIC_NAMES = {f"recall_at_{count}": f"Recall@{count}" for count in GUESSES} | {"macro_f1": "macro-F1"}
 RESAMPLES = 2000
 MIN_OBSERVATIONS = 6  # for the 95% interval of a gain: fewer can all agree by chance more than once in 20 times
 

@@ -6,6 +6,7 @@ Called by local/benchmark.py. Nothing may be chosen by these scores: they are of
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from local.banks.estimators import group_means, l2_normalize, pool
 from local.banks.search import evaluate_predictions
 from local.base.console import counted, say
 from local.base.files import write_json
-from local.base.metrics import GUESSES, bounded, gained, hit_matrix, interval_of, score
+from local.base.metrics import GUESSES, METRIC_NAMES, bounded, gained, hit_matrix, interval_of, score
 from local.base.run_folder import CACHE
 from local.data.cache import embed_with_run
 from local.data.competition import read_competition
@@ -39,7 +40,6 @@ from local.training.run import train_run
 RECIPES = ("fungiclef-baseline", "fungiclef-protonet", "fungiclef-best")
 SPECIES = 60  # of the competition that is drawn without --data
 MOST_SHOTS = 4  # classes with so many reference observations or more are one group
-COLUMNS = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "recall_at_10": "Recall@10", "macro_f1": "macro-F1"}
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,11 @@ class Task:
     truth: dict[str, str]
 
     def queries(self, resolution: str) -> list[Observation]:
-        """The observations to classify, with photos of a resolution."""
         if self.split == "val":
             return read_competition(self.data, resolution).in_splits("val").observations
         return read_test(find_competition(self.data), resolution).observations
 
     def support(self, resolution: str) -> LabelledObservations:
-        """The reference set, with photos of a resolution."""
         return read_competition(self.data, resolution).in_splits(*self.reference.split("+"))
 
 
@@ -75,8 +73,7 @@ class MethodAnswers:
 
     Attributes:
         guesses: for each query, class ids, best first.
-        losses: (queries,) minus the log-probability of the true class, NaN if it has none; None for a method without
-            probabilities.
+        losses: (queries,) log-losses, NaN if there is none; None for a method without probabilities.
         baseline: the answers to compare with.
     """
 
@@ -128,7 +125,6 @@ def require_unique(option: str, names: Sequence[str]) -> None:
 
 
 def draw_competition(folder: Path) -> Path:
-    """Draw a competition that includes its test labels."""
     drawn = generate(folder / "fungi", species=SPECIES)
     shutil.copyfile(drawn.solution, drawn.competition / "solution.csv")
     return drawn.competition.rename(folder / "drawn-fungi")
@@ -194,13 +190,14 @@ def run_methods(task: Task, encoders: Sequence[str], folder: Path) -> list[Metho
             train_run(recipe, task.data, run, uses_val=task.split != "val")
         answers += match_photos(task, runs[0], cache, of)
         for name, run in zip(RECIPES, runs, strict=True):
-            answers.append(answer_by_runs(task, [run], [1.0], cache, name + of, answers[-1]))
+            found = bundle_answers(task, [run], [1.0], cache)
+            answers.append(rank_classes(task, found, name + of, answers[-1]))
         best.append((runs[-1], answers[-1]))
     if len(best) > 1:
         runs = [run for run, _ in best]
         weights = ensemble_weights(runs, find_competition(task.data).competition.guesses)
         baseline = best[int(np.argmax(weights))][1]  # of the largest weight by cross-validation, not by these scores
-        answers.append(answer_by_runs(task, runs, weights, cache, "their ensemble", baseline))
+        answers.append(rank_classes(task, bundle_answers(task, runs, weights, cache), "their ensemble", baseline))
     return answers
 
 
@@ -208,11 +205,10 @@ def match_photos(task: Task, run: Path, cache: Path, of: str) -> list[MethodAnsw
     """Two rules that compare single photos with the class means of photos, in one view and without centring.
 
     Args:
-        run: of the first recipe, for its encoder and classes.
+        run: for its encoder and classes.
         of: the end of the names.
     """
-    weights = read_weights(run)
-    manifest = weights.manifest
+    manifest = read_weights(run).manifest
     classes, resolution = manifest.class_ids, manifest.competition.resolution
     support, queries = task.support(resolution), task.queries(resolution)
     support_photos = embed_with_run(run, support.observations, ["plain"], cache)
@@ -255,13 +251,7 @@ def nearest_means(photos: np.ndarray, observations: np.ndarray, means: np.ndarra
 
 @dataclass(frozen=True)
 class BundleAnswers:
-    """The answers of a bundle to all queries.
-
-    Attributes:
-        manifest: of the first run.
-        log_probabilities: (queries, classes).
-        is_readable: (queries,) bool, whether any photo could be read.
-    """
+    """A bundle's (queries, classes) log-probabilities of all queries, and whether any photo of each could be read."""
 
     queries: list[Observation]
     manifest: Manifest
@@ -288,13 +278,6 @@ def bundle_answers(task: Task, runs: Sequence[Path], weights: Sequence[float], c
     return BundleAnswers(queries, opened[0][1], total.log_softmax(dim=1), is_readable)
 
 
-def answer_by_runs(
-    task: Task, runs: Sequence[Path], weights: Sequence[float], cache: Path, name: str, baseline: MethodAnswers | None
-) -> MethodAnswers:
-    """The answers of some runs; see `bundle_answers`."""
-    return rank_classes(task, bundle_answers(task, runs, weights, cache), name, baseline)
-
-
 def rank_classes(task: Task, found: BundleAnswers, name: str, baseline: MethodAnswers | None) -> MethodAnswers:
     """The classes in the order of their probability; the fallback of the kernel if no photo could be read."""
     classes = found.manifest.class_ids
@@ -311,9 +294,17 @@ def score_methods(task: Task, answers: Sequence[MethodAnswers]) -> dict:
     """The scores of every method with 95% intervals, its gain over its baseline, and recalls by shots."""
     support = task.support(RESOLUTIONS[0])
     truth = [task.truth[query.id] for query in task.queries(RESOLUTIONS[0])]
-    counts = dict(zip(*np.unique(support.class_ids.astype(str), return_counts=True), strict=True))
-    shots = np.minimum([counts.get(class_id, 0) for class_id in truth], MOST_SHOTS)
+    counts = Counter(support.class_ids.tolist())
+    shots = np.minimum([counts[class_id] for class_id in truth], MOST_SHOTS)
     hits = {one.name: hit_matrix(truth, one.guesses)[:, GUESSES.index(5)] for one in answers}
+    rows = []
+    for one in answers:
+        row = {"method": one.name, **score(truth, one.guesses), "log_loss": None, "gain": None}
+        if one.losses is not None:
+            row["log_loss"] = bounded(one.losses[~np.isnan(one.losses)])
+        if one.baseline:
+            row["gain"] = {"over": one.baseline.name, **gained(hits[one.name], hits[one.baseline.name])}
+        rows.append(row)
     return {
         "data": task.data.name,
         "scored_on": task.split,
@@ -321,7 +312,7 @@ def score_methods(task: Task, answers: Sequence[MethodAnswers]) -> dict:
         "reference": task.reference,
         "reference_observations": len(support),
         "classes": len(counts),
-        "methods": [score_method(one, truth, hits) for one in answers],
+        "methods": rows,
         "by_shots": [
             {
                 "shots": f"{count} or more" if count == MOST_SHOTS else str(count),
@@ -333,33 +324,22 @@ def score_methods(task: Task, answers: Sequence[MethodAnswers]) -> dict:
     }
 
 
-def score_method(answers: MethodAnswers, truth: Sequence[str], hits: dict[str, np.ndarray]) -> dict:
-    """The scores of one method; `hits`, by the name of each method, are those of Recall@5."""
-    row = {"method": answers.name, **score(truth, answers.guesses), "log_loss": None, "gain": None}
-    if answers.losses is not None:
-        row["log_loss"] = bounded(answers.losses[~np.isnan(answers.losses)])
-    if answers.baseline:
-        row["gain"] = {"over": answers.baseline.name, **gained(hits[answers.name], hits[answers.baseline.name])}
-    return row
-
-
 def method_table(report: dict) -> list[str]:
-    """The scores as a Markdown table, a row for each method."""
     queries, reference = (counted(report[key], "observation") for key in ("observations", "reference_observations"))
     lines = [
         f"{report['data']}: {queries} of {report['scored_on']}, 95% intervals; reference: "
         f"{report['reference']}, {reference} of {counted(report['classes'], 'class')}",
         "",
-        *heading("method", *COLUMNS.values(), "log-loss", "gain in Recall@5"),
+        *heading("method", *METRIC_NAMES.values(), "log-loss", "gain in Recall@5"),
     ]
     for row in report["methods"]:
-        cells = [*(cell(interval_of(row, name)) for name in COLUMNS), cell(row["log_loss"]), cell(row["gain"], "+")]
+        cells = [cell(interval_of(row, name)) for name in METRIC_NAMES]
+        cells += [cell(row["log_loss"]), cell(row["gain"], "+")]
         lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     return lines
 
 
 def shots_table(report: dict) -> list[str]:
-    """Recall@5 by the number of reference observations of the true class, a column for each method."""
     lines = ["Recall@5 by shots (observations of the true class in the reference set):", ""]
     lines += heading("shots", "n", *(row["method"] for row in report["methods"]))
     for row in report["by_shots"]:

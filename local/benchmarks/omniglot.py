@@ -3,8 +3,8 @@
 Called by local/benchmark.py. Training is from scratch in episodes, on all alphabets but the last.
 """
 
+import itertools
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,58 +14,48 @@ from kernel.observations import Observation
 from local.banks.estimators import l2_normalize
 from local.base.console import counted, progress, say
 from local.base.run_folder import CACHE
-from local.benchmarks.alphabets import find_alphabets
 from local.data.cache import embed_with_run
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run
 
 ROTATIONS = (0, 90, 180, 270)  # degrees; a rotated character is another class (Snell et al. 2017)
-TASKS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways, shots
 QUERIES = 5  # of each class of an episode
 EPISODES = 1000
-PAPER = {(5, 1): 0.988, (5, 5): 0.997, (20, 1): 0.960, (20, 5): 0.989}  # Snell et al. 2017, table 1
+PAPER = {(5, 1): 0.988, (5, 5): 0.997, (20, 1): 0.960, (20, 5): 0.989}  # by ways and shots; Snell et al. 2017, table 1
 
 
-def omniglot(folder: Path, settings: list[str]) -> dict:
+def omniglot(alphabets: list[Path], settings: list[str]) -> dict:
     """Train on all alphabets but the last, and print the accuracies on the last beside those of the paper.
 
     Args:
-        folder: of `alphabet/character/drawing.png`.
+        alphabets: folders of `character/drawing.png`.
         settings: changes to the recipe `omniglot`, as `key=value`.
 
     Returns:
         The figures, for `--json`.
-
-    Raises:
-        InputError: the folder holds fewer than two alphabets.
     """
-    *training, held_out = find_alphabets(folder)
+    *training, held_out = alphabets
     with tempfile.TemporaryDirectory() as temporary:
         data, run = Path(temporary) / "data", Path(temporary) / "run"
-        for source, target, degrees in rotated(training, data / "train"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.open(source).convert("L").rotate(degrees).save(target)
-        (data / "test").mkdir()
+        (data / "test").mkdir(parents=True)
+        for alphabet in training:
+            for drawing, degrees in itertools.product(sorted(alphabet.glob("*/*.png")), ROTATIONS):
+                folder = data / "train" / f"{alphabet.name}-{drawing.parent.name}-{degrees}"
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.open(drawing).convert("L").rotate(degrees).save(folder / drawing.name)
         train_run(read_recipe("omniglot", settings), data, run)
         embeddings, classes = embed_alphabet(held_out, run)
     say(f"{held_out.name}, {counted(classes.max() + 1, 'character')} not seen in training, {EPISODES:,} episodes:\n")
     say("| ways | shots | accuracy | Snell et al. 2017 |\n|---|---|---|---|")
     rows = []
-    for ways, shots in (task for task in TASKS if task[0] <= classes.max() + 1):
-        accuracies = run_episodes(embeddings, classes, ways, shots)
-        mean, half = accuracies.mean(), 1.96 * accuracies.std(ddof=1) / np.sqrt(len(accuracies))
-        rows.append({"ways": ways, "shots": shots, "accuracy": float(mean), "half_width": float(half)})
-        say(f"| {ways} | {shots} | {mean:.1%} ± {half:.1%} | {PAPER[ways, shots]:.1%} |")
+    for (ways, shots), paper in PAPER.items():
+        if ways <= classes.max() + 1:
+            accuracies = run_episodes(embeddings, classes, ways, shots)
+            mean, half = accuracies.mean(), 1.96 * accuracies.std(ddof=1) / np.sqrt(len(accuracies))
+            rows.append({"ways": ways, "shots": shots, "accuracy": float(mean), "half_width": float(half)})
+            say(f"| {ways} | {shots} | {mean:.1%} ± {half:.1%} | {paper:.1%} |")
     names = [path.name for path in training]
     return {"training": names, "held_out": held_out.name, "episodes": EPISODES, "tasks": rows}
-
-
-def rotated(alphabets: list[Path], folder: Path) -> Iterator[tuple[Path, Path, int]]:
-    """Every drawing in every rotation: (file, path in class folders, degrees)."""
-    for alphabet in alphabets:
-        for drawing in sorted(alphabet.glob("*/*.png")):
-            for degrees in ROTATIONS:
-                yield drawing, folder / f"{alphabet.name}-{drawing.parent.name}-{degrees}" / drawing.name, degrees
 
 
 def embed_alphabet(alphabet: Path, run: Path) -> tuple[np.ndarray, np.ndarray]:

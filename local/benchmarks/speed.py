@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -44,31 +44,15 @@ def best_rate(photos: int, work: Callable[[], object]) -> float:
 
 
 def draw_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
-    """Write photos of generated fungi as JPEG."""
-    paths = []
-    for number in progress(range(count), f"drawing {size[0]}x{size[1]}", unit="photo"):
-        path = folder / f"{size[0]}-{number}.jpg"
+    paths = [folder / f"{size[0]}-{number}.jpg" for number in range(count)]
+    for number, path in enumerate(progress(paths, f"drawing {size[0]}x{size[1]}", unit="photo")):
         draw(traits("Amanitaceae", "Amanita", str(number)), number, number, size).save(path, quality=88)
-        paths.append(path)
     return paths
-
-
-class PlainDataset(Dataset):
-    """Photos as most notebooks load them: decoded at full size, resized with Pillow, one float tensor per photo."""
-
-    def __init__(self, paths: Sequence[Path], transform: Callable):
-        self.paths, self.transform = paths, transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(Image.open(self.paths[index]).convert("RGB"))
 
 
 @torch.inference_mode()
 def plain_pipeline(paths: Sequence[Path], encoder: Encoder) -> None:
-    """The usual pipeline: torchvision's transforms, a DataLoader with its defaults, one view."""
+    """The usual pipeline: full decode, torchvision's transforms, a DataLoader with its defaults, one view."""
     preprocessing = encoder.preprocessing
     transform = transforms.Compose(
         [
@@ -78,8 +62,12 @@ def plain_pipeline(paths: Sequence[Path], encoder: Encoder) -> None:
             transforms.Normalize(preprocessing.mean, preprocessing.std),
         ]
     )
-    for batch in DataLoader(PlainDataset(paths, transform), batch_size=32):
-        encoder.forward(batch.to(encoder.device), encoder.module).cpu()
+
+    def load(batch: list[Path]) -> torch.Tensor:
+        return torch.stack([transform(Image.open(path).convert("RGB")) for path in batch])
+
+    for photos in DataLoader(paths, batch_size=32, collate_fn=load):
+        encoder.forward(photos.to(encoder.device), encoder.module).cpu()
 
 
 @torch.inference_mode()

@@ -67,7 +67,6 @@ class Rules:
 
 
 def resnext_head(features: int, classes: int) -> nn.Module:
-    """The head of the ResNeXt system."""
     hidden = [nn.Linear(features, 512), nn.ReLU(), nn.BatchNorm1d(512), nn.Dropout(0.5)]
     return nn.Sequential(nn.Dropout(0.3), *hidden, nn.Linear(512, classes))
 
@@ -159,13 +158,11 @@ class Distances(nn.Module):
 
 
 def embed_batch(encoder: Encoder, photos: torch.Tensor) -> torch.Tensor:
-    """(photos, 3, size, size) uint8 -> (photos, features), not normalised."""
     return encoder.module(encoder.normalise(photos, encoder.device))
 
 
 @torch.no_grad()
 def photo_means(encoder: Encoder, part: LabelledObservations, classes: np.ndarray) -> torch.Tensor:
-    """(classes, features) mean of the photos of each class."""
     encoder.module.eval()
     totals = torch.zeros(int(classes.max()) + 1, encoder.features)
     counts = torch.zeros(len(totals), 1)
@@ -191,16 +188,13 @@ def predict(
 
 
 def systems(folders: Sequence[Path], encoder: str, recipes: Sequence[str], settings: Sequence[str]) -> dict:
-    """Print a table for each dataset: every system, then its recipe.
+    """Print a table for each dataset: every system, then its recipe. Returns the figures, for `--json`.
 
     Args:
         folders: see `local.benchmarks.accuracy.accuracy`.
         encoder: of all systems, as in `--encoder`.
         recipes: keys of RULES; all if empty.
         settings: changes to the recipes, as `key=value`.
-
-    Returns:
-        The figures, for `--json`.
 
     Raises:
         InputError: there is no system for a recipe; see also `read_task`.
@@ -271,14 +265,7 @@ def predict_by_rules(
 
 
 def rank_row(recipe: str, groups: np.ndarray, heads: torch.Tensor, ours: torch.Tensor, labels: np.ndarray) -> dict:
-    """The accuracies at one rank.
-
-    Args:
-        groups: (classes,) group of each class.
-        heads: (queries, groups) probabilities of the head of this rank.
-        ours: (queries, classes) probabilities.
-        labels: (queries,) of the true classes.
-    """
+    """The accuracies at one rank of `heads`, (queries, groups), and of `ours`, (queries, classes) probabilities."""
     members = nn.functional.one_hot(torch.tensor(groups)).float()
     guesses = {"heads": heads.argmax(dim=1), "ours": (ours @ members).argmax(dim=1)}
     hits = {name: bounded((guess.numpy() == groups[labels]).astype(float)) for name, guess in guesses.items()}
@@ -296,7 +283,6 @@ def scored(answers: MethodAnswers, truth: np.ndarray) -> dict:
 
 
 def system_table(report: dict) -> list[str]:
-    """The scores on a dataset as a Markdown table."""
     lines = [report["data"], "", *heading("rules", *COLUMNS.values(), "weighted F1", "gain in Recall@1")]
     for row in report["rows"]:
         cells = [cell(interval_of(row, name)) for name in COLUMNS]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kernel.inputs import InputError
+from kernel.tables import RESOLUTIONS
 from local.base.console import progress
 from local.drawing.fungi import Traits, draw, traits
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 SUBSET = "FungiTastic-FewShot"
 SAMPLE = "FungiCLEF25-SAMPLE_SUBMISSION.csv"
 SPLITS = ("Train", "Val", "Test")
-RESOLUTIONS = ("300p", "500p", "720p")
 MAX_SPECIES = 2427
 COLUMNS = (
     "eventDate year month day habitat countryCode scientificName kingdom phylum class order family genus "
@@ -61,10 +61,10 @@ DISTRICTS = (  # region, district, latitude, longitude
 
 @dataclass(frozen=True)
 class Generated:
-    """The parts of a generated competition."""
+    """A competition as a competitor downloads it, and the CSV of its test labels: observationId, category_id."""
 
-    competition: Path  # the folder that a competitor downloads
-    solution: Path  # CSV: observationId, category_id of every test observation
+    competition: Path
+    solution: Path
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Species:
     month: int  # in which most are found
 
 
-def generate(out: Path, species: int = 60, seed: int = 0, resolution: str = "300p") -> Generated:
+def generate(out: Path, species: int = 60, seed: int = 0, resolution: str = RESOLUTIONS[0]) -> Generated:
     """Make up a competition of 2 to 2,427 species in the new folder `out`. The same seed gives the same bytes.
 
     Raises:
@@ -85,7 +85,7 @@ def generate(out: Path, species: int = 60, seed: int = 0, resolution: str = "300
     """
     if not 2 <= species <= MAX_SPECIES:
         raise InputError(f"--species: expected 2 to {MAX_SPECIES}, got {species}")
-    _check(out, resolution)
+    _check_is_new(out)
     import pandas as pd  # here, because it takes half a second, and mistakes must be answered immediately
 
     rng = np.random.default_rng([seed, 1])
@@ -103,10 +103,10 @@ def generate(out: Path, species: int = 60, seed: int = 0, resolution: str = "300
     files = {_table(split): table for split, table in tables.items()} | {SAMPLE: sample}
     files[_table("Test")] = tables["Test"].drop(columns=list(kinds[0].columns))
     texts = {path: table.to_csv(index=False, lineterminator="\n").encode() for path, table in files.items()}
-    return _write(Path(out), texts, tables, looks, seed, resolution)
+    return _write(out, texts, tables, looks, seed, resolution)
 
 
-def generate_from_metadata(metadata: Path, out: Path, seed: int = 0, resolution: str = "300p") -> Generated:
+def generate_from_metadata(metadata: Path, out: Path, seed: int = 0, resolution: str = RESOLUTIONS[0]) -> Generated:
     """Draw a photo for every row of the tables in the competition's folder `metadata`, and copy the tables.
 
     The test labels are not public; they are made up with the tail of val.
@@ -114,11 +114,11 @@ def generate_from_metadata(metadata: Path, out: Path, seed: int = 0, resolution:
     Raises:
         InputError: a table is missing; see also `generate`.
     """
-    sources = {path: Path(metadata) / path for path in (*map(_table, SPLITS), SAMPLE)}
+    sources = {path: metadata / path for path in (*map(_table, SPLITS), SAMPLE)}
     for path in sources.values():
         if not path.is_file():
             raise InputError(f"--metadata: {path} does not exist; give the competition's folder as downloaded")
-    _check(out, resolution)
+    _check_is_new(out)
     import pandas as pd  # see `generate`
 
     tables = {split: pd.read_csv(sources[_table(split)]) for split in SPLITS}
@@ -136,13 +136,11 @@ def generate_from_metadata(metadata: Path, out: Path, seed: int = 0, resolution:
         for row in rows.itertuples()
     }
     texts = {name: path.read_bytes() for name, path in sources.items()}
-    return _write(Path(out), texts, tables, looks, seed, resolution)
+    return _write(out, texts, tables, looks, seed, resolution)
 
 
-def _check(out: Path, resolution: str) -> None:
-    if resolution not in RESOLUTIONS:
-        raise InputError(f"--resolution: expected one of {', '.join(RESOLUTIONS)}, got {resolution}")
-    if Path(out).exists():
+def _check_is_new(out: Path) -> None:
+    if out.exists():
         raise InputError(f"--out: {out} exists already; remove it or choose another folder")
 
 
@@ -196,9 +194,8 @@ def _observations(kinds: Sequence[Species], tail: Sequence[float], year: int, rn
 
 def _metadata(kind: Species, year: int, rng: np.random.Generator) -> dict:
     substrate, meta_substrate, _ = SURROUNDINGS[kind.traits.ground]
-    year = (
-        year - int(rng.integers(8)) if year == 2021 else float(year)
-    )  # only train has earlier years, and has integers
+    # Only train has earlier years, and has integers.
+    year = year - int(rng.integers(8)) if year == 2021 else float(year)
     month, day = np.clip(round(rng.normal(kind.month, 0.9)), 1, 12), rng.integers(1, 29)
     region, district, latitude, longitude = DISTRICTS[rng.integers(len(DISTRICTS))]
     return {

@@ -1,6 +1,7 @@
 """What the embeddings show beside the scores: similar photos, disagreeing views, unreadable photos, a map."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,18 +23,10 @@ CHUNK = 4096  # photos compared at once
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An observation of the bank that resembles a query, and one of its photos."""
+    """An observation of the bank that resembles a query, and its first photo."""
 
     observation: str
     photo: str
-    cosine: float
-
-
-@dataclass(frozen=True)
-class ClassCosine:
-    """A class and the cosine of its mean with that of another class."""
-
-    label: int
     cosine: float
 
 
@@ -47,14 +40,6 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class Votes:
-    """How many views of an observation's photos are nearest to the mean of a class."""
-
-    label: int
-    views: int
-
-
-@dataclass(frozen=True)
 class Example:
     """A held-out observation with its five guesses.
 
@@ -62,6 +47,7 @@ class Example:
         position: of the true class among all guesses, from 1.
         probability: of the true class.
         agreement: the fraction of a photo's views that vote for the same class, averaged over photos.
+        votes: (label, views that are nearest to the mean of this class), the commonest first.
     """
 
     observation: str
@@ -72,24 +58,14 @@ class Example:
     photos: list[str]
     guesses: list[Guess]
     agreement: float
-    votes: list[Votes]
+    votes: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class UnreadablePhoto:
-    """A photo that could not be decoded, and why."""
-
     observation: str
     photo: str
     cause: str
-
-
-@dataclass(frozen=True)
-class MapGroup:
-    """A group with a colour of its own on the map."""
-
-    name: str
-    observations: int
 
 
 @dataclass(frozen=True)
@@ -98,12 +74,13 @@ class Map:
 
     Attributes:
         rank: that the colours show.
-        others: observations of groups without a colour of their own.
+        groups: (name, observations) of those with a colour of their own.
+        others: observations of the other groups.
         points: (x, y, index of the group or -1, whether it was held out as 0 or 1).
     """
 
     rank: str
-    groups: list[MapGroup]
+    groups: list[tuple[str, int]]
     others: int
     points: list[tuple[float, float, int, int]]
 
@@ -113,21 +90,19 @@ class Closeup:
 
     def __init__(self, evidence: Evidence):
         self.evidence, self.embedded = evidence, evidence.embedded
-
-    def photo_of(self, query: int) -> str:
-        """The first photo of a query."""
-        return self.evidence.photo(self.evidence.queries[query].photos[0])
+        self.is_readable = self.embedded.readable > 0
+        self.is_usable = self.embedded.is_reference & self.is_readable & (self.embedded.classes >= 0)
 
     def photos_of(self, label: int) -> list[str]:
         """The first photo of some observations of a class in the bank."""
-        return [self.evidence.photo(self.embedded.observations[row].photos[0]) for row in self._members(label)[:SHOWN]]
+        return [self.evidence.photo(self.embedded.observations[row]) for row in self._members(label)[:SHOWN]]
 
     def first_photos(self) -> dict[int, str]:
         """By label, a readable photo of the class, from the bank if it has one."""
-        embedded, found = self.embedded, {}
+        found = {}
         for is_reference in (True, False):
-            for row in np.flatnonzero((embedded.is_reference == is_reference) & (embedded.readable > 0)):
-                found.setdefault(int(embedded.classes[row]), self.evidence.photo(embedded.observations[row].photos[0]))
+            for row in np.flatnonzero((self.embedded.is_reference == is_reference) & self.is_readable):
+                found.setdefault(int(self.embedded.classes[row]), self.evidence.photo(self.embedded.observations[row]))
         return found
 
     def nearest(self, query: int, label: int) -> Neighbour | None:
@@ -138,30 +113,25 @@ class Closeup:
             return None
         cosines = self.embedded.pooled[members] @ self.embedded.pooled[query]
         best = self.embedded.observations[members[cosines.argmax()]]
-        return Neighbour(best.id, self.evidence.photo(best.photos[0]), float(cosines.max()))
+        return Neighbour(best.id, self.evidence.photo(best), float(cosines.max()))
 
     def _members(self, label: int) -> np.ndarray:
-        """Indices of the observations of a class in the bank that have a readable photo."""
-        return np.flatnonzero(self._is_usable & (self.embedded.classes == label))
-
-    @cached_property
-    def _is_usable(self) -> np.ndarray:
-        return self.embedded.is_reference & (self.embedded.readable > 0) & (self.embedded.classes >= 0)
+        return np.flatnonzero(self.is_usable & (self.embedded.classes == label))
 
     @cached_property
     def class_sums(self) -> tuple[np.ndarray, np.ndarray]:
         """(classes, features) float32 sums of the observations in the bank, and (classes,) their numbers."""
-        rows, usable = self._is_usable, self.embedded
-        means, sizes = group_means(usable.pooled[rows], usable.classes[rows], len(self.evidence.classes))
+        rows, classes = self.embedded.pooled[self.is_usable], self.embedded.classes[self.is_usable]
+        means, sizes = group_means(rows, classes, len(self.evidence.classes))
         return (means * sizes[:, None]).astype(np.float32), sizes
 
-    def resembling(self, label: int) -> list[ClassCosine]:
-        """The classes whose means are nearest to the mean of a class."""
+    def resembling(self, label: int) -> list[tuple[int, float]]:
+        """The classes whose means are nearest to the mean of a class: (label, cosine)."""
         sums, sizes = self.class_sums
         cosines = l2_normalize(sums) @ l2_normalize(sums[label])
         cosines[(sizes == 0) | (np.arange(len(sizes)) == label)] = -np.inf
-        nearest = [other for other in np.argsort(-cosines)[:GUESSES].tolist() if np.isfinite(cosines[other])]
-        return [ClassCosine(other, float(cosines[other])) for other in nearest]
+        nearest = np.argsort(-cosines)[:GUESSES].tolist()
+        return [(other, float(cosines[other])) for other in nearest if np.isfinite(cosines[other])]
 
     @cached_property
     def view_labels(self) -> np.ndarray:
@@ -176,11 +146,11 @@ class Closeup:
             cosines = (embedded.photos[part].reshape(-1, features) @ means.T).reshape(len(queries), views, -1)
             cosines[:, :, sizes == 0] = -np.inf
             # A query that is in the bank is taken out of the mean of its own class.
-            own = embedded.classes[queries]
-            rest = np.where(embedded.is_reference[queries][:, None], sums[own] - embedded.pooled[queries], sums[own])
-            is_alone = sizes[own] - embedded.is_reference[queries] <= 0
+            own, is_own = embedded.classes[queries], embedded.is_reference[queries]
+            rest = np.where(is_own[:, None], sums[own] - embedded.pooled[queries], sums[own])
             without = np.einsum("pvf,pf->pv", embedded.photos[part], l2_normalize(rest))
-            cosines[np.arange(len(queries)), :, own] = np.where(is_alone[:, None], -np.inf, without)
+            without[sizes[own] - is_own <= 0] = -np.inf
+            cosines[np.arange(len(queries)), :, own] = without
             found[part] = cosines.argmax(axis=2)
         return found
 
@@ -199,57 +169,61 @@ class Closeup:
         totals, owned = (np.bincount(self.embedded.query_index, one, minlength=count) for one in (most / views, None))
         return np.where(owned > 0, totals / np.maximum(owned, 1), np.nan)
 
-    def best_and_worst(self) -> tuple[list[Example], list[Example]]:
-        """The right answers with the highest probability and the wrong ones with the lowest, one of each class."""
+    def best(self) -> list[Example]:
+        """The right answers with the highest probability, one of each class."""
+        is_right = self.evidence.guesses == self.evidence.truth
+        return self._examples(query for query in self._by_probability[::-1] if is_right[query])
+
+    def worst(self) -> list[Example]:
+        """The wrong answers with the lowest probability of the true class, one of each class that the bank has."""
+        is_wrong = (self.evidence.guesses != self.evidence.truth) & ~np.isnan(self.evidence.outcome.losses)
+        return self._examples(query for query in self._by_probability if is_wrong[query])
+
+    @cached_property
+    def _by_probability(self) -> list[int]:
+        """The queries with a readable photo, ordered by the probability of the true class."""
         evidence = self.evidence
         own = evidence.log_probabilities[np.arange(len(evidence.truth)), evidence.truth]
         own = own - np.logaddexp.reduce(evidence.log_probabilities, axis=1)
-        is_readable = self.embedded.readable[: len(own)] > 0
-        is_right, order = evidence.guesses == evidence.truth, np.argsort(own, kind="stable")
-        best = [query for query in order[::-1] if is_readable[query] and is_right[query]]
-        worst = [query for query in order if is_readable[query] and not is_right[query] and np.isfinite(own[query])]
-        return self._examples(best), self._examples(worst)
+        return [query for query in np.argsort(own, kind="stable").tolist() if self.is_readable[query]]
 
-    def _examples(self, queries: list[int]) -> list[Example]:
-        """The first queries, one of each class."""
+    def _examples(self, queries: Iterable[int]) -> list[Example]:
         firsts: dict[int, int] = {}
         for query in queries:
             firsts.setdefault(int(self.evidence.truth[query]), query)
         return [self.example(query) for query in list(firsts.values())[:EXAMPLES]]
 
     def example(self, query: int) -> Example:
-        """One query with its guesses, and with the votes of its views."""
         evidence = self.evidence
-        guesses = evidence.outcome.top[query, :GUESSES].tolist()
+        truth, probabilities = int(evidence.truth[query]), evidence.probabilities[query].tolist()
         return Example(
             observation=evidence.queries[query].id,
-            label=int(evidence.truth[query]),
+            label=truth,
             position=int(evidence.outcome.ranks[query]) + 1,
-            probability=float(evidence.probabilities[query, evidence.truth[query]]),
+            probability=probabilities[truth],
             shots=int(evidence.shots[query]),
-            photos=[evidence.photo(path) for path in evidence.queries[query].photos],
+            photos=[evidence.path_of(path) for path in evidence.queries[query].photos],
             guesses=[
-                Guess(label, float(evidence.probabilities[query, label]), self.nearest(query, label))
-                for label in guesses
+                Guess(label, probabilities[label], self.nearest(query, label))
+                for label in evidence.outcome.top[query, :GUESSES].tolist()
             ],
             agreement=float(self.agreement[query]),
-            votes=[Votes(label, views) for label, views in self.votes(query).most_common(3)],
+            votes=self.votes(query).most_common(3),
         )
 
     def unreadable(self) -> list[UnreadablePhoto]:
-        """The photos that could not be decoded."""
         preprocessing = self.evidence.manifest.members[0].encoder.preprocessing
         found = []
         for observation, readable in zip(self.embedded.observations, self.embedded.readable, strict=True):
             for path in observation.photos if readable < len(observation.photos) else ():
                 cause = decode(path, preprocessing)
                 if isinstance(cause, str):
-                    found.append(UnreadablePhoto(observation.id, self.evidence.photo(path), cause))
+                    found.append(UnreadablePhoto(observation.id, self.evidence.path_of(path), cause))
         return found
 
     def map(self) -> Map | None:
         """Up to POINTS observations by t-SNE (van der Maaten and Hinton 2008); None for fewer than ten."""
-        readable = np.flatnonzero((self.embedded.readable > 0) & (self.embedded.classes >= 0))
+        readable = np.flatnonzero(self.is_readable & (self.embedded.classes >= 0))
         chosen = np.sort(np.random.default_rng(0).permutation(readable)[:POINTS])
         if len(chosen) < 10:
             return None
@@ -258,17 +232,16 @@ class Closeup:
         perplexity = min(30, len(values) // 4)
         plane = TSNE(2, perplexity=perplexity, init="pca", max_iter=500, random_state=0).fit_transform(values)
         rank = self._rank_to_colour(self.embedded.classes[chosen])
-        groups = rank.groups[self.embedded.classes[chosen]]
-        sizes = np.bincount(groups, minlength=len(rank.names))
-        common = [group for group in np.argsort(-sizes, kind="stable")[:COLOURS].tolist() if sizes[group]]
-        colour = {group: index for index, group in enumerate(common)}
+        groups = rank.groups[self.embedded.classes[chosen]].tolist()
+        common = Counter(sorted(groups)).most_common(COLOURS)
+        colour = {group: index for index, (group, _) in enumerate(common)}
         return Map(
             rank=rank.name,
-            groups=[MapGroup(rank.names[group], int(sizes[group])) for group in common],
-            others=int(np.isin(groups, common, invert=True).sum()),
+            groups=[(rank.names[group], size) for group, size in common],
+            others=sum(group not in colour for group in groups),
             points=[
                 (round(float(x), 2), round(float(y), 2), colour.get(group, -1), int(row < len(self.evidence.truth)))
-                for (x, y), group, row in zip(plane, groups.tolist(), chosen, strict=True)
+                for (x, y), group, row in zip(plane, groups, chosen, strict=True)
             ],
         )
 

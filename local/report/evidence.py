@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from kernel.inputs import InputError
 from kernel.manifest import Manifest
 from kernel.observations import Observation
 from kernel.tables import TAXONOMY, names_nothing
-from local.banks.ensemble import HeldOutPredictions, read_predictions
+from local.banks.ensemble import read_predictions
 from local.banks.estimators import l2_normalize, pool
 from local.banks.search import Evaluation, evaluate_predictions
-from local.base.run_folder import CACHE, require_answers
+from local.base.run_folder import CACHE
 from local.base.runs import open_run
 from local.data.cache import embed_with_run
 from local.data.competition import read_competition
@@ -50,28 +50,12 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class RankAnswers:
-    """The answers at one rank.
-
-    Attributes:
-        truth: (queries,) index of the true group.
-        outcome: of the probabilities of the groups.
-        confidence: (queries,) probability of the first guess.
-    """
-
-    truth: np.ndarray
-    outcome: Evaluation
-    confidence: np.ndarray
-
-
-@dataclass(frozen=True)
 class Embedded:
-    """Embeddings of the queries and of the reference set, minus the mean of the reference set.
+    """Embeddings of the observations, the queries first, minus the mean of the reference set.
 
     Attributes:
-        photos: (photos, views, features) float32 of length 1, of the queries.
+        photos: (photos, views, features) float32 of length 1, of the queries alone.
         query_index: (photos,) index of the query of each photo.
-        observations: that were embedded, the queries first.
         readable: (observations,) number of readable photos.
         pooled: (observations, features) of length 1, or 0 where no photo is readable.
         classes: (observations,) label.
@@ -89,17 +73,16 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A run's answers to its held-out observations.
+    """A run's answers to its held-out observations, the queries.
 
     Attributes:
-        classes: the class ids of the bank, then those of queries whose class the bank lacks.
-        names: (classes,) unique names of species, for people.
+        classes: the class ids of the bank, then those of queries whose class the bank lacks; labels are indices of it.
+        names: (classes,) unique names of species.
         poisonous: (classes,) 1, 0, or NaN where the competition does not say.
         ranks: of the taxonomy, the widest first, the species last.
-        queries: the held-out observations.
-        truth: (queries,) label: index into `classes`.
+        truth: (queries,) label.
         log_probabilities: (queries, classes) float32; minus infinity for a class that the bank lacks.
-        weights: (queries,) of mean 1, by which the bank was chosen; see `local.base.metrics.held_out_scores`.
+        weights: (queries,) of mean 1; see `local.base.metrics.held_out_scores`.
         shots: (queries,) observations of the true class in the bank, without the query itself. In cross-validation
             this is exact for classes of up to five observations; larger classes keep at least four in every fold.
         reference: (classes,) observations of each class in the bank.
@@ -122,12 +105,11 @@ class Evidence:
 
     @cached_property
     def probabilities(self) -> np.ndarray:
-        """(queries, classes) float32."""
         return torch.tensor(self.log_probabilities).softmax(dim=1).numpy()
 
     @cached_property
     def outcome(self) -> Evaluation:
-        """Guesses, the position of the true class among them, and log-losses."""
+        """The guesses, the rank of the true class among them, and the log-losses."""
         return evaluate_answers(self.log_probabilities, self.truth)
 
     @cached_property
@@ -136,58 +118,60 @@ class Evidence:
         return self.outcome.top[:, 0]
 
     @cached_property
-    def rank_answers(self) -> dict[str, RankAnswers]:
-        """By rank, the answers at that rank."""
-        return {rank.name: self._answers_at(rank) for rank in self.ranks}
+    def rank_outcomes(self) -> dict[str, Evaluation]:
+        """By rank, the outcome of (queries, groups) probabilities."""
 
-    def _answers_at(self, rank: Rank) -> RankAnswers:
-        truth, probabilities = rank.groups[self.truth], rank.sum_probabilities(self.probabilities)
-        return RankAnswers(truth, evaluate_predictions(torch.tensor(probabilities), truth), probabilities.max(axis=1))
+        def outcome(rank: Rank) -> Evaluation:
+            sums = rank.sum_probabilities(self.probabilities)
+            return evaluate_predictions(torch.tensor(sums), rank.groups[self.truth])
+
+        return {rank.name: outcome(rank) for rank in self.ranks}
 
     @cached_property
     def embedded(self) -> Embedded:
-        """The embeddings, from the cache that training filled."""
         return read_embeddings(self)
 
-    def photo(self, path: Path) -> str:
-        """A photo's path inside the competition."""
-        return path.relative_to(self.labelled.folder).as_posix()
+    def photo(self, observation: Observation) -> str:
+        """The path of an observation's first photo inside the competition."""
+        return self.path_of(observation.photos[0])
+
+    def path_of(self, photo: Path) -> str:
+        return photo.relative_to(self.labelled.folder).as_posix()
 
 
 def evaluate_answers(log_probabilities: np.ndarray, truth: np.ndarray) -> Evaluation:
     """The outcome of (queries, classes) log-probabilities; the loss is NaN where they lack the true class."""
     outcome = evaluate_predictions(torch.tensor(log_probabilities), truth)
-    return Evaluation(outcome.top, outcome.ranks, np.where(np.isinf(outcome.losses), np.nan, outcome.losses))
+    return replace(outcome, losses=np.where(np.isinf(outcome.losses), np.nan, outcome.losses))
 
 
 def read_evidence(run: Path, data: Path) -> Evidence:
     """Read a run's answers to its held-out observations, and the competition's labels and names.
 
     Raises:
-        InputError: `run` is not a run or kept no answers; `data` is another competition than the run's.
+        InputError: `data` is another competition than the run's.
     """
-    manifest, answers = open_run(run).manifest, read_run_answers(run)
+    manifest = open_run(run).manifest
+    answers = read_predictions(run)
+    ids, bank = answers.observations, answers.classes
     recipe = make_recipe(manifest.members[0].recipe, str(run))
     labelled = read_competition(data, manifest.competition.resolution)
     if recipe.train.subset:
         labelled = labelled.sample(recipe.train.subset, recipe.train.seed)
-    ids, bank = answers.observations, answers.classes
     rows = encode_labels(ids, labelled.ids)
     if (rows < 0).any():
         missing = ids[int(np.argmin(rows))]
         raise InputError(f"{data} lacks observation {missing}, which {run} held out: give the data of the run")
     queries = labelled.subset(rows)
     class_ids = queries.class_ids
-    stored = np.array([bank[number] if number >= 0 else "" for number in answers.truth.tolist()], dtype=object)
-    if ((stored != class_ids) & (stored != "")).any():
+    if ((encode_labels(class_ids, bank) != answers.truth) & (answers.truth >= 0)).any():
         raise InputError(f"{data} has other labels than the held-out observations of {run}: give the data of the run")
     classes = [*bank, *sort_ids(set(class_ids) - set(bank))]
     lacking = np.full((len(ids), len(classes) - len(bank)), -np.inf, dtype=np.float32)
-    names, poisonous = names_of(labelled, classes)
+    names = names_of(labelled, classes)
     truth = encode_labels(class_ids, classes)
     reference = labelled.in_splits(*recipe.bank.reference.split("+"))
     sizes = np.bincount(encode_labels(reference.class_ids, classes) + 1, minlength=len(classes) + 1)[1:]
-    own = np.isin(ids, reference.ids)
     return Evidence(
         run=run,
         manifest=manifest,
@@ -195,35 +179,23 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         labelled=labelled,
         classes=classes,
         names=names,
-        poisonous=poisonous,
+        poisonous=np.array([_number(labelled.poisonous.get(class_id, "")) for class_id in classes]),
         ranks=name_ranks(labelled, classes, names),
         queries=queries.observations,
         truth=truth,
         log_probabilities=np.concatenate([answers.log_probabilities.numpy(), lacking], axis=1),
         weights=answers.weights,
-        shots=sizes[truth] - own,
+        shots=sizes[truth] - np.isin(ids, reference.ids),
         reference=sizes,
     )
 
 
-def read_run_answers(run: Path) -> HeldOutPredictions:
-    """Read the answers that training kept.
-
-    Raises:
-        InputError: there is no such run, or it kept none.
-    """
-    open_run(run)
-    require_answers(run)
-    return read_predictions(run)
-
-
-def names_of(labelled: LabelledObservations, classes: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The name of each class's species, with the id where two share it; and whether it is poisonous (1, 0, NaN)."""
+def names_of(labelled: LabelledObservations, classes: Sequence[str]) -> list[str]:
+    """The name of each class's species, with the id where two share it."""
     species = [labelled.species.get(class_id, "") for class_id in classes]
     names = [class_id if names_nothing(name) else name for class_id, name in zip(classes, species, strict=True)]
     counts = Counter(names)
-    names = [f"{name} #{one}" if counts[name] > 1 else name for name, one in zip(names, classes, strict=True)]
-    return names, np.array([_number(labelled.poisonous.get(class_id, "")) for class_id in classes])
+    return [f"{name} #{one}" if counts[name] > 1 else name for name, one in zip(names, classes, strict=True)]
 
 
 def _number(text: str) -> float:

@@ -1,26 +1,24 @@
 """Where a run fails: by rank, by kind of observation, by class, and which classes are confused."""
 
+import calendar
 import difflib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 from sklearn.metrics import f1_score
 
 from kernel.inputs import InputError
-from kernel.observations import Observation
 from local.base.metrics import interval_of, score
-from local.report.closeup import ClassCosine, Closeup, Neighbour
+from local.report.closeup import Closeup, Neighbour
 from local.report.evidence import Evidence, Rank
-from local.report.scores import RECALLS, Estimate, mean
+from local.report.scores import Estimate, GroupRecalls, mean, recalls_by
 
-MOST_SHOTS = MOST_PHOTOS = 4  # observations with so many or more are one group
+LARGE = 4  # shots or photos; observations with so many or more are one group
 HABITATS = 12  # groups of their own; the others are one group
 PAIRS = 25  # confusions that are shown
-MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
-          "December")  # fmt: skip
 BINS = 20  # of a histogram of confidences
 VISIBLE = 0.04  # of the side of a matrix, for a frame with a name
 SHOWN = 8  # photos of a class in focus
@@ -53,25 +51,6 @@ class RankScores:
 
 
 @dataclass(frozen=True)
-class Hierarchy:
-    """How often the first guesses of all ranks are right; and how often they are the ranks of the first species."""
-
-    accuracy: Estimate
-    consistent: Estimate
-
-
-@dataclass(frozen=True)
-class GroupRecalls:
-    """The recalls over one group of observations."""
-
-    name: str
-    observations: int
-    recall_at_1: Estimate
-    recall_at_5: Estimate
-    recall_at_10: Estimate
-
-
-@dataclass(frozen=True)
 class ClassScores:
     """A row of the table of classes; a score is None where nothing was held out, or nothing guessed.
 
@@ -97,26 +76,18 @@ class ClassScores:
 
 
 @dataclass(frozen=True)
-class Span:
-    """Neighbours in a matrix, from `start` to before `end`, that belong to one group of a wider rank."""
-
-    name: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
 class Confusion:
     """The confusion matrix of one rank.
 
     Attributes:
         groups: that are true or guessed, in the order of the taxonomy.
+        relatives: (group of a wider rank, first index in `groups`, last index + 1).
         cells: (true, guessed, observations), indices into `groups`.
     """
 
     rank: str
     groups: list[str]
-    relatives: list[Span]
+    relatives: list[tuple[str, int, int]]
     cells: list[tuple[int, int, int]]
 
 
@@ -141,136 +112,110 @@ class Mistake:
 
 
 @dataclass(frozen=True)
-class Careful:
-    """What it costs to warn whenever poisonous species together are more probable than the threshold."""
-
-    threshold: float
-    cost: Estimate
-    missed: int
-    false_alarms: int
-
-
-@dataclass(frozen=True)
 class Deadly:
-    """Confusions of poisonous and edible species; `counts` and `mistakes` are by the keys of `costs`."""
+    """Confusions of poisonous and edible species; `counts`, `careful_counts` and `mistakes` are by the keys of `costs`.
+
+    Attributes:
+        cost: of an observation; `careful_cost` and `careful_counts` are what they would be with a warning whenever
+            poisonous species together are more probable than the threshold.
+    """
 
     costs: dict[str, int]
     poisonous_classes: int
     poisonous_queries: int
     counts: dict[str, int]
     cost: Estimate
-    careful: Careful
+    threshold: float
+    careful_counts: dict[str, int]
+    careful_cost: Estimate
     mistakes: dict[str, list[Mistake]]
 
 
 @dataclass(frozen=True)
-class FocusRank:
-    """A class in focus at one rank; recalls are None where none of its observations was held out."""
-
-    rank: str
-    expected: str
-    recall_at_1: Estimate | None
-    recall_at_5: Estimate | None
-
-
-@dataclass(frozen=True)
-class ClassCount:
-    """A class and how many observations are meant."""
-
-    label: int
-    observations: int
-
-
-@dataclass(frozen=True)
 class Focus:
-    """A class to look at closely: its scores at every rank, what it is taken for, and what is taken for it."""
+    """A class to look at closely.
+
+    Attributes:
+        ranks: the recalls at each rank, named after its group; none if none of its observations was held out.
+        taken_for, taken_for_it: (label, observations) of the confusions, the commonest first.
+        probability: the mean of the right answer.
+        resembles: (label, cosine) of the classes with the most similar means.
+    """
 
     label: int
     shots: int
     queries: int
-    ranks: list[FocusRank]
-    taken_for: list[ClassCount]
-    taken_for_it: list[ClassCount]
+    ranks: list[GroupRecalls]
+    taken_for: list[tuple[int, int]]
+    taken_for_it: list[tuple[int, int]]
     probability: float | None
     bank_photos: list[str]
     query_photos: list[str]
-    resembles: list[ClassCosine]
+    resembles: list[tuple[int, float]]
 
 
 def score_rank(evidence: Evidence, rank: Rank) -> RankScores:
-    """The scores at one rank."""
-    answers = evidence.rank_answers[rank.name]
-    scores = score(answers.truth, answers.outcome.top)
-    is_right = answers.outcome.ranks == 0
-    edges = np.linspace(0, 1, BINS + 1)
+    truth, outcome = rank.groups[evidence.truth], evidence.rank_outcomes[rank.name]
+    confidence = rank.sum_probabilities(evidence.probabilities).max(axis=1)
+    scores = score(truth, outcome.top)
+    right, wrong = (np.histogram(confidence[own], BINS, (0, 1))[0] for own in (outcome.ranks == 0, outcome.ranks > 0))
     return RankScores(
         rank=rank.name,
         groups=int(rank.is_named.sum()),
-        query_groups=len(np.unique(answers.truth)),
+        query_groups=len(np.unique(truth)),
         **{name: Estimate(**interval_of(scores, name)) for name in ("recall_at_1", "recall_at_5", "macro_f1")},
-        by_species=mean(rank.groups[evidence.guesses] == answers.truth),
-        confidence=float(answers.confidence.mean()),
-        right=np.histogram(answers.confidence[is_right], edges)[0].tolist(),
-        wrong=np.histogram(answers.confidence[~is_right], edges)[0].tolist(),
+        by_species=mean(rank.groups[evidence.guesses] == truth),
+        confidence=float(confidence.mean()),
+        right=right.tolist(),
+        wrong=wrong.tolist(),
     )
 
 
-def score_hierarchy(evidence: Evidence) -> Hierarchy:
-    """The accuracy of all ranks together; see `Hierarchy`."""
-    answers = [(rank, evidence.rank_answers[rank.name].outcome) for rank in evidence.ranks]
-    right = np.all([outcome.ranks == 0 for _, outcome in answers], axis=0)
-    consistent = np.all([outcome.top[:, 0] == rank.groups[evidence.guesses] for rank, outcome in answers], axis=0)
-    return Hierarchy(mean(right), mean(consistent))
+def score_hierarchy(evidence: Evidence) -> dict[str, Estimate]:
+    """How often the first guesses of all ranks are right, and how often they are the ranks of the first species."""
+    outcomes = [(rank, evidence.rank_outcomes[rank.name]) for rank in evidence.ranks]
+    is_right = [outcome.ranks == 0 for _, outcome in outcomes]
+    is_consistent = [outcome.top[:, 0] == rank.groups[evidence.guesses] for rank, outcome in outcomes]
+    return {"accuracy": mean(np.all(is_right, axis=0)), "consistent": mean(np.all(is_consistent, axis=0))}
 
 
 def score_groups(evidence: Evidence) -> dict[str, list[GroupRecalls]]:
     """Recalls by shots, photos, habitat and month; without what the competition does not say."""
     habitats = [query.metadata.get("habitat") or None for query in evidence.queries]
     common = [name for name, _ in Counter(filter(None, habitats)).most_common(HABITATS)]
-    habitats = [name if name in common else name and "others" for name in habitats]
-    shots = [capped(count, MOST_SHOTS) for count in evidence.shots]
-    photos = [capped(len(query.photos), MOST_PHOTOS) for query in evidence.queries]
-    grouped = {
-        "shots": recalls_by(evidence, shots, [capped(count, MOST_SHOTS) for count in range(MOST_SHOTS + 1)]),
-        "photos": recalls_by(evidence, photos, [capped(count, MOST_PHOTOS) for count in range(MOST_PHOTOS + 1)]),
-        "habitat": recalls_by(evidence, habitats, [*common, "others"]),
-        "month": recalls_by(evidence, [month_of(query) for query in evidence.queries], MONTHS),
+    groups = {
+        "shots": [_capped(count) for count in evidence.shots],
+        "photos": [_capped(len(query.photos)) for query in evidence.queries],
+        "habitat": [name if name in common else name and "others" for name in habitats],
+        "month": [_month(query.metadata.get("month", "")) for query in evidence.queries],
     }
+    counts = [_capped(count) for count in range(LARGE + 1)]
+    orders = {"shots": counts, "photos": counts, "habitat": [*common, "others"], "month": calendar.month_name[1:]}
+    grouped = {name: recalls_by(evidence.outcome.ranks, own, orders[name]) for name, own in groups.items()}
     return {name: rows for name, rows in grouped.items() if len(rows) > 1}
 
 
-def capped(count: int, most: int) -> str:
-    """`3`, or `4 or more`."""
-    return str(count) if count < most else f"{most} or more"
+def _capped(count: int) -> str:
+    return str(count) if count < LARGE else f"{LARGE} or more"
 
 
-def month_of(query: Observation) -> str | None:
-    """The name of the month, if the table has it."""
-    with suppress(KeyError, ValueError, IndexError):
-        return MONTHS[int(float(query.metadata["month"])) - 1]
-    return None
-
-
-def recalls_by(evidence: Evidence, groups: Sequence[str | None], order: Sequence[str]) -> list[GroupRecalls]:
-    """The recalls of each group of observations, in order; groups without observations are left out."""
-    rows, groups = [], np.array(groups, dtype=object)
-    for name in order:
-        positions = evidence.outcome.ranks[groups == name]
-        if len(positions):
-            rows.append(GroupRecalls(name, len(positions), *(mean(positions < count) for count in RECALLS.values())))
-    return rows
+def _month(number: str) -> str | None:
+    try:
+        return calendar.month_name[int(float(number))] or None
+    except (ValueError, OverflowError, IndexError):
+        return None
 
 
 def score_classes(evidence: Evidence, closeup: Closeup) -> list[ClassScores]:
     """A row for every class, in the order of the taxonomy."""
     photos, size, truth = closeup.first_photos(), len(evidence.classes), evidence.truth
-    queries, guessed = (np.bincount(one, minlength=size) for one in (truth, evidence.guesses))
+    queries, guessed = (np.bincount(one, minlength=size).tolist() for one in (truth, evidence.guesses))
     own = evidence.probabilities[np.arange(len(truth)), truth]
     first, five, probability = (
-        np.bincount(truth, values, minlength=size) / np.maximum(queries, 1)
+        (np.bincount(truth, values, minlength=size) / np.maximum(queries, 1)).tolist()
         for values in (evidence.outcome.ranks < 1, evidence.outcome.ranks < 5, own)
     )
-    f1 = f1_score(truth, evidence.guesses, labels=range(size), average=None, zero_division=0)
+    f1 = f1_score(truth, evidence.guesses, labels=range(size), average=None, zero_division=0).tolist()
     return [
         ClassScores(
             label=label,
@@ -282,50 +227,41 @@ def score_classes(evidence: Evidence, closeup: Closeup) -> list[ClassScores]:
             ],
             poisonous=None if np.isnan(evidence.poisonous[label]) else bool(evidence.poisonous[label]),
             shots=int(evidence.reference[label]),
-            queries=int(queries[label]),
-            guessed=int(guessed[label]),
-            recall_at_1=float(first[label]) if queries[label] else None,
-            recall_at_5=float(five[label]) if queries[label] else None,
-            f1=float(f1[label]) if queries[label] or guessed[label] else None,
-            probability=float(probability[label]) if queries[label] else None,
+            queries=queries[label],
+            guessed=guessed[label],
+            recall_at_1=first[label] if queries[label] else None,
+            recall_at_5=five[label] if queries[label] else None,
+            f1=f1[label] if queries[label] or guessed[label] else None,
+            probability=probability[label] if queries[label] else None,
             photo=photos.get(label),
         )
         for label in np.argsort(evidence.ranks[-1].groups).tolist()
     ]
 
 
-def count_confusions(truth: np.ndarray, guesses: np.ndarray) -> list[tuple[int, int, int]]:
-    """(true, guessed, observations), ordered by label."""
-    cells, counts = np.unique(np.stack([truth, guesses], axis=1), axis=0, return_counts=True)
-    return [(true, guessed, count) for (true, guessed), count in zip(cells.tolist(), counts.tolist(), strict=True)]
-
-
 def confuse_groups(evidence: Evidence, rank: Rank) -> Confusion:
-    """The confusion matrix of one rank."""
-    answers = evidence.rank_answers[rank.name]
-    guesses = answers.outcome.top[:, 0]
-    met, encoded = np.unique(np.concatenate([answers.truth, guesses]), return_inverse=True)
+    truth, guesses = rank.groups[evidence.truth], evidence.rank_outcomes[rank.name].top[:, 0]
+    met, encoded = np.unique(np.concatenate([truth, guesses]), return_inverse=True)
     cells = count_confusions(encoded[: len(guesses)], encoded[len(guesses) :])
     return Confusion(rank.name, [rank.names[group] for group in met], find_relatives(evidence.ranks, rank, met), cells)
 
 
-def find_relatives(ranks: Sequence[Rank], rank: Rank, met: np.ndarray) -> list[Span]:
-    """The visible groups of a wider rank among the rows of a matrix: of the rank that has most of them.
+def count_confusions(truth: np.ndarray, guesses: np.ndarray) -> list[tuple[int, int, int]]:
+    """(true, guessed, observations), ordered by label."""
+    counts = Counter(zip(truth.tolist(), guesses.tolist(), strict=True))
+    return [(*cell, counts[cell]) for cell in sorted(counts)]
 
-    Args:
-        met: (rows,) the group of `rank` in each row.
-    """
-    best: list[Span] = []
+
+def find_relatives(ranks: Sequence[Rank], rank: Rank, met: np.ndarray) -> list[tuple[str, int, int]]:
+    """The visible groups of the wider rank that has most of them, see `Confusion`; `met` are the groups of the rows."""
+    best: list[tuple[str, int, int]] = []
     species = np.unique(rank.groups, return_index=True)[1][met]  # one of each group
     for wider in ranks[: ranks.index(rank)]:
-        above = wider.groups[species]
-        starts = np.flatnonzero(np.r_[True, above[1:] != above[:-1]])
-        ends = np.r_[starts[1:], len(above)]
-        spans = [
-            Span(wider.names[above[start]], start, end)
-            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-            if end - start >= VISIBLE * len(above)
-        ]
+        spans, start = [], 0
+        for group, rows in itertools.groupby(wider.groups[species].tolist()):
+            end = start + len(list(rows))
+            spans += [(wider.names[group], start, end)] if end - start >= VISIBLE * len(met) else []
+            start = end
         best = max(best, spans, key=len)
     return best
 
@@ -333,15 +269,13 @@ def find_relatives(ranks: Sequence[Rank], rank: Rank, met: np.ndarray) -> list[S
 def list_confusions(evidence: Evidence) -> list[tuple[int, int, int]]:
     """Every confusion of species, the commonest first: (true label, guessed label, observations)."""
     missed = evidence.guesses != evidence.truth
-    if not missed.any():
-        return []
     return sorted(count_confusions(evidence.truth[missed], evidence.guesses[missed]), key=lambda cell: -cell[2])
 
 
 def commonest_mistakes(evidence: Evidence, closeup: Closeup) -> list[Mistake]:
     """The commonest confusions of species, each with its first observation."""
-    queries = np.bincount(evidence.truth, minlength=len(evidence.classes))
-    rows = [(*cell, float(cell[2] / queries[cell[0]])) for cell in list_confusions(evidence)]
+    queries = np.bincount(evidence.truth).tolist()
+    rows = [(*cell, cell[2] / queries[cell[0]]) for cell in list_confusions(evidence)]
     rows.sort(key=lambda row: (-row[2], -row[3]))
     mistakes = []
     for true, guessed, count, fraction in rows[:PAIRS]:
@@ -353,7 +287,6 @@ def commonest_mistakes(evidence: Evidence, closeup: Closeup) -> list[Mistake]:
 def show_mistake(
     evidence: Evidence, closeup: Closeup, query: int, count: int | None = None, fraction: float | None = None
 ) -> Mistake:
-    """The mistake in one observation."""
     true, guessed = int(evidence.truth[query]), int(evidence.guesses[query])
     shared = [rank.name for rank in evidence.ranks if rank.groups[true] == rank.groups[guessed]]
     return Mistake(
@@ -362,7 +295,7 @@ def show_mistake(
         shared_rank=shared[-1] if shared else None,
         observation=evidence.queries[query].id,
         probability=float(evidence.probabilities[query, guessed]),
-        photo=closeup.photo_of(query),
+        photo=evidence.photo(evidence.queries[query]),
         nearest=closeup.nearest(query, guessed),
         count=count,
         fraction=fraction,
@@ -375,22 +308,25 @@ def find_deadly(evidence: Evidence, closeup: Closeup) -> Deadly | None:
     if not poisonous.any():
         return None
     true, true_edible = poisonous[evidence.truth], edible[evidence.truth]
-    found = {MISSED: true & edible[evidence.guesses], FALSE_ALARM: true_edible & poisonous[evidence.guesses]}
     # By expected cost it pays to warn when a poisonous species is more probable than 1 in 101.
     threshold = COSTS[FALSE_ALARM] / (COSTS[MISSED] + COSTS[FALSE_ALARM])
     warned = evidence.probabilities[:, poisonous].sum(axis=1) > threshold
-    missed, false_alarms = true & ~warned, true_edible & warned
-    careful_cost = mean(COSTS[MISSED] * missed + COSTS[FALSE_ALARM] * false_alarms)
+    found = {MISSED: true & edible[evidence.guesses], FALSE_ALARM: true_edible & poisonous[evidence.guesses]}
+    careful = {MISSED: true & ~warned, FALSE_ALARM: true_edible & warned}
+    counts, careful_counts = ({kind: int(own.sum()) for kind, own in kinds.items()} for kinds in (found, careful))
+    cost, careful_cost = (mean(sum(COSTS[kind] * own for kind, own in kinds.items())) for kinds in (found, careful))
     return Deadly(
         costs=COSTS,
         poisonous_classes=int(poisonous.sum()),
         poisonous_queries=int(true.sum()),
-        counts={kind: int(where.sum()) for kind, where in found.items()},
-        cost=mean(COSTS[MISSED] * found[MISSED] + COSTS[FALSE_ALARM] * found[FALSE_ALARM]),
-        careful=Careful(threshold, careful_cost, int(missed.sum()), int(false_alarms.sum())),
+        counts=counts,
+        cost=cost,
+        threshold=threshold,
+        careful_counts=careful_counts,
+        careful_cost=careful_cost,
         mistakes={
-            kind: [show_mistake(evidence, closeup, query) for query in np.flatnonzero(where)[:PAIRS]]
-            for kind, where in found.items()
+            kind: [show_mistake(evidence, closeup, query) for query in np.flatnonzero(own)[:PAIRS]]
+            for kind, own in found.items()
         },
     )
 
@@ -411,27 +347,20 @@ def find_classes(evidence: Evidence, name: str) -> list[int]:
 
 
 def focus_on(evidence: Evidence, closeup: Closeup, label: int) -> Focus:
-    """One class: how well it is recognised at every rank, and what it is confused with."""
     own, taken = evidence.truth == label, evidence.guesses == label
     ranks = []
     for rank in evidence.ranks:
-        positions = evidence.rank_answers[rank.name].outcome.ranks[own]
-        recalls = [mean(positions < count) if len(positions) else None for count in (1, 5)]
-        ranks.append(FocusRank(rank.name, rank.names[rank.groups[label]], *recalls))
+        group = f"{rank.name}: {rank.names[rank.groups[label]]}"
+        ranks += recalls_by(evidence.rank_outcomes[rank.name].ranks[own], [group] * int(own.sum()), [group])
     return Focus(
         label=label,
         shots=int(evidence.reference[label]),
         queries=int(own.sum()),
         ranks=ranks,
-        taken_for=count_classes(evidence.guesses[own & ~taken]),
-        taken_for_it=count_classes(evidence.truth[taken & ~own]),
+        taken_for=Counter(evidence.guesses[own & ~taken].tolist()).most_common(),
+        taken_for_it=Counter(evidence.truth[taken & ~own].tolist()).most_common(),
         probability=float(evidence.probabilities[own, label].mean()) if own.any() else None,
         bank_photos=closeup.photos_of(label),
-        query_photos=[closeup.photo_of(query) for query in np.flatnonzero(own)[:SHOWN]],
+        query_photos=[evidence.photo(evidence.queries[query]) for query in np.flatnonzero(own)[:SHOWN]],
         resembles=closeup.resembling(label),
     )
-
-
-def count_classes(labels: np.ndarray) -> list[ClassCount]:
-    """Classes with the number of their observations, the commonest first."""
-    return [ClassCount(label, count) for label, count in Counter(labels.tolist()).most_common()]

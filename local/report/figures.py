@@ -1,38 +1,16 @@
 """All figures of a report. The page and metrics.json show these and compute nothing."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from local.base.console import progress
+from local.report import closeup, failures, scores
 from local.report.advice import Advice, advise
-from local.report.closeup import Closeup, Example, Map, UnreadablePhoto
-from local.report.comparison import Comparison, Leaderboard, compare_with, predict_leaderboard
 from local.report.evidence import Evidence
-from local.report.failures import (
-    ClassScores,
-    Confusion,
-    Deadly,
-    Focus,
-    GroupRecalls,
-    Hierarchy,
-    Mistake,
-    RankScores,
-    commonest_mistakes,
-    confuse_groups,
-    find_classes,
-    find_deadly,
-    focus_on,
-    list_confusions,
-    score_classes,
-    score_groups,
-    score_hierarchy,
-    score_rank,
-)
 from local.report.origin import Origin, Training, read_training, trace_origin
-from local.report.scores import Scores, score_answers
 from local.report.trust import Trust, measure_trust
 
 
@@ -44,8 +22,10 @@ class Figures:
         observations: that were held out; `query_classes` are their classes, `classes` all.
         headline: weighted as the bank was chosen; `unweighted` the same without weights, None if all are 1.
         is_macro: whether the weights give every class the same weight.
+        metric: of the competition.
         validation: the scores that training found, by settings that the scored observations did not choose.
         chosen: settings that the held-out observations chose.
+        hierarchy: see `score_hierarchy`.
         species: a row for every class, in the order of the taxonomy.
         mistaken: every confusion of species, (true label, guessed label, observations).
     """
@@ -57,34 +37,31 @@ class Figures:
     classes: int
     query_classes: int
     reference_observations: int
-    headline: Scores
-    unweighted: Scores | None
+    headline: scores.Scores
+    unweighted: scores.Scores | None
     is_macro: bool
     validation: dict[str, float]
     chosen: list[str]
-    against: list[Comparison]
-    leaderboard: Leaderboard
-    ranks: list[RankScores]
-    hierarchy: Hierarchy
-    groups: dict[str, list[GroupRecalls]]
-    species: list[ClassScores]
-    confusions: list[Confusion]
+    against: list[scores.Comparison]
+    metric: str
+    leaderboard: list[scores.Board]
+    ranks: list[failures.RankScores]
+    hierarchy: scores.Scores
+    groups: dict[str, list[scores.GroupRecalls]]
+    species: list[failures.ClassScores]
+    confusions: list[failures.Confusion]
     mistaken: list[tuple[int, int, int]]
-    pairs: list[Mistake]
-    deadly: Deadly | None
-    focus: list[Focus]
-    best: list[Example]
-    worst: list[Example]
-    unreadable: list[UnreadablePhoto]
+    pairs: list[failures.Mistake]
+    deadly: failures.Deadly | None
+    focus: list[failures.Focus]
+    best: list[closeup.Example]
+    worst: list[closeup.Example]
+    unreadable: list[closeup.UnreadablePhoto]
     trust: Trust
-    map: Map | None
+    map: closeup.Map | None
     training: Training
     origin: Origin
     advice: list[Advice] = field(default_factory=list)
-
-    def to_dict(self) -> dict:
-        """The figures as metrics.json keeps them."""
-        return asdict(self)
 
 
 def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -> Figures:
@@ -97,57 +74,49 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
     Raises:
         InputError: another run has no held-out observation in common; a species is not known.
     """
-    labels = [label for name in focus for label in find_classes(evidence, name)]
-    closeup = Closeup(evidence)
-    figures = fill_sections(evidence, closeup, others, labels, trace_origin(evidence, others, focus))
-    return replace(figures, advice=advise(evidence, figures))
-
-
-def fill_sections(
-    evidence: Evidence, closeup: Closeup, others: Sequence[Path], labels: Sequence[int], origin: Origin
-) -> Figures:
-    """All figures but the advice, which follows from the others; `labels` are the classes in focus."""
-    is_macro, is_even = evidence.recipe.train.monitor == "macro_f1", bool(np.allclose(evidence.weights, 1))
-    headline = score_answers(evidence.truth, evidence.log_probabilities, evidence.weights, is_macro)
-    against = [compare_with(evidence, run) for run in others]
-    expected = getattr(headline, evidence.labelled.competition.metric).value
+    labels = [label for name in focus for label in failures.find_classes(evidence, name)]
+    truth, outcome, metric = evidence.truth, evidence.outcome, evidence.labelled.competition.metric
+    is_macro = evidence.recipe.train.monitor == "macro_f1"
+    headline = scores.score_answers(truth, outcome, evidence.weights, is_macro)
+    against = [scores.compare_with(evidence, run) for run in others]
+    look = closeup.Closeup(evidence)
     sections = {
-        "unweighted": lambda: None if is_even else score_answers(evidence.truth, evidence.log_probabilities),
-        "leaderboard": lambda: predict_leaderboard(evidence, against, expected),
-        "ranks": lambda: [score_rank(evidence, rank) for rank in evidence.ranks],
-        "hierarchy": lambda: score_hierarchy(evidence),
-        "groups": lambda: score_groups(evidence),
-        "species": lambda: score_classes(evidence, closeup),
-        "confusions": lambda: [confuse_groups(evidence, rank) for rank in evidence.ranks],
-        "mistaken": lambda: list_confusions(evidence),
-        "pairs": lambda: commonest_mistakes(evidence, closeup),
-        "deadly": lambda: find_deadly(evidence, closeup),
-        "focus": lambda: [focus_on(evidence, closeup, label) for label in labels],
-        "unreadable": closeup.unreadable,
-        "trust": lambda: measure_trust(evidence, closeup),
-        "map": closeup.map,
+        "unweighted": lambda: None if np.allclose(evidence.weights, 1) else scores.score_answers(truth, outcome),
+        "leaderboard": lambda: scores.predict_leaderboard(evidence, against, headline[metric].value),
+        "ranks": lambda: [failures.score_rank(evidence, rank) for rank in evidence.ranks],
+        "hierarchy": lambda: failures.score_hierarchy(evidence),
+        "groups": lambda: failures.score_groups(evidence),
+        "species": lambda: failures.score_classes(evidence, look),
+        "confusions": lambda: [failures.confuse_groups(evidence, rank) for rank in evidence.ranks],
+        "mistaken": lambda: failures.list_confusions(evidence),
+        "pairs": lambda: failures.commonest_mistakes(evidence, look),
+        "deadly": lambda: failures.find_deadly(evidence, look),
+        "focus": lambda: [failures.focus_on(evidence, look, label) for label in labels],
+        "best": look.best,
+        "worst": look.worst,
+        "unreadable": look.unreadable,
+        "trust": lambda: measure_trust(evidence, look),
+        "map": look.map,
         "training": lambda: read_training(evidence),
+        "origin": lambda: trace_origin(evidence, others, focus),
     }
     # With thousands of classes a section may take half a minute.
-    computed = {
-        name: compute() for name, compute in progress(sections.items(), "computing the figures", unit="section")
-    }
-    best, worst = closeup.best_and_worst()
-    return Figures(
+    steps = progress(sections.items(), "computing the figures", unit="section")
+    computed = {name: compute() for name, compute in steps}
+    figures = Figures(
         run=evidence.run.name,
         data=evidence.labelled.folder.name,
         competition=evidence.labelled.competition.name,
         observations=len(evidence.queries),
         classes=len(evidence.classes),
-        query_classes=len(np.unique(evidence.truth)),
+        query_classes=len(np.unique(truth)),
         reference_observations=int(evidence.reference.sum()),
         headline=headline,
         is_macro=is_macro,
         validation=dict(evidence.manifest.members[0].validation),
         chosen=list(evidence.recipe.search.choose),
         against=against,
-        best=best,
-        worst=worst,
-        origin=origin,
+        metric=metric,
         **computed,
     )
+    return replace(figures, advice=advise(evidence, figures))

@@ -23,7 +23,7 @@ class Training:
     Attributes:
         log: rows of log.csv; a cell is None where an epoch has no value.
         notes: the single values of metrics.json.
-        distribution: photos, and observations as the run sees them, of each class; the largest first.
+        distribution: by what is counted, the number of each class in the reference set, the largest first.
     """
 
     log: list[dict[str, float | None]]
@@ -47,45 +47,37 @@ class Origin:
 
 
 def read_training(evidence: Evidence) -> Training:
-    """Read log.csv and metrics.json of the run."""
     path, rows = evidence.run / "log.csv", []
     if path.is_file():
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{key: float(cell) if cell else None for key, cell in row.items()} for row in csv.DictReader(file)]
     metrics = json.loads((evidence.run / "metrics.json").read_text(encoding="utf-8"))
-    notes = {key: value for key, value in metrics.items() if isinstance(value, (int, float, str))}
-    return Training(rows, notes, class_distribution(evidence))
-
-
-def class_distribution(evidence: Evidence) -> dict[str, list[int]]:
-    """By what is counted, the number of each class in the reference set, the largest first.
-
-    An epoch shows at most `photos_per_observation` photos of each observation. A bank takes each observation once.
-    """
     known = evidence.labelled.in_splits(*evidence.recipe.bank.reference.split("+"))
-    labels = encode_labels(known.class_ids, evidence.classes)
+    labels, size = encode_labels(known.class_ids, evidence.classes), len(evidence.classes)
     photos = np.array([len(observation.photos) for observation in known.observations])
     counts = {"photos": photos}
     if evidence.recipe.train.epochs:
         counts["photos in an epoch"] = np.minimum(photos, evidence.recipe.train.photos_per_observation)
     counts["observations"] = np.ones_like(photos)
-    return {
-        name: sorted(np.bincount(labels, each, minlength=len(evidence.classes)).astype(int).tolist(), reverse=True)
-        for name, each in counts.items()
-    }
+    return Training(
+        log=rows,
+        notes={key: value for key, value in metrics.items() if isinstance(value, (int, float, str))},
+        distribution={
+            name: np.sort(np.bincount(labels, each, size))[::-1].astype(int).tolist() for name, each in counts.items()
+        },
+    )
 
 
 def trace_origin(evidence: Evidence, others: Sequence[Path], focus: Sequence[str]) -> Origin:
-    """The commands, recipe, versions, commits and digests of a run and its report."""
     member, data = evidence.manifest.members[0], shlex.quote(str(evidence.labelled.folder))
     run = shlex.quote(str(evidence.run))
-    options = [f"--against {shlex.join(map(str, others))}"] if others else []
-    options += [f"--focus {shlex.join(focus)}"] if focus else []
+    options = f" --against {shlex.join(map(str, others))}" if others else ""
+    options += f" --focus {shlex.join(focus)}" if focus else ""
     digest = evidence.labelled.digest()
     return Origin(
         commands=[
             f"python local/train.py --recipe {run}/recipe.toml --data {data} --out {run}-again",
-            " ".join([f"python local/evaluate.py {run} --data {data}", *options]),
+            f"python local/evaluate.py {run} --data {data}{options}",
             f"python bundle.py {run} && python local/rehearse.py --data {data}",
         ],
         recipe=(evidence.run / "recipe.toml").read_text(encoding="utf-8"),

@@ -2,24 +2,24 @@
 
 import base64
 import io
-import json
 import re
-from collections.abc import Callable
 from dataclasses import astuple
+from operator import attrgetter
 from pathlib import Path
 
 import matplotlib
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 from PIL import Image, ImageOps
 
 from kernel.photos import read_photo
 from local.base.console import Progress, progress
+from local.base.metrics import METRIC_NAMES
 from local.report import pictures
 from local.report.figures import Figures
-from local.report.scores import METRIC_NAMES, SCORE_NAMES, Estimate
+from local.report.scores import SCORE_NAMES, Estimate
 
-TEMPLATES = Path(__file__).parent
 SMALL, LARGE = 96, 208  # pixels of the sides of a photo: in a table, on its own
 MAX_CHARACTERS = 10_000_000  # of photos on a page
 DATA_COLUMNS = ("id", "name", "lineage", "poisonous", "shots", "queries", "guessed", "recall_at_1", "recall_at_5", "f1",
@@ -27,7 +27,7 @@ DATA_COLUMNS = ("id", "name", "lineage", "poisonous", "shots", "queries", "guess
 
 
 class Album:
-    """The photos of a page, each stored once in the size in which it is shown.
+    """The photos of a page, each stored once in each size in which it is shown.
 
     Args:
         folder: of the competition.
@@ -58,16 +58,16 @@ class Album:
 def render(figures: Figures, folder: Path) -> str:
     """The HTML of the page; `folder` is that of the competition, for the photos."""
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, **options)
+    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
     environment.filters |= {"bounds": bounds, "number": number, "percent": percent, "code": code}
-    drawings = {name: mark_svg(getattr(pictures, name)) for name in dir(pictures) if name.startswith("draw_")}
-    environment.globals |= drawings | {"source": source, "small": SMALL}
-    environment.globals |= {"metric_names": METRIC_NAMES, "score_names": SCORE_NAMES}
+    environment.globals |= {name: draw for name, draw in vars(pictures).items() if name.startswith("draw_")}
+    environment.globals |= {"metric_names": METRIC_NAMES, "score_names": SCORE_NAMES, "small": SMALL}
     album = Album(folder)
     species = {row.label: row for row in figures.species}
-    with Progress("drawing the page"):
+    with Progress("drawing the page"), matplotlib.rc_context(pictures.STYLE):
         html = environment.get_template("report.html").render(f=figures, species=species, photo=album.add)
-    return html.replace("@DATA@", embedded_json(table_data(figures, album)))
+    data = htmlsafe_json_dumps(table_data(figures, album), ensure_ascii=False, separators=(",", ":"))
+    return html.replace("@DATA@", data)
 
 
 def table_data(figures: Figures, album: Album) -> dict:
@@ -79,40 +79,18 @@ def table_data(figures: Figures, album: Album) -> dict:
         for row in progress(order, "photos of the classes", unit="class")
         if row.photo
     }
+    cells = {row.label: attrgetter(*DATA_COLUMNS)(row) for row in figures.species}
     return {
         "ranks": [rank.rank for rank in figures.ranks[:-1]],
         "columns": DATA_COLUMNS,
-        "classes": {row.label: [compact(getattr(row, name)) for name in DATA_COLUMNS] for row in figures.species},
-        "order": [row.label for row in figures.species],
+        "classes": {
+            label: [round(cell, 4) if isinstance(cell, float) else cell for cell in row] for label, row in cells.items()
+        },
+        "order": list(cells),
         "mistaken": figures.mistaken,
         "photo_of": {label: photo for label, photo in photos.items() if photo is not None},
         "photos": album.photos,
     }
-
-
-def mark_svg(draw: Callable[..., str]) -> Callable[..., Markup]:
-    """Draw in the style of the page, and mark the SVG so that the template does not escape it."""
-
-    def marked(*arguments: object) -> Markup:
-        with matplotlib.rc_context(pictures.STYLE):
-            return Markup(draw(*arguments))
-
-    return marked
-
-
-def embedded_json(data: dict) -> str:
-    """JSON that cannot end the script element around it."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def compact(value: object) -> object:
-    """A number with as many digits as a table shows."""
-    return round(value, 4) if isinstance(value, float) else value
-
-
-def source(name: str) -> Markup:
-    """A file of the page, unescaped."""
-    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def number(value: float | None, digits: int = 3) -> str:

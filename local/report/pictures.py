@@ -14,7 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 from local.report import failures, trust
 from local.report.closeup import Map
-from local.report.failures import Confusion, GroupRecalls, RankScores, Span
+from local.report.failures import Confusion, RankScores
+from local.report.scores import GroupRecalls
 from local.report.trust import Calibration, RiskCoverage
 
 # Matplotlib draws in these; `as_svg` replaces them by colours of the page, which are others in dark mode.
@@ -32,7 +33,6 @@ STYLE = {
 }
 BLOCKS, LARGE_BLOCKS = 60, 240  # rows of a matrix at most; of more groups, neighbours share a row
 NAMED = 24  # rows of a matrix with a name each
-LARGEST = 8  # groups with a name if not all have one
 GROUPS = ("#d9603b", "#2a8c82", "#7a5ea8", "#c79a1c", "#4f83c4", "#b5527f", "#6f9a3a", "#8a6a4f", "#3fa7c0", "#a0a0a0")
 OTHERS = "#888888"
 RIGHT, WRONG = (
@@ -56,7 +56,6 @@ def as_svg(figure: Figure, name: str) -> str:
 
 
 def subplots(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure of a size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
@@ -111,31 +110,18 @@ def draw_matrix(confusion: Confusion, name: str, is_large: bool = False) -> str:
         axis.pcolormesh(edges, edges, values, cmap=colours, vmin=0, vmax=1, rasterized=blocks > NAMED)
     axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="guessed", ylabel="true", aspect="equal")
     if size <= (BLOCKS if is_large else NAMED):
-        named = [Span(group, start, start + 1) for start, group in enumerate(confusion.groups)]
+        named = [(group, start, start + 1) for start, group in enumerate(confusion.groups)]
     else:
-        named = confusion.relatives or largest_groups(confusion)
-    for span in named:
-        if span.end - span.start > 1:
-            corner, width = span.start - 0.5, span.end - span.start
+        named = confusion.relatives
+    for _, start, end in named:
+        if end - start > 1:
+            corner, width = start - 0.5, end - start
             axis.add_patch(Rectangle((corner, corner), width, width, fill=False, edgecolor=INK, linewidth=0.8))
-    middles, labels = [(span.start + span.end - 1) / 2 for span in named], [shorten(span.name, 24) for span in named]
+    middles, labels = [(start + end - 1) / 2 for _, start, end in named], [shorten(group, 24) for group, *_ in named]
     axis.set_xticks(middles, labels, rotation=90)
     axis.set_yticks(middles, labels)
     axis.tick_params(length=0, labelsize=8)
     return as_svg(figure, name)
-
-
-def largest_groups(confusion: Confusion) -> list[Span]:
-    """The groups with the most held-out observations, as far apart as their names need."""
-    size = len(confusion.groups)
-    queries = np.zeros(size)
-    for true, _, observations in confusion.cells:
-        queries[true] += observations
-    named: list[int] = []
-    for group in np.argsort(-queries, kind="stable").tolist():
-        if queries[group] and all(abs(group - other) > size / NAMED for other in named):
-            named.append(group)
-    return [Span(confusion.groups[group], group, group + 1) for group in named[:LARGEST]]
 
 
 def draw_confidence(ranks: Sequence[RankScores], name: str) -> str:
@@ -175,20 +161,18 @@ def draw_reliability(calibration: Calibration, what: str, name: str) -> str:
 def draw_risk(curve: RiskCoverage, name: str) -> str:
     """The fraction of wrong answers by the fraction of observations that are answered."""
     figure, axis = subplots(4.6, 3.4)
-    x, y = [point.coverage for point in curve.points], [point.risk for point in curve.points]
+    x, y, _ = np.transpose(curve.points)
     axis.fill_between(x, y, color=ACCENT, alpha=0.15)
     axis.plot(x, y, color=ACCENT)
-    axis.set(
-        xlabel="fraction answered, the most confident first", ylabel="fraction of these that is wrong", xlim=(0, 1)
-    )
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel="fraction answered, the most confident first", ylabel="fraction of these that is wrong")
+    axis.set(xlim=(0, 1), ylim=(0, None))
     return as_svg(figure, name)
 
 
 def draw_training(log: Sequence[dict], chosen: int, name: str) -> str:
-    """Recalls, loss and learning rate by epoch, with a line at the chosen epoch."""
-    losses, rates = ([row for row in log if row.get(key)] for key in ("loss", "learning_rate"))
-    parts = 1 + bool(losses) + bool(rates)
+    curves = {key: [row for row in log if row.get(key)] for key in ("loss", "learning_rate")}
+    curves = {key: rows for key, rows in curves.items() if rows}
+    parts = 1 + len(curves)
     figure, axes = subplots(4.6, 0.6 + 1.9 * parts, parts, sharex=True, squeeze=False)
     axes = list(axes[:, 0])
     for count, style in ((1, ":"), (5, "-"), (10, "--")):
@@ -196,12 +180,10 @@ def draw_training(log: Sequence[dict], chosen: int, name: str) -> str:
         axes[0].plot(epochs, values, style, marker="o", markersize=4, color=INK, label=f"Recall@{count}")
     axes[0].set(ylim=(0, 1.02), ylabel="validation")
     axes[0].legend(ncols=3, fontsize=8, loc="lower right")
-    for rows, key, label in ((losses, "loss", "training loss"), (rates, "learning_rate", "learning rate")):
-        if rows:
-            axis = axes[1] if key == "loss" else axes[-1]
-            axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker="o", markersize=4, color=INK)
-            axis.set_ylabel(label)
-            axis.set_ylim(bottom=0)
+    for axis, (key, rows) in zip(axes[1:], curves.items(), strict=True):
+        axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker="o", markersize=4, color=INK)
+        axis.set_ylabel({"loss": "training loss", "learning_rate": "learning rate"}[key])
+        axis.set_ylim(bottom=0)
     for axis in axes:
         axis.axvline(chosen, color=ACCENT, alpha=0.6)
     axes[-1].set_xlabel(f"epoch (0: before training; chosen: {chosen})")
@@ -210,7 +192,6 @@ def draw_training(log: Sequence[dict], chosen: int, name: str) -> str:
 
 
 def draw_distribution(counts: dict[str, list[int]], name: str) -> str:
-    """The number of photos and observations of each class, the largest first."""
     figure, axis = subplots(4.6, 3.2)
     styles = ((MUTED, "-"), (INK, "--"), (ACCENT, "-"))[-len(counts) :]
     for (label, values), (colour, style) in zip(counts.items(), styles, strict=True):
@@ -222,15 +203,14 @@ def draw_distribution(counts: dict[str, list[int]], name: str) -> str:
 
 
 def draw_map(points: Map, name: str) -> str:
-    """Observations on a plane, coloured by group; held-out ones have an outline."""
     figure, axis = subplots(7.4, 5.6)
     x, y, group, is_query = np.array(points.points).T
     colours = np.array([*GROUPS, OTHERS], dtype=object)[group.astype(int)]
     for held_out, outline in ((0, "none"), (1, INK)):
         shown = is_query == held_out
         axis.scatter(x[shown], y[shown], 12, colours[shown], edgecolors=outline, linewidths=0.4, alpha=0.8)
-    for colour, one in zip(GROUPS, points.groups, strict=False):
-        axis.scatter([], [], 24, colour, label=f"{shorten(one.name, 30)} ({one.observations})")
+    for colour, (group_name, observations) in zip(GROUPS, points.groups, strict=False):
+        axis.scatter([], [], 24, colour, label=f"{shorten(group_name, 30)} ({observations})")
     if points.others:
         axis.scatter([], [], 24, OTHERS, label=f"others ({points.others})")
     axis.set_axis_off()

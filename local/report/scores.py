@@ -1,18 +1,25 @@
-"""Scores of held-out observations, each with its 95% interval."""
+"""Scores of held-out observations with 95% intervals; other runs; what the leaderboard can show of the difference."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.sparse import csr_array
+from scipy.stats import norm
 from sklearn.metrics import f1_score
 
-from local.banks.search import Evaluation
-from local.base.metrics import GUESSES, RESAMPLES, bounded, held_out_scores, interval_of, macro_f1_gain, score
-from local.report.evidence import evaluate_answers
+from kernel.inputs import InputError
+from kernel.observations import find_test_table
+from local.banks.ensemble import read_predictions
+from local.banks.search import Evaluation, evaluate_predictions
+from local.base import metrics
+from local.base.metrics import GUESSES, METRIC_NAMES, RESAMPLES
+from local.data.observations import encode_labels, sort_ids
+from local.report.evidence import Evidence, evaluate_answers
 
 RECALLS = {f"recall_at_{count}": count for count in GUESSES}
-METRIC_NAMES = {name: f"Recall@{count}" for name, count in RECALLS.items()} | {"macro_f1": "macro-F1"}
 SCORE_NAMES = METRIC_NAMES | {"weighted_f1": "weighted F1", "log_loss": "log-loss"}
 CELLS = 20_000_000  # drawn counts in memory at once
 
@@ -26,54 +33,200 @@ class Estimate:
     high: float
 
 
-@dataclass(frozen=True)
-class Scores:
-    """The scores of a run, or the differences between the scores of two runs."""
+# By the names of SCORE_NAMES. The log-loss is None if no observation is of a class of the bank.
+Scores = dict[str, Estimate | None]
 
+
+@dataclass(frozen=True)
+class Comparison:
+    """Another run on the observations that both runs held out.
+
+    Attributes:
+        is_evidence: whether there are enough observations for an interval.
+        scores: the other run's.
+        gain: this run's scores minus the other's, paired by observation.
+        ensemble_gain: by metric, the score of both runs together minus that of the better one.
+    """
+
+    run: str
+    path: str
+    observations: int
+    is_evidence: bool
+    scores: Scores
+    gain: Scores
+    ensemble_gain: Scores
+
+
+@dataclass(frozen=True)
+class Board:
+    """One part of the leaderboard.
+
+    Attributes:
+        half_width: of the 95% interval of the score, as far as the draw of the test observations decides it.
+        expected: the score that the held-out observations predict, with the interval of both samples.
+        wrong_order: by run, the probability that the better of it and this run has the lower score on this part.
+    """
+
+    part: str
+    observations: int
+    half_width: float
+    expected: Estimate
+    wrong_order: dict[str, float]
+
+
+@dataclass(frozen=True)
+class GroupRecalls:
+    name: str
+    observations: int
     recall_at_1: Estimate
     recall_at_5: Estimate
     recall_at_10: Estimate
-    macro_f1: Estimate
-    weighted_f1: Estimate
-    log_loss: Estimate | None  # over the observations whose class is in the bank; None if there are none
 
 
 def score_answers(
-    truth: np.ndarray, log_probabilities: np.ndarray, weights: np.ndarray | None = None, is_macro: bool = False
+    truth: np.ndarray, outcome: Evaluation, weights: np.ndarray | None = None, is_macro: bool = False
 ) -> Scores:
-    """The scores of (queries, classes) log-probabilities; `weights` and `is_macro` are those of `held_out_scores`."""
-    outcome = evaluate_answers(log_probabilities, truth)
-    scores = score(truth, outcome.top) if weights is None else held_out_scores(truth, outcome.top, weights, is_macro)
-    values = {name: Estimate(**interval_of(scores, name)) for name in (*RECALLS, "macro_f1")}
-    value, resampled = weighted_f1(truth, outcome.top[:, 0], weights)
-    return Scores(**values, weighted_f1=estimate(value, resampled), log_loss=mean_loss(outcome.losses, weights))
+    """All scores of a run; `weights` and `is_macro` are those of `held_out_scores`."""
+    top = outcome.top
+    scores = metrics.score(truth, top) if weights is None else metrics.held_out_scores(truth, top, weights, is_macro)
+    return {name: Estimate(**metrics.interval_of(scores, name)) for name in METRIC_NAMES} | {
+        "weighted_f1": estimate(*weighted_f1(truth, top[:, 0], weights)),
+        "log_loss": mean_loss(outcome.losses, weights),
+    }
 
 
 def score_gains(truth: np.ndarray, new: Evaluation, old: Evaluation) -> Scores:
     """The scores of `new` minus those of `old`, paired by observation."""
-    gains = {metric: gain_in(metric, truth, new, old) for metric in (*RECALLS, "macro_f1")}
     (value, resampled), (old_value, old_resampled) = (weighted_f1(truth, one.top[:, 0]) for one in (new, old))
-    difference = estimate(value - old_value, resampled - old_resampled)
-    return Scores(**gains, weighted_f1=difference, log_loss=mean_loss(new.losses - old.losses))
+    return {metric: gain_in(metric, truth, new, old) for metric in METRIC_NAMES} | {
+        "weighted_f1": estimate(value - old_value, resampled - old_resampled),
+        "log_loss": mean_loss(new.losses - old.losses),
+    }
 
 
 def gain_in(metric: str, truth: np.ndarray, new: Evaluation, old: Evaluation) -> Estimate:
     """How much better `new` is than `old` by a metric of a competition, paired by observation."""
     if metric == "macro_f1":
-        return Estimate(**macro_f1_gain(truth, new.top[:, 0], old.top[:, 0]))
+        return Estimate(**metrics.macro_f1_gain(truth, new.top[:, 0], old.top[:, 0]))
     return mean((new.ranks < RECALLS[metric]).astype(float) - (old.ranks < RECALLS[metric]))
 
 
 def value_of(metric: str, truth: np.ndarray, outcome: Evaluation) -> float:
     """A metric of a competition: a recall, or the macro-F1 of the first guesses."""
     if metric == "macro_f1":
-        return float(f1_score(truth, outcome.top[:, 0], average="macro", zero_division=0))
+        return metrics.macro_f1(truth, outcome.top[:, 0])
     return float((outcome.ranks < RECALLS[metric]).mean())
 
 
+def recalls_by(ranks: np.ndarray, groups: Sequence[str | None], order: Sequence[str]) -> list[GroupRecalls]:
+    """The recalls of each group of observations, in order; groups without observations are left out.
+
+    Args:
+        ranks: (observations,) of the true class.
+        groups: (observations,) the name of the group of each; None is in no group.
+    """
+    groups = np.array(groups, dtype=object)
+    grouped = [(name, ranks[groups == name]) for name in order]
+    return [
+        GroupRecalls(name, len(own), *(mean(own < count) for count in GUESSES)) for name, own in grouped if len(own)
+    ]
+
+
+def compare_with(evidence: Evidence, other: Path) -> Comparison:
+    """Compare with another run on the observations that both held out, unweighted.
+
+    Raises:
+        InputError: there are no such observations.
+    """
+    truth, own, others = common_answers(evidence, other)
+    new, old = evaluate_answers(own, truth), evaluate_answers(others, truth)
+    both = evaluate_predictions(torch.tensor(own + others), truth)
+    metric = evidence.labelled.competition.metric
+    better = max(new, old, key=lambda outcome: value_of(metric, truth, outcome))
+    return Comparison(
+        run=other.name,
+        path=str(other),
+        observations=len(truth),
+        is_evidence=len(truth) >= metrics.MIN_OBSERVATIONS,
+        scores=score_answers(truth, old),
+        gain=score_gains(truth, new, old),
+        ensemble_gain={name: gain_in(name, truth, both, better) for name in METRIC_NAMES},
+    )
+
+
+def common_answers(evidence: Evidence, other: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The true labels of the observations that both runs held out, and both runs' log-probabilities.
+
+    Returns:
+        (queries,) labels, and twice (queries, classes): the classes of the evidence, then those that only the other
+        run has; minus infinity for a class that a run lacks.
+    """
+    answers = read_predictions(other)
+    bank = answers.classes
+    other_rows = encode_labels([query.id for query in evidence.queries], answers.observations)
+    rows = np.flatnonzero(other_rows >= 0)
+    if not len(rows):
+        raise InputError(
+            f"{other} and {evidence.run} have no held-out observation in common: compare runs of the same --data"
+        )
+    classes = [*evidence.classes, *sort_ids(set(bank) - set(evidence.classes))]
+    own = np.full((len(rows), len(classes)), -np.inf, dtype=np.float32)
+    others = own.copy()
+    own[:, : len(evidence.classes)] = evidence.log_probabilities[rows]
+    others[:, encode_labels(bank, classes)] = answers.log_probabilities.numpy()[other_rows[rows]]
+    return evidence.truth[rows], own, others
+
+
+def predict_leaderboard(evidence: Evidence, others: Sequence[Comparison], value: float) -> list[Board]:
+    """What each part of the leaderboard will show, if the test set is as hard as the held-out observations.
+
+    Args:
+        value: the score that the held-out observations predict.
+    """
+    competition, boards = evidence.labelled.competition, []
+    own_noise = sampling_noise(evidence, competition.metric, len(evidence.queries))
+    for part, observations in competition.boards(count_test_observations(evidence)).items():
+        if observations:
+            noise = sampling_noise(evidence, competition.metric, observations)
+            width = float(np.hypot(noise, own_noise))
+            interval = Estimate(value, max(0.0, value - width), min(1.0, value + width))
+            orders = {other.run: wrong_order(other, competition.metric, observations) for other in others}
+            boards.append(Board(part, observations, noise, interval, orders))
+    return boards
+
+
+def count_test_observations(evidence: Evidence) -> int:
+    """The size of the test set; 0 for a folder without one."""
+    labelled, trained = evidence.labelled, evidence.manifest.competition
+    try:
+        return len(find_test_table(labelled.folder, trained.name, labelled.resolution).observations)
+    except InputError:
+        return 0
+
+
+def sampling_noise(evidence: Evidence, metric: str, observations: int) -> float:
+    """Half of the 95% interval of a metric over so many observations like the held-out ones.
+
+    A recall is a proportion. Macro-F1 is not: it is measured on bootstrap samples of that size.
+    """
+    if metric == "macro_f1":
+        drawn = resampled_f1("macro", evidence.truth, evidence.guesses, observations)
+        return float(np.subtract(*np.percentile(drawn, [97.5, 2.5])) / 2)
+    recall = value_of(metric, evidence.truth, evidence.outcome)
+    return float(1.96 * np.sqrt(recall * (1 - recall) / observations))
+
+
+def wrong_order(other: Comparison, metric: str, observations: int) -> float:
+    """The probability that so many observations show the better of two runs as the worse one."""
+    gain = other.gain[metric]
+    deviation = (gain.high - gain.low) / (2 * 1.96) * np.sqrt(other.observations / observations)
+    if not other.is_evidence or not (deviation or gain.value):
+        return 0.5  # it is not known which of them is better
+    return float(norm.cdf(-abs(gain.value) / deviation)) if deviation else 0.0
+
+
 def mean(sample: np.ndarray, weights: np.ndarray | None = None) -> Estimate:
-    """A mean with its bootstrap interval."""
-    return Estimate(**bounded(sample.astype(float), weights=weights))
+    return Estimate(**metrics.bounded(sample.astype(float), weights=weights))
 
 
 def estimate(value: float, resampled: np.ndarray) -> Estimate:
@@ -90,11 +243,7 @@ def mean_loss(losses: np.ndarray, weights: np.ndarray | None = None) -> Estimate
 
 
 def weighted_f1(truth: np.ndarray, guesses: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, np.ndarray]:
-    """F1 averaged over classes by the number of their observations, and the same for RESAMPLES bootstrap samples.
-
-    Args:
-        weights: (observations,); None gives all the same weight.
-    """
+    """F1 averaged over classes by the number of their observations, and the same for RESAMPLES bootstrap samples."""
     weights = np.ones(len(truth), np.float32) if weights is None else weights.astype(np.float32)
     truth, guesses, weights = (values[weights > 0] for values in (truth, guesses, weights))
     value = f1_score(truth, guesses, average="weighted", sample_weight=weights, zero_division=0)

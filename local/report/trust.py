@@ -9,12 +9,19 @@ from scipy.stats import binomtest
 
 from local.report.closeup import Closeup
 from local.report.evidence import Evidence
-from local.report.scores import Estimate, mean
+from local.report.scores import Estimate, GroupRecalls, mean, recalls_by
 
 BINS = 10  # of confidence
 STEPS = 50  # points of a curve
 FIVE = 5  # guesses
-AGREEMENTS = (1.0, 0.75, 0.5, 0.0)  # the lower bound of each group
+ALL_VIEWS = "all"
+# By name, the lower bound of each group of observations.
+AGREEMENTS = {
+    ALL_VIEWS: 1.0,
+    "75\N{NO-BREAK SPACE}% or more": 0.75,
+    "50\N{NO-BREAK SPACE}% or more": 0.5,
+    "less than half": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -54,30 +61,16 @@ class Temperature:
 
 
 @dataclass(frozen=True)
-class RiskPoint:
-    """The fraction of wrong answers if only those of at least this confidence are given."""
-
-    coverage: float
-    risk: float
-    confidence: float
-
-
-@dataclass(frozen=True)
 class RiskCoverage:
-    """The risk-coverage curve (Geifman and El-Yaniv 2017), and the area under it."""
+    """The risk-coverage curve (Geifman and El-Yaniv 2017), and the area under it.
+
+    Attributes:
+        points: (coverage, risk, confidence): the fraction of wrong answers, the risk, if only the answers of at least
+            this confidence are given, which are the fraction `coverage` of all.
+    """
 
     area: float
-    points: list[RiskPoint]
-
-
-@dataclass(frozen=True)
-class AgreementRecalls:
-    """Recalls of observations by the fraction of views that agree: `least` or more, up to the row before."""
-
-    least: float
-    observations: int
-    recall_at_1: Estimate
-    recall_at_5: Estimate
+    points: list[tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +79,7 @@ class Trust:
 
     Attributes:
         five_expected, five_observed: how often five guesses should contain the true class, and how often they do.
+        agreement: the recalls by the fraction of a photo's views that agree.
     """
 
     first: Calibration
@@ -94,23 +88,24 @@ class Trust:
     five_observed: Estimate
     best_temperature: Temperature
     risk_coverage: RiskCoverage
-    agreement: list[AgreementRecalls]
+    agreement: list[GroupRecalls]
 
 
 def measure_trust(evidence: Evidence, closeup: Closeup) -> Trust:
-    """Calibration, risk by coverage, and the recalls by the agreement of views."""
-    outcome, probabilities = evidence.outcome, evidence.probabilities
+    ranks, probabilities = evidence.outcome.ranks, evidence.probabilities
     first = probabilities.max(axis=1)
-    five = np.take_along_axis(probabilities, outcome.top[:, :FIVE], axis=1).sum(axis=1)
-    is_first, is_in_five = outcome.ranks < 1, outcome.ranks < FIVE
+    five = np.take_along_axis(probabilities, evidence.outcome.top[:, :FIVE], axis=1).sum(axis=1)
+    agreements = [
+        next((name for name, least in AGREEMENTS.items() if own >= least), None) for own in closeup.agreement.tolist()
+    ]
     return Trust(
-        first=calibrate(first, is_first),
-        five=calibrate(five, is_in_five),
+        first=calibrate(first, ranks < 1),
+        five=calibrate(five, ranks < FIVE),
         five_expected=mean(five),
-        five_observed=mean(is_in_five),
+        five_observed=mean(ranks < FIVE),
         best_temperature=best_temperature(evidence),
-        risk_coverage=risk_coverage(first, is_first),
-        agreement=recalls_by_agreement(closeup.agreement, is_first, is_in_five),
+        risk_coverage=risk_coverage(first, ranks < 1),
+        agreement=recalls_by(ranks, agreements, list(AGREEMENTS)),
     )
 
 
@@ -157,18 +152,5 @@ def risk_coverage(confidence: np.ndarray, is_right: np.ndarray) -> RiskCoverage:
     order = np.argsort(-confidence, kind="stable")
     risk = np.cumsum(~is_right[order]) / np.arange(1, len(order) + 1)
     ends = np.unique(np.linspace(1, len(order), STEPS).astype(int))
-    points = [
-        RiskPoint(float(end / len(order)), float(risk[end - 1]), float(confidence[order[end - 1]])) for end in ends
-    ]
-    return RiskCoverage(float(risk.mean()), points)
-
-
-def recalls_by_agreement(agreement: np.ndarray, is_first: np.ndarray, is_in_five: np.ndarray) -> list[AgreementRecalls]:
-    """The recalls of the observations of each group of AGREEMENTS."""
-    rows, above = [], np.inf
-    for least in AGREEMENTS:
-        own = (agreement >= least) & (agreement < above)
-        above = least
-        if own.any():
-            rows.append(AgreementRecalls(least, int(own.sum()), mean(is_first[own]), mean(is_in_five[own])))
-    return rows
+    points = zip(ends / len(order), risk[ends - 1], confidence[order[ends - 1]], strict=True)
+    return RiskCoverage(float(risk.mean()), [tuple(map(float, point)) for point in points])

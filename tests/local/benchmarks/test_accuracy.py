@@ -15,6 +15,7 @@ from bundle import bundle
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, read_manifest, read_weights, write_manifest
 from local import benchmark
+from local.base.metrics import METRIC_NAMES
 from local.benchmarks import accuracy
 from local.benchmarks.accuracy import (
     export_encoder,
@@ -33,7 +34,7 @@ from local.rehearsal.report import rehearse
 from local.training.run import train_run
 from tests.conftest import TINY
 
-SCORES = [f"{name}{end}" for name in accuracy.COLUMNS for end in ("", "_low", "_high")]
+SCORES = [f"{name}{end}" for name in METRIC_NAMES for end in ("", "_low", "_high")]
 
 
 @pytest.fixture(scope="module")

@@ -294,7 +294,7 @@ def test_a_null_in_a_herbariums_categories_is_no_taxon(tmp_path: Path) -> None:
     table.write_text(json.dumps(said), encoding="utf-8")
     labelled, classes = read_competition(tmp_path), [str(one["id"]) for one in said["categories"][:3]]
     assert [labelled.taxa[one] for one in classes] == [("",) * 5] * 3
-    assert names_of(labelled, classes)[0] == classes
+    assert names_of(labelled, classes) == classes
 
 
 def test_an_unknown_layout_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
