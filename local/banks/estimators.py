@@ -307,11 +307,9 @@ def save_banks(banks: Sequence[Bank], path: Path) -> None:
     """Write what `kernel.bank.read_banks` reads."""
     tensors = {}
     for number, bank in enumerate(banks):
-        for name, value in vars(bank).items():
-            if name != "layers":
-                tensors[f"{number}.{name}"] = value.clone()
+        tensors |= {f"{number}.{name}": value for name, value in vars(bank).items() if name != "layers"}
         for index, part in enumerate(bank.layers):
-            tensors |= {f"{number}.layers.{index}.{name}": value.clone() for name, value in vars(part).items()}
+            tensors |= {f"{number}.layers.{index}.{name}": value for name, value in vars(part).items()}
     write_tensors(tensors, path)
 
 

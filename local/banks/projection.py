@@ -116,20 +116,15 @@ class ProjectionEnsemble:
             recalls[step] = np.concatenate([member.held_out_recall() for member in members])
             self.mean_recalls_[step] = float(recalls[step].mean()) if recalls[step].size else float("nan")
             improves = step > 0 and self.mean_recalls_[step] > self.mean_recalls_[self.steps_]
-            if step == 0 or (improves and gains_over_one_standard_error(recalls[step], recalls[0])):
+            gain, error = paired_gain(recalls[step], recalls[0])
+            if step == 0 or (improves and gain > error):
                 self.steps_ = step
                 states = [deepcopy(member.network.state_dict()) for member in members]
         for member, state in zip(members, states, strict=True):
             member.network.load_state_dict(state)
-        # One tensor per bank: safetensors refuses shared ones.
-        self.banks_ = [replace(member.bank(), mixture_weight=torch.tensor(1 / self.members)) for member in members]
+        weight = torch.tensor(1 / self.members)
+        self.banks_ = [replace(member.bank(), mixture_weight=weight) for member in members]
         return self
-
-
-def gains_over_one_standard_error(new: np.ndarray, old: np.ndarray) -> bool:
-    """Whether the paired gain exceeds its standard error; with fewer than two observations it does not."""
-    gain, error = paired_gain(new, old)
-    return gain > error
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,10 @@ def choose_mix_ratio(evaluations: Sequence[Evaluation]) -> float:
 def best_mixture(evaluations: Sequence[Evaluation]) -> tuple[int, float, float]:
     """Of the mix ratios above 0: the index of the best, its mean gain over the encoder before training, and the error.
 
-    The gain is that of the mean recall. Its standard error is NaN for a single observation.
+    The gain is that of the mean recall. Its standard error is infinite for a single observation.
     """
     recalls = [evaluation.mean_recall for evaluation in evaluations]
     best = 1 + int(np.argmax([recall.mean() for recall in recalls[1:]]))
-    if len(recalls[0]) < 2:
-        return best, float(recalls[best].mean() - recalls[0].mean()), math.nan
     return best, *paired_gain(recalls[best], recalls[0])
 
 
@@ -61,7 +59,7 @@ def describe_choice(evaluations: Sequence[Evaluation], mix_ratio: float, epoch: 
     if gain <= 0:
         gain = round(gain, 3) + 0.0  # not -0.000
         why = f"no mixture with epoch {epoch} is better; the best, {MIX_RATIOS[best]:.0%}, gains {gain:+.3f}"
-    elif math.isnan(error):
+    elif math.isinf(error):
         why = f"{mixture} gain {gain:+.3f}, without a standard error to compare it with,"
     else:
         why = f"{mixture} gain {gain:+.3f} ± {error:.3f}, no more than the standard error,"

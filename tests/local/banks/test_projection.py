@@ -21,7 +21,6 @@ from local.banks.projection import (
     ProjectionMember,
     ReferenceSet,
     contrastive_loss,
-    gains_over_one_standard_error,
 )
 from local.banks.search import Embedded, Search, fit_banks
 from local.data.observations import Taxonomy
@@ -171,15 +170,6 @@ def test_training_that_gains_nothing_is_undone() -> None:
     fitted = ProjectionEnsemble(0.0, **SMALL).fit(embeddings, observations, chance, Taxonomy.unknown(CLASSES))
     assert fitted.steps_ == 0
     assert not any(layer.relu for bank in fitted.banks_ for layer in bank.layers)
-
-
-def test_a_gain_counts_beyond_one_standard_error_and_not_on_a_single_observation() -> None:
-    for count in (0, 1):
-        assert not gains_over_one_standard_error(np.ones(count), np.zeros(count))
-    assert gains_over_one_standard_error(np.ones(2), np.zeros(2))
-    # A mean of 1/4 with a standard error of 1/4, and one of 2/4 with sqrt(1/12).
-    assert not gains_over_one_standard_error(np.array([1, 0, 0, 0]), np.zeros(4))
-    assert gains_over_one_standard_error(np.array([1, 1, 0, 0]), np.zeros(4))
 
 
 def test_samples_without_added_variation_are_near_their_observation(problem) -> None:

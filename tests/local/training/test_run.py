@@ -174,23 +174,23 @@ def test_without_val_an_encoder_that_learnt_here_keeps_its_seed(drawn, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("unshare"), reason="no program that makes a namespace")
-@pytest.mark.parametrize(
-    ("size", "said"),
-    [
-        ("700k", "the disk is full: .* --resume"),  # before anything is embedded
-        ("4m", "the disk is full: .* --resume"),  # the encoder fits, its checkpoint does not
-    ],
-)
-def test_a_full_disk_costs_one_line_and_not_what_was_learnt(drawn, tmp_path, size, said):
-    """In a small file system of its own, which takes a namespace."""
-    inside = " ".join(map(str, [sys.executable, *train(tmp_path / "small/run", drawn)]))
-    mount = f"mount -t tmpfs -o size={size} none {tmp_path / 'small'} && {inside}; code=$?; find {tmp_path}; exit $code"
-    (tmp_path / "small").mkdir()
+def test_a_full_disk_costs_one_line_and_not_what_was_learnt(drawn, tmp_path):
+    """The encoder fits, its checkpoint does not."""
+    done = train_on_a_small_disk(tmp_path, "4m", drawn)
+    assert re.fullmatch(r"error: the disk is full: .* --resume\n", done.stderr)
+
+
+def train_on_a_small_disk(folder, size, drawn, **settings):
+    """Train in a small file system of its own, which takes a namespace; stdout ends with what is left in it."""
+    small = folder / "small"
+    small.mkdir()
+    inside = " ".join(map(str, [sys.executable, *train(small / "run", drawn, **settings)]))
+    mount = f"mount -t tmpfs -o size={size} none {small} && {inside}; code=$?; ls -A {small}; exit $code"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=ROOT, capture_output=True, text=True)
     if "unshare" in done.stderr or "mount" in done.stderr:
         pytest.skip(f"no file system of its own to fill: {done.stderr.strip()}")
     assert done.returncode == 2, done.stderr
-    assert re.fullmatch(f"error: {said}\n", done.stderr)
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -379,15 +379,7 @@ def test_a_disk_without_room_for_the_checkpoints_to_continue_from_leaves_the_run
 
 
 def test_a_disk_that_is_too_small_for_a_run_without_training_is_one_line(drawn, tmp_path):
-    """In a small file system of its own, which takes a namespace."""
-    inside = " ".join(map(str, [sys.executable, *train(tmp_path / "small/run", drawn, epochs=0)]))
-    small = tmp_path / "small"
-    mount = f"mount -t tmpfs -o size=300k none {small} && {inside}; code=$?; ls -A {small}; exit $code"
-    small.mkdir()
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=ROOT, capture_output=True, text=True)
-    if "unshare" in done.stderr or "mount" in done.stderr:
-        pytest.skip(f"no file system of its own to fill: {done.stderr.strip()}")
-    assert done.returncode == 2, done.stderr
+    done = train_on_a_small_disk(tmp_path, "300k", drawn, epochs=0)
     assert re.fullmatch(r"error: the disk is full: .* run the command again with --resume\n", done.stderr)
     assert not done.stdout  # found before the first photo is embedded, and nothing is left
 
