@@ -25,6 +25,7 @@ from local.data.observations import Taxonomy
 LOGIT_SCALE = 16.0  # of cosines, where no held-out observations are there to fit it
 ABSENT = -100.0  # bias of a class without a reference observation
 SHRINKAGE_SAMPLES = 4000  # photos
+INVERSE_PENALTY = 10.0  # of logistic regression, scikit-learn's C
 MAX_LOGITS = 200_000_000  # of logistic regression, observations times classes: 12 bytes of memory each
 COVARIANCE_SAMPLES = 40_000  # residuals: enough for the covariance of a thousand features, in seconds
 
@@ -199,13 +200,7 @@ class LinearProbe:
 
     The prototypes are its coefficients, which are not of length 1, and its logit scale is 1. So the bank's
     log-probabilities are those of scikit-learn's model.
-
-    Args:
-        strength: scikit-learn's C, the inverse of the penalty.
     """
-
-    def __init__(self, strength: float = 10.0):
-        self.strength = strength
 
     def fit(self, embeddings: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy):
         """See `ClassMeans.fit`.
@@ -219,7 +214,7 @@ class LinearProbe:
                 f"logistic regression on {len(labels):,} observations of {count:,} classes needs too much memory: set "
                 'matcher = "means", and leave matcher out of choose'
             )
-        model = LogisticRegression(C=self.strength, class_weight="balanced", max_iter=300, tol=1e-3)
+        model = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=300, tol=1e-3)
         with warnings.catch_warnings():  # scikit-learn warns of many classes with few observations
             warnings.simplefilter("ignore")
             model.fit(embeddings.astype(np.float32), labels)  # half the time of float64
@@ -249,7 +244,6 @@ def make_bank(
     matcher: ClassMeans | NearestNeighbour | LinearProbe,
     logit_scale: float | None = None,
     mixture_weight: float = 1.0,
-    transduction: float = 0.0,
 ) -> Bank:
     """The kernel's bank of a fitted transform's layers and a fitted matcher.
 
@@ -264,7 +258,7 @@ def make_bank(
         bias=to_float32(matcher.bias_),
         logit_scale=to_float32(matcher.logit_scale_),
         mixture_weight=to_float32(mixture_weight),
-        transduction=to_float32(transduction),
+        transduction=to_float32(0.0),
     )
     return bank if logit_scale is None else rescale(bank, logit_scale)
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 FOLDS = 5
+MAX_SHOTS = 4  # so many shots or more are one number
 MAX_SCORES = 50_000_000  # queries times classes; with more classes fewer queries are drawn
 
 
@@ -34,7 +35,7 @@ def make_folds(
     return [(fold != number, drawn & (fold == number)) for number in range(FOLDS) if (drawn & (fold == number)).any()]
 
 
-def shot_weights(shots: np.ndarray, labels: np.ndarray, max_shots: int = 4) -> np.ndarray:
+def shot_weights(shots: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Weights of queries, with mean 1: each number of shots counts as much as in the whole reference set.
 
     A query of few shots thus represents the classes of few observations. All weights are equal if no query has a number
@@ -43,11 +44,10 @@ def shot_weights(shots: np.ndarray, labels: np.ndarray, max_shots: int = 4) -> n
     Args:
         shots: (queries,) observations of the query's class in the reference set of its fold.
         labels: (observations,) class of each observation of the whole reference set.
-        max_shots: so many shots or more are one number.
     """
-    sizes = np.minimum(np.bincount(labels)[labels], max_shots)
-    shots = np.clip(shots, 1, max_shots)
-    target, found = np.bincount(sizes, minlength=max_shots + 1), np.bincount(shots, minlength=max_shots + 1)
+    sizes = np.minimum(np.bincount(labels)[labels], MAX_SHOTS)
+    shots = np.clip(shots, 1, MAX_SHOTS)
+    target, found = np.bincount(sizes, minlength=MAX_SHOTS + 1), np.bincount(shots, minlength=MAX_SHOTS + 1)
     weights = (target / np.maximum(found, 1))[shots]
     return weights / weights.mean() if weights.any() else np.ones(len(shots))
 

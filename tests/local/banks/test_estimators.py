@@ -338,7 +338,7 @@ def test_the_kernel_reads_the_banks_that_were_saved(matcher, tmp_path):
     reference = pool(embeddings, observations)
     layers = Whitening().fit(embeddings, labels).layers(1.0, reference.mean(axis=0))
     matcher.fit(transform(layers, reference), labels, taxonomy)
-    banks = [make_bank(layers, matcher, 16.0, mixture_weight=0.5, transduction=0.25)] * 2
+    banks = [make_bank(layers, matcher, 16.0, mixture_weight=0.5)] * 2
     save_banks(banks, tmp_path / "bank.safetensors")
     read = read_banks(tmp_path / "bank.safetensors")
     assert len(read) == 2
