@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from local.report import failures, trust
 from local.report.closeup import Map
@@ -197,7 +197,7 @@ def draw_distribution(counts: dict[str, list[int]], name: str) -> str:
     for (label, values), (colour, style) in zip(counts.items(), styles, strict=True):
         axis.step(np.arange(1, len(values) + 1), values, style, where="mid", color=colour, label=label)
     axis.set(xlabel="class, the largest first", ylabel="number", yscale="log", xlim=(1, None))
-    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # 20, not 2 x 10^1
     axis.legend()
     return as_svg(figure, name)
 

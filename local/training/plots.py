@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from PIL import ImageOps
 
 from kernel.observations import find_test_table
@@ -45,13 +45,13 @@ def plot_training_curve(log: Sequence[dict], kept: int, path: Path) -> None:
 
 
 def plot_class_distribution(class_ids: np.ndarray, path: Path) -> None:
-    """How many observations the classes have: by rank, and how many classes have 1, 2, 3, ..."""
+    """How many observations the classes have: the largest first, and how many classes have 1, 2, 3, ..."""
     counts = np.array(sorted(Counter(class_ids).values(), reverse=True))
     figure = Figure(figsize=(10, 4), layout="constrained")
     tail, shots = figure.subplots(1, 2)
     tail.fill_between(np.arange(1, len(counts) + 1), counts, step="mid", color=INK)
     tail.set(xlabel="class, by number of observations", ylabel="observations", yscale="log", xlim=(1, len(counts)))
-    tail.yaxis.set_major_formatter(ScalarFormatter())
+    tail.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # 20, not 2 x 10^1
     tail.set_title(f"{counted(len(counts), 'class')}, {counted(int(counts.sum()), 'observation')}", loc="left")
     sizes, classes = np.unique(np.minimum(counts, 10), return_counts=True)
     bars = shots.bar([f"{size}" if size < 10 else "10+" for size in sizes], classes, color=ACCENT)
