@@ -1,4 +1,4 @@
-"""Run the repository's commands as a user would, without importing torch and timm anew for each.
+"""Run the repository's commands as a user would, without importing torch and timm for each of them.
 
 These imports take longer than most of what the tests run. A process that has done nothing else is kept, and each
 command runs in a fork of it.

@@ -21,7 +21,7 @@ class Optimization:
     Args:
         groups: parameter groups, each with its `lr` and `weight_decay`.
         steps: optimizer steps of the phase, which the schedule covers.
-        larger_is_better: of the score that a plateau is judged by.
+        larger_is_better: whether a larger monitored score is better; decides when there is a plateau.
         scores: of the epochs of this phase that are trained already, for a plateau.
     """
 

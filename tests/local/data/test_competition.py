@@ -125,8 +125,8 @@ def test_a_photo_that_is_listed_twice_is_one(tmp_path: Path) -> None:
 
 def test_the_wanted_resolution_is_read_or_the_next_larger_one(tmp_path: Path) -> None:
     folder = fungiclef(tmp_path, resolutions=("300p", "720p"))
-    for wanted, found in (("300p", "300p"), ("500p", "720p"), ("720p", "720p"), ("fullsize", "720p")):
-        photos = read_competition(folder, wanted).photos
+    for requested, found in (("300p", "300p"), ("500p", "720p"), ("720p", "720p"), ("fullsize", "720p")):
+        photos = read_competition(folder, requested).photos
         assert {path.parent.name for path in photos} == {found}
         assert all(path.is_file() for path in photos)
 
@@ -189,10 +189,10 @@ def test_fungitastic_is_learnt_from_the_subset_whose_photos_are_there(tmp_path: 
 
 def test_a_resolution_that_is_absent_is_one_line_with_those_there_are(tmp_path: Path, capsys) -> None:
     layouts.fungitastic(tmp_path, resolutions=("300p", "720p"))
-    for wanted, found in (("300p", None), ("500p", "720p"), ("720p", None), ("fullsize", "720p")):
-        photos = read_competition(tmp_path, wanted).photos
-        assert {photo.parent.name for photo in photos} == {found or wanted}
-        line = f"{tmp_path / 'FungiTastic-Mini'} has 300p, 720p, not {wanted}: reading {found}\n"
+    for requested, found in (("300p", None), ("500p", "720p"), ("720p", None), ("fullsize", "720p")):
+        photos = read_competition(tmp_path, requested).photos
+        assert {photo.parent.name for photo in photos} == {found or requested}
+        line = f"{tmp_path / 'FungiTastic-Mini'} has 300p, 720p, not {requested}: reading {found}\n"
         assert capsys.readouterr().out == (line if found else "")
 
 
