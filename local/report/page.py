@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from operator import attrgetter
 from pathlib import Path
 
@@ -17,13 +17,13 @@ from kernel.photos import read_photo
 from local.base.console import Progress, progress
 from local.base.metrics import METRIC_NAMES
 from local.report import pictures
+from local.report.failures import ClassScores
 from local.report.figures import Figures
 from local.report.scores import SCORE_NAMES, Estimate
 
 SMALL, LARGE = 96, 208  # pixels of the sides of a photo: in a table, on its own
 MAX_CHARACTERS = 10_000_000  # of photos on a page
-DATA_COLUMNS = ("id", "name", "lineage", "poisonous", "shots", "queries", "guessed", "recall_at_1", "recall_at_5", "f1",
-                "probability")  # fmt: skip
+DATA_COLUMNS = [field.name for field in fields(ClassScores) if field.name not in ("label", "photo")]
 
 
 class Album:

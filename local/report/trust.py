@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 
 from local.report.closeup import Closeup
 from local.report.evidence import Evidence
-from local.report.scores import Estimate, GroupRecalls, mean, recalls_by
+from local.report.scores import Estimate, GroupRecalls, recalls_by
 
 BINS = 10  # of confidence
 STEPS = 50  # points of a curve
@@ -78,14 +78,11 @@ class Trust:
     """The calibration of the first guess, and of five guesses together.
 
     Attributes:
-        five_expected, five_observed: how often five guesses should contain the true class, and how often they do.
         agreement: the recalls by the fraction of a photo's views that agree.
     """
 
     first: Calibration
     five: Calibration
-    five_expected: Estimate
-    five_observed: Estimate
     best_temperature: Temperature
     risk_coverage: RiskCoverage
     agreement: list[GroupRecalls]
@@ -101,8 +98,6 @@ def measure_trust(evidence: Evidence, closeup: Closeup) -> Trust:
     return Trust(
         first=calibrate(first, ranks < 1),
         five=calibrate(five, ranks < FIVE),
-        five_expected=mean(five),
-        five_observed=mean(ranks < FIVE),
         best_temperature=best_temperature(evidence),
         risk_coverage=risk_coverage(first, ranks < 1),
         agreement=recalls_by(ranks, agreements, list(AGREEMENTS)),
