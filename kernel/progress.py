@@ -62,7 +62,7 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
+        if self._bar is not None:
             self._bar.close()
         elif self.what:
             self._ended.set()
@@ -71,7 +71,7 @@ class Progress:
     def advance(self, count: int = 1, note: str = "") -> None:
         """Another `count` units are done; the line shows the latest note."""
         self.done, self.note, self.advanced = self.done + count, note, self.clock()
-        if self._bar:
+        if self._bar is not None:
             self._bar.update(count)
 
     def report(self, wait: Callable[[float], bool]) -> None:

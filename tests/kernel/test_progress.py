@@ -129,9 +129,10 @@ def test_on_a_terminal_there_is_a_bar_and_only_where_the_output_goes_to_it(monke
             return True
 
     monkeypatch.setattr("sys.stdout", terminal := Terminal())
-    with Progress("embedding", 4, "photo") as bar:
+    with Progress("embedding", 4, "photo") as bar, Progress("of unknown length"):
         bar.advance(4)
     assert "embedding: " in terminal.getvalue()
+    assert "of unknown length: " in terminal.getvalue()
     monkeypatch.setattr("sys.stdout", io.StringIO())
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
     with Progress("embedding", 4, "photo") as bar:
