@@ -7,11 +7,11 @@ from tests.conftest import LEARNING, TINY
 
 STEPS = (
     "loading the encoder and the data: ",
-    "epoch 1: 1 of ",
+    "epoch 1: ",
     "embedding in 2 views: ",
-    "selecting the bank: 1 of ",
+    "selecting the bank: ",
     "reading the run and its data: ",
-    "computing the figures: 1 of ",
+    "computing the figures: ",
     "drawing the page: ",
 )
 
