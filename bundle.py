@@ -54,6 +54,7 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
     """
     metadata = with_owner(read_kernel_metadata(metadata_path), find_owner())
     weights, partial, script = out / "weights", out / ".weights.partial", out / ".kernel.py.partial"
+    is_new = not os.path.lexists(out)
     try:
         clean_up(out)
         partial.mkdir(parents=True)
@@ -69,6 +70,8 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
         with suppress(OSError):
             remove(partial)
             remove(script)
+            if is_new:
+                out.rmdir()  # of a bundle that failed; a folder with anything in it stays
     size = sum(path.stat().st_size for path in weights.rglob("*") if path.is_file())
     say(f"{out / 'kernel.py'}: {(out / 'kernel.py').stat().st_size:,} bytes; {weights}: {size / 1e6:.1f} MB")
     if not has_owner(metadata):

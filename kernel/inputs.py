@@ -10,6 +10,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -29,6 +30,11 @@ def shorten(reason: object, width: int = 200) -> str:
     return f"{kept} …"
 
 
+def escape_control(text: object) -> str:
+    """Text on one line: a line break or another control character, as in a file's name, becomes its escape."""
+    return "".join(repr(sign)[1:-1] if ord(sign) < 32 or sign in "\x7f\x85\u2028\u2029" else sign for sign in str(text))
+
+
 def escape_unprintable(*streams: TextIO) -> None:
     """Print an escape for a character that the console does not have, instead of failing."""
     for stream in streams:
@@ -45,19 +51,31 @@ def sha256(path: Path) -> str:
 def find_folders(root: Path, matches: Callable[[Path], bool], depth: int = 6) -> Iterator[Path]:
     """Folders under `root` that match, level by level and in order of name; not those inside another match.
 
+    Folders that cannot be read are passed over.
+
     Args:
         depth: levels below `root` to search; `models/owner/model/framework/variation/version` takes 6.
     """
-    level = [root] if root.is_dir() else []
+    level = [root] if os.path.isdir(root) else []
     for _ in range(depth + 1):
         below = []
         for folder in level:
             if matches(folder):
                 yield folder
             else:
-                with os.scandir(folder) as entries:
-                    below += [Path(entry.path) for entry in entries if entry.is_dir()]
+                below += _list_folders(folder)
         level = sorted(below)
+
+
+def _list_folders(folder: Path) -> list[Path]:
+    """The folders in a folder; none if it cannot be read."""
+    found = []
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(OSError):  # such as a link to itself
+                if entry.is_dir():
+                    found.append(Path(entry.path))
+    return found
 
 
 def install_wheels(wheels: Sequence[Path], packages: Path) -> None:
@@ -91,9 +109,13 @@ def list_folder(root: Path) -> str:
     lines = [str(root)]
 
     def visit(folder: Path, level: int) -> None:
-        entries = sorted(folder.iterdir()) if level <= 3 and folder.is_dir() else []
+        try:
+            entries = sorted(folder.iterdir()) if level <= 3 and os.path.isdir(folder) else []
+        except OSError as error:
+            lines.append("  " * level + f"({error.strerror})")
+            return
         for entry in entries[:8]:
-            lines.append("  " * level + entry.name + ("/" if entry.is_dir() else ""))
+            lines.append("  " * level + escape_control(entry.name) + ("/" if os.path.isdir(entry) else ""))
             visit(entry, level + 1)
         if len(entries) > 8:
             lines.append("  " * level + f"... and {len(entries) - 8} more")

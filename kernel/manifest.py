@@ -136,7 +136,7 @@ class CompetitionSpec:
     """
 
     name: str
-    resolution: str
+    resolution: Literal["300p", "500p", "720p", "fullsize"]
     observations_sha256: str = ""
     time_limit: float
 
@@ -265,10 +265,10 @@ class Weights:
         """
         path = self.folder / name
         if not path.is_file():
-            raise InputError(f"{path} is missing: upload all of the bundle's weights again")
+            raise InputError(f"{path} is missing: copy or upload the whole folder again")
         expected, found = self.manifest.files.get(name, "no digest"), sha256(path)
         if found != expected:
-            raise InputError(f"{path} has SHA-256 {found}, the manifest says {expected}: upload the weights again")
+            raise InputError(f"{path} has SHA-256 {found}, the manifest says {expected}: copy or upload it again")
         return path
 
     def wheels(self) -> list[Path]:

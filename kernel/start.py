@@ -12,7 +12,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.inputs import InputError, escape_unprintable, install_wheels, list_folder
+from kernel.inputs import InputError, escape_control, escape_unprintable, install_wheels, list_folder
 from kernel.manifest import MANIFEST_SHA256, Weights, find_weights
 from kernel.observations import TestTable, find_test_table
 from kernel.submission import fallback_guesses, write_submission
@@ -63,8 +63,21 @@ def parse_options() -> argparse.Namespace:
     path = {"type": Path, "metavar": "DIR"}
     parser.add_argument("--input", default=Path("/kaggle/input"), help="what is mounted (default %(default)s)", **path)
     parser.add_argument("--working", default=Path("/kaggle/working"), help="for the CSV (default %(default)s)", **path)
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="default: the competition's own limit")
+    parser.add_argument(
+        "--time-limit", type=positive_seconds, metavar="SECONDS", help="default: the competition's own limit"
+    )
     return parser.parse_args()
+
+
+def positive_seconds(text: str) -> float:
+    """The value of --time-limit. Raises argparse's error if it is no positive, finite number."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return seconds
 
 
 def write_fallback(inputs: Path, submission: Path) -> tuple[Weights, TestTable]:
@@ -89,8 +102,11 @@ def write_fallback(inputs: Path, submission: Path) -> tuple[Weights, TestTable]:
         else:
             table = find_test_table(inputs)
             guesses = fallback_guesses(table)
-        submission.parent.mkdir(parents=True, exist_ok=True)
-        write_submission(submission, table, [guesses] * len(table.observations))
+        try:
+            submission.parent.mkdir(parents=True, exist_ok=True)
+            write_submission(submission, table, [guesses] * len(table.observations))
+        except OSError as error:
+            raise InputError(f"{submission} cannot be written ({error}): give another --working") from error
     except Exception as error:
         problem = problem or error
     if problem:
@@ -113,7 +129,7 @@ def handle_errors(working: Path, is_rerun: bool, submission: str) -> None:
 
     def report(kind: type, error: BaseException, trace: object) -> None:
         if issubclass(kind, InputError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {escape_control(error)}", file=sys.stderr, flush=True)
         else:
             traceback.print_exception(kind, error, trace)
         sys.stdout.flush()

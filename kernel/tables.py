@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import TextIO
 
 from kernel.inputs import InputError
 
@@ -39,17 +40,32 @@ def read_table(
             reader = csv.DictReader(file)
             missing = sorted(set(needed) - set(reader.fieldnames or ()))
             if missing:
-                raise InputError(f"{path} lacks the column {missing[0]!r}: it has {', '.join(reader.fieldnames or ())}")
-            rows = []
+                found = ", ".join(reader.fieldnames or ()) or "none"
+                raise InputError(f"{path} lacks the column {missing[0]!r}: it has {found}")
+            rows, row = [], {}
             for row in reader:
                 blank = next((column for column in filled if is_blank(row[column])), None)
                 if blank is None:
                     rows.append(row)
                 elif left_out is not None:
                     left_out[f"rows of {path.name} without {blank}"] += 1
+            if any("\n" in str(cell) or "\r" in str(cell) for cell in row.values()):
+                _refuse_open_quote(file, path)
             return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def _refuse_open_quote(file: TextIO, path: Path) -> None:
+    """Raise an InputError if the last row takes in the rest of the file because its quote is never closed."""
+    file.seek(0)
+    start, reader = 1, csv.reader(file, strict=True)
+    try:
+        for _ in reader:
+            start = reader.line_num + 1
+    except csv.Error as error:
+        if "unexpected end" in str(error):
+            raise InputError(f"{path}, line {start}: a quote is not closed; close it, or remove it") from error
 
 
 def format_table(columns: Sequence[str], rows: Iterable[Mapping]) -> bytes:

@@ -21,6 +21,7 @@ if not __package__:  # run as a script
 
 from kernel.inputs import InputError
 from local.base.console import command_parser, counted, run
+from local.base.files import refuse_unwritable_file
 from local.data.folder import find_competition
 from local.encoders.source import find_source
 from local.recipes.recipe import read_recipe
@@ -77,6 +78,8 @@ def find_alphabets(folder: Path) -> list[Path]:
 
 def main() -> None:
     options = parse_options()
+    if options.json:
+        refuse_unwritable_file(options.json)
     # Each benchmark is imported after the checks: torch takes seconds, and mistakes must be answered immediately.
     if options.name == "speed":
         find_source(options.encoder)

@@ -15,7 +15,7 @@ from bundle import bundle
 from kernel.inputs import InputError
 from local.base.console import command_parser, run, say
 from local.base.metrics import describe
-from local.drawing.competition import generate
+from local.drawing.competition import check_numbers, generate
 from local.evaluate import report
 from local.recipes.recipe import read_recipe
 from local.rehearsal.report import rehearse
@@ -25,6 +25,8 @@ MARKER = ".demo"  # a file in a folder that the next demo may replace
 
 def demonstrate(out: Path, species: int, seed: int) -> None:
     """Make a competition, a run, a bundle, a scored submission and a report in `out`. An earlier demo is replaced."""
+    check_numbers(species, seed)
+    recipe = read_recipe("demo", [f"seed={seed}"])
     if out.exists():
         if not (out / MARKER).is_file():
             raise InputError(f"{out} exists and is not a demo: give another --out")
@@ -43,7 +45,7 @@ def demonstrate(out: Path, species: int, seed: int) -> None:
     from local.training.run import train_run
 
     step("2/5 Training a small encoder from scratch, and building the bank of prototypes.")
-    train_run(read_recipe("demo", [f"seed={seed}"]), drawn.competition, out / "run")
+    train_run(recipe, drawn.competition, out / "run")
     step("3/5 Bundling kernel/ and the run into one script and its weights.")
     bundle([out / "run"], out / "build")
     step("4/5 Rehearsing the script as Kaggle runs it: alone, offline, without the test labels.")

@@ -18,7 +18,6 @@ number on it is also in metrics.json. It shows
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,7 +27,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from local.base.console import Progress, command_parser, run, say
-from local.base.files import write_json, write_text
+from local.base.files import read_json, write_json, write_text
 from local.base.run_folder import require_answers
 from local.base.runs import open_run
 from local.data.folder import find_competition
@@ -48,6 +47,7 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
         open_run(run_folder)
         require_answers(run_folder)
     find_competition(data)
+    by_training = read_json(folder / "metrics.json")
     # Imported here because torch, scikit-learn and matplotlib take seconds, and mistakes must be answered immediately.
     from local.report.evidence import read_evidence
     from local.report.figures import compute_figures
@@ -57,7 +57,6 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
         evidence = read_evidence(folder, data)
     figures = compute_figures(evidence, others, focus)
     page = render(figures, data)
-    by_training = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     write_json(by_training | {"evaluation": asdict(figures)}, folder / "metrics.json")
     write_text(page, folder / "report.html")
     return folder / "report.html"

@@ -18,7 +18,9 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from kernel.start import positive_seconds
 from local.base.console import command_parser, run, say
+from local.base.files import refuse_unwritable_file
 from local.rehearsal.rehearsal import Rehearsal
 from local.rehearsal.report import play_all
 from local.rehearsal.scenarios import SCENARIOS
@@ -36,9 +38,13 @@ def main() -> None:
         metavar="NAME",
         help=f"all, or one of {', '.join(SCENARIOS)} (default: %(default)s)",
     )
-    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="default: the competition's own limit")
+    parser.add_argument(
+        "--time-limit", type=positive_seconds, metavar="SECONDS", help="default: the competition's own limit"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results and scores to this file")
     options = parser.parse_args()
+    if options.json:
+        refuse_unwritable_file(options.json)
     with Rehearsal(options.data, options.build, options.solution, options.time_limit) as rehearsal:
         report = play_all(rehearsal, list(SCENARIOS) if options.scenario == "all" else [options.scenario])
     if options.json:

@@ -102,9 +102,12 @@ class Competition:
     visible_tables: Callable[["CompetitionFolder"], dict[Path, bytes | None]] = lambda found: {found.table: None}
 
     def recognise(self, folder: Path) -> "CompetitionFolder | None":
-        """The folder with its test table, or None if it is not this competition's."""
-        tables = visible(folder.glob(self.table))[:1] if self.has_table else [folder / self.table]
-        return CompetitionFolder(folder, self, tables[0]) if tables and self.is_recognised(folder) else None
+        """The folder with its test table, or None if it is not this competition's, or cannot be read."""
+        try:
+            tables = visible(folder.glob(self.table))[:1] if self.has_table else [folder / self.table]
+            return CompetitionFolder(folder, self, tables[0]) if tables and self.is_recognised(folder) else None
+        except OSError:
+            return None
 
     def boards(self, observations: int) -> dict[str, int]:
         """How many observations each part of the leaderboard scores.

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kernel.competitions.competition import Competition, CompetitionFolder, LabelledPhoto, PhotoRow
+from kernel.inputs import InputError
 from kernel.tables import RESOLUTIONS, TAXONOMY, clean_id, format_table, is_blank, photo_name, read_table, visible
 
 METADATA = (
@@ -50,6 +51,11 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
             continue
         folder = found.photo_folder(split, resolution)
         for row in read_table(path, needed, filled=needed, left_out=left_out):
+            if any(row.get(None, ())):  # cells beyond the header, so that the others may be in wrong columns
+                raise InputError(
+                    f"{path}, observation {row['observationID']}: the row has more cells than columns; put quotes "
+                    "around the cell with a comma"
+                )
             photo = LabelledPhoto(
                 split,
                 clean_id(row["observationID"]),

@@ -36,7 +36,7 @@ def _read_coco(path: Path) -> tuple[dict[str, PhotoRow], dict]:
             coco = json.loads(content.decode("ISO-8859-1"))
         coco = {"images": coco} if isinstance(coco, list) else coco
         rows = [PhotoRow(_coco_id(image, "image"), photo_name(image["file_name"]), image) for image in coco["images"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as COCO metadata ({error!r}): download it again") from error
     return {row.observation: row for row in rows}, coco
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import cache
 from typing import TypeVar
 
-from kernel.inputs import InputError, escape_unprintable
+from kernel.inputs import InputError, escape_control, escape_unprintable
 from kernel.progress import Progress
 from kernel.progress import counted as counted
 
@@ -24,7 +24,8 @@ def command_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command. An InputError is one line on stderr and exit code 2. Any other exception is a bug: a traceback.
+    """Run a command. An InputError is one line on stderr and exit code 2, and so is what the system says of a path that
+    it cannot read or write. Any other exception is a bug: a traceback.
 
     Characters that the console cannot print are escaped. If the reader closes the output, as `head` does, the command
     ends without a message.
@@ -33,6 +34,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, KeyboardInterrupt) as error:
+        sys.exit(report_error(error))
+    except OSError as error:
+        if error.filename is None:
+            raise
         sys.exit(report_error(error))
     finally:
         try:
@@ -44,7 +49,11 @@ def run(main: Callable[[], None]) -> None:
 def report_error(error: BaseException) -> int:
     """Print the exception that ended a command; returns the exit code."""
     if isinstance(error, InputError):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escape_control(error)}", file=sys.stderr)
+        return 2
+    if isinstance(error, OSError) and error.filename is not None:
+        path = escape_control(os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename)
+        print(f"error: {path}: {error.strerror}: check the path, its permissions and the disk", file=sys.stderr)
         return 2
     if isinstance(error, KeyboardInterrupt):
         print(str(error) or "interrupted", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {shorten(repr(value), 60)}, expected a JSON object: correct the file")
     return value
+
+
+def refuse_unwritable_file(path: Path) -> None:
+    """Check, before the long work whose result it is to hold, that a file can be written. Nothing is left behind.
+
+    Raises:
+        InputError: it is a folder, or lies in something that is no folder, or in one that is read-only.
+    """
+    nearest = next(folder for folder in path.absolute().parents if os.path.exists(folder))
+    if os.path.isdir(path) or not os.path.isdir(nearest) or not os.access(nearest, os.W_OK):
+        raise InputError(f"{path} cannot be written as a file: give another path")
 
 
 def write_text(text: str, path: Path) -> None:

@@ -83,8 +83,7 @@ def generate(out: Path, species: int = 60, seed: int = 0, resolution: str = RESO
     Raises:
         InputError: a value is out of range, or `out` exists.
     """
-    if not 2 <= species <= MAX_SPECIES:
-        raise InputError(f"--species: expected 2 to {MAX_SPECIES}, got {species}")
+    check_numbers(species, seed)
     _check_is_new(out)
     import pandas as pd  # here, because it takes half a second, and mistakes must be answered immediately
 
@@ -114,6 +113,7 @@ def generate_from_metadata(metadata: Path, out: Path, seed: int = 0, resolution:
     Raises:
         InputError: a table is missing; see also `generate`.
     """
+    check_numbers(MAX_SPECIES, seed)
     sources = {path: metadata / path for path in (*map(_table, SPLITS), SAMPLE)}
     for path in sources.values():
         if not path.is_file():
@@ -137,6 +137,14 @@ def generate_from_metadata(metadata: Path, out: Path, seed: int = 0, resolution:
     }
     texts = {name: path.read_bytes() for name, path in sources.items()}
     return _write(out, texts, tables, looks, seed, resolution)
+
+
+def check_numbers(species: int, seed: int) -> None:
+    """Raise an InputError if a number is out of range."""
+    if not 2 <= species <= MAX_SPECIES:
+        raise InputError(f"--species: expected 2 to {MAX_SPECIES}, got {species}")
+    if seed < 0:
+        raise InputError(f"--seed: expected 0 or more, got {seed}")
 
 
 def _check_is_new(out: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from kernel.inputs import InputError, shorten
 from local.base.files import read_json
-from local.encoders.source import OPEN_CLIP, SUFFIXES, TIMM, WEIGHTS
+from local.encoders.source import OPEN_CLIP, SUFFIXES, TIMM, WEIGHTS, find_format
 
 # Width of a vision transformer -> the word for it in timm's names.
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1536: "giant", 4096: "7b"}
@@ -72,15 +72,13 @@ def download(spec: str, repository: str, formats: tuple[str, ...]) -> Path:
     raise InputError(f"{spec} has no weights with {' or '.join(formats)}: choose another repository")
 
 
-def find_format(folder: Path, formats: tuple[str, ...]) -> str:
+def find_readable_format(folder: Path, formats: tuple[str, ...]) -> str:
     """The first of `formats` in a folder.
 
     Raises:
         InputError: there is none, or the folder is in the format of transformers.
     """
-    kind = next((kind for kind in formats if (folder / kind).is_file()), None)
-    if kind is None:
-        raise InputError(f"{folder} contains no {' and no '.join(formats)}: give a folder in the hub's format")
+    kind = find_format(folder, formats)
     if kind == TIMM:
         refuse_transformers(read_json(folder / kind), str(folder))
     return kind

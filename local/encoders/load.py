@@ -17,7 +17,7 @@ from kernel.encoders import build_module, is_out_of_memory, read_module
 from kernel.inputs import InputError, sha256, shorten
 from kernel.manifest import MANIFEST, EncoderSpec, read_manifest, to_json
 from local.encoders.from_timm import load_timm_files, load_timm_name
-from local.encoders.hub import download, find_format, find_weights_file
+from local.encoders.hub import download, find_readable_format, find_weights_file
 from local.encoders.source import SUFFIXES, TIMM, WEIGHTS, find_source, refuse_image_size
 
 LARGER = 1.25  # the view `larger` has at least this factor of the encoder's own size
@@ -130,7 +130,7 @@ def enable_larger_view(module: nn.Module, spec: EncoderSpec) -> tuple[nn.Module,
 def _load_folder(
     folder: Path, formats: tuple[str, ...], image_size: int, name: str = ""
 ) -> tuple[nn.Module, EncoderSpec]:
-    kind = find_format(folder, formats)
+    kind = find_readable_format(folder, formats)
     weights = find_weights_file(folder, kind)
     if kind == TIMM:
         return load_timm_files(folder / kind, weights, image_size)

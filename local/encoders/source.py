@@ -1,7 +1,9 @@
 """Find out what `--encoder SPEC` refers to. Nothing is loaded, so that a wrong path is reported immediately."""
 
+import difflib
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from kernel.inputs import InputError
@@ -45,6 +47,7 @@ def find_source(spec: str, pretrained: bool = True, image_size: int = 0) -> Sour
         formats = (TIMM,) if kind == "timm" else (OPEN_CLIP,)
         kind, _, name = name.partition(":")
     if kind == "timm":
+        refuse_unknown_timm(name)
         return Source("timm", name)
     if not pretrained:
         raise InputError(f"pretrained = false with the encoder {spec}: only timm:NAME can have random weights")
@@ -57,6 +60,7 @@ def find_source(spec: str, pretrained: bool = True, image_size: int = 0) -> Sour
     if (path / MANIFEST).is_file():
         return Source("run", str(path))
     if path.is_dir():
+        find_format(path, formats)
         return Source("folder", str(path), formats)
     if all(path.with_name(path.name + suffix).is_file() for suffix in (".json", ".safetensors")):
         return Source("pair", str(path))
@@ -64,6 +68,35 @@ def find_source(spec: str, pretrained: bool = True, image_size: int = 0) -> Sour
         f"no encoder {spec}: give hf-hub:OWNER/NAME, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, the stem of a "
         ".safetensors and a .json, a folder with open_clip_config.json or config.json, or a run"
     )
+
+
+def find_format(folder: Path, formats: tuple[str, ...]) -> str:
+    """The first of `formats` in a folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    kind = next((kind for kind in formats if (folder / kind).is_file()), None)
+    if kind is None:
+        raise InputError(f"{folder} contains no {' and no '.join(formats)}: give a folder in the hub's format")
+    return kind
+
+
+def refuse_unknown_timm(name: str) -> None:
+    """Check a model's name against timm's source code, because importing timm takes seconds.
+
+    A name that occurs anywhere in it passes; loading the model decides.
+
+    Raises:
+        InputError: it does not occur.
+    """
+    architecture, timm = name.partition(".")[0], find_spec("timm")
+    folder = Path(timm.origin).parent / "models"
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py")))
+    if not re.search(rf"\b{re.escape(architecture)}\b", code):
+        models = re.findall(r"^@register_model\s+def (\w+)", code, re.MULTILINE)
+        near = ", ".join(difflib.get_close_matches(architecture, models, n=5, cutoff=0.0))
+        raise InputError(f"timm has no model {name}: the nearest are {near}")
 
 
 def refuse_image_size(spec: str, image_size: int) -> None:

@@ -102,7 +102,7 @@ def read_given(name: str, settings: Sequence[str] = (), encoder: str | None = No
         if not equals:
             raise InputError(f"{source} has no value: write --set key=value")
         given[_resolve(key.strip(), source)] = Given(_parse(value.strip()), source)
-    if encoder:
+    if encoder is not None:
         given["encoder"] = Given(encoder, f"--encoder {encoder}")
     return given
 

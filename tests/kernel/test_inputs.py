@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kernel.inputs import InputError, install_wheels, list_folder
+from kernel.inputs import InputError, escape_control, find_folders, install_wheels, list_folder
 
 
 def test_the_listing_for_the_log_is_short_however_many_files_there_are(tmp_path):
@@ -16,6 +16,18 @@ def test_the_listing_for_the_log_is_short_however_many_files_there_are(tmp_path)
     lines = list_folder(tmp_path).splitlines()
     assert len(lines) < 12
     assert "92 more" in lines[-1]
+
+
+def test_a_folder_that_cannot_be_read_does_not_hide_the_others(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "weights").mkdir()
+    assert list(find_folders(tmp_path, lambda folder: folder.name == "weights")) == [tmp_path / "weights"]
+    assert list_folder(tmp_path).splitlines()[1:] == ["  dangling", "  loop", "  weights/"]
+
+
+def test_a_message_stays_on_one_line_whatever_is_in_a_name():
+    assert escape_control("a\nb\r\x1b[2J\u2028 ö 名 \\ '") == "a\\nb\\r\\x1b[2J\\u2028 ö 名 \\ '"
 
 
 def make_wheel(folder: Path, member: str, text: str) -> Path:

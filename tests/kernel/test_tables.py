@@ -12,6 +12,20 @@ def test_bytes_that_are_not_text_are_refused_in_one_line(tmp_path):
         read_table(tmp_path / "table.csv", ("a",))
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_quote_that_is_not_closed_is_refused_with_its_line(tmp_path, end):
+    lines = ["id,note", "1,fine", '2,"open', "3,lost", "4,lost"]
+    (tmp_path / "table.csv").write_bytes(end.join(lines).encode())
+    with pytest.raises(InputError, match=r"table\.csv, line 3: a quote is not closed"):
+        read_table(tmp_path / "table.csv", ("id",))
+
+
+@pytest.mark.parametrize("last", ['2,"of two\nlines"', '2,"cut o', '2,"a" b'])
+def test_a_last_row_that_takes_in_no_other_is_read(tmp_path, last):
+    (tmp_path / "table.csv").write_text(f"id,note\n1,fine\n{last}")
+    assert [row["id"] for row in read_table(tmp_path / "table.csv", ("id",))] == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     ("text", "id"),
     [

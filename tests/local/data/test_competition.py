@@ -443,6 +443,11 @@ def test_a_missing_column_is_refused_with_the_table_and_the_columns_that_it_has(
     assert "species" in message
 
 
+def test_a_row_whose_cells_are_shifted_by_a_comma_is_refused_with_its_observation(tmp_path: Path) -> None:
+    folder = fungiclef(tmp_path, train=[*TRAIN, ("2021", "72", "Amanita", " muscaria", "0-72.JPG", "9")])
+    assert "observation 72: the row has more cells than columns" in refusal(folder)
+
+
 def test_a_missing_training_table_is_refused_with_its_path(tmp_path: Path) -> None:
     assert f"{DATASET}-Train.csv" in refusal(fungiclef(tmp_path, train=None))
 
@@ -472,6 +477,7 @@ def test_tables_without_a_labelled_photo_are_refused(tmp_path: Path) -> None:
         '{"images": [{"id": 1}], "annotations": []}',
         '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1}]}',
         '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 2, "category_id": 5}]}',
+        "[" * 100_000,
     ],
     ids=[
         "cut off",
@@ -480,6 +486,7 @@ def test_tables_without_a_labelled_photo_are_refused(tmp_path: Path) -> None:
         "an image without a file",
         "a note without a class",
         "an unknown image",
+        "too deep",
     ],
 )
 def test_damaged_herbarium_metadata_is_refused_with_its_path(tmp_path: Path, text: str) -> None:

@@ -322,8 +322,9 @@ def test_rehearsing_before_bundling_says_so(miniature, drawn, tmp_path, absent):
         Rehearsal(drawn.competition, build)
 
 
-def test_a_solution_of_other_observations_is_refused(miniature, drawn, tmp_path):
-    (tmp_path / "other.csv").write_text("observationID,category_id\n1,2\n")
+@pytest.mark.parametrize("rows", ["", "1,2\n"])
+def test_a_solution_of_other_observations_is_refused_before_the_rehearsal(miniature, drawn, tmp_path, rows):
+    (tmp_path / "other.csv").write_text(f"observationID,category_id\n{rows}")
     with pytest.raises(InputError, match="lacks observation"):
         Rehearsal(drawn.competition, miniature(), tmp_path / "other.csv")
 
