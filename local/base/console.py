@@ -2,10 +2,11 @@
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TypeVar
 
@@ -14,7 +15,8 @@ from kernel.progress import Progress
 from kernel.progress import counted as counted
 
 T = TypeVar("T")
-CLOSED = 141  # the exit code when the reader of the output has closed it: 128 + SIGPIPE, as in a shell
+# Exit codes as in a shell, 128 + the signal: SIGINT, SIGTERM, and SIGPIPE when the reader of the output has closed it.
+INTERRUPTED, TERMINATED, CLOSED = 130, 143, 141
 
 
 def command_parser(description: str) -> argparse.ArgumentParser:
@@ -32,7 +34,8 @@ def run(main: Callable[[], None]) -> None:
     """
     escape_unprintable(sys.stdout, sys.stderr)
     try:
-        main()
+        with sigterm_raises():
+            main()
     except (InputError, KeyboardInterrupt) as error:
         sys.exit(report_error(error))
     except OSError as error:
@@ -46,6 +49,27 @@ def run(main: Callable[[], None]) -> None:
             discard_output()
 
 
+class Terminated(KeyboardInterrupt):
+    """The system asked the command to end."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Within it, SIGTERM raises `Terminated`, as Ctrl-C raises KeyboardInterrupt, so that temporary files go."""
+    owner = os.getpid()
+
+    def end(number: int, frame: object) -> None:
+        if os.getpid() != owner:  # a forked worker, which is to end at once
+            os._exit(TERMINATED)
+        raise Terminated("terminated")
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def report_error(error: BaseException) -> int:
     """Print the exception that ended a command; returns the exit code."""
     if isinstance(error, InputError):
@@ -57,7 +81,7 @@ def report_error(error: BaseException) -> int:
         return 2
     if isinstance(error, KeyboardInterrupt):
         print(str(error) or "interrupted", file=sys.stderr)
-        return 130
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     traceback.print_exception(error)
     return 1
 

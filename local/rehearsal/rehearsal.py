@@ -1,5 +1,6 @@
 """Run the bundle over a competition as Kaggle would, and collect everything that a scenario checks."""
 
+import os
 import random
 import re
 import shutil
@@ -25,6 +26,7 @@ from local.rehearsal.staging import Mounts, fingerprint, link_or_copy, stage_bun
 from local.rehearsal.variations import keep_observations
 
 ROOT = Path(__file__).resolve().parents[2]
+TEMPORARY = ".rehearsal-"  # begins the name of a rehearsal's temporary folder; the process id follows
 OBSERVATIONS = 60  # of the test set that all scenarios but `plain` use, so that all of them take minutes
 FALLBACK_WRITTEN = "the fallback submission is written"
 PLANNED = re.compile(r"\d+ of \d+ views of \d+ photos")
@@ -106,6 +108,15 @@ class KernelRun:
         return next((at for at, line in zip(self.times, self.lines, strict=True) if re.search(pattern, line)), None)
 
 
+def remove_abandoned(build: Path) -> None:
+    """Remove the temporary folders of rehearsals that were killed; on Linux, where it shows which of them still run."""
+    processes = Path("/proc")
+    for folder in build.glob(f"{TEMPORARY}*"):
+        process = folder.name.removeprefix(TEMPORARY).partition("-")[0]
+        if process.isdecimal() and processes.is_dir() and not (processes / process).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class Rehearsal(AbstractContextManager):
     """A bundle, a competition, and a temporary folder in which to run the one over the other.
 
@@ -155,7 +166,8 @@ class Rehearsal(AbstractContextManager):
         self.results: dict[str, ScenarioResult] = {}
 
     def __enter__(self) -> "Rehearsal":
-        self.temporary = tempfile.TemporaryDirectory(prefix=".rehearsal-", dir=self.build)
+        remove_abandoned(self.build)
+        self.temporary = tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", dir=self.build)
         self.folder = Path(self.temporary.name).resolve()
         self.isolation = find_isolation(self.folder)
         say("network: " + ("disabled by a namespace" if self.isolation else "refused by an audit hook in Python"))

@@ -4,7 +4,10 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +99,28 @@ def test_the_rest_of_the_buffer_is_lost_without_a_message_too(monkeypatch, capfd
     with closed_output(monkeypatch):
         run(lambda: print("a line that waits in the buffer"))
     assert capfd.readouterr().err == ""
+
+
+def test_sigterm_ends_a_command_as_ctrl_c_does_and_temporary_files_are_removed(tmp_path, capsys):
+    def main() -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert (ended.value.code, capsys.readouterr().err) == (143, "terminated\n")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_the_system_says_of_a_path_is_one_line_and_no_traceback(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(lambda: (tmp_path / "two\nlines").mkdir() or (tmp_path / "two\nlines").read_bytes())
+    assert ended.value.code == 2
+    path = f"{tmp_path}/two\\nlines"
+    assert capsys.readouterr().err == f"error: {path}: Is a directory: check the path, its permissions and the disk\n"
 
 
 def test_another_broken_pipe_is_a_bug_and_is_shown():

@@ -1,6 +1,7 @@
 """Every scenario passes a correct kernel, and fails one with the fault that it checks for."""
 
 import json
+import os
 import shutil
 import zipfile
 from dataclasses import replace
@@ -320,6 +321,15 @@ def test_rehearsing_before_bundling_says_so(miniature, drawn, tmp_path, absent):
         (build / absent).unlink()
     with pytest.raises(InputError, match=r"no bundle in .* is missing: run python bundle.py runs/NAME first"):
         Rehearsal(drawn.competition, build)
+
+
+def test_a_rehearsal_removes_the_folder_of_one_that_was_killed_and_not_of_one_that_runs(miniature, drawn):
+    build = miniature()
+    killed, running = build / ".rehearsal-99999999-a", build / f".rehearsal-{os.getpid()}-b"
+    for folder in (killed, running):
+        (folder / "plain").mkdir(parents=True)
+    with Rehearsal(drawn.competition, build):
+        assert (killed.exists(), running.exists()) == (False, True)
 
 
 @pytest.mark.parametrize("rows", ["", "1,2\n"])
