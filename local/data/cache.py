@@ -136,10 +136,13 @@ class EmbeddingCache:
         for path in sorted((self.folder / view).glob("*.safetensors")):
             try:
                 part = load_file(path)
-            except (SafetensorError, OSError):
+                photos, values = part["photos"], part["values"]
+            except (SafetensorError, OSError, KeyError):
                 continue
-            digests = [row.tobytes().hex() for row in part["photos"]]
-            rows |= {digest: row for digest, row in zip(digests, part["values"], strict=True) if digest not in rows}
+            if values.shape != (len(photos), self.encoder.features):
+                continue
+            digests = [row.tobytes().hex() for row in photos]
+            rows |= {digest: row for digest, row in zip(digests, values, strict=True) if digest not in rows}
         return rows
 
 

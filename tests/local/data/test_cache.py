@@ -11,6 +11,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from kernel.embeddings import embed_observations
 from kernel.observations import Observation
@@ -131,10 +132,19 @@ def test_every_unreadable_photo_is_named_with_its_own_cause(encoder, observation
     assert Counter(cause for _, cause in photos.unreadable) == {"UnidentifiedImageError": 2, "FileNotFoundError": 1}
 
 
-def test_a_damaged_part_is_embedded_again(encoder, observations, passes, tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda part: part.write_bytes(part.read_bytes()[:100]),
+        lambda part: save_file({"other": np.zeros(3)}, part),
+        lambda part: save_file(load_file(part) | {"values": load_file(part)["values"][:4]}, part),
+        lambda part: save_file(load_file(part) | {"values": load_file(part)["values"][:, :32].copy()}, part),
+    ],
+    ids=["cut off", "other tensors", "too few rows", "too few features"],
+)
+def test_a_damaged_part_is_embedded_again(encoder, observations, passes, tmp_path, damage):
     first = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
-    part = next((tmp_path / "cache").rglob("plain/*.safetensors"))
-    part.write_bytes(part.read_bytes()[:100])
+    damage(next((tmp_path / "cache").rglob("plain/*.safetensors")))
     again = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
     assert np.array_equal(first.values, again.values)
     assert sum(passes) == 14
