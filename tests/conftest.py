@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported. The tests run side by side, each on one core; threads that wait in a spin, and threads of
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from kernel.encoders import Encoder
 from kernel.manifest import MANIFEST, Preprocessing
-from local.drawing.competition import generate
+from local.drawing.competition import Generated, generate
 from local.recipes.recipe import make_recipe
 from local.training.run import train_run
 from tests.processes import ROOT, command  # noqa: F401
@@ -61,6 +63,17 @@ def photo(path: Path, seed: int = 0, size: tuple[int, int] = (80, 60), **options
     return path
 
 
+def make_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first of the processes that run the tests makes, and all of them read."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with FileLock(root / f"{name}.lock"):
+        if not (root / name).exists():
+            make(root / f"{name}.partial")
+            os.replace(root / f"{name}.partial", root / name)
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
     """A tiny encoder with random weights; 64 pixels, on the CPU."""
@@ -71,9 +84,10 @@ def encoder() -> Encoder:
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory):
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Generated:
     """A competition of twelve drawn species."""
-    return generate(tmp_path_factory.mktemp("drawn") / "fungi", species=12, seed=1)
+    folder = make_once(tmp_path_factory, "drawn", lambda folder: generate(folder, species=12, seed=1))
+    return Generated(folder / "competition", folder / "solution.csv")
 
 
 TINY = {"encoder": "timm:test_resnet", "pretrained": False, "image_size": 64, "reference": "train", "epochs": 1}
@@ -84,9 +98,11 @@ LEARNING = {"unfreeze": -1, "prototypes": "learned", "learning_rate": 1e-3, "bat
 @pytest.fixture(scope="session")
 def trained(drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on the drawn competition."""
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    train_run(make_recipe({**TINY, **LEARNING}, "the tests"), drawn.competition, out)
-    return out
+    recipe = make_recipe({**TINY, **LEARNING}, "the tests")
+    return (
+        make_once(tmp_path_factory, "trained", lambda folder: train_run(recipe, drawn.competition, folder / "tiny"))
+        / "tiny"
+    )
 
 
 def trained_with(trained: Path, run: Path, timm: str) -> Path:

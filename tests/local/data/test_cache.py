@@ -2,23 +2,24 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
+import timm
+import torch
 from safetensors.numpy import load_file, save_file
 
 from kernel.embeddings import embed_observations
+from kernel.encoders import Encoder
+from kernel.manifest import Preprocessing
 from kernel.observations import Observation
 from local.banks.estimators import pool
 from local.data import cache as module
 from local.data.cache import EmbeddingCache
-from tests.conftest import ROOT, photo
+from tests.conftest import photo
+from tests.processes import FORKS
 
 VIEWS = ("plain", "hflip")
 
@@ -150,36 +151,32 @@ def test_a_damaged_part_is_embedded_again(encoder, observations, passes, tmp_pat
     assert sum(passes) == 14
 
 
-SCRIPT = textwrap.dedent("""
-    import sys, torch, timm
-    from pathlib import Path
-    from kernel.encoders import Encoder
-    from kernel.manifest import Preprocessing
-    from kernel.observations import Observation
-    from local.data import cache
+def embed_in_parts_of_five(photos, folder):
+    """What each of several processes does."""
     torch.manual_seed(0)
-    module = timm.create_model("test_resnet", num_classes=0).eval().requires_grad_(False)
-    how = Preprocessing(64, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, "crop")
-    encoder = Encoder(module, how, module.num_features, [torch.device("cpu")])
-    cache.PART = 5
-    photos = [Observation(path.name, (path,)) for path in sorted(Path(sys.argv[1]).iterdir())]
-    print("begins", flush=True)
-    cache.EmbeddingCache(Path(sys.argv[2]), encoder).embed(photos, ("plain", "hflip"))
-""")
+    network = timm.create_model("test_resnet", num_classes=0).eval().requires_grad_(False)
+    preprocessing = Preprocessing(64, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, "crop")
+    encoder = Encoder(network, preprocessing, network.num_features, [torch.device("cpu")])
+    module.PART = 5
+    EmbeddingCache(folder, encoder).embed([Observation(path.name, (path,)) for path in sorted(photos.iterdir())], VIEWS)
 
 
 def test_a_killed_process_loses_only_its_part_and_two_at_once_agree(encoder, passes, tmp_path):
     paths = [photo(tmp_path / "photos" / f"{number:03}.jpg", number) for number in range(200)]
-    start = [sys.executable, "-c", SCRIPT, str(tmp_path / "photos"), str(tmp_path / "cache")]
-    killed = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE)
-    while not list((tmp_path / "cache").rglob("*.safetensors")) and killed.poll() is None:
+    work = {"target": embed_in_parts_of_five, "args": (tmp_path / "photos", tmp_path / "cache")}
+    killed, *both = [FORKS.Process(**work) for _ in range(3)]
+    killed.start()
+    while not list((tmp_path / "cache").rglob("*.safetensors")) and killed.is_alive():
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     done = len(list((tmp_path / "cache").rglob("hflip/*.safetensors"))) * 5
     assert done < 200
-    both = [subprocess.Popen(start, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
     photos = EmbeddingCache(tmp_path / "cache", encoder).embed([Observation("all", tuple(paths))], VIEWS)
     assert sum(passes) == 0
     fresh = EmbeddingCache(tmp_path / "fresh", encoder).embed([Observation("all", tuple(paths))], VIEWS)

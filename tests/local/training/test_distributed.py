@@ -34,6 +34,7 @@ def torchrun(processes, *arguments):
     return subprocess.run([*map(str, command), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(drawn, alone, tmp_path):
     done = torchrun(2, *train(tmp_path / "run", drawn, "--encoder", ENCODER, **SETTINGS))
     assert done.returncode == 0, done.stderr
