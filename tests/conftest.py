@@ -99,10 +99,8 @@ LEARNING = {"unfreeze": -1, "prototypes": "learned", "learning_rate": 1e-3, "bat
 def trained(drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on the drawn competition."""
     recipe = make_recipe({**TINY, **LEARNING}, "the tests")
-    return (
-        make_once(tmp_path_factory, "trained", lambda folder: train_run(recipe, drawn.competition, folder / "tiny"))
-        / "tiny"
-    )
+    runs = make_once(tmp_path_factory, "runs", lambda folder: train_run(recipe, drawn.competition, folder / "tiny"))
+    return runs / "tiny"
 
 
 def trained_with(trained: Path, run: Path, timm: str) -> Path:
