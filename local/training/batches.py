@@ -4,10 +4,14 @@ Every random draw depends on the seed, the epoch and its position in the epoch a
 continues exactly as it would have, with any number of workers.
 """
 
+import ctypes
 import math
+import multiprocessing
 import os
 import random
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +28,7 @@ from kernel.photos import read_photo, shorter_side
 from local.recipes.settings import AugmentSettings, TrainSettings
 
 ERASED_AREA = (0.02, 0.1)  # fraction of a photo's area
+PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
 
 
 @dataclass(frozen=True)
@@ -181,12 +186,18 @@ def make_loader(dataset: PhotoDataset, sampler: ObservationBatchSampler, device:
 
 
 def leave_process_group(worker: int) -> None:
-    """Move a worker out of the group of processes that Ctrl-C and torchrun signal.
+    """Move a worker out of the group of processes that Ctrl-C and torchrun signal, and let it end with the training.
 
-    Otherwise the signal kills it before the training has written its checkpoint.
+    Otherwise the signal kills it before the training has written its checkpoint. A worker whose training was killed
+    while it started would wait for ever: torch looks for the parent only later.
     """
     if hasattr(os, "setsid"):
         os.setsid()
+    with suppress(OSError, AttributeError, TypeError):  # Linux alone has prctl
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    is_fork = multiprocessing.get_start_method() == "fork"  # otherwise the parent is a server
+    if is_fork and os.getppid() != multiprocessing.parent_process().pid:
+        os._exit(1)
 
 
 def make_augmentation(preprocessing: Preprocessing, augment: AugmentSettings) -> v2.Compose:
