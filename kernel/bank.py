@@ -175,7 +175,7 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
         scores: (observations, classes), none NaN.
 
     Returns:
-        (observations, count) int64.
+        (observations, count) int64; all classes, if there are fewer.
     """
     values, indices = scores.topk(min(count + 1, scores.shape[1]), dim=1)  # in any order where scores are equal
     indices = indices[:, :count].sort(dim=1).values

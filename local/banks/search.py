@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from kernel.bank import Bank, Layer, classify
+from kernel.bank import Bank, Layer, classify, largest
 from local.banks.estimators import (
     ClassMeans,
     LinearProbe,
@@ -220,7 +220,7 @@ def evaluate_predictions(log_probabilities: torch.Tensor, truth: np.ndarray) -> 
     ranks = ((log_probabilities > own) | ((log_probabilities == own) & earlier)).sum(dim=1)
     ranks = torch.where(target < 0, log_probabilities.shape[1], ranks)
     losses = torch.where(target < 0, torch.nan, -own[:, 0].double())
-    top = log_probabilities.sort(dim=1, descending=True, stable=True).indices[:, : max(GUESSES)]
+    top = largest(log_probabilities, max(GUESSES))
     return Evaluation(top.numpy(), ranks.numpy(), losses.numpy())
 
 

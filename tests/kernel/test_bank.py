@@ -74,7 +74,7 @@ def test_chunks_do_not_change_the_ranking(monkeypatch):
 
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])  # few levels of score: many equal ones, also across the last guess
-@pytest.mark.parametrize("count", [1, 3, 20])
+@pytest.mark.parametrize("count", [1, 3, 20, 25])
 def test_the_largest_scores_are_those_of_a_stable_sort(levels, count):
     scores = torch.randint(levels, (200, 20), generator=torch.Generator().manual_seed(levels)).float()
     scores[0] = -torch.inf
