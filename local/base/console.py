@@ -59,7 +59,7 @@ def sigterm_raises() -> Iterator[None]:
     owner = os.getpid()
 
     def end(number: int, frame: object) -> None:
-        if os.getpid() != owner:  # a forked worker, which is to end at once
+        if os.getpid() != owner:  # a forked worker must end immediately
             os._exit(TERMINATED)
         raise Terminated("terminated")
 

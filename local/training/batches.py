@@ -178,18 +178,18 @@ def make_loader(dataset: PhotoDataset, sampler: ObservationBatchSampler, device:
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
-        worker_init_fn=leave_process_group,
+        worker_init_fn=set_up_worker,
         persistent_workers=True,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own, so that it draws nothing from the global one
     )
 
 
-def leave_process_group(worker: int) -> None:
-    """Move a worker out of the group of processes that Ctrl-C and torchrun signal, and let it end with the training.
+def set_up_worker(worker: int) -> None:
+    """Let a worker live until the training ends, and no longer.
 
-    Otherwise the signal kills it before the training has written its checkpoint. A worker whose training was killed
-    while it started would wait for ever: torch looks for the parent only later.
+    It leaves the group of processes that Ctrl-C and torchrun signal: the signal would kill it before the training has
+    written its checkpoint. It ends when the training is killed: torch notices that only once the worker has started.
     """
     if hasattr(os, "setsid"):
         os.setsid()
