@@ -7,9 +7,10 @@ import copy
 import ctypes
 import importlib
 import re
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,6 +40,8 @@ class Encoder:
         preprocessing: how photos become these pixels.
         features: length of an embedding.
         batch_size: photos per forward pass on all devices together; halved when memory runs out.
+        queued: batches that may be submitted before the result of the first one is asked for, so that a GPU never
+            waits. On a CPU none, because `submit` returns when the batch is embedded.
         replicas: the module on each of `devices`.
     """
 
@@ -46,24 +49,26 @@ class Encoder:
         self.module, self.preprocessing, self.features, self.device = module, preprocessing, features, devices[0]
         self.replicas = [module, *(copy.deepcopy(module).to(device) for device in devices[1:])]
         self.devices = list(devices)
-        # Large enough to fill a GPU. Small on a CPU, because the budget is checked between batches.
-        self.batch_size = 16 if self.device.type == "cpu" else 128 * len(devices)
+        # Small on a CPU, because the budget is checked between batches.
+        self.batch_size = 16 if self.device.type == "cpu" else gpu_batch_size(preprocessing) * len(devices)
+        self.queued = 0 if self.device.type == "cpu" else 1
         # (pixels / 255 - mean) / std as one multiplication and one subtraction.
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
-        self._factor, self._offset = 1 / (255 * std), mean / std
+        self._constants = {torch.device("cpu"): (1 / (255 * std), mean / std)}  # and on other devices, once needed
+        self._copies: dict[torch.device, torch.cuda.Stream] = {}
 
     def normalise(self, photos: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Normalise (batch, 3, size, size) uint8 to float32 on the device."""
-        pixels = photos.to(device, non_blocking=True).float()
-        return pixels * self._factor.to(device) - self._offset.to(device)
+        if device not in self._constants:
+            self._constants[device] = tuple(value.to(device) for value in self._constants[torch.device("cpu")])
+        factor, offset = self._constants[device]
+        return (photos.to(device, non_blocking=True).float() * factor).sub_(offset)
 
     def forward(self, pixels: torch.Tensor, module: nn.Module) -> torch.Tensor:
         """Embed (batch, 3, size, size) float32. Returns (batch, features) float32, L2-normalised."""
-        dtype = next(module.parameters()).dtype
-        pixels = pixels.to(dtype).contiguous(memory_format=torch.channels_last)
+        pixels = pixels.to(next(module.parameters()).dtype, memory_format=torch.channels_last)
         return nn.functional.normalize(module(pixels).float(), dim=1)
 
-    @torch.inference_mode()
     def embed(self, photos: torch.Tensor, views: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> torch.Tensor:
         """Embed every view of every photo.
 
@@ -74,13 +79,11 @@ class Encoder:
         Returns:
             (batch, views, features) float32, L2-normalised, on the CPU.
         """
-        chunks = photos.chunk(len(self.replicas))
-        if len(chunks) == 1:
-            return self._embed_chunk(photos, views, self.module, self.device)
-        with ThreadPoolExecutor(len(chunks)) as pool:  # CUDA calls release the GIL
-            each = zip(chunks, self.replicas, self.devices, strict=False)
-            tasks = [pool.submit(self._embed_chunk, chunk, views, module, device) for chunk, module, device in each]
-            return torch.cat([task.result() for task in tasks])
+        return self.submit(photos, views).result()
+
+    def submit(self, photos: torch.Tensor, views: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> "Submitted":
+        """Start to `embed`. Beside a GPU this returns as soon as the work is queued."""
+        return Submitted(self, photos, views, self._start(photos, views), self._dtype())
 
     @torch.inference_mode()
     def try_one_photo(self) -> None:
@@ -88,7 +91,16 @@ class Encoder:
         side = self.preprocessing.decoded_size
         photo = torch.zeros((1, 3, side, side), dtype=torch.uint8)
         for module, device in zip(self.replicas, self.devices, strict=True):
-            self._embed_views(photo, [VIEWS["plain"]], module, device)
+            self._embed_views(photo, [VIEWS["plain"]], module, device).cpu()
+
+    def use_full_precision(self) -> None:
+        """Cast the weights to fp32, because half precision overflows in this encoder."""
+        print("half precision overflows in this encoder: continuing in full precision", flush=True)
+        for module in self.replicas:
+            module.float()
+
+    def _dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
 
     def _embed_views(
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
@@ -98,31 +110,115 @@ class Encoder:
         decoded = self.normalise(photos, device)
         pixels = shrink(decoded, self.preprocessing.size)
         made = (decoded if view is larger else view(pixels) for view in views)
-        return torch.stack([self.forward(each, module) for each in made], dim=1).cpu()
+        return torch.stack([self.forward(each, module) for each in made], dim=1)
 
     @torch.inference_mode()
-    def _embed_chunk(
-        self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
-    ) -> torch.Tensor:
-        """`_embed_views`, in smaller batches when memory runs out, and in fp32 when half precision overflows."""
+    def _start(self, photos: torch.Tensor, views: Sequence[Callable]) -> list[list["Part"]]:
+        """Start to embed a batch, in smaller batches when memory runs out.
+
+        Returns:
+            A list for each of these batches, of its parts, one on each device.
+        """
+        modules = [self.module, *self.replicas[1:]]
         try:
-            embedded = self._embed_views(photos, views, module, device)
+            return [
+                [
+                    self._start_part(part, views, module, device)
+                    for part, module, device in zip(photos.chunk(len(modules)), modules, self.devices, strict=False)
+                ]
+            ]
         except RuntimeError as error:
             if len(photos) == 1 or not OUT_OF_MEMORY.search(str(error)):
                 raise
-        else:
-            if embedded.isfinite().all() or next(module.parameters()).dtype == torch.float32:
-                return embedded
-            print("half precision overflows in this encoder: continuing in full precision", flush=True)
-            module.float()
-            return self._embed_chunk(photos, views, module, device)
         # Outside the except clause, because the traceback keeps the tensors alive.
-        if device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
         half = (len(photos) + 1) // 2
-        self.batch_size = min(self.batch_size, half * len(self.replicas))
+        self.batch_size = min(self.batch_size, half)
         print(f"out of memory: continuing with batches of {self.batch_size} photos", flush=True)
-        return torch.cat([self._embed_chunk(chunk, views, module, device) for chunk in photos.split(half)])
+        return [step for chunk in photos.split(half) for step in self._start(chunk, views)]
+
+    def _start_part(
+        self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
+    ) -> "Part":
+        if device.type == "cpu":
+            start = time.perf_counter()
+            embedded = self._embed_views(photos, views, module, device)
+            return Part(embedded, start, time.perf_counter())
+        with torch.cuda.device(device):
+            if device not in self._copies:
+                self._copies[device] = torch.cuda.Stream()
+            compute, copies = torch.cuda.current_stream(), self._copies[device]
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(compute)
+            with torch.cuda.stream(copies):
+                photos = photos.to(device, non_blocking=True)
+            compute.wait_stream(copies)
+            photos.record_stream(compute)
+            # Into pinned memory, since it does not block.
+            embedded = self._embed_views(photos, views, module, device).to("cpu", non_blocking=True)
+            end.record(compute)
+            return Part(embedded, start, end)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a batch that one device embeds.
+
+    Attributes:
+        embedded: (photos, views, features) float32 on the CPU, complete once `end` has happened.
+        start, end: seconds on a CPU, events of CUDA beside a GPU.
+    """
+
+    embedded: torch.Tensor
+    start: "float | torch.cuda.Event"
+    end: "float | torch.cuda.Event"
+
+    def wait(self) -> float:
+        """Wait for the end. Returns the seconds that the device took."""
+        if isinstance(self.end, float):
+            return self.end - self.start
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1000
+
+
+class Submitted:
+    """A batch that is being embedded.
+
+    Attributes:
+        seconds: that the device took for it, known after `result`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        photos: torch.Tensor,
+        views: Sequence[Callable],
+        steps: list[list[Part]],
+        dtype: torch.dtype,
+    ):
+        self._encoder, self._photos, self._views, self._steps, self._dtype = encoder, photos, views, steps, dtype
+        self._embedded: torch.Tensor | None = None
+        self.seconds = 0.0
+
+    def result(self) -> torch.Tensor:
+        """Wait for the embeddings: (batch, views, features) float32, L2-normalised, on the CPU."""
+        if self._embedded is None:
+            self.seconds = sum(max([part.wait() for part in parts]) for parts in self._steps)
+            embedded = torch.cat([part.embedded for parts in self._steps for part in parts])
+            if self._dtype != torch.float32 and not embedded.isfinite().all():
+                if self._encoder._dtype() != torch.float32:  # not yet because of the batch before
+                    self._encoder.use_full_precision()
+                again = self._encoder.submit(self._photos, self._views)
+                embedded = again.result()
+                self.seconds += again.seconds
+            self._embedded = embedded
+        return self._embedded
+
+
+def gpu_batch_size(preprocessing: Preprocessing) -> int:
+    """Photos that fill a GPU: 256 of 224 pixels, or as many larger ones as have the same number of pixels."""
+    return max(32, min(256, 256 * 224**2 // preprocessing.decoded_size**2))
 
 
 def clear_eval_caches(module: nn.Module) -> None:
