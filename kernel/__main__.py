@@ -5,10 +5,6 @@ from kernel.start import handle_errors, remove_packages, start
 if __name__ == "__main__":
     SETUP = start()  # writes the fallback submission, and unpacks the wheels, before torch and timm are imported
 
-import os
-import sys
-import threading
-import time
 import traceback
 from collections.abc import Sequence
 
@@ -17,7 +13,8 @@ import torch
 from kernel.encoders import describe_versions, open_encoder, pick_devices
 from kernel.start import Setup
 from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, describe_unreadable, write_unreadable
-from kernel.embeddings import Embeddings, Limits, embed_observations
+from kernel.loader import PhotoLoader
+from kernel.embeddings import Embeddings, Limits, embed_observations, list_photos
 from kernel.metadata_prior import weighted_prior
 from kernel.bank import rank, read_banks
 from kernel.inputs import InputError
@@ -29,8 +26,12 @@ def embed_members(setup: Setup) -> list[Embeddings]:
 
     In the scored rerun an error costs only what is not embedded yet.
     """
-    members, devices, embedded = setup.weights.manifest.members, pick_devices(), []
-    for index, member in enumerate(members):
+    members, embedded = setup.weights.manifest.members, []
+    # Their processes are forked before CUDA starts, and decode while the first encoder is opened.
+    photos, gpus = list_photos(setup.table.observations), torch.cuda.device_count()
+    loaders = [PhotoLoader.for_gpus(photos, member.encoder.preprocessing, gpus) for member in members]
+    devices = pick_devices()
+    for index, (member, loader) in enumerate(zip(members, loaders, strict=True)):
         name, encoder = member.name, None  # frees the memory of the encoder before
         try:
             encoder = open_encoder(setup.weights.file(member.encoder.file), member.encoder, devices)
@@ -42,7 +43,7 @@ def embed_members(setup: Setup) -> list[Embeddings]:
                 tolerates_errors=setup.is_rerun,
             )
             embeddings = embed_observations(
-                encoder, setup.table.observations, member.views, member.pooling, limits, name
+                encoder, setup.table.observations, member.views, member.pooling, limits, name, loader
             )
         except Exception:
             if not (setup.is_rerun and embedded):
@@ -56,6 +57,8 @@ def embed_members(setup: Setup) -> list[Embeddings]:
         embedded.append(embeddings)
         if embeddings.late:
             break
+    for loader in loaders:
+        loader.close()
     return embedded
 
 
@@ -121,20 +124,6 @@ def summarise(setup: Setup, embedded: Sequence[Embeddings], fallbacks: int, seco
         raise InputError(f"{found}: attach the competition's data again")
 
 
-def exit_beside_busy_threads() -> None:
-    """End the process if a thread is still busy after a second, such as one that waits for a disk that hangs.
-
-    Otherwise the interpreter would wait for it.
-    """
-    end = time.monotonic() + 1
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join(max(0, end - time.monotonic()))
-            if thread.is_alive():
-                sys.stdout.flush()
-                os._exit(0)
-
-
 def main(setup: Setup) -> None:
     """Replace the fallback submission by the predictions."""
     print(describe_versions(setup.weights.manifest.members), flush=True)
@@ -146,7 +135,6 @@ def main(setup: Setup) -> None:
     remove_packages(setup.working)
     write_unreadable(embedded[0].unreadable, setup.working / UNREADABLE_FILE)
     summarise(setup, embedded, fallbacks, seconds)
-    exit_beside_busy_threads()
 
 
 if __name__ == "__main__":

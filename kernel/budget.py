@@ -53,24 +53,27 @@ class Pace:
 
     def __init__(self, overlaps: bool) -> None:
         self.overlaps = overlaps
-        self.decode = self.per_view = 0.0  # seconds per photo
-        self.batches = 0
+        self.decode = self.per_view = 0.0  # seconds per photo, 0 before the first
 
-    def record(self, photos: int, views: int, waited: float, forward: float) -> None:
-        """Take a batch into the averages.
+    def record_decode(self, photos: int, waited: float, seconds: float) -> None:
+        """Take the decoding of a batch into the average.
 
         Args:
-            waited: seconds until its photos were there. Where decoding overlaps, this is only the part of the decoding
-                that the forward passes did not hide; no wait says that decoding is at least as fast as they are.
-            forward: seconds of its forward passes, all views together.
+            waited: seconds until its photos were there.
+            seconds: since the photos of the batch before were there. Where decoding overlaps with the forward passes
+                and was waited for, these are the time that it took; no wait says that it is at least so fast.
         """
         decode = waited / photos
-        if self.overlaps and self.batches:
-            decode = (waited + forward) / photos if waited > 0.05 * forward else min(self.decode, forward / photos)
-        memory = self.MEMORY if self.batches else 0.0
-        self.decode = memory * self.decode + (1 - memory) * decode
-        self.per_view = memory * self.per_view + (1 - memory) * forward / photos / views
-        self.batches += 1
+        if self.overlaps:
+            decode = seconds / photos if waited > 0.05 * seconds else min(self.decode, seconds / photos)
+        self.decode = self._average(self.decode, decode)
+
+    def record_forward(self, photos: int, views: int, seconds: float) -> None:
+        """Take the forward passes of a batch into the average, all views together."""
+        self.per_view = self._average(self.per_view, seconds / photos / views)
+
+    def _average(self, before: float, new: float) -> float:
+        return self.MEMORY * before + (1 - self.MEMORY) * new if before else new
 
     def seconds(self, photos: int, views: int) -> float:
         """How long so many photos will take with so many views each."""

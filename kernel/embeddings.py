@@ -6,30 +6,21 @@ that are not embedded yet: they keep the fallback prediction.
 """
 
 import math
-import os
-import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from kernel.budget import MARGIN, UNLIMITED, Budget, Pace
-from kernel.encoders import Encoder
+from kernel.encoders import Encoder, Submitted
+from kernel.loader import PhotoLoader
 from kernel.observations import Observation
-from kernel.photos import decode_all
 from kernel.progress import Progress
 from kernel.views import VIEWS
-
-T = TypeVar("T")
-FIRST_BATCH = 8  # photos by which the time is planned; few, since on a slow machine the first pass is the slowest
-PREFETCHED = 2  # batches that are decoded ahead, at most
 
 
 @dataclass(frozen=True)
@@ -116,6 +107,7 @@ def embed_observations(
     pooling: str = "mean",
     limits: Limits | None = None,
     name: str = "",
+    loader: PhotoLoader | None = None,
 ) -> Embeddings:
     """Embed every observation: photos averaged over views, then pooled over the observation, then normalised.
 
@@ -124,61 +116,126 @@ def embed_observations(
         pooling: over an observation's photos, "mean" or element-wise "max".
         limits: None sets none.
         name: of the encoder, for the plan and for the progress in the log; empty prints neither.
+        loader: of all photos of the observations, in order, if it has been started already. It is closed at the end.
     """
-    limits, unreadable = limits or Limits(), []
-    budget = limits.budget
-    batches = load_batches(encoder, observations, unreadable, budget.remaining)
-    # Beside a GPU decoding runs ahead. On a CPU it would take the cores from the forward pass.
-    overlaps = encoder.device.type != "cpu"
-    if overlaps:
-        batches = prefetch(batches, budget.remaining)
-    total = sum(len(observation.photos) for observation in observations)
-    pool, pace = Pool(len(observations), encoder.features, pooling), Pace(overlaps)
-    # `incomplete` is the first observation of which photos may be missing.
-    photos_by_views, done, incomplete = Counter(), 0, 0
-    requested = budget.elapsed()
-    deadline = requested + budget.remaining() * limits.fraction
+    limits = limits or Limits()
+    owners = [index for index, observation in enumerate(observations) for _ in observation.photos]
+    loader = loader or PhotoLoader.for_encoder(list_photos(observations), encoder)
+    pool, schedule = Pool(len(observations), encoder.features, pooling), Schedule(encoder, loader, views, limits, name)
+    photos_by_views, end = Counter(), 0
     try:
-        with Progress(name, total, "photo") as progress:
-            for indices, photos in batches:
-                arrived = budget.elapsed()
-                if not done and 0 < budget.remaining() < math.inf:
-                    pace.record(len(indices), 1, arrived - requested, time_one_view(encoder, photos, views[0], budget))
-                    if name:
-                        print_plan(name, total, len(views), deadline, pace, budget)
-                    if limits.is_optional and pace.seconds(total, 1) > budget.remaining():
-                        break
-                # One batch more than there is, so that a last batch that is slow costs views and not photos.
-                rest = total - done - len(unreadable) + len(indices)
-                count = pace.affordable_views(rest, len(views), deadline - budget.elapsed())
-                incomplete = indices[0]
-                if budget.remaining() <= max(0, pace.seconds(len(indices), count)):
-                    break
-                start = budget.elapsed()
-                embedded = encoder.embed(photos, [VIEWS[view] for view in views[:count]])
-                pool.add(indices, embedded.mean(dim=1))
-                incomplete = indices[-1]
-                if done:
-                    pace.record(len(indices), count, arrived - requested, budget.elapsed() - start)
-                requested = budget.elapsed()
-                photos_by_views[count] += len(indices)
-                done += len(indices)
-                progress.advance(len(indices), f"{count} of {len(views)} views")
+        with loader, Progress(name, len(owners), "photo") as progress:
+            for batch, embedded in embed_batches(encoder, schedule.batches(), schedule.pace):
+                pool.add([owners[photo] for photo in batch.photos], embedded.mean(dim=1))
+                photos_by_views[len(batch.views)] += len(batch.photos)
+                end = batch.photos[-1] + 1
+                progress.advance(len(batch.photos), f"{len(batch.views)} of {len(views)} views")
     except Exception:
-        if not (limits.tolerates_errors and done):
+        if not (limits.tolerates_errors and end):
             raise
         traceback.print_exc()
-    finally:
-        batches.close()
-    late = pool.drop_from(incomplete) if done + len(unreadable) < total else 0
-    return Embeddings(pool.values(), pool.counts, unreadable, late, photos_by_views)
+    is_complete = photos_by_views.total() + len(loader.unreadable) == len(owners)
+    late = 0 if is_complete else pool.drop_from(owners[end])
+    return Embeddings(pool.values(), pool.counts, loader.unreadable, late, photos_by_views)
 
 
-def time_one_view(encoder: Encoder, photos: torch.Tensor, view: str, budget: Budget) -> float:
+def list_photos(observations: Sequence[Observation]) -> list[Path]:
+    """All photos, in the order of the observations."""
+    return [photo for observation in observations for photo in observation.photos]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Photos to embed.
+
+    Attributes:
+        photos: their indices.
+        pixels: (photos, 3, decoded_size, decoded_size) uint8.
+        views: keys of VIEWS.
+    """
+
+    photos: list[int]
+    pixels: torch.Tensor
+    views: Sequence[str]
+
+
+def embed_batches(
+    encoder: Encoder, batches: Iterable[Batch], pace: Pace | None = None
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Embed batch after batch: each with (photos, views, features) float32.
+
+    Beside a GPU the next batch is queued before the result of one is waited for, so that the GPU never waits. After an
+    error, those that are queued still come before it is raised.
+
+    Args:
+        pace: gets the times of the forward passes.
+    """
+    queued: deque[tuple[Batch, Submitted]] = deque()
+
+    def finish() -> tuple[Batch, torch.Tensor]:
+        batch, submitted = queued.popleft()
+        embedded = submitted.result()
+        if pace:
+            pace.record_forward(len(batch.photos), len(batch.views), submitted.seconds)
+        return batch, embedded
+
+    failure = None
+    try:
+        for batch in batches:
+            queued.append((batch, encoder.submit(batch.pixels, [VIEWS[view] for view in batch.views])))
+            if len(queued) > encoder.queued:
+                yield finish()
+    except Exception as error:
+        failure = error
+    while queued:
+        yield finish()
+    if failure:
+        raise failure
+
+
+class Schedule:
+    """Decides how many views each batch gets, within the limits.
+
+    Attributes:
+        pace: what photos have cost so far; the forward passes are recorded by `embed_batches`.
+    """
+
+    def __init__(self, encoder: Encoder, loader: PhotoLoader, views: Sequence[str], limits: Limits, name: str) -> None:
+        self.encoder, self.loader, self.views, self.limits, self.name = encoder, loader, views, limits, name
+        self.pace = Pace(overlaps=encoder.queued > 0)
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the loader with their views, until the budget is spent."""
+        budget, pace, encoder, total = self.limits.budget, self.pace, self.encoder, len(self.loader.paths)
+        asked = arrived = budget.elapsed()
+        deadline = asked + budget.remaining() * self.limits.fraction
+        queued = 0  # photos of which the forward passes may not have ended
+        is_first = 0 < budget.remaining() < math.inf
+        for photos, pixels in self.loader.batches(encoder, budget.remaining):
+            before, arrived = arrived, budget.elapsed()
+            pace.record_decode(len(photos), arrived - asked, arrived - before)
+            if is_first:
+                is_first = False
+                pace.record_forward(len(photos), 1, time_one_view(encoder, pixels, self.views[0], budget))
+                if self.name:
+                    print_plan(self.name, total, len(self.views), deadline, pace, budget)
+                if self.limits.is_optional and pace.seconds(total, 1) > budget.remaining():
+                    return
+            # One batch more than there is, so that a last batch that is slow costs views and not photos.
+            rest = total - self.loader.taken + 2 * len(photos) + queued
+            count = pace.affordable_views(rest, len(self.views), deadline - budget.elapsed())
+            if budget.remaining() <= max(0, pace.seconds(len(photos) + queued, count)):
+                return
+            yield Batch(photos, pixels, self.views[:count])
+            queued = len(photos) * encoder.queued
+            asked = budget.elapsed()
+
+
+def time_one_view(encoder: Encoder, pixels: torch.Tensor, view: str, budget: Budget) -> float:
     """Seconds that one view of a batch takes. A first pass is not timed, since it also sets the libraries up."""
-    encoder.embed(photos, [VIEWS[view]])
+    encoder.embed(pixels, [VIEWS[view]])
     start = budget.elapsed()
-    encoder.embed(photos, [VIEWS[view]])
+    encoder.embed(pixels, [VIEWS[view]])
     return budget.elapsed() - start
 
 
@@ -190,67 +247,3 @@ def print_plan(name: str, photos: int, views: int, deadline: float, pace: Pace, 
         f"{budget.remaining():.0f} s left ({MARGIN:.0%} of the limit is kept in reserve)",
         flush=True,
     )
-
-
-def load_batches(
-    encoder: Encoder,
-    observations: Sequence[Observation],
-    unreadable: list[tuple[Path, str]],
-    remaining: Callable[[], float] = lambda: math.inf,
-) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-    """Readable photos in order, as (index of each photo's observation, (batch, 3, decoded_size, decoded_size) uint8).
-
-    Args:
-        unreadable: gets the path of every photo that could not be read, and the cause.
-        remaining: seconds that a batch may take. When it takes longer, as when a disk hangs, there are no more batches.
-    """
-    photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
-    threads = ThreadPoolExecutor(os.cpu_count())
-    try:
-        first, end = 0, FIRST_BATCH
-        while first < len(photos):
-            part = photos[first:end]
-            first, end = end, end + encoder.batch_size
-            paths, timeout = [path for _, path in part], min(max(0, remaining()), threading.TIMEOUT_MAX)
-            try:
-                decoded = decode_all(paths, encoder.preprocessing, threads, timeout)
-            except TimeoutError:
-                return
-            readable = []
-            for (index, path), photo in zip(part, decoded, strict=True):
-                if isinstance(photo, str):
-                    unreadable.append((path, photo))
-                else:
-                    readable.append((index, photo))
-            if readable:
-                indices, batch = zip(*readable, strict=True)
-                yield indices, to_batch(batch, encoder)
-    finally:
-        threads.shutdown(wait=False, cancel_futures=True)  # one of them may wait for a disk that hangs
-
-
-def to_batch(photos: Sequence[np.ndarray], encoder: Encoder) -> torch.Tensor:
-    """Photos as one (batch, 3, decoded_size, decoded_size) uint8 tensor, in pinned memory for a GPU."""
-    batch = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2)
-    return batch.pin_memory() if encoder.device.type == "cuda" else batch
-
-
-def prefetch(batches: Iterator[T], remaining: Callable[[], float]) -> Iterator[T]:
-    """The same batches, made in a thread while the batches before them are being embedded.
-
-    Args:
-        remaining: seconds to wait for the next batch at most. After that there are no more, as when a disk hangs.
-    """
-    thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    ready = deque(thread.submit(next, batches, None) for _ in range(PREFETCHED))
-    try:
-        while (batch := ready.popleft().result(min(max(0, remaining()), threading.TIMEOUT_MAX))) is not None:
-            ready.append(thread.submit(next, batches, None))
-            yield batch
-    except TimeoutError:
-        return
-    finally:
-        for task in ready:
-            task.cancel()
-        thread.submit(batches.close)
-        thread.shutdown(wait=False)

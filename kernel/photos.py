@@ -1,8 +1,7 @@
-"""Decode photos in threads. A photo that cannot be read affects no other photo."""
+"""Read a photo as the encoder wants it. Whatever is in the file, it raises no error."""
 
 import csv
-from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -91,20 +90,6 @@ def decode(path: Path, preprocessing: Preprocessing) -> np.ndarray | str:
         return resize(read_photo(path, shorter_side(preprocessing)), preprocessing)
     except Exception as error:
         return type(error).__name__
-
-
-def decode_all(
-    paths: Iterable[Path], preprocessing: Preprocessing, threads: Executor, timeout: float | None = None
-) -> list[np.ndarray | str]:
-    """`decode` every path, in order. Threads suffice, because Pillow releases the GIL while it decodes.
-
-    Args:
-        timeout: seconds for all of them together; None waits without a limit.
-
-    Raises:
-        TimeoutError: they took longer.
-    """
-    return list(threads.map(lambda path: decode(path, preprocessing), paths, timeout=timeout))
 
 
 def describe_unreadable(unreadable: Sequence[tuple[Path, str]]) -> str:

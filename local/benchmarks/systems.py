@@ -6,7 +6,7 @@ scored on the same observations.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from kernel.embeddings import load_batches
+from kernel.embeddings import list_photos
 from kernel.encoders import Encoder, pick_devices
 from kernel.inputs import InputError
+from kernel.loader import PhotoLoader
 from kernel.manifest import Manifest, read_weights
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
@@ -157,6 +158,16 @@ class Distances(nn.Module):
         return -torch.cdist(embedded, self.prototypes)
 
 
+def load_batches(
+    encoder: Encoder, observations: Sequence[Observation], what: str
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Batches of photos, each with the indices of their observations."""
+    owners = [index for index, observation in enumerate(observations) for _ in observation.photos]
+    with PhotoLoader.for_encoder(list_photos(observations), encoder) as loader:
+        for photos, pixels in progress(loader.batches(encoder), what, unit="batch"):
+            yield [owners[photo] for photo in photos], pixels
+
+
 def embed_batch(encoder: Encoder, photos: torch.Tensor) -> torch.Tensor:
     return encoder.module(encoder.normalise(photos, encoder.device))
 
@@ -166,9 +177,8 @@ def photo_means(encoder: Encoder, part: LabelledObservations, classes: np.ndarra
     encoder.module.eval()
     totals = torch.zeros(int(classes.max()) + 1, encoder.features)
     counts = torch.zeros(len(totals), 1)
-    batches = load_batches(encoder, part.observations, [])
-    for rows, photos in progress(batches, "embedding the training photos", unit="batch"):
-        index = torch.tensor(classes[list(rows)])
+    for rows, photos in load_batches(encoder, part.observations, "embedding the training photos"):
+        index = torch.tensor(classes[rows])
         totals.index_add_(0, index, embed_batch(encoder, photos).cpu())
         counts.index_add_(0, index, torch.ones(len(index), 1))
     return totals / counts.clamp(min=1)
@@ -180,7 +190,7 @@ def predict(
 ) -> list[torch.Tensor]:
     """For each head (queries, classes) probabilities in one view, averaged over photos."""
     totals = [torch.zeros(len(queries), size) for size in sizes]
-    for rows, photos in progress(load_batches(encoder, queries, []), "embedding the test photos", unit="batch"):
+    for rows, photos in load_batches(encoder, queries, "embedding the test photos"):
         embedded = embed_batch(encoder, photos)
         for total, head in zip(totals, heads, strict=True):
             total.index_add_(0, torch.tensor(rows), head(embedded).softmax(dim=1).cpu())

@@ -21,12 +21,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from kernel.embeddings import load_batches
+from kernel.embeddings import Batch, embed_batches
 from kernel.encoders import Encoder, open_encoder, pick_devices
+from kernel.loader import PhotoLoader, count_cores
 from kernel.manifest import read_weights
 from kernel.observations import Observation
 from kernel.photos import PIXELS_VERSION
-from kernel.views import VIEWS
 from local.base import distributed
 from local.base.console import Progress, counted, progress
 
@@ -61,7 +61,7 @@ class EmbeddingCache:
     def embed(self, observations: Sequence[Observation], views: Sequence[str]) -> PhotoEmbeddings:
         """All photos in all views. What the cache lacks is embedded, and added to it."""
         photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
+        with ThreadPoolExecutor(count_cores()) as threads:
             each = threads.map(content_digest, (path for _, path in photos))
             digests = list(progress(each, "looking up photos in the cache", len(photos), "photo"))
         known = {view: self._read(view) for view in views}
@@ -91,31 +91,35 @@ class EmbeddingCache:
         )
 
     def _fill(self, missing: dict[str, Path], views: Sequence[str], known: dict[str, dict]) -> dict[str, str]:
-        """Embed the missing photos, part by part. Under torchrun, every process embeds some of the parts.
+        """Embed the missing photos. Under torchrun, every process embeds some of them.
 
         Returns:
             The cause for each photo that this process could not read, by digest.
         """
-        digests, causes, (rank, world) = list(missing), {}, distributed.rank_and_world_size()
-        parts = [digests[start : start + PART] for start in range(0, len(digests), PART)][rank::world]
-        what = f"embedding in {counted(len(views), 'view')}"
-        with Progress(what, sum(map(len, parts)), "photo") as bar:
-            for part in parts:
-                single = [Observation(digest, (missing[digest],)) for digest in part]
-                found: dict[str, np.ndarray] = {}
-                unreadable: list[tuple[Path, str]] = []
-                for indices, batch in load_batches(self.encoder, single, unreadable):
-                    embedded = self.encoder.embed(batch, [VIEWS[view] for view in views]).half().numpy()
-                    found |= {part[index]: row for index, row in zip(indices, embedded, strict=True)}
-                    bar.advance(len(indices))
-                bar.advance(len(unreadable))
-                digest_of = {missing[digest]: digest for digest in part}
-                causes |= {digest_of[path]: cause for path, cause in unreadable}
-                for column, view in enumerate(views):
-                    rows = {digest: row[column] for digest, row in found.items()}
-                    known[view] |= rows
-                    self._write(view, rows)
-        return causes
+        (rank, world), found = distributed.rank_and_world_size(), {}
+        digests = list(missing)[rank::world]
+        with (
+            PhotoLoader.for_encoder([missing[digest] for digest in digests], self.encoder) as loader,
+            Progress(f"embedding in {counted(len(views), 'view')}", len(digests), "photo") as bar,
+        ):
+            batches = (Batch(photos, pixels, views) for photos, pixels in loader.batches(self.encoder))
+            for batch, embedded in embed_batches(self.encoder, batches):
+                rows = embedded.half().numpy()
+                found |= {digests[photo]: row for photo, row in zip(batch.photos, rows, strict=True)}
+                bar.advance(len(batch.photos))
+                if len(found) >= PART:
+                    self._add(found, views, known)
+                    found = {}
+            self._add(found, views, known)
+        digest_of = {missing[digest]: digest for digest in digests}
+        return {digest_of[path]: cause for path, cause in loader.unreadable}
+
+    def _add(self, found: dict[str, np.ndarray], views: Sequence[str], known: dict[str, dict]) -> None:
+        """Write the (views, features) embeddings of photos, by digest."""
+        for column, view in enumerate(views):
+            rows = {digest: row[column] for digest, row in found.items()}
+            known[view] |= rows
+            self._write(view, rows)
 
     def _write(self, view: str, rows: dict[str, np.ndarray]) -> None:
         if not rows:

@@ -48,21 +48,22 @@ PIP_SECONDS = 120  # for installing one wheel
 GRACE = 10  # seconds beyond a throttled run's limit, for ending the interpreter
 ATTEMPTS = 4  # to find a limit that leaves time for some of the photos
 MEMORY_NOISE = 150  # MB by which the peak memory of two equal runs may differ
-QUEUED = 512  # decoded photos that the kernel may hold at once, in its queue and in its batches
+QUEUED = 1024  # decoded photos that the kernel may hold at once, those ahead and those of its batches
 OTHER_TIMM = 0.1  # fraction of the observations that may get another best class with another timm, by rounding
 RERUN = {"KAGGLE_IS_COMPETITION_RERUN": "1"}
 
 SLOW_DISK = f"""
-import atexit, os, sys, time
-opened = []
+import atexit, os, sys, tempfile, time
+opened = tempfile.TemporaryFile(buffering=0)  # a byte for each photo, from all processes
 def delay(event, arguments):
     is_path = event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike))
     if is_path and os.fsdecode(arguments[0]).lower().endswith((".jpg", ".jpeg", ".png", ".webp")):
-        opened.append(1)
+        opened.write(b".")
         time.sleep({DISK_DELAY})
 sys.addaudithook(delay)
-atexit.register(lambda: print("slow disk:", len(opened), "photos opened late", flush=True))
+atexit.register(lambda: print("slow disk:", os.fstat(opened.fileno()).st_size, "photos opened late", flush=True))
 """
+NO_FORK = "import os; del os.fork"
 CALL = "network attempt: "
 LOG_CALLS = f"""
 import sys
@@ -169,6 +170,23 @@ def check_refused(rehearsal: Rehearsal, mounts: Mounts) -> str:
     return shorten(re.sub(rf"{re.escape(str(rehearsal.folder))}/[^/]+/input", "/kaggle/input", errors[0]), 160)
 
 
+def check_hostile(rehearsal: Rehearsal, mounts: Mounts, bootstrap: str = "") -> str:
+    """Photos that cannot be read, or look strange: the log counts those that cannot be read."""
+    counts = spoil_photos(rehearsal.find_table(mounts.inputs), rehearsal.seed)
+    unreadable = sum(count for kind, count in counts.items() if kind in UNREADABLE)
+    spoiled = sum(counts.values())
+    run = rehearsal.run(mounts, bootstrap=bootstrap)
+    note, found = check_predicted(run), get_summary(run).unreadable
+    if not spoiled:
+        raise Skipped("too few photos to spoil any")
+    if not unreadable <= found <= spoiled:  # the decoder may read a photo that is merely strange, or not
+        are = "is" if found == 1 else "are"
+        raise Failed(
+            f"{counted(found, 'photo')} {are} counted as unreadable: {unreadable} are, of {spoiled} that were spoiled"
+        )
+    return f"{note}; {spoiled} spoiled, {found} of them unreadable"
+
+
 # The scenarios
 
 
@@ -205,21 +223,13 @@ def one_row(rehearsal: Rehearsal) -> str:
 
 
 def hostile(rehearsal: Rehearsal) -> str:
-    """Photos that cannot be read, or look strange: the log counts those that cannot be read."""
-    mounts = rehearsal.mount("hostile")
-    counts = spoil_photos(rehearsal.find_table(mounts.inputs), rehearsal.seed)
-    unreadable = sum(count for kind, count in counts.items() if kind in UNREADABLE)
-    spoiled = sum(counts.values())
-    run = rehearsal.run(mounts)
-    note, found = check_predicted(run), get_summary(run).unreadable
-    if not spoiled:
-        raise Skipped("too few photos to spoil any")
-    if not unreadable <= found <= spoiled:  # the decoder may read a photo that is merely strange, or not
-        are = "is" if found == 1 else "are"
-        raise Failed(
-            f"{counted(found, 'photo')} {are} counted as unreadable: {unreadable} are, of {spoiled} that were spoiled"
-        )
-    return f"{note}; {spoiled} spoiled, {found} of them unreadable"
+    """Photos that cannot be read, or look strange."""
+    return check_hostile(rehearsal, rehearsal.mount("hostile"))
+
+
+def threads(rehearsal: Rehearsal) -> str:
+    """The same photos where no process can be forked, so that threads decode them."""
+    return check_hostile(rehearsal, rehearsal.mount("threads"), NO_FORK)
 
 
 def gone(rehearsal: Rehearsal) -> str:
@@ -455,6 +465,7 @@ SCENARIOS: dict[str, Callable[[Rehearsal], str]] = {
     "larger": larger,
     "one-row": one_row,
     "hostile": hostile,
+    "threads": threads,
     "gone": gone,
     "slow-disk": slow_disk,
     "throttled": throttled,

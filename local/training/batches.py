@@ -4,14 +4,11 @@ Every random draw depends on the seed, the epoch and its position in the epoch a
 continues exactly as it would have, with any number of workers.
 """
 
-import ctypes
 import math
 import multiprocessing
 import os
 import random
-import signal
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,13 +19,13 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from kernel.loader import count_cores, end_with_parent
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
 from local.recipes.settings import AugmentSettings, TrainSettings
 
 ERASED_AREA = (0.02, 0.1)  # fraction of a photo's area
-PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,7 @@ def make_loader(dataset: PhotoDataset, sampler: ObservationBatchSampler, device:
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        num_workers=count_cores(),
         worker_init_fn=set_up_worker,
         persistent_workers=True,
         pin_memory=device.type == "cuda",
@@ -186,18 +183,10 @@ def make_loader(dataset: PhotoDataset, sampler: ObservationBatchSampler, device:
 
 
 def set_up_worker(worker: int) -> None:
-    """Let a worker live until the training ends, and no longer.
-
-    It leaves the group of processes that Ctrl-C and torchrun signal: the signal would kill it before the training has
-    written its checkpoint. It ends when the training is killed: torch notices that only once the worker has started.
-    """
+    """Let a worker live until the training ends, and no longer. torch would notice a kill only once it has started."""
     if hasattr(os, "setsid"):
-        os.setsid()
-    with suppress(OSError, AttributeError, TypeError):  # Linux alone has prctl
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    is_fork = multiprocessing.get_start_method() == "fork"  # otherwise the parent is a server
-    if is_fork and os.getppid() != multiprocessing.parent_process().pid:
-        os._exit(1)
+        is_fork = multiprocessing.get_start_method() == "fork"  # otherwise the parent is a server
+        end_with_parent(multiprocessing.parent_process().pid if is_fork else os.getppid())
 
 
 def make_augmentation(preprocessing: Preprocessing, augment: AugmentSettings) -> v2.Compose:

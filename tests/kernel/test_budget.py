@@ -6,9 +6,11 @@ from kernel.budget import MARGIN, Budget, Pace
 
 
 def pace(overlaps: bool, *batches: tuple[int, int, float, float]) -> Pace:
+    """The pace after some batches: photos, views, seconds that they were waited for, seconds of the forward passes."""
     result = Pace(overlaps)
-    for batch in batches:
-        result.record(*batch)
+    for photos, views, waited, forward in batches:
+        result.record_decode(photos, waited, waited + forward)
+        result.record_forward(photos, views, forward)
     return result
 
 
@@ -25,7 +27,7 @@ def test_on_a_cpu_decode_and_views_add_up():
 
 
 def test_beside_a_gpu_the_longer_of_decode_and_views_counts():
-    measured = pace(True, (10, 1, 2.0, 1.0))
+    measured = pace(True, (10, 1, 1.0, 1.0))  # .2 s for a photo, of which the forward passes hid half
     assert measured.seconds(100, 1) == pytest.approx(20)
     assert measured.seconds(100, 4) == pytest.approx(40)
 
@@ -52,5 +54,6 @@ def test_a_slower_machine_shows_within_a_few_batches():
     measured = pace(False, *[(10, 2, 1.0, 2.0)] * 20)
     assert measured.seconds(100, 2) == pytest.approx(30)
     for _ in range(5):
-        measured.record(10, 2, 4.0, 8.0)
+        measured.record_decode(10, 4.0, 12.0)
+        measured.record_forward(10, 2, 8.0)
     assert measured.seconds(100, 2) > 100

@@ -1,16 +1,15 @@
 """An observation's embedding is the mean over its photos and views, whatever the batches and the order."""
 
-import math
 import os
-import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from kernel.budget import Budget
-from kernel.embeddings import Limits, embed_observations, prefetch, to_batch
+from kernel.embeddings import Limits, embed_observations
 from kernel.encoders import Encoder, open_encoder
+from kernel.loader import FIRST_BATCH, PhotoLoader
 from kernel.manifest import read_weights
 from kernel.observations import Observation
 from kernel.photos import DRAFT, decode
@@ -117,19 +116,34 @@ def test_an_observation_with_an_unreadable_photo_is_embedded_by_its_other_photos
     assert found.failures == {"FileNotFoundError": 2}
 
 
+@dataclass
+class Result:
+    """What `Machine.submit` returns: complete from the start."""
+
+    embedded: torch.Tensor
+    seconds: float
+
+    def result(self) -> torch.Tensor:
+        return self.embedded
+
+
 class Machine:
     """An encoder with a clock that only its work moves: every view of a photo takes so many seconds."""
 
     def __init__(self, encoder: Encoder, seconds: float, slower: tuple[int, float] = (10**9, 1.0)):
         self.now, self.seconds, self.calls, self.slower, self.inner = 0.0, seconds, 0, slower, encoder
         self.device, self.batch_size, self.features = encoder.device, 4, encoder.features  # many batches
-        self.preprocessing = encoder.preprocessing
+        self.preprocessing, self.queued = encoder.preprocessing, 0
 
-    def embed(self, photos, views):
+    def submit(self, photos, views):
         self.calls += 1
         factor = self.slower[1] if self.calls > self.slower[0] else 1.0
-        self.now += len(photos) * len(views) * self.seconds * factor
-        return self.inner.embed(photos, views)
+        seconds = len(photos) * len(views) * self.seconds * factor
+        self.now += seconds
+        return Result(self.inner.embed(photos, views), seconds)
+
+    def embed(self, photos, views):
+        return self.submit(photos, views).result()
 
     def budget(self, limit: float) -> Budget:
         return Budget(limit, 0.0, lambda: self.now)
@@ -147,12 +161,51 @@ def test_with_time_enough_every_photo_gets_every_view(encoder, observations, cap
     assert "tiny: 4 of 4 views of 79 photos, about 316 s" in capsys.readouterr().out
 
 
-def test_decoding_ahead_beside_another_device_gives_the_same_embeddings(encoder, observations):
-    machine = Machine(encoder, 1.0)
-    machine.device = torch.device("meta")  # as beside a GPU, batches are loaded in a thread
-    found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(10_000)))
-    assert found.views == {4: PHOTOS}
+class Gpu(Machine):
+    """A device that works beside the program: a batch is ready once the result of it is waited for.
+
+    Attributes:
+        log: "submitted" and "waited for", with the number of the batch.
+    """
+
+    def __init__(self, encoder: Encoder, seconds: float):
+        super().__init__(encoder, seconds)
+        self.queued, self.log = 1, []
+
+    def submit(self, photos, views):
+        number = len([event for event, _ in self.log if event == "submitted"])
+        self.log.append(("submitted", number))
+        done, log = super().submit(photos, views), self.log
+
+        class Running(Result):
+            def result(self) -> torch.Tensor:
+                log.append(("waited for", number))
+                return self.embedded
+
+        return Running(done.embedded, done.seconds)
+
+
+def test_beside_a_gpu_the_next_batch_is_queued_before_the_result_of_one_is_waited_for(encoder, observations):
+    gpu = Gpu(encoder, 1.0)
+    found = embed_observations(gpu, observations, FOUR)
     assert torch.allclose(found.values, embed_observations(encoder, observations, FOUR).values, atol=1e-6)
+    last = (PHOTOS - FIRST_BATCH + 3) // 4  # number of the last batch
+    expected = [("submitted", 0)]
+    for number in range(1, last + 1):
+        expected += [("submitted", number), ("waited for", number - 1)]
+    assert gpu.log == [*expected, ("waited for", last)]
+
+
+def test_beside_a_gpu_the_budget_is_kept_too(encoder, observations):
+    gpu = Gpu(encoder, 1.0)
+    found = embed_observations(gpu, observations, FOUR, limits=Limits(gpu.budget(3 * PHOTOS)))
+    assert set(found.views) <= {2, 3}
+    assert (found.late, found.views.total()) == (0, PHOTOS)
+    assert gpu.now <= 0.9 * 3 * PHOTOS
+    short = Gpu(encoder, 1.0)
+    found = embed_observations(short, observations, FOUR, limits=Limits(short.budget(0.7 * PHOTOS)))
+    assert found.late > 0
+    assert short.now <= 0.7 * PHOTOS
 
 
 def test_a_limit_too_short_for_all_views_gives_every_photo_fewer(encoder, observations):
@@ -203,10 +256,10 @@ def test_without_time_for_one_view_of_all_photos_the_last_observations_are_left_
 
 def test_an_error_of_the_encoder_costs_only_what_is_not_embedded_yet(encoder, observations, capsys):
     class Breaking(Machine):
-        def embed(self, photos, views):
+        def submit(self, photos, views):
             if self.calls == 9:
                 raise RuntimeError("CUDA error: unspecified launch failure")
-            return super().embed(photos, views)
+            return super().submit(photos, views)
 
     found = embed_observations(Breaking(encoder, 1.0), observations, FOUR, limits=Limits(tolerates_errors=True))
     complete = found.has_embedding.tolist().index(False)
@@ -220,15 +273,15 @@ def test_an_error_of_the_encoder_costs_only_what_is_not_embedded_yet(encoder, ob
 
 
 def test_an_error_while_loading_photos_costs_only_what_is_not_embedded_yet(encoder, observations, monkeypatch, capsys):
-    whole, batches = embed_observations(encoder, observations, ["plain"]), []
+    whole, batches, take = embed_observations(encoder, observations, ["plain"]), [], PhotoLoader.take
 
-    def fail_at_every_fourth(photos, encoder):
-        batches.append(photos)
+    def fail_at_every_fourth(*arguments, **options):
+        batches.append(arguments)
         if len(batches) % 4 == 0:
             raise MemoryError("no memory to pin")
-        return to_batch(photos, encoder)
+        return take(*arguments, **options)
 
-    monkeypatch.setattr("kernel.embeddings.to_batch", fail_at_every_fourth)
+    monkeypatch.setattr(PhotoLoader, "take", fail_at_every_fourth)
     found = embed_observations(encoder, observations, ["plain"], limits=Limits(tolerates_errors=True))
     complete = found.has_embedding.tolist().index(False)
     assert found.late == len(observations) - complete
@@ -251,7 +304,6 @@ def test_a_photo_that_hangs_costs_the_remaining_time_and_no_embedding(encoder, o
     assert found.late == 41 - complete
     whole = embed_observations(encoder, observations, ["plain"])
     assert torch.allclose(found.values[:complete], whole.values[:complete], atol=1e-6)
-    os.close(os.open(tmp_path / "hangs.jpg", os.O_WRONLY | os.O_NONBLOCK))  # lets the thread that waits for it end
 
 
 def test_without_any_time_nothing_is_embedded(encoder, observations):
@@ -274,50 +326,6 @@ def test_views_are_planned_within_the_encoders_fraction_of_the_time(encoder, obs
     found = embed_observations(machine, observations, FOUR, limits=Limits(machine.budget(5 * PHOTOS), fraction=0.5))
     assert set(found.views) == {1, 2}
     assert machine.now <= 0.5 * 0.9 * 5 * PHOTOS
-
-
-def forever() -> float:
-    return math.inf
-
-
-def test_a_batch_that_does_not_come_is_waited_for_no_longer_than_there_is_time():
-    hangs, time_left = threading.Event(), iter([60.0, 60.0, 0.1])
-
-    def numbers():
-        yield from range(2)
-        hangs.wait()
-
-    assert list(prefetch(numbers(), lambda: next(time_left))) == [0, 1]
-    hangs.set()
-
-
-def test_prefetched_batches_are_the_same_batches_and_errors_come_through():
-    def numbers(fails: bool):
-        yield from range(5)
-        if fails:
-            raise OSError("the disk is gone")
-
-    assert list(prefetch(numbers(False), forever)) == [0, 1, 2, 3, 4]
-    with pytest.raises(OSError, match="the disk is gone"):
-        list(prefetch(numbers(True), forever))
-
-
-def test_a_reader_that_stops_early_ends_the_prefetching():
-    closed = []
-
-    def numbers():
-        try:
-            yield from range(10**9)
-        finally:
-            closed.append(True)
-
-    batches = prefetch(numbers(), forever)
-    assert next(batches) == 0
-    batches.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("prefetch"):
-            thread.join(timeout=10)
-    assert closed == [True]
 
 
 def test_no_observations_are_no_error(encoder):

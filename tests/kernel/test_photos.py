@@ -1,6 +1,5 @@
 """Decoding gives what the encoder was trained on, and a photo that cannot be read costs only itself."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from kernel.manifest import Preprocessing
-from kernel.photos import decode, decode_all, read_photo
+from kernel.photos import decode, read_photo
 from tests.conftest import photo
 
 CROP = Preprocessing(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.875, "crop")
@@ -68,8 +67,7 @@ def test_a_truncated_photo_costs_only_itself(tmp_path):
     text.write_text("<html>404</html>")
     folder.mkdir()
     paths = [good[0], truncated, empty, good[1], text, folder, tmp_path / "missing.jpg", good[2]]
-    with ThreadPoolExecutor(3) as threads:
-        decoded = decode_all(paths, CROP, threads)
+    decoded = [decode(path, CROP) for path in paths]
     causes = [result if isinstance(result, str) else "read" for result in decoded]
     assert [cause == "read" for cause in causes] == [True, False, False, True, False, False, False, True]
     assert causes[5:7] == ["IsADirectoryError", "FileNotFoundError"]
