@@ -4,24 +4,29 @@ Called by local/benchmark.py.
 """
 
 import copy
-import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
+from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms import functional
 
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder, pick_devices, pick_dtype
+from kernel.encoders import Encoder, pick_devices, pick_dtype, use_one_torch_thread
+from kernel.loader import count_cores
+from kernel.manifest import Preprocessing
 from kernel.observations import Observation
-from kernel.photos import decode_all, shorter_side
+from kernel.photos import decode, shorter_side
 from kernel.views import VIEWS
 from local.base.console import progress, say
 from local.drawing.fungi import draw, traits
@@ -30,17 +35,28 @@ from local.encoders.load import load_encoder
 # Name -> (width and height in pixels, number of photos).
 SIZES = {"300p": ((400, 300), 96), "500p": ((750, 500), 96), "fullsize": ((3000, 2000), 24)}
 REPEATS = 3  # the fastest counts, because any disturbance makes a measurement slower
+ALL_VIEWS = [name for name in VIEWS if name != "larger"]  # those at one size
+COLUMNS = ("photos", "decode", "forward", "end to end", "of the limit", "plain pipeline", "one by one", "pybioclip")
 
 
-def best_rate(photos: int, work: Callable[[], object]) -> float:
-    """Photos per second in the fastest of REPEATS runs, after a run to warm up."""
-    work()
-    seconds = []
-    for _ in progress(range(REPEATS), "measuring", unit="repeat"):
-        start = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - start)
-    return photos / min(seconds)
+@dataclass(frozen=True)
+class Work:
+    """Something to time: a number of photos, and a function that processes them once."""
+
+    photos: int
+    run: Callable[[], object]
+
+
+def best_rates(works: Mapping[str, Work]) -> dict[str, float]:
+    """Photos per second of each work in the fastest of REPEATS runs, in turn, after a run of each to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in progress(range(REPEATS + 1), "measuring", unit="repeat"):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work.run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: work.photos / min(seconds[name]) for name, work in works.items()}
 
 
 def draw_photos(folder: Path, size: tuple[int, int], count: int) -> list[Path]:
@@ -112,51 +128,130 @@ def pybioclip_embedding(encoder: Encoder) -> Callable[[Sequence[Path]], None] | 
     return embed
 
 
+class Decoded(Dataset):
+    """Photos decoded by a function."""
+
+    def __init__(self, paths: Sequence[Path], decode: Callable[[Path], np.ndarray]) -> None:
+        self.paths, self.decode = paths, decode
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.decode(self.paths[index])))
+
+
+def decode_with_torchvision(path: Path, preprocessing: Preprocessing) -> np.ndarray:
+    """A full decode and a resize of bytes, with the centre crop of the encoder."""
+    pixels = read_image(str(path), ImageReadMode.RGB)
+    pixels = functional.resize(pixels, shorter_side(preprocessing), antialias=True)
+    return functional.center_crop(pixels, preprocessing.size).permute(1, 2, 0).numpy()
+
+
+def ways_to_decode(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[str, Work]:
+    """Decoding alone in threads and in processes: the fastest of them is what these cores can do."""
+    cores, ours = count_cores(), partial(decode, preprocessing=preprocessing)
+    ways = {}
+    for number in sorted({1, 2, cores // 2, cores} - {0}):
+        threads = ThreadPoolExecutor(number, initializer=use_one_torch_thread)
+        ways[f"decode, {number} threads"] = Work(len(paths), lambda threads=threads: list(threads.map(ours, paths)))
+    by_torchvision = partial(decode_with_torchvision, preprocessing=preprocessing)
+    for name, function in (("processes", ours), ("processes, torchvision", by_torchvision)):
+        loader = DataLoader(Decoded(paths, function), batch_size=16, num_workers=cores, persistent_workers=True)
+        ways[f"decode, {cores} {name}"] = Work(len(paths), lambda loader=loader: list(loader))
+    return ways
+
+
+def ways_to_embed(encoder: Encoder) -> dict[str, Work]:
+    """Forward passes alone, at several batch sizes: the fastest is what this device can do."""
+    side, device, module = encoder.preprocessing.size, encoder.device, encoder.module
+    dtype = next(module.parameters()).dtype
+    ways = {}
+
+    @torch.inference_mode()
+    def embed(batches: Sequence[torch.Tensor]) -> None:
+        for batch in batches:
+            module(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for size in (8, 16, 32) if device.type == "cpu" else (128, 256, 512):
+        batch = torch.randn(size, 3, side, side, device=device, dtype=dtype).contiguous(
+            memory_format=torch.channels_last
+        )
+        repeats = max(2, 96 // size)
+        ways[f"forward, batches of {size}"] = Work(
+            repeats * size, lambda batch=batch, repeats=repeats: embed([batch] * repeats)
+        )
+        if device.type == "cpu":
+            cores = torch.get_num_threads()
+            threads = ThreadPoolExecutor(cores, initializer=use_one_torch_thread)
+            ways[f"forward, batches of {size} in each of {cores} threads"] = Work(
+                cores * repeats * size,
+                lambda batch=batch, repeats=repeats, threads=threads, cores=cores: list(
+                    threads.map(embed, [[batch] * repeats] * cores)
+                ),
+            )
+    return ways
+
+
 def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
-    """One row per size of photo: photos per second of the parts, of the whole, and of other pipelines."""
-    size, on_cpu, rows = encoder.preprocessing.size, encoder.device.type == "cpu", []
-    batch = torch.randint(0, 256, (encoder.batch_size, 3, size, size), dtype=torch.uint8)
-    plain, every = [VIEWS["plain"]], [view for name, view in VIEWS.items() if name != "larger"]  # at one size
-    batches = [batch] * 6  # about as many photos as the whole is measured on; short runs seem faster than they are
-    forward = best_rate(6 * len(batch), lambda: [encoder.embed(each, plain) for each in batches])
-    all_views = best_rate(len(batch), lambda: encoder.embed(batch, every))
+    """A row per size of photo and number of views: photos per second of the parts, of the whole, and of others."""
+    on_cpu, rows = encoder.device.type == "cpu", []
     pybioclip = pybioclip_embedding(encoder)
     for name, (pixels, count) in SIZES.items():
-        paths = draw_photos(folder, pixels, count)
-        paths *= 1 if on_cpu else 8  # a GPU needs more than one batch
-        observations = [Observation(str(number), (path,)) for number, path in enumerate(paths)]
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            decode = best_rate(
-                len(paths), lambda paths=paths, threads=threads: decode_all(paths, encoder.preprocessing, threads)
-            )
-        whole = best_rate(len(paths), lambda rows=observations: embed_observations(encoder, rows, ["plain"]))
-        few = paths[:count]
-        # On a CPU, decoding and the forward pass share the cores; beside a GPU they overlap.
-        limit = 1 / (1 / decode + 1 / forward) if on_cpu else min(decode, forward)
-        rows.append(
-            {
-                "photos": name,
-                "decode": decode,
-                "forward": forward,
-                "end_to_end": whole,
-                "share_of_limit": whole / limit,
-                "plain_pipeline": best_rate(len(few), lambda few=few: plain_pipeline(few, encoder)),
-                "one_by_one": best_rate(len(few), lambda few=few: one_by_one(few, encoder)),
-                "pybioclip": best_rate(len(few), lambda few=few: pybioclip(few)) if pybioclip else None,
-                "views_against_forwards": forward / (len(every) * all_views),
-            }
-        )
-        say(table_row(rows[-1]))
+        few = draw_photos(folder, pixels, count)
+        paths = few * (192 // count if on_cpu else 20)  # a short run measures the start, and a GPU needs many batches
+        others = {"plain_pipeline": plain_pipeline, "one_by_one": one_by_one}
+        works = {
+            **ways_to_decode(paths, encoder.preprocessing),
+            **ways_to_embed(encoder),
+            "end_to_end": embedding_work(encoder, paths, ["plain"]),
+            "all_views": embedding_work(encoder, few if on_cpu else paths, ALL_VIEWS),
+            **{key: Work(count, partial(other, few, encoder)) for key, other in others.items()},
+            **({"pybioclip": Work(count, partial(pybioclip, few))} if pybioclip else {}),
+        }
+        rates = best_rates(works)
+        for views, whole in ((1, "end_to_end"), (len(ALL_VIEWS), "all_views")):
+            row = speed_row(rates, views, whole, on_cpu)
+            row["photos"] = name if views == 1 else f"{name}, {views} views"
+            rows.append(row)
+            say(table_row(row))
     return rows
 
 
+def embedding_work(encoder: Encoder, paths: Sequence[Path], views: Sequence[str]) -> Work:
+    """The whole way from photos to embeddings, as the kernel goes it."""
+    observations = [Observation(str(number), (path,)) for number, path in enumerate(paths)]
+    return Work(len(paths), lambda: embed_observations(encoder, observations, views))
+
+
+def speed_row(rates: Mapping[str, float], views: int, whole: str, on_cpu: bool) -> dict:
+    """The figures of one row, without its name.
+
+    The limit is what the fastest way to decode and the fastest forward passes alone would allow: on a CPU they share
+    the cores, beside a GPU they overlap.
+    """
+    fastest = {
+        part: max((key for key in rates if key.startswith(part)), key=rates.get) for part in ("decode", "forward")
+    }
+    decode, forward = rates[fastest["decode"]], rates[fastest["forward"]] / views
+    limit = 1 / (1 / decode + 1 / forward) if on_cpu else min(decode, forward)
+    row = {"views": views, "decode": decode, "forward": forward, "end_to_end": rates[whole]}
+    row |= {
+        "share_of_limit": rates[whole] / limit,
+        "fastest": {part: key.partition(", ")[2] for part, key in fastest.items()},
+    }
+    return row | {key: rates.get(key) if views == 1 else None for key in ("plain_pipeline", "one_by_one", "pybioclip")}
+
+
 def table_row(row: dict) -> str:
-    """A row of the table in RESULTS.md; the last column is the time of 11 views over that of 11 forward passes."""
+    """A row of the table in RESULTS.md."""
     cells = [f"{row[name]:.1f}" for name in ("decode", "forward", "end_to_end")]
     cells += [f"{row['share_of_limit']:.2f}"]
     others = [row[name] for name in ("plain_pipeline", "one_by_one", "pybioclip")]
-    cells += [f"{rate:.1f} ({row['end_to_end'] / rate:.1f}×)" if rate else "not here" for rate in others]
-    return f"| {row['photos']} | {' | '.join(cells)} | {row['views_against_forwards']:.2f} |"
+    cells += [f"{rate:.1f} ({row['end_to_end'] / rate:.1f}×)" if rate else "" for rate in others]
+    return f"| {row['photos']} | {' | '.join(cells)} |"
 
 
 def speed(spec: str) -> dict:
@@ -172,9 +267,10 @@ def speed(spec: str) -> dict:
         else " and ".join(torch.cuda.get_device_name(device) for device in devices)
     )
     say(f"{spec} at {encoder.preprocessing.size} px on {machine}; photos per second")
-    columns = ("photos", "decode", "forward", "end to end", "of the limit")
-    columns += ("plain pipeline", "one by one", "pybioclip", "11 views")
-    say(f"| {' | '.join(columns)} |")
-    say("|---" * len(columns) + "|")
+    say(f"| {' | '.join(COLUMNS)} |")
+    say("|---" * len(COLUMNS) + "|")
     with tempfile.TemporaryDirectory() as folder:
-        return {"encoder": spec, "machine": machine, "rows": measure_speed(encoder, Path(folder))}
+        rows = measure_speed(encoder, Path(folder))
+    for part in ("decode", "forward"):
+        say(f"fastest way of {part}: {', '.join(dict.fromkeys(row['fastest'][part] for row in rows))}")
+    return {"encoder": spec, "machine": machine, "rows": rows}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernel.encoders import Encoder
-from local.benchmarks.speed import pybioclip_embedding, table_row
+from local.benchmarks.speed import pybioclip_embedding, speed_row, table_row, ways_to_decode, ways_to_embed
 from tests.conftest import photo
 
 
@@ -16,12 +16,31 @@ def at_224(encoder) -> Encoder:
     return Encoder(encoder.module, replace(encoder.preprocessing, size=224), encoder.features, encoder.devices)
 
 
-def test_without_pybioclip_its_cell_says_not_here(at_224, monkeypatch):
+def test_without_pybioclip_its_cell_is_empty(at_224, monkeypatch):
     monkeypatch.setitem(sys.modules, "bioclip", None)
     assert pybioclip_embedding(at_224) is None
-    names = ("decode", "forward", "end_to_end", "share_of_limit", "plain_pipeline", "one_by_one")
-    row = table_row({"photos": "300p", "pybioclip": None, "views_against_forwards": 1.0, **dict.fromkeys(names, 2.0)})
-    assert row == "| 300p | 2.0 | 2.0 | 2.0 | 2.00 | 2.0 (1.0×) | 2.0 (1.0×) | not here | 1.00 |"
+
+
+def test_the_limit_is_what_the_fastest_parts_allow_on_shared_cores_or_beside_a_gpu():
+    rates = {"decode, 1 threads": 60.0, "decode, 2 processes": 100.0, "forward, batches of 8": 50.0}
+    rates |= {"end_to_end": 25.0, "all_views": 4.0, "plain_pipeline": 5.0, "one_by_one": 10.0}
+    row = speed_row(rates, 1, "end_to_end", on_cpu=True)
+    assert row["share_of_limit"] == pytest.approx(25 / (1 / (1 / 100 + 1 / 50)))
+    assert row["fastest"] == {"decode": "2 processes", "forward": "batches of 8"}
+    assert table_row(row | {"photos": "300p"}) == "| 300p | 100.0 | 50.0 | 25.0 | 0.75 | 5.0 (5.0×) | 10.0 (2.5×) |  |"
+    assert speed_row(rates, 1, "end_to_end", on_cpu=False)["share_of_limit"] == pytest.approx(25 / 50)
+    views = speed_row(rates, 10, "all_views", on_cpu=False)
+    assert (views["share_of_limit"], views["plain_pipeline"]) == (pytest.approx(4 / 5), None)
+
+
+def test_every_way_to_decode_gives_the_same_photos_and_every_way_to_embed_runs(at_224, tmp_path):
+    paths = [photo(tmp_path / f"{seed}.jpg", seed) for seed in range(20)]
+    for name, work in ways_to_decode(paths, at_224.preprocessing).items():
+        photos = work.run()
+        stacked = torch.cat(photos) if "processes" in name else torch.stack([torch.from_numpy(one) for one in photos])
+        assert (work.photos, stacked.shape) == (20, (20, 224, 224, 3)), name
+    for work in ways_to_embed(at_224).values():
+        work.run()
 
 
 def test_pybioclips_code_embeds_every_photo_offline(at_224, tmp_path):
