@@ -6,9 +6,12 @@ The `EncoderSpec` in the manifest says how to build an encoder. Nothing is downl
 import copy
 import ctypes
 import importlib
+import math
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +26,10 @@ from kernel.inputs import InputError, shorten
 from kernel.manifest import EncoderSpec, Member, Preprocessing
 from kernel.views import VIEWS, larger, shrink
 
+# Photos that a thread embeds at a time on a CPU: enough to compute at full speed, and few, so that a thread that gets
+# less of its core leaves more of a batch to the others.
+PART = 4
+SETTING_THREADS = threading.Lock()
 # The wording of CUDA, of its libraries, and of CPU allocators on Linux and Windows.
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|not enough memory")
 
@@ -50,12 +57,14 @@ class Encoder:
         self.replicas = [module, *(copy.deepcopy(module).to(device) for device in devices[1:])]
         self.devices = list(devices)
         # Small on a CPU, because the budget is checked between batches.
-        self.batch_size = 16 if self.device.type == "cpu" else gpu_batch_size(preprocessing) * len(devices)
+        on_cpu = max(16, 2 * PART * torch.get_num_threads())
+        self.batch_size = on_cpu if self.device.type == "cpu" else gpu_batch_size(preprocessing) * len(devices)
         self.queued = 0 if self.device.type == "cpu" else 1
         # (pixels / 255 - mean) / std as one multiplication and one subtraction.
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
         self._constants = {torch.device("cpu"): (1 / (255 * std), mean / std)}  # and on other devices, once needed
         self._copies: dict[torch.device, torch.cuda.Stream] = {}
+        self._threads: dict[int, ThreadPoolExecutor] = {}  # by their number; they end with the encoder
 
     def normalise(self, photos: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Normalise (batch, 3, size, size) uint8 to float32 on the device."""
@@ -83,9 +92,9 @@ class Encoder:
 
     def submit(self, photos: torch.Tensor, views: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> "Submitted":
         """Start to `embed`. Beside a GPU this returns as soon as the work is queued."""
-        return Submitted(self, photos, views, self._start(photos, views), self._dtype())
+        dtype = next(self.module.parameters()).dtype
+        return Submitted(self, photos, views, self._start(photos, views), dtype)
 
-    @torch.inference_mode()
     def try_one_photo(self) -> None:
         """Pass one photo through every replica, which raises an error if there is no memory for it."""
         side = self.preprocessing.decoded_size
@@ -95,68 +104,88 @@ class Encoder:
 
     def use_full_precision(self) -> None:
         """Cast the weights to fp32, because half precision overflows in this encoder."""
-        print("half precision overflows in this encoder: continuing in full precision", flush=True)
-        for module in self.replicas:
+        if next(self.module.parameters()).dtype != torch.float32:  # not yet because of another batch
+            print("half precision overflows in this encoder: continuing in full precision", flush=True)
+        for module in [self.module, *self.replicas]:
             module.float()
 
-    def _dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
+    @torch.inference_mode()
     def _embed_views(
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
     ) -> torch.Tensor:
-        """Embed all views of one batch on one device. Its local tensors are freed when it raises an error."""
-        clear_eval_caches(module)
+        """Embed all views of photos on one device. Its local tensors are freed when it raises an error."""
         decoded = self.normalise(photos, device)
         pixels = shrink(decoded, self.preprocessing.size)
         made = (decoded if view is larger else view(pixels) for view in views)
         return torch.stack([self.forward(each, module) for each in made], dim=1)
 
-    @torch.inference_mode()
     def _start(self, photos: torch.Tensor, views: Sequence[Callable]) -> list[list["Part"]]:
-        """Start to embed a batch, in smaller batches when memory runs out.
+        """Start to embed photos, in smaller batches when memory runs out.
 
         Returns:
-            A list for each of these batches, of its parts, one on each device.
+            A list for each batch, of its parts, one on each device.
         """
-        modules = [self.module, *self.replicas[1:]]
-        try:
-            return [
-                [
-                    self._start_part(part, views, module, device)
-                    for part, module, device in zip(photos.chunk(len(modules)), modules, self.devices, strict=False)
-                ]
-            ]
-        except RuntimeError as error:
-            if len(photos) == 1 or not OUT_OF_MEMORY.search(str(error)):
-                raise
-        # Outside the except clause, because the traceback keeps the tensors alive.
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        half = (len(photos) + 1) // 2
-        self.batch_size = min(self.batch_size, half)
-        print(f"out of memory: continuing with batches of {self.batch_size} photos", flush=True)
-        return [step for chunk in photos.split(half) for step in self._start(chunk, views)]
+        modules, batches = [self.module, *self.replicas[1:]], []
+        start = self._compute if self.device.type == "cpu" else self._queue
+        while len(photos):
+            batch = photos[: self.batch_size]
+            try:
+                each = zip(batch.chunk(len(modules)), modules, self.devices, strict=False)
+                batches.append([start(part, views, module, device) for part, module, device in each])
+                photos = photos[len(batch) :]
+                continue
+            except RuntimeError as error:
+                if len(batch) == 1 or not OUT_OF_MEMORY.search(str(error)):
+                    raise
+            # Outside the except clause, because the traceback keeps the tensors alive.
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.batch_size = (len(batch) + 1) // 2
+            print(f"out of memory: continuing with batches of {self.batch_size} photos", flush=True)
+        return batches
 
-    def _start_part(
+    def _compute(
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
     ) -> "Part":
-        if device.type == "cpu":
-            start = time.perf_counter()
-            embedded = self._embed_views(photos, views, module, device)
-            return Part(embedded, start, time.perf_counter())
+        """Embed photos on the CPU, in as many threads as torch would use; a single photo with torch's own.
+
+        Torch's threads meet after every operation. Beside other processes that use the cores, each of these meetings
+        waits for the thread that was interrupted. Threads that embed photos of their own meet once.
+        """
+        clear_eval_caches(module)
+        start, count = time.perf_counter(), torch.get_num_threads()
+        if count == 1 or len(photos) == 1:
+            return Part(self._embed_views(photos, views, module, device), start, time.perf_counter())
+        if count not in self._threads:
+            self._threads[count] = ThreadPoolExecutor(count, "forward", use_one_torch_thread)
+        chunks = photos.tensor_split(min(len(photos), count * math.ceil(len(photos) / (PART * count))))
+        tasks = [self._threads[count].submit(self._embed_views, chunk, views, module, device) for chunk in chunks]
+        wait(tasks)
+        return Part(torch.cat([task.result() for task in tasks]), start, time.perf_counter())
+
+    @torch.inference_mode()
+    def _queue(
+        self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
+    ) -> "Part":
+        """Queue the work on a GPU. Nothing here waits for the GPU, and the copy runs beside the batch before.
+
+        cuDNN's search for the fastest algorithms stays off: it would search again for a last, smaller batch.
+        """
+        clear_eval_caches(module)
         with torch.cuda.device(device):
             if device not in self._copies:
                 self._copies[device] = torch.cuda.Stream()
             compute, copies = torch.cuda.current_stream(), self._copies[device]
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = (
+                torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)
+            )  # waiting takes no core
             start.record(compute)
             with torch.cuda.stream(copies):
-                photos = photos.to(device, non_blocking=True)
+                pixels = photos.to(device, non_blocking=True)
             compute.wait_stream(copies)
-            photos.record_stream(compute)
-            # Into pinned memory, since it does not block.
-            embedded = self._embed_views(photos, views, module, device).to("cpu", non_blocking=True)
+            pixels.record_stream(compute)  # its memory is reused only after the work that reads it
+            # Without blocking, the result is copied into pinned memory.
+            embedded = self._embed_views(pixels, views, module, device).to("cpu", non_blocking=True)
             end.record(compute)
             return Part(embedded, start, end)
 
@@ -194,26 +223,39 @@ class Submitted:
         encoder: Encoder,
         photos: torch.Tensor,
         views: Sequence[Callable],
-        steps: list[list[Part]],
+        batches: list[list[Part]],
         dtype: torch.dtype,
     ):
-        self._encoder, self._photos, self._views, self._steps, self._dtype = encoder, photos, views, steps, dtype
+        self._encoder, self._photos, self._views, self._batches, self._dtype = encoder, photos, views, batches, dtype
         self._embedded: torch.Tensor | None = None
         self.seconds = 0.0
 
     def result(self) -> torch.Tensor:
         """Wait for the embeddings: (batch, views, features) float32, L2-normalised, on the CPU."""
         if self._embedded is None:
-            self.seconds = sum(max([part.wait() for part in parts]) for parts in self._steps)
-            embedded = torch.cat([part.embedded for parts in self._steps for part in parts])
+            self.seconds = sum(max([part.wait() for part in parts]) for parts in self._batches)
+            embedded = torch.cat([part.embedded for parts in self._batches for part in parts])
             if self._dtype != torch.float32 and not embedded.isfinite().all():
-                if self._encoder._dtype() != torch.float32:  # not yet because of the batch before
-                    self._encoder.use_full_precision()
+                self._encoder.use_full_precision()
                 again = self._encoder.submit(self._photos, self._views)
                 embedded = again.result()
                 self.seconds += again.seconds
             self._embedded = embedded
         return self._embedded
+
+
+def use_one_torch_thread() -> None:
+    """Make torch compute in the calling thread alone, as the initialiser of threads that run side by side.
+
+    `torch.set_num_threads` also sets the number for all threads that start later, such as autograd's. A short thread
+    sets that back.
+    """
+    with SETTING_THREADS:
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        restorer = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restorer.start()
+        restorer.join()
 
 
 def gpu_batch_size(preprocessing: Preprocessing) -> int:
@@ -259,13 +301,15 @@ def keep_freed_memory() -> None:
     """Make glibc reuse freed memory instead of returning it to the system. Other C libraries are not changed.
 
     By default, the activations of every layer (tens of megabytes) are mapped and zeroed again, page by page, which
-    takes as long as the arithmetic itself.
+    takes as long as the arithmetic itself. All threads share one heap, since the heaps that glibc makes for threads are
+    always returned.
     """
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
+        libc.mallopt(arena_max, 1)
 
 
 def pick_dtype(device: torch.device, precision: str = "half") -> torch.dtype:

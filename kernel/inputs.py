@@ -42,6 +42,15 @@ def escape_unprintable(*streams: TextIO) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def wait_passively() -> None:
+    """Let the threads of torch sleep while they wait for each other; call it before torch is loaded.
+
+    By default they spin. Beside other busy processes, a thread that spins takes the core from the one that it waits
+    for. A user's own OMP_WAIT_POLICY is kept.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content, as 64 hexadecimal digits."""
     with path.open("rb") as file:

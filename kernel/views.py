@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -10,11 +10,17 @@ from torch import nn
 
 def rotate(photos: torch.Tensor, degrees: float) -> torch.Tensor:
     """Rotate (batch, 3, size, size) counter-clockwise about the centre; the corners are filled by reflection."""
-    angle = math.radians(degrees)
-    rows = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
-    matrix = torch.tensor(rows, device=photos.device, dtype=photos.dtype).expand(len(photos), 2, 3)
+    matrix = rotation(degrees, photos.dtype, photos.device).expand(len(photos), 2, 3)
     grid = nn.functional.affine_grid(matrix, list(photos.shape), align_corners=False)
     return nn.functional.grid_sample(photos, grid, padding_mode="reflection", align_corners=False)
+
+
+@cache
+def rotation(degrees: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The (2, 3) matrix of a rotation, kept because copying it to a GPU waits for the work queued there."""
+    angle = math.radians(degrees)
+    rows = [[math.cos(angle), -math.sin(angle), 0.0], [math.sin(angle), math.cos(angle), 0.0]]
+    return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def crop(photos: torch.Tensor, left: float, top: float) -> torch.Tensor:

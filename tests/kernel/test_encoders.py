@@ -1,5 +1,8 @@
 """Encoders are rebuilt from their description alone, exactly, or refused."""
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -9,7 +12,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from kernel.encoders import Encoder, build_module, describe_versions, open_encoder, pick_devices
+from kernel.encoders import (
+    Encoder,
+    build_module,
+    describe_versions,
+    open_encoder,
+    pick_devices,
+    use_one_torch_thread,
+)
 from kernel.inputs import InputError
 from kernel.views import VIEWS
 from tests.manifests import encoder_spec, member
@@ -149,6 +159,64 @@ def test_the_picked_device_works():
     assert torch.ones(2, device=pick_devices()[0]).sum().item() == 2
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Watched(torch.nn.Module):
+    """Notes for each forward pass how many photos it had, in which thread, and how many threads torch used there."""
+
+    def __init__(self, inner: torch.nn.Module):
+        super().__init__()
+        self.inner, self.passes = inner, []
+
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        self.passes.append((len(photos), threading.current_thread(), torch.get_num_threads()))
+        return self.inner(photos)
+
+
+@pytest.mark.parametrize(
+    ("photos", "parts"), [(2, [1, 1]), (8, [4, 4]), (9, [3, 2, 2, 2]), (13, [4, 3, 3, 3]), (16, [4, 4, 4, 4])]
+)
+def test_on_a_cpu_threads_embed_parts_of_a_batch_each_with_one_thread_of_torch(encoder, two_threads, photos, parts):
+    batch, views = torch.randint(0, 256, (photos, 3, 64, 64), dtype=torch.uint8), [VIEWS["plain"], VIEWS["rotate15"]]
+    watched = Encoder(Watched(encoder.module), encoder.preprocessing, encoder.features, encoder.devices)
+    found = watched.embed(batch, views)
+    assert sorted((size for size, _, _ in watched.module.passes), reverse=True) == sorted(2 * parts, reverse=True)
+    assert {torch_threads for _, _, torch_threads in watched.module.passes} == {1}
+    assert threading.current_thread() not in {thread for _, thread, _ in watched.module.passes}
+    assert torch.equal(watched.embed(batch, views), found)
+    one_by_one = torch.cat([watched.embed(photo[None], views) for photo in batch])
+    assert torch.allclose(found, one_by_one, atol=1e-5)
+
+
+def test_a_single_photo_is_embedded_with_all_threads_of_torch(encoder, two_threads):
+    watched = Encoder(Watched(encoder.module), encoder.preprocessing, encoder.features, encoder.devices)
+    watched.embed(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [VIEWS["plain"]])
+    assert watched.module.passes == [(1, threading.current_thread(), 2)]
+
+
+def test_threads_with_one_thread_of_torch_leave_all_other_threads_theirs(two_threads):
+    with ThreadPoolExecutor(3, initializer=use_one_torch_thread) as threads:
+        assert list(threads.map(lambda _: torch.get_num_threads(), range(9))) == [1] * 9
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(torch.get_num_threads).result() == torch.get_num_threads() == 2
+
+
+def test_the_threads_of_an_encoder_end_with_it(encoder, two_threads):
+    watched = Encoder(Watched(encoder.module), encoder.preprocessing, encoder.features, encoder.devices)
+    watched.embed(torch.zeros(16, 3, 64, 64, dtype=torch.uint8), [VIEWS["plain"]])
+    threads = {thread for _, thread, _ in watched.module.passes}
+    del watched
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 class Hungry(torch.nn.Module):
     """A module whose device has memory for `holds` photos."""
 
@@ -171,6 +239,27 @@ def test_out_of_memory_halves_the_batch_and_gives_the_same_embeddings(encoder, c
     assert "out of memory: continuing with batches of 4" in capsys.readouterr().out
 
 
+def test_memory_that_runs_out_in_one_of_several_threads_halves_the_batch_too(encoder, two_threads, capsys):
+    photos = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
+    hungry = Encoder(Hungry(encoder.module, 2), encoder.preprocessing, encoder.features, [encoder.device])
+    assert torch.allclose(hungry.embed(photos, [VIEWS["plain"]]), encoder.embed(photos, [VIEWS["plain"]]), atol=1e-5)
+    assert hungry.batch_size == 4
+    assert "out of memory: continuing with batches of 4" in capsys.readouterr().out
+
+
+def test_memory_that_runs_out_while_another_batch_is_queued_costs_neither(encoder, capsys):
+    first, second = torch.randint(0, 256, (2, 13, 3, 64, 64), dtype=torch.uint8)
+    views = [VIEWS["plain"], VIEWS["hflip"]]
+    hungry = Encoder(Hungry(encoder.module, 13), encoder.preprocessing, encoder.features, [encoder.device])
+    submitted = [hungry.submit(first, views)]
+    hungry.module.holds = 4
+    submitted += [hungry.submit(second, views), hungry.submit(first, views)]
+    for batch, photos in zip(submitted, (first, second, first), strict=True):
+        assert torch.allclose(batch.result(), encoder.embed(photos, views), atol=1e-5)
+        assert batch.seconds > 0
+    assert capsys.readouterr().out.count("out of memory") == 2  # from 13 to 7 and from 7 to 4, and not once for each
+
+
 def test_one_photo_that_does_not_fit_and_any_other_failure_are_errors(encoder):
     photos = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     full = Encoder(Hungry(encoder.module, 0), encoder.preprocessing, encoder.features, [encoder.device])
@@ -188,17 +277,36 @@ def test_several_devices_give_the_same_embeddings_as_one(encoder):
         assert torch.allclose(found, encoder.embed(photos[:count], [VIEWS["plain"]]), atol=1e-5)
 
 
+class Large(torch.nn.Module):
+    """A module that overflows in half precision on all photos but black ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((1,), 300.0))
+
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        return (photos.mean(dim=(2, 3)) + 2) * self.weight * self.weight * self.weight
+
+
 def test_an_encoder_that_overflows_in_half_precision_continues_in_full_precision(encoder, capsys):
-    class Large(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.full((1,), 300.0))
-
-        def forward(self, photos):
-            return photos.mean(dim=(2, 3)) * self.weight * self.weight * self.weight
-
-    photos = torch.randint(1, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    bright, black = torch.randint(1, 256, (3, 3, 64, 64), dtype=torch.uint8), torch.zeros(2, 3, 64, 64).to(torch.uint8)
     half = Encoder(Large().half().requires_grad_(False), encoder.preprocessing, 3, [encoder.device])
     full = Encoder(Large().requires_grad_(False), encoder.preprocessing, 3, [encoder.device])
-    assert torch.allclose(half.embed(photos, [VIEWS["plain"]]), full.embed(photos, [VIEWS["plain"]]), atol=1e-5)
-    assert "overflows" in capsys.readouterr().out
+    views, batches = [VIEWS["plain"]], (black, bright, black, bright)
+    # The last of them are queued in half precision, before the first result is known.
+    submitted = [half.submit(photos, views) for photos in batches]
+    for batch, photos in zip(submitted, batches, strict=True):
+        assert torch.allclose(batch.result(), full.embed(photos, views), atol=1e-2 if photos is black else 1e-5)
+    assert capsys.readouterr().out.count("overflows") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_batches_queued_on_a_gpu_give_the_embeddings_of_the_cpu(tmp_path, encoder):
+    weights = saved(tmp_path, encoder.module)
+    on_cpu, on_gpu = (open_encoder(weights, SPEC, devices) for devices in ([torch.device("cpu")], pick_devices()))
+    photos = torch.randint(0, 256, (4, 33, 64, 64, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
+    submitted = [on_gpu.submit(batch.pin_memory(), VIEWS.values()) for batch in photos]
+    for batch, each in zip(submitted, photos, strict=True):
+        found = batch.result()
+        assert (found.device.type, found.dtype, batch.seconds > 0) == ("cpu", torch.float32, True)
+        assert (torch.cosine_similarity(found, on_cpu.embed(each, VIEWS.values()), dim=-1) > 0.99).all()

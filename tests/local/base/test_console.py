@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ COMMANDS = [
     "kernel.start",
     *(f"local.{path.stem}" for path in sorted((ROOT / "local").glob("*.py")) if "run(main)" in path.read_text("utf-8")),
 ]
+
+LIBGOMP = [*Path(find_spec("torch").origin).parent.glob("lib/libgomp*.so*")]  # found without importing torch
 
 
 class Parsed(Exception):
@@ -69,6 +72,26 @@ def test_the_kernel_escapes_what_the_console_cannot_print_too(tmp_path):
     assert result.returncode == 2, result.stderr
     assert "Pilzbl\\xfcte" in result.stdout
     assert result.stderr.startswith("error: no weights under")
+
+
+@pytest.mark.skipif(not LIBGOMP, reason="this build of torch has no libgomp")
+@pytest.mark.parametrize(
+    "start",
+    [
+        "from local.base.console import run\nrun(load)",
+        "from kernel.start import start\nwith contextlib.suppress(SystemExit): start()\nload()",
+    ],
+    ids=["a command", "the kernel"],
+)
+@pytest.mark.parametrize(
+    ("given", "policy", "spins"), [({}, "PASSIVE", "0"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE", "30000000000")]
+)
+def test_torchs_threads_sleep_while_they_wait_unless_the_user_says_otherwise(start, given, policy, spins):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    code = f"import contextlib, ctypes\nload = lambda: ctypes.CDLL({str(LIBGOMP[0])!r})\n{start}"
+    result = command("-c", code, "--help", env=environment | given | {"OMP_DISPLAY_ENV": "verbose"})
+    assert f"OMP_WAIT_POLICY = '{policy}'" in result.stderr  # libgomp prints what it has read
+    assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
 
 
 @contextmanager
