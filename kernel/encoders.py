@@ -406,7 +406,3 @@ def open_encoder(path: Path, spec: EncoderSpec, devices: Sequence[torch.device])
     print("continuing on the CPU", flush=True)
     keep_freed_memory()
     return open_encoder(path, spec, [torch.device("cpu")])
-
-
-def use_one_torch_thread() -> None:
-    torch.set_num_threads(1)

@@ -270,7 +270,6 @@ def decode_photos(
         current: its first element shows the photo that is being decoded.
         pixels: (slots, decoded_size, decoded_size, 3) uint8.
     """
-    use_one_torch_thread()
     while (task := tasks.get()) != STOP:
         photo, slot = task
         current[0] = photo
@@ -297,6 +296,7 @@ class WorkerProcess:
                 silent = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(silent, 1)
                 os.dup2(silent, 2)
+                torch.set_num_threads(1)
                 gc.freeze()  # a collection would copy all pages that are shared with the parent
                 work()
             finally:
@@ -332,7 +332,11 @@ class WorkerThread:
     """The same in a thread."""
 
     def __init__(self, work: Callable[[], None]) -> None:
-        self.thread = threading.Thread(target=work, name="decode", daemon=True)  # one that hangs keeps no process alive
+        def run() -> None:
+            use_one_torch_thread()
+            work()
+
+        self.thread = threading.Thread(target=run, name="decode", daemon=True)  # one that hangs keeps no process alive
         self.thread.start()
 
     def cause_of_death(self) -> None:
