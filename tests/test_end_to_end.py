@@ -21,6 +21,7 @@ from local.bundling.wheels import IMAGE, is_newer
 from local.encoders.load import load_encoder
 from local.recipes.recipe import make_recipe
 from local.rehearsal.report import rehearse
+from local.training.checkpoints import read_checkpoint
 from local.training.checks import CHECKPOINTS
 from local.training.run import train_run
 from tests.conftest import LEARNING, ROOT, TINY, command, photo
@@ -127,8 +128,8 @@ def test_a_seed_trains_the_same_weights_twice(drawn, trained, tmp_path):
     result = command("local/train.py", *recipe, *settings, "--data", drawn.competition, "--out", tmp_path / "again")
     assert result.returncode == 0, result.stderr
     assert sha256(tmp_path / "again" / "encoder.safetensors") == sha256(trained / "encoder.safetensors")
-    # The encoder may be the one before training; the weights of the trained epoch are kept beside the checkpoints.
-    first, second = (load_file(run / CHECKPOINTS / "best-000001.safetensors") for run in (trained, tmp_path / "again"))
+    # The encoder may be the one before training; the checkpoint holds the weights of the trained epoch.
+    first, second = (read_checkpoint(run / CHECKPOINTS).part("best") for run in (trained, tmp_path / "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     torch.manual_seed(0)

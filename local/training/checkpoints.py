@@ -1,7 +1,8 @@
 """Checkpoints of a training: written whole or not at all, and verified when read.
 
 A checkpoint is a safetensors file, named by its number and the digest of its contents. It is written under another name
-and renamed. The one before it is kept, and is read instead if the newest is damaged.
+and renamed. The one before it is kept, and is read instead if the newest is damaged. One file holds all of a state, the
+best weights and the log so far included, so that nothing of it can be newer or older than the rest.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from local.training.checks import has_checkpoint
 
 KEPT = 2
 DIGITS = 16  # of the digest
-FORMAT = 2  # of the tensors and notes
+FORMAT = 3  # of the tensors and notes
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,11 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         InputError: it was written by an earlier version.
     """
-    for path in _newest_first(folder):
+    paths = _newest_first(folder)
+    for path in paths:
         if sha256(path)[:DIGITS] != path.name.split(".")[1]:
-            say(f"{path} is damaged: continuing from the one before")
+            is_last = path == paths[-1]
+            say(f"{path} is damaged: {'starting again' if is_last else 'continuing from the one before'}")
             continue
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a dict
@@ -149,10 +152,9 @@ def _parse_notes(metadata: dict[str, str], path: Path) -> dict:
 
 
 def tidy(folder: Path) -> None:
-    """Remove what only an interrupted training needs: all but the newest of each kind of file."""
-    for pattern in ("[0-9]*.safetensors", "best-*.safetensors"):
-        for path in sorted(folder.glob(pattern))[:-1]:
-            path.unlink()
+    """Remove what only an interrupted training needs: all but the newest checkpoint."""
+    for path in (*_newest_first(folder)[1:], *folder.glob(".*")):
+        path.unlink()
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from kernel.bank import Bank
@@ -19,13 +17,11 @@ from kernel.inputs import InputError
 from local.banks.estimators import ABSENT
 from local.base import distributed
 from local.base.console import counted, say
-from local.base.files import write_tensors
 from local.data.observations import LabelledObservations, Split, encode_labels
 from local.recipes.recipe import Recipe
 from local.recipes.settings import EncoderSettings
 from local.training.adaptation import copy_state
-from local.training.checkpoints import Checkpoint, full_disk_named, memory_named
-from local.training.checks import is_first
+from local.training.checkpoints import Checkpoint, memory_named
 from local.training.evaluation import (
     MONITOR_NAMES,
     Evaluation,
@@ -95,10 +91,10 @@ def finetune(encoder: Encoder, split: Split, recipe: Recipe, folder: Path, data_
         trainer.log.append(log_row(0, "", 0.0, initial.scores))
     say(f"epoch 0: {describe_scores(trainer.log[0])}")
 
-    with StopSignals() as signals, tensorboard(folder.parent / "tensorboard") as write_row:
+    with StopSignals() as signals, tensorboard(folder.parent / "tensorboard", len(trainer.log)) as write_row:
         while trainer.epoch <= settings.epochs and not is_patience_over(trainer):
             started = time.monotonic()
-            with signals.deferred(), memory_named(f"training epoch {trainer.epoch}", folder):
+            with signals.lost_workers_named(), memory_named(f"training epoch {trainer.epoch}", folder):
                 loss = trainer.train_epoch(signals)
             if not math.isfinite(loss):
                 say(describe_divergence(f"epoch {trainer.epoch}, batch {trainer.batch}: the loss is {loss}"))
@@ -110,24 +106,46 @@ def finetune(encoder: Encoder, split: Split, recipe: Recipe, folder: Path, data_
                 continue
             try:
                 with memory_named(f"evaluating epoch {trainer.epoch}", folder):
-                    head = trainer.head.bank() if recipe.keeps_head else None
-                    evaluation = evaluator.evaluate(trainer.evaluated, f"epoch {trainer.epoch}", head)
+                    evaluation = evaluate_epoch(trainer, evaluator, signals)
             except NoUsableEmbedding as error:
                 say(describe_divergence(f"epoch {trainer.epoch}: {error}"))
                 break
             write_row(finish_epoch(trainer, evaluation, loss, time.monotonic() - started))
+        else:  # a training that has diverged is not worth continuing from where it is
+            trainer.save()
     with memory_named("interpolating the weights before and after training", folder):
         return keep_best_weights(encoder, trainer, evaluator, initial)
 
 
+def evaluate_epoch(trainer: Trainer, evaluator: Evaluator, signals: StopSignals) -> Evaluation:
+    """Evaluate the weights at the end of an epoch. If that is interrupted or fails, a checkpoint is written first.
+
+    Raises:
+        NoUsableEmbedding: the training has diverged; no checkpoint is written.
+        Stopped: by the user or the system.
+    """
+    started = time.monotonic()
+    try:
+        with signals.immediate():
+            head = trainer.head.bank() if trainer.recipe.keeps_head else None
+            return evaluator.evaluate(trainer.evaluated, f"epoch {trainer.epoch}", head)
+    except NoUsableEmbedding:
+        raise
+    except BaseException:
+        trainer.save()
+        raise
+    finally:
+        trainer.seconds["validation"] = time.monotonic() - started
+
+
 def finish_epoch(trainer: Trainer, evaluation: Evaluation, loss: float, seconds: float) -> dict:
-    """Log an epoch, save its weights if they are the best so far, and go to the next. Returns the row of the log."""
+    """Log an epoch, keep its weights if they are the best so far, and go to the next. Returns the row of the log."""
     epoch, settings = trainer.epoch, trainer.recipe.train
-    row = log_row(epoch, loss, trainer.optimization.learning_rate, evaluation.scores, seconds)
+    row = log_row(epoch, loss, trainer.optimization.learning_rate, evaluation.scores, seconds, trainer.seconds)
     trainer.log.append(row)
     say(f"epoch {epoch}: loss {loss:.4f}  {describe_scores(row)}")
     if best_row(trainer.log[1:], settings.monitor) == epoch - 1:
-        save_best(trainer, evaluation)
+        trainer.keep_best(evaluation)
     trainer.optimization.end_epoch(monitored_score(row, settings.monitor))
     if settings.prototypes == "updated":
         trainer.head.prototypes.copy_(evaluation.bank.prototypes)
@@ -189,38 +207,6 @@ def is_patience_over(trainer: Trainer) -> bool:
     return True
 
 
-def save_best(trainer: Trainer, evaluation: Evaluation) -> None:
-    """Write the weights of the best epoch so far; of those before, the last is kept, as checkpoints are."""
-    if not is_first():
-        return
-    tensors = {f"encoder.{name}": value for name, value in copy_state(trainer.evaluated.module).items()}
-    tensors |= {f"head.{name}": value for name, value in trainer.head.state_dict().items()}
-    tensors["hits"] = torch.tensor(evaluation.hits)
-    older = sorted(trainer.folder.glob("best-*.safetensors"))
-    with full_disk_named(trainer.folder):
-        write_tensors(tensors, best_path(trainer.folder, trainer.epoch))
-    for path in older[:-1]:
-        path.unlink(missing_ok=True)
-
-
-def best_path(folder: Path, epoch: int) -> Path:
-    """Where `save_best` writes an epoch's weights."""
-    return folder / f"best-{epoch:06}.safetensors"
-
-
-def read_best(folder: Path, epoch: int) -> Checkpoint:
-    """What `save_best` wrote.
-
-    Raises:
-        InputError: it is damaged.
-    """
-    path = best_path(folder, epoch)
-    try:
-        return Checkpoint(load_file(path), {})
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is damaged: {error}; remove {folder.parent} and train again") from error
-
-
 def keep_best_weights(encoder: Encoder, trainer: Trainer, evaluator: Evaluator, initial: Evaluation) -> Tuning:
     """Give the encoder the weights that validation finds best, and say which they are and why.
 
@@ -235,9 +221,9 @@ def keep_best_weights(encoder: Encoder, trainer: Trainer, evaluator: Evaluator, 
         say("kept: the encoder before training, unchanged: no epoch was finished")
         return Tuning(log, 0, 0.0)
     epoch = best_row(log[1:], monitor) + 1
-    distributed.barrier()  # until the first process has written it
-    best = read_best(trainer.folder, epoch)
-    after = {name: value.to(encoder.device) for name, value in best.part("encoder").items()}
+    best = Checkpoint(distributed.broadcast_object(trainer.best), {})
+    before = copy_state(encoder.module)
+    after = before | {name: value.to(encoder.device) for name, value in best.part("encoder").items()}
     if trainer.recipe.keeps_head:
         encoder.module.load_state_dict(after)
         trainer.head.load_state_dict(best.part("head"))
@@ -247,7 +233,7 @@ def keep_best_weights(encoder: Encoder, trainer: Trainer, evaluator: Evaluator, 
             "is not compared with the encoder before training"
         )
         return Tuning(log, epoch, 1.0, trainer.head.bank(), trainer.classes)
-    before, evaluations = copy_state(encoder.module), [initial]
+    evaluations = [initial]
     for mix_ratio in MIX_RATIOS[1:-1]:
         encoder.module.load_state_dict(interpolate_weights(before, after, mix_ratio))
         what = f"{mix_ratio:.0%} of the weights of epoch {epoch}"

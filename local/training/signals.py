@@ -8,40 +8,55 @@ from collections.abc import Iterator
 class Stopped(KeyboardInterrupt):
     """The user or the system asked to stop; a checkpoint holds what was trained."""
 
+    def __init__(self, where: str = ""):
+        super().__init__(f"stopped{f' in {where}' if where else ''}: continue with --resume")
+
 
 class StopSignals:
-    """Within it, Ctrl-C and SIGTERM raise `Stopped`: immediately, or, while `deferred`, at the next check.
+    """Within it, Ctrl-C and SIGTERM only set `pending`, and raise `Stopped` at its end if nothing has done so before.
+
+    Within `immediate`, and on a second signal, they raise `Stopped` immediately.
 
     Attributes:
-        pending: whether a signal has come while deferred.
+        pending: whether a signal has come.
     """
 
     def __init__(self) -> None:
-        self.pending, self.is_deferred = False, False
+        self.pending, self.is_immediate = False, False
 
     def __enter__(self) -> "StopSignals":
         self.previous = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.pending and kind is None:
+            raise Stopped
 
     def handle(self, number: int, frame: object) -> None:
-        """Note the first signal while deferred; raise on a second one, and whenever not deferred."""
-        if not self.is_deferred or self.pending:
-            raise Stopped("stopped: continue with --resume")
+        """Note a signal, or raise `Stopped`."""
+        if self.is_immediate or self.pending:
+            raise Stopped
         self.pending = True
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Within it, a signal only sets `pending`."""
-        self.is_deferred = True
+    def immediate(self) -> Iterator[None]:
+        """Within it, a signal raises `Stopped` immediately, also one that has come before."""
+        self.is_immediate = True
+        try:
+            if self.pending:
+                raise Stopped
+            yield
+        finally:
+            self.is_immediate = False
+
+    @contextlib.contextmanager
+    def lost_workers_named(self) -> Iterator[None]:
+        """Raise `Stopped` where a signal that was sent to every process, as SLURM does, has ended the photo workers."""
         try:
             yield
         except RuntimeError as error:
-            # A signal that is sent to every process, as SLURM does, also ends the workers that load photos.
-            if not (self.pending and "DataLoader worker" in str(error)):
-                raise
-            raise Stopped("stopped: continue with --resume") from error
-        self.is_deferred = False
+            if self.pending and "DataLoader worker" in str(error):
+                raise Stopped from error
+            raise

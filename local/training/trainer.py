@@ -4,7 +4,8 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, settings_of
 from local.training.adaptation import (
     add_low_rank_updates,
+    copy_state,
     group_by_layer,
     set_training_mode,
     trainable_state,
@@ -37,14 +39,16 @@ from local.training.batches import (
 )
 from local.training.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from local.training.checks import is_first
-from local.training.evaluation import monitored_score
+from local.training.evaluation import Evaluation, monitored_score
 from local.training.head import Head, TrainingTask
 from local.training.optimization import Optimization
 from local.training.resuming import CHANGEABLE, refuse_other_training
 from local.training.signals import Stopped, StopSignals
 
 HEAD_ONLY_RATE = 10.0  # times the learning rate: a head alone can be trained faster than a pretrained encoder
-SAVE_SECONDS = 600  # between two checkpoints within an epoch
+# Between two checkpoints: what a training that is killed loses. It is longer where writing is slow, so that at most a
+# twentieth of the time is spent on it.
+SAVE_SECONDS, SAVE_RATIO = 300, 20
 
 
 class Trainer:
@@ -63,6 +67,8 @@ class Trainer:
         evaluated: the encoder to evaluate: the moving average of the weights where the recipe has one.
         epoch, batch: the next to be trained.
         log: the rows of log.csv so far.
+        best: what `keep_best` has kept of the best epoch so far, on the CPU; only the first process has it.
+        seconds: of the present epoch, by what they were spent on; see `local.training.log.NOT_TRAINING`.
         schedule_start: rows of the log at the start of the present schedule. When a training is resumed with other
             epochs or another learning rate, patience and plateau count from there.
     """
@@ -73,6 +79,7 @@ class Trainer:
         self.recipe, self.head, self.folder, self.data_sha256 = recipe, head, folder, data_sha256
         self.settings, self.device = recipe.train, encoder.device
         self.encoder = self.evaluated = with_module(encoder, copy.deepcopy(encoder.module))
+        self.before = encoder.module
         self.classes = train.classes
         self.labels = encode_labels(train.class_ids, self.classes)
         self.sampler = ObservationBatchSampler(self.labels, self.settings, *distributed.rank_and_world_size())
@@ -83,6 +90,10 @@ class Trainer:
         self.weights_sha256 = weights_digest(recipe.encoder.encoder)
         self.epoch, self.batch, self.loss_sum = 1 - self.settings.head_only_epochs, 0, (0.0, 0.0)
         self.log: list[dict] = []
+        self.best: dict[str, torch.Tensor] = {}
+        self.seconds: Counter[str] = Counter()
+        self.saved: tuple[int, int] | None = None  # epoch and batch of the newest checkpoint
+        self.saved_at, self.saving_seconds = time.monotonic(), 0.0
         self.schedule_start = 1
         self.average: ModelEmaV3 | None = None
         checkpoint = read_checkpoint(folder)
@@ -144,11 +155,12 @@ class Trainer:
     def next_epoch(self) -> None:
         """Go to the start of the next epoch."""
         self.epoch, self.batch, self.loss_sum = self.epoch + 1, 0, (0.0, 0.0)
+        self.seconds.clear()
         if self.epoch == 1:
             self.begin_phase()
 
     def train_epoch(self, signals: StopSignals) -> float:
-        """Train the rest of the present epoch, and write a checkpoint at its end.
+        """Train the rest of the present epoch, and write a checkpoint whenever one is due.
 
         Returns:
             The mean loss. NaN or infinity as soon as a batch's loss is not finite; that batch trains nothing.
@@ -159,9 +171,10 @@ class Trainer:
         set_training_mode(self.encoder.module, self.recipe.encoder.pretrained)
         self.head.train()
         self.sampler.set_epoch(self.epoch + self.settings.head_only_epochs, self.batch)
-        saved, last = time.monotonic(), len(self.sampler) - 1
+        last = len(self.sampler) - 1
         what = f"epoch {self.epoch}" if not self.is_head_only else "head-only epoch"
-        for number, batch in enumerate(progress(self.loader, what, last + 1 - self.batch, "batch"), self.batch):
+        batches = progress(self.loader, what, last + 1 - self.batch, "batch")
+        for number, batch in enumerate(self.timed(batches), self.batch):
             with self.out_of_memory_named(number):
                 loss = self.forward_backward(batch, number)
                 if not math.isfinite(loss):
@@ -171,14 +184,20 @@ class Trainer:
                 self.optimizer_step(number // self.settings.accumulate + 1)
             self.batch = number + 1
             stops = distributed.all_reduce_any(signals.pending, self.device)
-            if stops or number == last or time.monotonic() - saved > SAVE_SECONDS:
+            if stops or self.is_save_due():
                 self.save()
-                saved = time.monotonic()
             if stops:
-                where = f"epoch {self.epoch} after batch {self.batch} of {len(self.sampler)}"
-                raise Stopped(f"stopped in {where}: continue with --resume")
+                raise Stopped(f"epoch {self.epoch} after batch {self.batch} of {len(self.sampler)}")
         total, count = distributed.all_reduce_sum(list(self.loss_sum), self.device)
         return total / max(1.0, count)
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each of them is there is added to `seconds`."""
+        started = time.monotonic()
+        for batch in batches:
+            self.seconds["waiting"] += time.monotonic() - started
+            yield batch
+            started = time.monotonic()
 
     def forward_backward(self, batch: Batch, number: int) -> float:
         """Add the gradient of a batch, by its number in the epoch, to that of the optimizer step. Returns its loss."""
@@ -226,10 +245,37 @@ class Trainer:
             where = f"epoch {self.epoch}, batch {number}"
             raise InputError(f"out of memory in {where}: continue with --resume {change}") from error
 
-    def save(self) -> None:
-        """Write a checkpoint of the present state; the first process alone does."""
+    def keep_best(self, evaluation: Evaluation) -> None:
+        """Keep the evaluated weights as those of the best epoch so far: those that differ from before training."""
         if not is_first():
             return
+        before, after = self.before.state_dict(), copy_state(self.evaluated.module)
+        changed = {name: value for name, value in after.items() if not torch.equal(value, before[name])}
+        tensors = {f"encoder.{name}": value for name, value in changed.items()}
+        tensors |= {f"head.{name}": value.clone() for name, value in self.head.state_dict().items()}
+        tensors["hits"] = torch.tensor(evaluation.hits)
+        self.best = {name: value.cpu() for name, value in tensors.items()}
+
+    def is_save_due(self) -> bool:
+        """Whether so much time has passed since the last checkpoint that it is worth writing another."""
+        return time.monotonic() - self.saved_at >= max(SAVE_SECONDS, SAVE_RATIO * self.saving_seconds)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present state, unless the newest one is of this state.
+
+        The first process alone writes, and takes no part in any communication meanwhile. So it can decide alone when to
+        write; the others wait for it at the next batch.
+        """
+        if not is_first() or self.saved == (self.epoch, self.batch):
+            return
+        started = time.monotonic()
+        write_checkpoint(self.folder, self.state())
+        self.saved, self.saved_at = (self.epoch, self.batch), time.monotonic()
+        self.saving_seconds = self.saved_at - started
+        self.seconds["writing"] += self.saving_seconds
+
+    def state(self) -> Checkpoint:
+        """The present state, from which `resume` continues."""
         trainable = trainable_state(self.encoder.module)
         average = self.average.module.state_dict() if self.average else {}
         parts = {
@@ -237,6 +283,7 @@ class Trainer:
             "head": self.head.state_dict(),
             "average": {name: value for name, value in average.items() if name in trainable},
             "optimizer": self.optimization.tensors(),
+            "best": self.best,
         }
         tensors = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
         notes = {
@@ -253,7 +300,7 @@ class Trainer:
             "weights": self.weights_sha256,
             "data_sha256": self.data_sha256,
         }
-        write_checkpoint(self.folder, Checkpoint(tensors, notes))
+        return Checkpoint(tensors, notes)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go to the state of a checkpoint.
@@ -264,14 +311,17 @@ class Trainer:
         notes = checkpoint.notes
         refuse_other_training(self.folder, notes, self.recipe, self.data_sha256)
         self.epoch, self.log, self.loss_sum = notes["epoch"], notes["log"], tuple(notes["loss_sum"])
+        # Copied, since the tensors of a file that is read keep it open.
+        self.best = {name: value.clone() for name, value in checkpoint.part("best").items()}
         step_size, seen = self.sampler.batch_size * self.settings.accumulate, notes["batch"] * notes["batch_size"]
         is_done = seen >= len(self.labels)  # and not evaluated yet, or it would not be the present epoch
         self.batch = len(self.sampler) if is_done else seen // step_size * self.settings.accumulate
+        self.saved = self.epoch, self.batch
         is_same_schedule = notes["schedule"] == schedule_key(self.recipe)
         self.schedule_start = notes["schedule_start"] if is_same_schedule else max(1, len(self.log) + is_done)
         epochs = counted(self.settings.epochs, "epoch")
         if self.epoch > self.settings.epochs:
-            say(f"{epochs} already trained; the part of the next epoch is not used")
+            say(f"{epochs} already trained{'; the part of the next epoch is not used' if self.batch else ''}")
         elif is_done and self.epoch == self.settings.epochs:
             say(f"{epochs} already trained; evaluating the last one again")
         else:

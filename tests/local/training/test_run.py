@@ -13,11 +13,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kernel.inputs import InputError
 from local.banks.ensemble import read_predictions
@@ -26,6 +28,8 @@ from local.base.run_folder import VALIDATION_FILE
 from local.data.competition import read_competition
 from local.encoders.load import load_encoder
 from local.recipes.recipe import make_recipe
+from local.training.checkpoints import read_checkpoint
+from local.training.checks import CHECKPOINTS
 from local.training.run import train_run
 from tests.conftest import LEARNING, ROOT, TINY, command
 from tests.labelled import photo_rows
@@ -79,13 +83,59 @@ def test_a_training_ends_with_the_weighted_scores_and_then_the_unweighted_ones(d
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["validation"] == scores
 
 
+def changed_script(path, *lines):
+    """local/train.py with some lines of Python before its own, in its first process alone."""
+    body = [
+        "from local.base.console import run",
+        "from local.train import main",
+        "from local.training.trainer import Trainer",
+        *lines,
+        "run(main)",
+    ]
+    head = f"import os, signal, sys\nsys.path.insert(0, {str(ROOT)!r})\nif __name__ == '__main__':\n"
+    path.write_text(head + "".join(f"    {line}\n" for line in body))
+    return path
+
+
+def test_a_training_that_is_killed_between_checkpoints_ends_as_if_it_had_not_been(drawn, whole, tmp_path):
+    """It has finished the best epoch since the checkpoint that it is resumed from, which has another best epoch."""
+    out = tmp_path / "run"
+    script = changed_script(
+        tmp_path / "killed.py",
+        "Trainer.is_save_due = lambda self: (self.epoch, self.batch) == (2, 1)",
+        "forward_backward = Trainer.forward_backward",
+        "def killed(self, batch, number):",
+        "    if (self.epoch, number) == (3, 2):",
+        "        os.kill(os.getpid(), signal.SIGKILL)",
+        "    return forward_backward(self, batch, number)",
+        "Trainer.forward_backward = killed",
+    )
+    assert command(script, *train(out, drawn)[1:]).returncode == -signal.SIGKILL
+    left = read_checkpoint(tmp_path / ".run.partial" / CHECKPOINTS)
+    assert (left.notes["epoch"], left.notes["batch"]) == (2, 1)
+    train_run(make_recipe(SETTINGS, "the test"), drawn.competition, out, resumes=True)
+    for name in ("encoder.safetensors", "bank.safetensors"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes()
+    first, second = (read_checkpoint(run / CHECKPOINTS).tensors for run in (whole, out))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not torch.equal(left.tensors["best.head.prototypes"], second["best.head.prototypes"])
+    logs = [pd.read_csv(run / "log.csv").drop(columns=["memory_gb"]) for run in (whole, out)]
+    pd.testing.assert_frame_equal(*(log.loc[:, ~log.columns.str.endswith("seconds")] for log in logs))
+    one, two = (json.loads((run / "metrics.json").read_text()) for run in (whole, out))
+    assert (one["validation"], one["chosen_epoch"]) == (two["validation"], two["chosen_epoch"])
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
 @pytest.mark.slow
 def test_a_training_that_is_killed_over_and_over_ends_with_the_same_weights_bit_for_bit(drawn, whole, tmp_path):
+    """At any time, also while it writes one of its checkpoints."""
     out, rng = tmp_path / "run", random.Random(0)
+    script = changed_script(tmp_path / "saving.py", "Trainer.is_save_due = lambda self: True")
+    _, *arguments = train(out, drawn, "--resume")
     for _ in range(2):
-        process = subprocess.Popen(
-            [sys.executable, *train(out, drawn, "--resume")], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
+        process = subprocess.Popen([sys.executable, script, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
             if re.match("epoch [1-9]|continuing", line):
                 break

@@ -6,12 +6,12 @@ import os
 import re
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
 
@@ -62,10 +62,9 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def best_weights(folder, epoch):
-    """The trained weights of an epoch, as they were before they were interpolated."""
-    tensors = load_file(folder / f"best-{epoch:06}.safetensors")
-    return {name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")}
+def best_weights(folder, before):
+    """The trained weights of the best epoch, as they were before they were interpolated with those before training."""
+    return before | read_checkpoint(folder).part("best.encoder")
 
 
 def mean_recall(row):
@@ -88,7 +87,7 @@ def test_training_that_ruins_the_encoder_is_thrown_away(fresh, data, tmp_path, c
     """Its epoch is finished, and ranks the validation worse than the encoder before training, which is then kept."""
     before = copy_state(fresh.module)
     tuning = finetune(fresh, data, recipe(epochs=1, learning_rate=RUINOUS, batch_size=8, unfreeze=-1), tmp_path)
-    ruined = best_weights(tmp_path, 1)
+    ruined = best_weights(tmp_path, before)
     assert not same(ruined, before)
     assert mean_recall(tuning.log[1]) < mean_recall(tuning.log[0])
     assert (tuning.epoch, tuning.mix_ratio) == (0, 0.0)
@@ -101,7 +100,7 @@ def test_training_that_helps_is_kept(fresh, data, tmp_path, capsys):
     before = copy_state(fresh.module)
     tuning = finetune(fresh, replace(data, validation=data.train), recipe(**HELPFUL), tmp_path)
     assert tuning.epoch > 0 < tuning.mix_ratio
-    after = best_weights(tmp_path, tuning.epoch)
+    after = best_weights(tmp_path, before)
     assert same(fresh.module.state_dict(), interpolate_weights(before, after, tuning.mix_ratio))
     said = f"kept: {tuning.mix_ratio:.0%} of the weights of epoch {tuning.epoch}, which gains +"
     assert said in capsys.readouterr().out
@@ -109,9 +108,10 @@ def test_training_that_helps_is_kept(fresh, data, tmp_path, capsys):
 
 def test_a_head_that_is_kept_is_that_of_the_best_epoch_and_the_line_says_so(fresh, data, tmp_path, capsys):
     settings = recipe(unfreeze=-1, prototypes="learned", matcher="head", learning_rate=1e-3, monitor="log_loss")
+    before = copy_state(fresh.module)
     tuning = finetune(fresh, data, settings, tmp_path)
-    assert same(fresh.module.state_dict(), best_weights(tmp_path, tuning.epoch))
-    head = load_file(tmp_path / f"best-{tuning.epoch:06}.safetensors")["head.prototypes"]
+    assert same(fresh.module.state_dict(), best_weights(tmp_path, before))
+    head = read_checkpoint(tmp_path).part("best.head")["prototypes"]
     assert torch.allclose(tuning.head.prototypes, torch.nn.functional.normalize(head), atol=1e-6)
     losses = [row["log_loss"] for row in tuning.log[1:]]
     assert losses[tuning.epoch - 1] == min(losses)
@@ -204,8 +204,91 @@ def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(fresh, data,
     assert tuning.mix_ratio == other.mix_ratio
 
 
-def test_a_damaged_checkpoint_costs_no_more_than_the_time_since_the_one_before(fresh, data, tmp_path, capsys):
+@pytest.mark.parametrize("where", ["evaluating", "between two epochs", "after the last epoch"])
+def test_a_signal_outside_of_the_batches_loses_nothing(fresh, data, tmp_path, monkeypatch, where):
+    trained, calls = [], []
+
+    class Watched(Trainer):
+        def forward_backward(self, batch, number):
+            trained.append((self.epoch, number))
+            return super().forward_backward(batch, number)
+
+    def with_signal(function, at):
+        def signalled(*given):
+            calls.append(at)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*given)
+
+        return signalled
+
+    monkeypatch.setattr(finetuning, "Trainer", Watched)
+    settings, start = recipe(unfreeze=-1, learning_rate=1e-3), copy_state(fresh.module)
+    whole = finetune(fresh, data, settings, tmp_path / "whole")
+    ended, batches = copy_state(fresh.module), sorted(trained)
+    trained.clear()
+    fresh.module.load_state_dict(start)
+    with monkeypatch.context() as patched:
+        if where == "evaluating":  # epoch 1, which comes after the encoder before training
+            patched.setattr(Evaluator, "evaluate", with_signal(Evaluator.evaluate, 2))
+        else:
+            at = 1 if where == "between two epochs" else 2
+            patched.setattr(finetuning, "finish_epoch", with_signal(finetuning.finish_epoch, at))
+        with pytest.raises(Stopped, match="continue with --resume"):
+            finetune(fresh, data, settings, tmp_path / "stopped")
+    tuning = finetune(fresh, data, settings, tmp_path / "stopped")
+    assert sorted(trained) == batches
+    assert same(copy_state(fresh.module), ended)
+    assert [row["loss"] for row in tuning.log] == [row["loss"] for row in whole.log]
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "writing", "is_due"),
+    [(299, 1, False), (301, 1, True), (301, 30, False), (599, 30, False), (601, 30, True)],
+)
+def test_a_checkpoint_is_due_after_five_minutes_or_twenty_times_what_the_last_one_took(
+    monkeypatch, elapsed, writing, is_due
+):
+    monkeypatch.setattr("time.monotonic", lambda: 1000 + elapsed)
+    assert Trainer.is_save_due(SimpleNamespace(saved_at=1000, saving_seconds=writing)) == is_due
+
+
+def test_a_checkpoint_is_written_when_it_is_due_and_at_the_end_and_not_for_every_epoch(
+    fresh, data, tmp_path, monkeypatch
+):
+    written = []
+
+    class Watched(Trainer):
+        def is_save_due(self):
+            return (self.epoch, self.batch) == (2, 1)
+
+        def state(self):
+            written.append((self.epoch, self.batch))
+            return super().state()
+
+    monkeypatch.setattr(finetuning, "Trainer", Watched)
+    finetune(fresh, data, recipe(unfreeze=-1, epochs=3, patience=9, batch_size=8), tmp_path)
+    assert written == [(2, 1), (4, 0)]
+    monkeypatch.setattr(finetuning, "Trainer", Watched)
+    finetune(fresh, data, recipe(unfreeze=-1, epochs=3, patience=9, batch_size=8), tmp_path)
+    assert written == [(2, 1), (4, 0)]  # what is on the disk already is not written again
+
+
+def test_a_training_that_diverges_leaves_no_checkpoint_of_it(fresh, data, tmp_path, monkeypatch):
+    class Poisoned(Trainer):
+        def forward_backward(self, batch, number):
+            return math.nan if self.epoch == 2 else super().forward_backward(batch, number)
+
+    monkeypatch.setattr(finetuning, "Trainer", Poisoned)
+    finetune(fresh, data, recipe(unfreeze=-1, epochs=3), tmp_path)
+    assert read_checkpoint(tmp_path) is None
+
+
+def test_a_damaged_checkpoint_costs_no_more_than_the_time_since_the_one_before(
+    fresh, data, tmp_path, monkeypatch, capsys
+):
     start = copy_state(fresh.module)
+    monkeypatch.setattr(Trainer, "is_save_due", lambda trainer: True)
     finetune(fresh, data, recipe(unfreeze=-1), tmp_path / "whole")
     ended = copy_state(fresh.module)
     fresh.module.load_state_dict(start)
