@@ -39,6 +39,24 @@ def test_help_imports_nothing_heavy(command):
     assert imported == set()
 
 
+# Runs a script that gets Ctrl-C while it imports its modules.
+INTERRUPTED = """
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(name, *given):
+        if name == "local.base.console":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("command", COMMANDS[1:], ids=" ".join)
+def test_ctrl_c_during_the_imports_is_no_traceback(command):
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, *command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 TRAIN = ("local/train.py", "--recipe", "demo", "--out", "{folder}/new", "--data")
 
 EVALUATE = ("local/evaluate.py", "{folder}/run", "--data", "{data}")
