@@ -14,10 +14,12 @@ local/recipes/README.md says what each recipe does and how a bank is chosen.
   encoder is saved, and opened as the kernel will open it, before the first photo is embedded.
 
 --resume continues from the last checkpoint, or starts if there is none. On a CPU the result is the same, bit for bit,
-  as without the interruption. Ctrl-C and SIGTERM lose nothing; a damaged checkpoint loses the time since the one
-  before. A finished run is trained further with --resume --set epochs=30 --set learning_rate=1e-5. If the data, the
-  encoder, the seed or another setting would make another run, --resume says what differs and changes nothing. A full
-  disk, a loss that is not a number and too little memory end with one line, not with a traceback.
+  as without the interruption. Ctrl-C and SIGTERM lose nothing. A training that is killed loses at most the last five
+  minutes, or twenty times what the last checkpoint took to write, and the batch or the evaluation that it was at; a
+  damaged checkpoint loses the time since the one before. A finished run is trained further with --resume --set
+  epochs=30 --set learning_rate=1e-5. If the data, the encoder, the seed or another setting would make another run,
+  --resume says what differs and changes nothing. A full disk, a loss that is not a number and too little memory end
+  with one line, not with a traceback.
 
 Under torchrun, every process trains on a part of each batch and embeds a part of the photos. All of them need the
   same runs/ folder. On two machines with eight GPUs each, run on both: torchrun --nnodes 2 --nproc-per-node 8
@@ -25,7 +27,9 @@ Under torchrun, every process trains on a part of each batch and embeds a part o
   again from the last checkpoint.
 
 A run folder keeps its recipe, the versions, the digest of the data, log.csv, the training curve, and TensorBoard's
-events (tensorboard --logdir runs). local/runs.py lists runs with their scores.
+events (tensorboard --logdir runs). Of the seconds of an epoch, log.csv gives those spent on waiting for photos, on
+validation and on writing checkpoints; the rest are forward and backward passes and optimizer steps. local/runs.py lists
+runs with their scores.
 """
 
 import argparse
