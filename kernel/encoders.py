@@ -10,11 +10,12 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 
 import timm
@@ -28,7 +29,7 @@ from kernel.views import VIEWS, larger, shrink
 
 # Photos that a thread embeds at a time on a CPU: enough to compute at full speed, and few, so that a thread that gets
 # less of its core leaves more of a batch to the others.
-PART = 4
+PHOTOS_PER_THREAD = 4
 SETTING_THREADS = threading.Lock()
 # The wording of CUDA, of its libraries, and of CPU allocators on Linux and Windows.
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|not enough memory")
@@ -57,7 +58,7 @@ class Encoder:
         self.replicas = [module, *(copy.deepcopy(module).to(device) for device in devices[1:])]
         self.devices = list(devices)
         # Small on a CPU, because the budget is checked between batches.
-        on_cpu = max(16, 2 * PART * torch.get_num_threads())
+        on_cpu = max(16, 2 * PHOTOS_PER_THREAD * torch.get_num_threads())
         self.batch_size = on_cpu if self.device.type == "cpu" else gpu_batch_size(preprocessing) * len(devices)
         self.queued = 0 if self.device.type == "cpu" else 1
         # (pixels / 255 - mean) / std as one multiplication and one subtraction.
@@ -111,7 +112,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _embed_views(
-        self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
+        self, photos: torch.Tensor, views: Iterable[Callable], module: nn.Module, device: torch.device
     ) -> torch.Tensor:
         """Embed all views of photos on one device. Its local tensors are freed when it raises an error."""
         decoded = self.normalise(photos, device)
@@ -158,9 +159,18 @@ class Encoder:
             return Part(self._embed_views(photos, views, module, device), start, time.perf_counter())
         if count not in self._threads:
             self._threads[count] = ThreadPoolExecutor(count, "forward", use_one_torch_thread)
-        chunks = photos.tensor_split(min(len(photos), count * math.ceil(len(photos) / (PART * count))))
-        tasks = [self._threads[count].submit(self._embed_views, chunk, views, module, device) for chunk in chunks]
-        wait(tasks)
+        chunks = photos.tensor_split(min(len(photos), count * math.ceil(len(photos) / (count * PHOTOS_PER_THREAD))))
+        stop, tasks = threading.Event(), []
+        try:
+            for chunk in chunks:
+                until_stop = takewhile(lambda _: not stop.is_set(), views)
+                tasks.append(self._threads[count].submit(self._embed_views, chunk, until_stop, module, device))
+            wait(tasks)
+        except BaseException:  # Ctrl-C, for instance: Python ends only when the threads have
+            stop.set()
+            for task in tasks:
+                task.cancel()
+            raise
         return Part(torch.cat([task.result() for task in tasks]), start, time.perf_counter())
 
     @torch.inference_mode()
@@ -176,9 +186,8 @@ class Encoder:
             if device not in self._copies:
                 self._copies[device] = torch.cuda.Stream()
             compute, copies = torch.cuda.current_stream(), self._copies[device]
-            start, end = (
-                torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2)
-            )  # waiting takes no core
+            # To wait for a blocking event takes no core from the processes that decode.
+            start, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
             start.record(compute)
             with torch.cuda.stream(copies):
                 pixels = photos.to(device, non_blocking=True)
@@ -245,10 +254,10 @@ class Submitted:
 
 
 def use_one_torch_thread() -> None:
-    """Make torch compute in the calling thread alone, as the initialiser of threads that run side by side.
+    """Make torch compute in the calling thread alone: the initialiser of threads that run side by side.
 
     `torch.set_num_threads` also sets the number for all threads that start later, such as autograd's. A short thread
-    sets that back.
+    sets that back. In a worker process, which has no such threads, `torch.set_num_threads(1)` does.
     """
     with SETTING_THREADS:
         before = torch.get_num_threads()

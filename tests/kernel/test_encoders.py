@@ -1,5 +1,7 @@
 """Encoders are rebuilt from their description alone, exactly, or refused."""
 
+import itertools
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -215,6 +217,24 @@ def test_the_threads_of_an_encoder_end_with_it(encoder, two_threads):
     for thread in threads:
         thread.join(timeout=60)
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_ctrl_c_waits_only_for_the_views_that_are_being_made(encoder, two_threads):
+    interrupted, turns = threading.Event(), itertools.count()
+
+    def interrupt(pixels: torch.Tensor) -> torch.Tensor:
+        if next(turns) == 0:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert interrupted.wait(60)
+        return pixels
+
+    watched = Encoder(Watched(encoder.module), encoder.preprocessing, encoder.features, encoder.devices)
+    with pytest.raises(KeyboardInterrupt):
+        watched.embed(torch.zeros(16, 3, 64, 64, dtype=torch.uint8), [interrupt, *[VIEWS["plain"]] * 9])
+    interrupted.set()
+    for threads in watched._threads.values():
+        threads.shutdown()
+    assert len(watched.module.passes) <= 2  # of the 40 of four parts
 
 
 class Hungry(torch.nn.Module):
