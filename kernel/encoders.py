@@ -6,7 +6,6 @@ The `EncoderSpec` in the manifest says how to build an encoder. Nothing is downl
 import copy
 import ctypes
 import importlib
-import math
 import re
 import threading
 import time
@@ -27,9 +26,7 @@ from kernel.inputs import InputError, shorten
 from kernel.manifest import EncoderSpec, Member, Preprocessing
 from kernel.views import VIEWS, larger, shrink
 
-# Photos that a thread embeds at a time on a CPU: enough to compute at full speed, and few, so that a thread that gets
-# less of its core leaves more of a batch to the others.
-PHOTOS_PER_THREAD = 4
+PHOTOS_PER_THREAD = 8  # that a thread embeds at a time on a CPU: enough to compute at full speed
 SETTING_THREADS = threading.Lock()
 # The wording of CUDA, of its libraries, and of CPU allocators on Linux and Windows.
 OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|not enough memory")
@@ -58,7 +55,7 @@ class Encoder:
         self.replicas = [module, *(copy.deepcopy(module).to(device) for device in devices[1:])]
         self.devices = list(devices)
         # Small on a CPU, because the budget is checked between batches.
-        on_cpu = max(16, 2 * PHOTOS_PER_THREAD * torch.get_num_threads())
+        on_cpu = max(16, PHOTOS_PER_THREAD * torch.get_num_threads())
         self.batch_size = on_cpu if self.device.type == "cpu" else gpu_batch_size(preprocessing) * len(devices)
         self.queued = 0 if self.device.type == "cpu" else 1
         # (pixels / 255 - mean) / std as one multiplication and one subtraction.
@@ -159,7 +156,7 @@ class Encoder:
             return Part(self._embed_views(photos, views, module, device), start, time.perf_counter())
         if count not in self._threads:
             self._threads[count] = ThreadPoolExecutor(count, "forward", use_one_torch_thread)
-        chunks = photos.tensor_split(min(len(photos), count * math.ceil(len(photos) / (count * PHOTOS_PER_THREAD))))
+        chunks = photos.tensor_split(min(len(photos), count))
         stop, tasks = threading.Event(), []
         try:
             for chunk in chunks:
