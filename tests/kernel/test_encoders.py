@@ -142,7 +142,9 @@ class OnFullGpu(torch.nn.Module):
 
 
 @pytest.mark.parametrize("weights_fit", [False, True], ids=["no memory for the weights", "none for one photo"])
-def test_an_encoder_that_does_not_fit_on_the_gpu_runs_on_the_cpu(tmp_path, monkeypatch, capsys, weights_fit):
+def test_an_encoder_that_does_not_fit_on_the_gpu_runs_on_the_cpu(
+    tmp_path, monkeypatch, capsys, one_thread, weights_fit
+):
     module = build_module("timm", "test_resnet", {}).eval()
     weights, photos = saved(tmp_path, module), torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     expected = open_encoder(weights, SPEC, [torch.device("cpu")]).embed(photos, [VIEWS["plain"]])
@@ -161,12 +163,21 @@ def test_the_picked_device_works():
     assert torch.ones(2, device=pick_devices()[0]).sum().item() == 2
 
 
-@pytest.fixture
-def two_threads() -> Iterator[None]:
+def use_torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    yield from use_torch_threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    yield from use_torch_threads(2)
 
 
 class Watched(torch.nn.Module):
@@ -250,7 +261,7 @@ class Hungry(torch.nn.Module):
         return self.inner(photos)
 
 
-def test_out_of_memory_halves_the_batch_and_gives_the_same_embeddings(encoder, capsys):
+def test_out_of_memory_halves_the_batch_and_gives_the_same_embeddings(encoder, one_thread, capsys):
     photos = torch.randint(0, 256, (13, 3, 64, 64), dtype=torch.uint8)
     views = [VIEWS["plain"], VIEWS["hflip"]]
     hungry = Encoder(Hungry(encoder.module, 4), encoder.preprocessing, encoder.features, [encoder.device])
@@ -267,7 +278,7 @@ def test_memory_that_runs_out_in_one_of_several_threads_halves_the_batch_too(enc
     assert "out of memory: continuing with batches of 4" in capsys.readouterr().out
 
 
-def test_memory_that_runs_out_while_another_batch_is_queued_costs_neither(encoder, capsys):
+def test_memory_that_runs_out_while_another_batch_is_queued_costs_neither(encoder, one_thread, capsys):
     first, second = torch.randint(0, 256, (2, 13, 3, 64, 64), dtype=torch.uint8)
     views = [VIEWS["plain"], VIEWS["hflip"]]
     hungry = Encoder(Hungry(encoder.module, 13), encoder.preprocessing, encoder.features, [encoder.device])
