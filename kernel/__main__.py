@@ -21,10 +21,13 @@ from kernel.inputs import InputError
 from kernel.submission import fallback_guesses, write_submission
 
 
-def embed_members(setup: Setup) -> list[Embeddings]:
+def embed_members(setup: Setup) -> tuple[list[Embeddings], torch.device]:
     """Embed the test set with each member of the ensemble, best first, as far as time allows; at least with the first.
 
     In the scored rerun an error costs only what is not embedded yet.
+
+    Returns:
+        The embeddings by each member, and the first of the encoders' devices.
     """
     members, embedded = setup.weights.manifest.members, []
     # Their processes are forked before CUDA starts, and decode while the first encoder is opened.
@@ -59,14 +62,15 @@ def embed_members(setup: Setup) -> list[Embeddings]:
             break
     for loader in loaders:
         loader.close()
-    return embedded
+    return embedded, devices[0]
 
 
-def write_predictions(setup: Setup, embedded: Sequence[Embeddings]) -> int:
+def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torch.device) -> int:
     """Rank the classes of each observation and write the submission.
 
     Args:
         embedded: by each member that there was time for.
+        device: on which the classes are ranked.
 
     Returns:
         How many observations keep the fallback: those without an embedding, unless the metadata say something.
@@ -80,6 +84,7 @@ def write_predictions(setup: Setup, embedded: Sequence[Embeddings]) -> int:
         [embeddings.values for embeddings in embedded],
         table.competition.guesses,
         metadata_prior,
+        device,
     )
     is_predicted = torch.stack([embeddings.has_embedding for embeddings in embedded]).all(dim=0)
     if metadata_prior is not None:
@@ -128,9 +133,9 @@ def main(setup: Setup) -> None:
     """Replace the fallback submission by the predictions."""
     print(describe_versions(setup.weights.manifest.members), flush=True)
     began = setup.budget.elapsed()
-    embedded = embed_members(setup)
+    embedded, device = embed_members(setup)
     seconds = setup.budget.elapsed() - began
-    fallbacks = write_predictions(setup, embedded)
+    fallbacks = write_predictions(setup, embedded, device)
     handle_errors(setup.working, setup.is_rerun, "the predictions")
     remove_packages(setup.working)
     write_unreadable(embedded[0].unreadable, setup.working / UNREADABLE_FILE)

@@ -7,20 +7,85 @@ All methods of the field (class means, nearest neighbour, linear classifiers, an
 
 The log-softmax of the scores is log p(class | photos). A member of an ensemble may have several banks, whose
 probabilities are averaged. The log-probabilities of the members are summed, each times the member's weight.
+
+All of it runs on one device, in float32. The scores never leave the device, and their memory does not grow with the
+number of observations, which are scored in chunks. When a GPU runs out of memory, the chunk is halved; if that does not
+help, the CPU ranks the classes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kernel.inputs import InputError
+from kernel.encoders import is_out_of_memory
+from kernel.inputs import InputError, shorten
+from kernel.metadata_prior import WeightedPrior
 
-CHUNK = 256  # observations scored at once: with 32,000 classes their scores take 33 MB, which stay in the allocator
+Result = TypeVar("Result")
+CPU = torch.device("cpu")
+# Bytes of the scores of one chunk. On a CPU under 32 MiB, and few such tensors at a time, because glibc returns larger
+# blocks to the system, and filling fresh pages takes a fifth of the time. On a GPU enough to keep it busy.
+CPU_CHUNK, GPU_CHUNK = 30 << 20, 256 << 20
+CPU_CACHE = 2 << 20  # bytes of scores that stay in a core's cache from one operation to the next
+MIN_OBSERVATIONS = 64  # in a chunk, however many classes there are; with fewer, reading the prototypes takes the time
+BLOCK = 128  # classes of which `largest` first finds the maximum
 TRANSDUCTION_ROUNDS = 3  # with more rounds the prototypes drift
+
+
+def observations_at_once(columns: int, device: torch.device) -> int:
+    """How many observations have scores that fit in the memory of a chunk, with `columns` scores each."""
+    memory = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+    return max(MIN_OBSERVATIONS, memory // (4 * max(1, columns)))
+
+
+def try_chunk(work: Callable[[slice], Result], chunk: slice) -> Result | None:
+    """`work(chunk)`, or None where memory runs out and a smaller chunk may help."""
+    try:
+        return work(chunk)
+    except (RuntimeError, MemoryError) as error:
+        if chunk.stop - chunk.start < 2 or not is_out_of_memory(error):
+            raise
+        return None
+
+
+def in_chunks(count: int, size: int, work: Callable[[slice], Result]) -> Iterator[Result]:
+    """The results of `work` for consecutive slices of `count` observations, one at least.
+
+    Args:
+        size: observations in a slice; halved whenever memory runs out.
+    """
+    first = 0
+    while True:
+        chunk = slice(first, min(first + size, count))
+        result = try_chunk(work, chunk)
+        if result is None:
+            size = (chunk.stop - first) // 2
+            continue
+        yield result
+        first = chunk.stop
+        if first >= count:
+            return
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices in float32, whatever the process has set.
+
+    In TF32, which keeps 10 bits of each factor, a GPU would rank other classes than the CPU.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True)
@@ -74,21 +139,53 @@ class Bank:
     mixture_weight: torch.Tensor
     transduction: torch.Tensor
 
+    def to(self, device: torch.device) -> "Bank":
+        """The bank on a device. Single numbers stay on the CPU, where reading them waits for nothing."""
+        layers = tuple(
+            replace(layer, weight=layer.weight.to(device), bias=layer.bias.to(device)) for layer in self.layers
+        )
+        names = ("prototypes", "prototype_labels", "counts", "bias")
+        return replace(self, layers=layers, **{name: getattr(self, name).to(device) for name in names})
+
     def transform(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(observations, features) -> (observations, features of the prototypes), rows of length 1."""
         return nn.functional.normalize(apply_layers(self.layers, embeddings), dim=1)
 
     def similarities(self, transformed: torch.Tensor) -> torch.Tensor:
-        """(observations, features of the prototypes) -> (observations, classes), by the nearest prototype of each."""
-        similarities = transformed @ self.prototypes.T
-        if torch.equal(self.prototype_labels, torch.arange(len(self.bias))):  # one prototype per class
-            return similarities
-        nearest = similarities.new_full((len(transformed), len(self.bias)), -1.0)
-        return nearest.scatter_reduce_(1, self.prototype_labels.expand_as(similarities), similarities, "amax")
+        """(observations, features of the prototypes) -> (observations, classes), by the nearest prototype of each.
 
-    def log_probabilities(self, similarities: torch.Tensor) -> torch.Tensor:
-        """Similarities (observations, classes) -> log-probabilities of the same shape."""
-        return torch.add(self.bias, similarities, alpha=float(self.logit_scale)).log_softmax(dim=1)
+        A class without a prototype gets -1.
+        """
+        classes, labels, device = len(self.bias), self.prototype_labels, transformed.device
+        if torch.equal(labels, torch.arange(classes, device=device)):  # one prototype per class
+            return transformed @ self.prototypes.T
+        # With a row per class: on a CPU, the maxima of rows take a sixth of the time of those of columns. In parts,
+        # since there may be many more prototypes than classes.
+        nearest = transformed.new_full((classes, len(transformed)), -torch.inf)
+        size = observations_at_once(len(transformed), device)
+        for prototypes, own in zip(self.prototypes.split(size), labels.split(size), strict=True):
+            similarities = prototypes @ transformed.T
+            nearest.scatter_reduce_(0, own[:, None].expand_as(similarities), similarities, "amax")
+        nearest[torch.bincount(labels, minlength=classes) == 0] = -1.0
+        return nearest.T.contiguous()
+
+    def log_probabilities(self, similarities: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Similarities (observations, classes) -> log-probabilities of the same shape.
+
+        Args:
+            out: memory for the result, which may be that of the similarities.
+        """
+        out = torch.empty_like(similarities) if out is None else out
+        size = max(1, (CPU_CACHE if out.device.type == "cpu" else GPU_CHUNK) // (4 * len(self.bias)))
+        for part, own in zip(similarities.split(size), out.split(size), strict=True):
+            torch.log_softmax(torch.add(self.bias, part, alpha=float(self.logit_scale)), dim=1, out=own)
+        return out
+
+    def assign(self, transformed: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The observations of a chunk, (observations, features), and (observations, prototypes) probabilities."""
+        observations = transformed[chunk]
+        logits = (observations @ self.prototypes.T).mul_(self.logit_scale).add_(self.bias[self.prototype_labels])
+        return observations, logits.softmax(dim=1)
 
     def refined(self, transformed: torch.Tensor) -> "Bank":
         """The bank with its prototypes moved towards the test observations that resemble them.
@@ -100,11 +197,11 @@ class Bank:
             transformed: (observations, features of the prototypes), rows of length 1.
         """
         bank, start = self, self.prototypes * self.counts[:, None]
+        size = observations_at_once(len(start), start.device)
         for _ in range(TRANSDUCTION_ROUNDS):
             total = torch.zeros_like(start)
-            for chunk in transformed.split(CHUNK):
-                logits = chunk @ bank.prototypes.T * self.logit_scale + self.bias[self.prototype_labels]
-                total.addmm_(logits.softmax(dim=1).T, chunk)
+            for observations, probabilities in in_chunks(len(transformed), size, partial(bank.assign, transformed)):
+                total.addmm_(probabilities.T, observations)
             prototypes = nn.functional.normalize(start + self.transduction * total, dim=1)
             bank = replace(bank, prototypes=prototypes)
         return bank
@@ -131,7 +228,11 @@ def read_banks(path: Path) -> list[Bank]:
 
 
 def refine_transductively(bank: Bank, transformed: torch.Tensor) -> Bank:
-    """The bank after transduction; the bank itself if that is off or fails, because the kernel must continue."""
+    """The bank after transduction; the bank itself if that is off or fails, because the kernel must continue.
+
+    Raises:
+        RuntimeError: it fails on a GPU. On the CPU it may succeed.
+    """
     if not bank.transduction or not len(transformed):
         return bank
     try:
@@ -140,43 +241,69 @@ def refine_transductively(bank: Bank, transformed: torch.Tensor) -> Bank:
             return refined
         reason = "the prototypes are not finite"
     except (RuntimeError, MemoryError) as error:
+        if transformed.device.type != "cpu":
+            raise
         reason = str(error).splitlines()[0]
     print(f"predicting without transduction: {reason}", flush=True)
     return bank
 
 
-def classify(banks: Sequence[Bank], embeddings: torch.Tensor) -> Iterator[torch.Tensor]:
+@dataclass(frozen=True)
+class Classifier:
+    """The banks of a member and the observations that they classify, on one device.
+
+    Attributes:
+        banks: after transduction.
+        transformed: for each bank (observations, features of its prototypes), rows of length 1.
+        has_embedding: (observations,) bool, false for a row of zeros: an observation without a readable photo. It takes
+            no part in transduction, and its log-probabilities are zeros.
+    """
+
+    banks: Sequence[Bank]
+    transformed: Sequence[torch.Tensor]
+    has_embedding: torch.Tensor
+
+    def log_probabilities(self, chunk: slice) -> torch.Tensor:
+        """(observations of the chunk, classes), of the banks' mean probability."""
+        each = []
+        for bank, transformed in zip(self.banks, self.transformed, strict=True):
+            similarities = bank.similarities(transformed[chunk])
+            each.append(bank.log_probabilities(similarities, out=similarities))
+        mean = each[0]
+        if len(each) > 1:
+            weighted = [part.add_(bank.mixture_weight.log()) for bank, part in zip(self.banks, each, strict=True)]
+            mean = torch.stack(weighted).logsumexp(dim=0)
+        if not self.has_embedding[chunk].all():
+            mean[~self.has_embedding[chunk]] = 0
+        return mean
+
+
+def make_classifier(banks: Sequence[Bank], embeddings: torch.Tensor, device: torch.device) -> Classifier:
+    """Move the banks of a member and (observations, features) to a device, transform these, refine the banks."""
+    embeddings, banks = embeddings.to(device), [bank.to(device) for bank in banks]
+    has_embedding = embeddings.norm(dim=1) > 0
+    transformed = [bank.transform(embeddings) for bank in banks]
+    refined = [
+        refine_transductively(bank, own[has_embedding] if bank.transduction else own)
+        for bank, own in zip(banks, transformed, strict=True)
+    ]
+    return Classifier(refined, transformed, has_embedding)
+
+
+def classify(banks: Sequence[Bank], embeddings: torch.Tensor, device: torch.device = CPU) -> Iterator[torch.Tensor]:
     """Log-probabilities (observations of a chunk, classes) of the banks' mean probability, chunk by chunk.
 
     Args:
-        embeddings: (observations, features). A row of zeros is an observation without a readable photo: it takes no
-            part in transduction, and its log-probabilities are zeros.
+        embeddings: (observations, features); zeros for an observation without a readable photo, see `Classifier`.
+        device: to work on, and of the result.
     """
-    has_embedding = embeddings.norm(dim=1) > 0
-    spaces = [bank.transform(embeddings) for bank in banks]
-    banks = [refine_transductively(bank, space[has_embedding]) for bank, space in zip(banks, spaces, strict=True)]
-    chunks = (space.split(CHUNK) for space in spaces)
-    for mask, *parts in zip(has_embedding.split(CHUNK), *chunks, strict=True):
-        each = [bank.log_probabilities(bank.similarities(part)) for bank, part in zip(banks, parts, strict=True)]
-        mean = each[0]
-        if len(each) > 1:
-            weighted = [part + bank.mixture_weight.log() for bank, part in zip(banks, each, strict=True)]
-            mean = torch.stack(weighted).logsumexp(dim=0)
-        mean[~mask] = 0
-        yield mean
+    classifier = make_classifier(banks, embeddings, device)
+    size = observations_at_once(len(banks[0].bias), device)
+    return in_chunks(len(embeddings), size, classifier.log_probabilities)
 
 
-def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of the largest scores of each row, largest first; of equal ones the lower index first.
-
-    The same as the first columns of a stable sort, on every device; a sort of 32,000 classes takes ten times as long.
-
-    Args:
-        scores: (observations, classes), none NaN.
-
-    Returns:
-        (observations, count) int64; all classes, if there are fewer.
-    """
+def largest_of_few(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The same as `largest`, by one `topk` over all columns."""
     values, indices = scores.topk(min(count + 1, scores.shape[1]), dim=1)  # in any order where scores are equal
     indices = indices[:, :count].sort(dim=1).values
     order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True).indices
@@ -187,12 +314,65 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return indices
 
 
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices of the largest scores of each row, largest first; of equal ones the lower index first.
+
+    The same as the first columns of a stable sort, on every device, in a fraction of the time.
+
+    Args:
+        scores: (observations, classes), none NaN.
+
+    Returns:
+        (observations, count) int64; all classes, if there are fewer.
+    """
+    classes, blocks = scores.shape[1], scores.shape[1] // BLOCK
+    if blocks < 8 * count:
+        return largest_of_few(scores, count)
+    # If a block is not among the `count` with the largest maxima, each of those has a score that comes before all of
+    # its scores. The remaining columns, less than a block, are all candidates.
+    maxima = scores[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(dim=2)
+    chosen = largest_of_few(maxima, count).sort(dim=1).values
+    columns = torch.arange(classes, device=scores.device)
+    candidates = columns[: blocks * BLOCK].view(blocks, BLOCK)[chosen].flatten(1)
+    candidates = torch.cat([candidates, columns[blocks * BLOCK :].expand(len(scores), -1)], dim=1)
+    return candidates.gather(1, largest_of_few(scores.gather(1, candidates), count))
+
+
+def rank_on(
+    device: torch.device,
+    members: Sequence[Sequence[Bank]],
+    weights: Sequence[float],
+    embeddings: Sequence[torch.Tensor],
+    guesses: int,
+    metadata_prior: torch.Tensor | WeightedPrior | None,
+) -> torch.Tensor:
+    """`rank` on a device.
+
+    Raises:
+        RuntimeError: the memory of the device does not suffice, or an operation on it fails.
+    """
+    classifiers = [make_classifier(banks, own, device) for banks, own in zip(members, embeddings, strict=True)]
+    prior, classes = None if metadata_prior is None else metadata_prior.to(device), len(members[0][0].bias)
+
+    def best(chunk: slice) -> torch.Tensor:
+        total = classifiers[0].log_probabilities(chunk)
+        total = total if weights[0] == 1 else total.mul_(weights[0])
+        for weight, classifier in zip(weights[1:], classifiers[1:], strict=True):
+            total.add_(classifier.log_probabilities(chunk), alpha=weight)
+        if prior is not None:
+            total.add_(prior[chunk])
+        return largest(total, min(guesses, classes))
+
+    return torch.cat(list(in_chunks(len(embeddings[0]), observations_at_once(classes, device), best))).cpu()
+
+
 def rank(
     members: Sequence[Sequence[Bank]],
     weights: Sequence[float],
     embeddings: Sequence[torch.Tensor],
     guesses: int,
-    metadata_prior: torch.Tensor | None = None,
+    metadata_prior: torch.Tensor | WeightedPrior | None = None,
+    device: torch.device = CPU,
 ) -> torch.Tensor:
     """The best classes of each observation, by the weighted sum of the log-probabilities of an ensemble's members.
 
@@ -202,18 +382,17 @@ def rank(
         embeddings: (observations, features of the member), one per member.
         guesses: how many classes to return; all, if there are fewer.
         metadata_prior: (observations, classes) weighted log-probabilities to add; see `weighted_prior`.
+        device: to work on. If it fails, the CPU does the work.
 
     Returns:
-        (observations, guesses) int64 indices of classes, best first.
+        (observations, guesses) int64 indices of classes, best first, on the CPU. Every device ranks the same, except
+        where two scores differ by no more than their rounding.
     """
-    guesses = min(guesses, len(members[0][0].bias))
-    best, first = [], 0
-    for parts in zip(*map(classify, members, embeddings), strict=True):
-        total = parts[0] if weights[0] == 1 else parts[0] * weights[0]
-        for weight, part in zip(weights[1:], parts[1:], strict=True):
-            total.add_(part, alpha=weight)
-        if metadata_prior is not None:
-            total.add_(metadata_prior[first : first + len(total)])
-        best.append(largest(total, guesses))
-        first += len(total)
-    return torch.cat(best) if best else torch.zeros((0, guesses), dtype=torch.long)
+    with full_precision():
+        if device.type != "cpu":
+            try:
+                return rank_on(device, members, weights, embeddings, guesses, metadata_prior)
+            except RuntimeError as error:
+                reason = "its memory does not suffice" if is_out_of_memory(error) else shorten(error)
+                print(f"ranking the classes on the CPU instead of {device}: {reason}", flush=True)
+        return rank_on(CPU, members, weights, embeddings, guesses, metadata_prior)

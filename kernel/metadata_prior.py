@@ -7,7 +7,7 @@ that is blank, malformed or unknown is ignored, and a table without these column
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -124,20 +124,62 @@ class MetadataPrior:
 
         The row of an observation without a known value is zero.
         """
-        total = torch.zeros(len(observations), len(self.classes), dtype=self.classes.dtype)
-        for feature, rows in self.rows(observations).items():
-            is_known = rows >= 0
-            total[is_known] += self.tables[feature][rows[is_known]]
-        return total
+        return self.sum_tables(self.rows(observations), len(observations))
 
     def log_probabilities(self, observations: Sequence[Observation]) -> torch.Tensor | None:
         """(observations, classes) log p(class | metadata), or None where no observation has a known value.
 
         If some observations have a known value, the others get `classes`.
         """
-        if not any((rows >= 0).any() for rows in self.rows(observations).values()):
+        rows = self.rows(observations)
+        if not has_known_value(rows):
             return None
-        return (self.classes + self.log_likelihoods(observations)).log_softmax(dim=1)
+        return (self.classes + self.sum_tables(rows, len(observations))).log_softmax(dim=1)
+
+    def sum_tables(self, rows: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
+        """The `log_likelihoods` of `count` observations from their `rows`."""
+        total = torch.zeros(count, len(self.classes), dtype=self.classes.dtype, device=self.classes.device)
+        for feature, own in rows.items():
+            is_known = own >= 0
+            total[is_known] += self.tables[feature][own[is_known]]
+        return total
+
+
+def has_known_value(rows: Mapping[str, torch.Tensor]) -> bool:
+    """Whether any observation has a known value of any feature, by `MetadataPrior.rows`."""
+    return any(bool((own >= 0).any()) for own in rows.values())
+
+
+@dataclass(frozen=True)
+class WeightedPrior:
+    """The weighted sum of the log-probabilities of priors, for some observations.
+
+    They are computed for a slice of the observations at a time, `prior[first:last]`, since all of them would take as
+    much memory as the scores of all observations.
+
+    Attributes:
+        terms: of each prior its weight, itself, and its `rows` for the observations.
+    """
+
+    terms: tuple[tuple[float, MetadataPrior, Mapping[str, torch.Tensor]], ...]
+
+    def to(self, device: torch.device) -> "WeightedPrior":
+        """The same on a device."""
+        terms = []
+        for weight, prior, rows in self.terms:
+            tables = {feature: table.to(device) for feature, table in prior.tables.items()}
+            moved = replace(prior, classes=prior.classes.to(device), tables=tables)
+            terms.append((weight, moved, {feature: own.to(device) for feature, own in rows.items()}))
+        return WeightedPrior(tuple(terms))
+
+    def __getitem__(self, chunk: slice) -> torch.Tensor:
+        """(observations of the chunk, classes)."""
+        terms = []
+        for weight, prior, rows in self.terms:
+            own = {feature: each[chunk] for feature, each in rows.items()}
+            count = len(next(iter(own.values())))
+            terms.append(weight * (prior.classes + prior.sum_tables(own, count)).log_softmax(dim=1))
+        return sum(terms)
 
 
 def read_prior(path: Path) -> MetadataPrior:
@@ -157,23 +199,27 @@ def read_prior(path: Path) -> MetadataPrior:
 
 def weighted_prior(
     weights: Weights, members: Sequence[Member], observations: Sequence[Observation]
-) -> torch.Tensor | None:
+) -> WeightedPrior | None:
     """The term that metadata add to an ensemble's log-probabilities: the weighted sum of its members' priors.
 
     Args:
         members: those of the ensemble that predict.
 
     Returns:
-        (observations, classes); None without metadata, or where reading them fails.
+        (observations, classes) in slices; None without metadata, or where reading them fails.
     """
     try:
         terms = []
         for member in members:
             if member.metadata_prior:
-                prior = read_prior(weights.file(member.metadata_prior)).log_probabilities(observations)
-                if prior is not None:
-                    terms.append(member.weight * member.metadata_prior_weight * prior)
-        return sum(terms) if terms else None
+                prior = read_prior(weights.file(member.metadata_prior))
+                rows = prior.rows(observations)
+                if has_known_value(rows):
+                    terms.append((member.weight * member.metadata_prior_weight, prior, rows))
+        found = WeightedPrior(tuple(terms)) if terms else None
+        if found:
+            found[:1]  # tables of a wrong shape must fail here
+        return found
     except Exception as error:  # whatever the hidden table holds, the photos can be predicted
         print(f"predicting without metadata: {error!r}", flush=True)
         return None

@@ -273,7 +273,7 @@ def bundle_answers(task: Task, runs: Sequence[Path], weights: Sequence[float], c
         banks = read_banks(read_weights(run).file(member.bank))
         total += weight * torch.cat(list(classify(banks, torch.tensor(embeddings, dtype=torch.float32))))
         prior = weighted_prior(read_weights(run), [replace(member, weight=weight)], queries)
-        total += 0 if prior is None else prior
+        total += 0 if prior is None else prior[:]
         is_readable &= np.isin(np.arange(len(queries)), photos.observations)
     return BundleAnswers(queries, opened[0][1], total.log_softmax(dim=1), is_readable)
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from sklearn.metrics import f1_score
 
-from kernel.bank import CHUNK, Bank, classify
+from kernel.bank import Bank, classify
 from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder
 from kernel.observations import Observation
@@ -104,10 +104,12 @@ def score_bank(
         class_ids: (observations,) the true classes, which the bank may lack.
         classes: of the bank.
     """
-    labels = torch.tensor(encode_labels(class_ids, classes))
+    labels, outcomes, first = encode_labels(class_ids, classes), [], 0
     # In chunks, since the scores of all observations over 32,000 classes would fill the memory.
-    chunks = zip(classify([bank], queries), labels.split(CHUNK), strict=True)
-    outcomes = [evaluate_predictions(log_probabilities, own.numpy()) for log_probabilities, own in chunks]
+    for log_probabilities in classify([bank], queries):
+        last = first + len(log_probabilities)
+        outcomes.append(evaluate_predictions(log_probabilities, labels[first:last]))
+        first = last
     ranks, losses = (np.concatenate([getattr(one, name) for one in outcomes]) for name in ("ranks", "losses"))
     top = np.concatenate([one.top[:, 0] for one in outcomes])
     hits = np.stack([ranks < count for count in GUESSES], axis=1).astype(float)

@@ -11,10 +11,11 @@ from safetensors.torch import save_file
 from kernel.competitions.fungi import METADATA
 from kernel.inputs import sha256
 from kernel.manifest import Weights
-from kernel.metadata_prior import FEATURES, MetadataPrior, feature_value, weighted_prior
+from kernel.metadata_prior import FEATURES, MetadataPrior, WeightedPrior, feature_value, weighted_prior
 from kernel.observations import Observation, find_test_table
 from tests.manifests import manifest
 
+SUBSTRATES = json.dumps({"substrate": ["oak", "sand"]})
 OAK, SAND = torch.tensor([1.0, 0.0, -1.0]), torch.tensor([0.0, 2.0, 0.0])
 JUNE = {"month": "6.0", "day": "21.0"}
 GOOD = JUNE | {
@@ -75,9 +76,24 @@ def test_an_ensemble_adds_the_weighted_priors_of_its_members(prior, tmp_path):
     weights = Weights(tmp_path, replace(manifest(), members=tuple(members), files=files))
     found = queries({"substrate": "sand"}, {})
     expected = 0.75 * 0.5 * prior.log_probabilities(found)
-    assert torch.allclose(weighted_prior(weights, members, found), expected)
+    assert torch.allclose(weighted_prior(weights, members, found)[:], expected)
     assert weighted_prior(weights, members[1:], found) is None
     assert weighted_prior(weights, members, queries({})) is None
+
+
+def test_a_slice_of_the_weighted_prior_holds_the_rows_of_its_observations(prior):
+    found = queries(*[{"substrate": "sand"}, {}, {"habitat": "bog"}, {"substrate": "oak", "habitat": "bog"}] * 5)
+    weighted = WeightedPrior(((0.3, prior, prior.rows(found)), (0.5, prior, prior.rows(found[::-1]))))
+    expected = 0.3 * prior.log_probabilities(found) + 0.5 * prior.log_probabilities(found[::-1])
+    assert torch.allclose(torch.cat([weighted[first : first + 3] for first in range(0, 20, 3)]), expected)
+
+
+def test_tables_for_other_classes_leave_the_predictions_to_the_photos(prior, tmp_path, capsys):
+    save_file({"classes": prior.classes, "substrate": torch.zeros(2, 7)}, tmp_path / "p", {"values": SUBSTRATES})
+    member = replace(manifest().members[0], metadata_prior="p", metadata_prior_weight=0.5)
+    weights = Weights(tmp_path, replace(manifest(), files={"p": sha256(tmp_path / "p")}))
+    assert weighted_prior(weights, [member], queries({}, {"substrate": "sand"})) is None
+    assert "predicting without metadata: " in capsys.readouterr().out
 
 
 def test_a_prior_that_cannot_be_read_leaves_the_predictions_to_the_photos(prior, tmp_path, capsys):
