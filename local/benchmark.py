@@ -1,8 +1,8 @@
 """Measure this kit and print the tables of local/benchmarks/RESULTS.md.
 
-python local/benchmark.py speed
+python local/benchmark.py speed  # photos, and matching
 python local/benchmark.py speed --encoder timm:vit_base_patch16_224 --json build/speed.json
-pip install pybioclip && python local/benchmark.py speed  # with pybioclip in the table, offline, by the same encoder
+pip install pybioclip faiss-cpu && python local/benchmark.py speed  # compared with these too, offline
 python local/benchmark.py accuracy  # on drawn fungi, with an encoder trained on others, in minutes
 python local/benchmark.py accuracy --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip --out runs
 python local/benchmark.py systems --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
@@ -30,7 +30,7 @@ from local.recipes.recipe import read_recipe
 def parse_options() -> argparse.Namespace:
     parser = command_parser(__doc__)
     tables = parser.add_subparsers(dest="name", required=True, parser_class=partial(type(parser), allow_abbrev=False))
-    one = tables.add_parser("speed", help="photos per second, compared with other implementations")
+    one = tables.add_parser("speed", help="photos per second, and matching, compared with other implementations")
     one.add_argument("--encoder", default="timm:mobilenetv2_100", metavar="SPEC", help="default: %(default)s")
     one = tables.add_parser("accuracy", help="methods from the public starter notebook to the best recipe")
     one.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="competitions (default: draw one)")

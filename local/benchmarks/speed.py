@@ -29,6 +29,7 @@ from kernel.observations import Observation
 from kernel.photos import decode, shorter_side
 from kernel.views import VIEWS
 from local.base.console import progress, say
+from local.benchmarks.matching import measure_matching
 from local.drawing.fungi import draw, traits
 from local.encoders.load import load_encoder
 
@@ -282,4 +283,4 @@ def speed(spec: str) -> dict:
         rows = measure_speed(encoder, Path(folder))
     for part in ("decode", "forward"):
         say(f"fastest way of {part}: {', '.join(dict.fromkeys(row['fastest'][part] for row in rows))}")
-    return {"encoder": spec, "machine": machine, "rows": rows}
+    return {"encoder": spec, "machine": machine, "rows": rows, "matching": measure_matching(devices[0])}
