@@ -69,8 +69,10 @@ LOG_CALLS = f"""
 import sys
 CALLS = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg")
 def log_calls(event, arguments):
+    if event not in CALLS:
+        return
     is_local = event != "socket.getaddrinfo" and isinstance(arguments[-1], (str, bytes)) and len(arguments) > 1
-    if event in CALLS and not is_local:  # the address of a Unix socket is a path
+    if not is_local:  # the address of a Unix socket is a path
         print({CALL!r} + event, *[argument for argument in arguments if isinstance(argument, (str, tuple))], flush=True)
 sys.addaudithook(log_calls)
 """
