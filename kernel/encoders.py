@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
+from types import MethodType
 
 import timm
 import torch
@@ -330,13 +331,89 @@ def pick_dtype(device: torch.device, precision: str = "half") -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
-def build_module(library: str, architecture: str, arguments: dict) -> nn.Module:
-    """Build an encoder with random weights. Of an open_clip model, only the vision tower is built."""
+class TokenPool(nn.Module):
+    """Pools the tokens of a vision transformer: its class token, the mean of its patches, or both.
+
+    Args:
+        pool: "token", "avg" or "token+avg".
+        prefix: number of tokens before the patches; the class token is the first.
+    """
+
+    def __init__(self, pool: str, prefix: int):
+        super().__init__()
+        self.pool, self.prefix = pool, prefix
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Pool (batch, tokens, width) to (batch, 1 or 2, width)."""
+        if tokens.ndim != 3 or tokens.shape[1] <= self.prefix:
+            raise ValueError(f"expected a class token and patches, got {tuple(tokens.shape)}")
+        pooled = {"token": tokens[:, 0], "avg": tokens[:, self.prefix :].mean(dim=1)}
+        return torch.stack([pooled[name] for name in self.pool.split("+")], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{self.pool}, prefix={self.prefix}"  # embeddings are cached by what str(module) says
+
+
+def pool_tokens(module: nn.Module, pool: str) -> nn.Module:
+    """Replace the pooling of a vision transformer. What comes after it, a norm or a projection, stays the library's.
+
+    The module keeps the names of its weights, because only its methods are replaced.
+
+    Args:
+        pool: as in EncoderSpec; "auto" changes nothing.
+
+    Raises:
+        ValueError: it does not have both a class token and patches.
+    """
+    if pool == "auto":
+        return module
+    transformer = getattr(module, "trunk", module)  # of timm, inside an open_clip tower
+    is_timm = hasattr(transformer, "forward_head")
+    token = getattr(transformer, "cls_token" if is_timm else "class_embedding", None)
+    prefix = getattr(transformer, "num_prefix_tokens", 0) if is_timm else 1
+    if token is None or not prefix or (not is_timm and transformer.attn_pool is not None):
+        raise ValueError("it does not have a class token and patches")
+    transformer.token_pool = TokenPool(pool, prefix)
+    # Bound methods, so that a copy of the module gets its own.
+    if is_timm:
+        transformer.forward_head = MethodType(_pool_in_timm, transformer)
+    else:
+        transformer._global_pool = MethodType(_pool_in_open_clip, transformer)
+    module.register_forward_hook(_concatenate)
+    return module
+
+
+def _pool_in_timm(transformer: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    pooled = transformer.token_pool(tokens)
+    return transformer.head(transformer.fc_norm(pooled) if hasattr(transformer, "fc_norm") else pooled)
+
+
+def _pool_in_open_clip(transformer: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return transformer.token_pool(tokens), tokens[:, 1:]
+
+
+def _concatenate(module: nn.Module, inputs: tuple, pooled: torch.Tensor) -> torch.Tensor:
+    return pooled.flatten(1)
+
+
+def build_module(library: str, architecture: str, arguments: dict, pool: str = "auto") -> nn.Module:
+    """Build an encoder with random weights. Of an open_clip model, only the vision tower is built.
+
+    Args:
+        arguments: of the library. In those of open_clip, `trunk_size` is the input size of a transformer of timm in the
+            tower, if it is not the size for which timm builds it; open_clip too sets it afterwards.
+        pool: see EncoderSpec.
+    """
     if library == "timm":
-        return timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
-    # Imported only here, because most runs do not need it. open_clip has no public function that builds one tower.
-    open_clip_model = importlib.import_module("open_clip.model")
-    return open_clip_model._build_vision_tower(**arguments)
+        module = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
+    else:
+        # Imported only here, because most runs do not need it. open_clip has no public function that builds one tower.
+        open_clip_model = importlib.import_module("open_clip.model")
+        trunk_size = arguments.get("trunk_size")
+        module = open_clip_model._build_vision_tower(**{k: v for k, v in arguments.items() if k != "trunk_size"})
+        if trunk_size:
+            module.trunk.set_input_size(trunk_size)
+    return pool_tokens(module, pool)
 
 
 def describe_versions(members: Sequence[Member]) -> str:
@@ -365,7 +442,7 @@ def read_module(path: Path, spec: EncoderSpec) -> nn.Module:
         InputError: the installed version of the library cannot build the architecture, or the weights do not fit it.
     """
     try:
-        module = build_module(spec.library, spec.architecture, spec.arguments)
+        module = build_module(spec.library, spec.architecture, spec.arguments, spec.pool)
     except Exception as error:  # the type depends on the library's version and on what it does not know
         reason = shorten(f"{type(error).__name__}: {error}")
         raise InputError(

@@ -54,7 +54,9 @@ class EncoderSpec:
     Attributes:
         library: the library that builds it.
         architecture: its name in that library.
-        arguments: keyword arguments for the library.
+        arguments: keyword arguments for the library. They include another input size than that of its training.
+        pool: what is returned of a class token and patches: the token, the mean of the patches, or both, concatenated.
+            "auto" is what the library returns.
         packages: name -> version of the Python packages with which it was built.
         preprocessing: of the photos.
         features: length of an embedding.
@@ -67,6 +69,7 @@ class EncoderSpec:
     library: Literal["timm", "open_clip"]
     architecture: str
     arguments: dict[str, Any]
+    pool: Literal["auto", "token", "avg", "token+avg"] = "auto"
     packages: dict[str, str] = field(default_factory=dict)
     preprocessing: Preprocessing
     features: int

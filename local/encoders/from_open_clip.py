@@ -14,46 +14,53 @@ from kernel.manifest import EncoderSpec, Preprocessing
 from local.base.files import read_json
 from local.encoders.hub import read_weights_file
 from local.encoders.source import refuse_unsupported
+from local.encoders.variants import Variant, apply_variant, check_variant, vary
 
 
-def load_open_clip_name(name: str) -> tuple[nn.Module, EncoderSpec]:
+def load_open_clip_name(name: str, variant: Variant) -> tuple[nn.Module, EncoderSpec]:
     """Load the vision tower of ARCHITECTURE/PRETRAINED, downloading the weights if necessary.
 
     Raises:
-        InputError: open_clip has no such weights, or they cannot be downloaded.
+        InputError: open_clip has no such weights or no such variant, or they cannot be downloaded.
     """
     architecture, _, tag = name.partition("/")
     if (architecture, tag) not in open_clip.list_pretrained():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture))
         known = f"the weights for {architecture} are {tags}" if tags else "see open_clip.list_models()"
         raise InputError(f"open_clip has no {name}: {known}")
+    config = open_clip.get_model_config(architecture)
+    arguments = _tower_arguments(config, False)
+    check_variant(lambda: _describe(architecture, arguments, _preprocess_cfg(config, {})), variant)
     try:
         visual = open_clip.create_model(architecture, pretrained=tag, require_pretrained=True).visual
     except (ImportError, OSError, RuntimeError) as error:
         raise InputError(f"open_clip:{name} cannot be loaded: {shorten(error)}; check the network") from error
     # Some weights change the activation; only the module shows which it is.
     quick_gelu = any(isinstance(layer, open_clip.transformer.QuickGELU) for layer in visual.modules())
-    arguments = _tower_arguments(open_clip.get_model_config(architecture), quick_gelu)
+    arguments = _tower_arguments(config, quick_gelu)
     module = build_module("open_clip", "", arguments)
     module.load_state_dict(visual.state_dict())
-    return module, _describe(architecture, arguments, visual.preprocess_cfg)
+    described = _describe(architecture, arguments, visual.preprocess_cfg)
+    varied = vary(described, variant)
+    return apply_variant(module, described, varied), varied
 
 
-def load_open_clip_files(config_file: Path, weights: Path, name: str) -> tuple[nn.Module, EncoderSpec]:
+def load_open_clip_files(
+    config_file: Path, weights: Path, name: str, variant: Variant
+) -> tuple[nn.Module, EncoderSpec]:
     """Load the vision tower from a configuration (model_cfg, preprocess_cfg) and weights.
 
     The text tower is not built, because some text towers would be downloaded.
 
     Raises:
-        InputError: the configuration builds no model, or the weights are damaged or do not match it.
+        InputError: the configuration builds no model or no such variant, or the weights are damaged or do not match it.
     """
     config = read_json(config_file)
     try:
         model_cfg = config["model_cfg"]
         arguments = _tower_arguments(model_cfg, model_cfg.get("quick_gelu", False))
         module = build_module("open_clip", "", arguments)
-        given = config.get("preprocess_cfg") or {}
-        preprocess_cfg = transform.merge_preprocess_dict(transform.PreprocessCfg(), given)
+        preprocess_cfg = _preprocess_cfg(model_cfg, config.get("preprocess_cfg") or {})
     except Exception as error:  # the type depends on what is wrong
         raise InputError(f"{config_file} builds no open_clip model: {_reason(error)}; correct it") from error
     state = read_weights_file(weights)
@@ -69,7 +76,27 @@ def load_open_clip_files(config_file: Path, weights: Path, name: str) -> tuple[n
         raise InputError(
             f"{weights} does not match {config_file}: {_reason(error)}; give the weights that belong to it"
         ) from error
-    return module, _describe(name, arguments, preprocess_cfg | {"size": module.image_size})
+    described = _describe(name, arguments, preprocess_cfg)
+    varied = vary(described, variant)
+    return apply_variant(module, described, varied), varied
+
+
+def describe_open_clip_file(config_file: Path, name: str) -> EncoderSpec:
+    """The description of the vision tower of an open_clip configuration, without its weights.
+
+    Raises:
+        Exception: the configuration is wrong.
+    """
+    config = read_json(config_file)
+    model_cfg = config["model_cfg"]
+    arguments = _tower_arguments(model_cfg, model_cfg.get("quick_gelu", False))
+    return _describe(name, arguments, _preprocess_cfg(model_cfg, config.get("preprocess_cfg") or {}))
+
+
+def _preprocess_cfg(model_cfg: dict, given: dict) -> dict:
+    """open_clip's preprocessing, which has the size of the model."""
+    preprocess_cfg = transform.merge_preprocess_dict(transform.PreprocessCfg(), given)
+    return preprocess_cfg | {"size": model_cfg["vision_cfg"].get("image_size", 224)}
 
 
 def _convert(folder: Path, weights: Path) -> dict[str, torch.Tensor]:

@@ -15,42 +15,39 @@ from kernel.manifest import EncoderSpec, Preprocessing
 from local.base.files import read_json
 from local.encoders.hub import read_weights_file
 from local.encoders.source import refuse_unsupported
+from local.encoders.variants import Variant, apply_variant, vary
 
 
-def load_timm_name(name: str, pretrained: bool, image_size: int) -> tuple[nn.Module, EncoderSpec]:
+def load_timm_name(name: str, pretrained: bool, variant: Variant) -> tuple[nn.Module, EncoderSpec]:
     """Load a model by timm's name, ARCHITECTURE or ARCHITECTURE.TAG, downloading the weights if necessary.
 
     Raises:
-        InputError: timm has no such model, or the weights cannot be downloaded.
+        InputError: timm has no such model, it has no such variant, or the weights cannot be downloaded.
     """
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         near = ", ".join(difflib.get_close_matches(architecture, timm.list_models(), n=5, cutoff=0.0))
         raise InputError(f"timm has no model {name}: the nearest are {near}")
     try:
+        pretrained_cfg = asdict(timm.get_pretrained_cfg(name))
+        described = _describe(architecture, _fixed_size(architecture, {}, pretrained_cfg), pretrained_cfg)
+        varied = vary(described, variant)
         module = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise InputError(f"timm:{name} cannot be loaded: {shorten(error)}; check the name and the network") from error
-    arguments = _fixed_size(architecture, {}, module.pretrained_cfg)
-    return module, _describe(architecture, arguments, module.pretrained_cfg, image_size)
+    return apply_variant(module, described, varied), varied
 
 
-def load_timm_files(config_file: Path, weights: Path, image_size: int) -> tuple[nn.Module, EncoderSpec]:
+def load_timm_files(config_file: Path, weights: Path, variant: Variant) -> tuple[nn.Module, EncoderSpec]:
     """Load a model from timm's configuration (architecture, num_classes, model_args, pretrained_cfg) and weights.
 
     timm's own loader converts the weights as it does for its models on the hub. It is strict only if the number of
     classes is right, so the head is loaded too and then removed.
 
     Raises:
-        InputError: timm does not have the architecture, or the weights are damaged or do not match it.
+        InputError: timm does not have the architecture or the variant, or the weights are damaged or do not match it.
     """
-    config = read_json(config_file)
-    architecture = config.get("architecture")
-    if not isinstance(architecture, str) or not timm.is_model(architecture):
-        raise InputError(
-            f"timm {timm.__version__} has no architecture {architecture!r} (in {config_file}): correct it, or install "
-            "another version of timm"
-        )
+    config, architecture = _read_timm_config(config_file)
     state = read_weights_file(weights)
     try:
         arguments, pretrained_cfg = _parse_timm_config(architecture, config)
@@ -71,7 +68,31 @@ def load_timm_files(config_file: Path, weights: Path, image_size: int) -> tuple[
             f"{weights} does not match {config_file}: {reason}; correct the configuration, or give the weights that "
             "belong to it"
         ) from error
-    return module, _describe(architecture, arguments, pretrained_cfg, image_size)
+    described = _describe(architecture, arguments, pretrained_cfg)
+    varied = vary(described, variant)
+    return apply_variant(module, described, varied), varied
+
+
+def describe_timm_file(config_file: Path) -> EncoderSpec:
+    """The description of the model of a timm configuration, without its weights.
+
+    Raises:
+        Exception: the configuration is wrong.
+    """
+    config, architecture = _read_timm_config(config_file)
+    return _describe(architecture, *_parse_timm_config(architecture, config))
+
+
+def _read_timm_config(path: Path) -> tuple[dict, str]:
+    """A timm configuration and its architecture."""
+    config = read_json(path)
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise InputError(
+            f"timm {timm.__version__} has no architecture {architecture!r} (in {path}): correct it, or install "
+            "another version of timm"
+        )
+    return config, architecture
 
 
 def _parse_timm_config(architecture: str, config: dict) -> tuple[dict, dict]:
@@ -104,9 +125,8 @@ def _count_classes(state: dict[str, torch.Tensor], classifier: str | tuple | Non
     return heads[0] if heads else 0 if names else default
 
 
-def _describe(architecture: str, arguments: dict, pretrained_cfg: dict, image_size: int) -> EncoderSpec:
-    overrides = {"input_size": (3, image_size, image_size)} if image_size else {}
-    config = timm.data.resolve_data_config(overrides, pretrained_cfg=pretrained_cfg, use_test_size=False)
+def _describe(architecture: str, arguments: dict, pretrained_cfg: dict) -> EncoderSpec:
+    config = timm.data.resolve_data_config({}, pretrained_cfg=pretrained_cfg, use_test_size=False)
     refuse_unsupported(architecture, "crop_mode", config["crop_mode"], ("center", "squash"))
     refuse_unsupported(architecture, "interpolation", config["interpolation"], ("bilinear", "bicubic"))
     return EncoderSpec(

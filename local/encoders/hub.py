@@ -1,6 +1,7 @@
 """Model folders in the formats of timm and open_clip: download them from the hub and find their weights."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -14,7 +15,7 @@ from local.encoders.source import OPEN_CLIP, SUFFIXES, TIMM, WEIGHTS, find_forma
 SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1536: "giant", 4096: "7b"}
 
 
-def download(spec: str, repository: str, formats: tuple[str, ...]) -> Path:
+def download(spec: str, repository: str, formats: tuple[str, ...], check: Callable[[Path], None]) -> Path:
     """Download a model's configuration and weights into the hub's cache.
 
     Without a network, and with HF_HUB_OFFLINE=1, the files in the cache are used.
@@ -23,6 +24,7 @@ def download(spec: str, repository: str, formats: tuple[str, ...]) -> Path:
         spec: for messages.
         repository: OWNER/NAME or OWNER/NAME@REVISION.
         formats: configuration files to look for, the preferred one first.
+        check: is called with the configuration before the weights are downloaded.
 
     Returns:
         The folder in the cache.
@@ -55,6 +57,8 @@ def download(spec: str, repository: str, formats: tuple[str, ...]) -> Path:
             config = fetch(kind)
             if config and kind == TIMM:
                 refuse_transformers(read_json(config), spec)
+            if config:
+                check(config)
             if config and any(fetch(file) for file in WEIGHTS[kind]):
                 return config.parent
     except GatedRepoError as error:

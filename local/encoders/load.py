@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,14 +17,17 @@ from torch import nn
 from kernel.encoders import build_module, is_out_of_memory, read_module
 from kernel.inputs import InputError, sha256, shorten
 from kernel.manifest import MANIFEST, EncoderSpec, read_manifest, to_json
-from local.encoders.from_timm import load_timm_files, load_timm_name
+from local.encoders.from_timm import describe_timm_file, load_timm_files, load_timm_name
 from local.encoders.hub import download, find_readable_format, find_weights_file
-from local.encoders.source import SUFFIXES, TIMM, WEIGHTS, find_source, refuse_image_size
+from local.encoders.source import SUFFIXES, TIMM, WEIGHTS, find_source
+from local.encoders.variants import Variant, apply_variant, check_variant, vary
 
 LARGER = 1.25  # the view `larger` has at least this factor of the encoder's own size
 
 
-def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tuple[nn.Module, EncoderSpec]:
+def load_encoder(
+    spec: str, pretrained: bool = True, image_size: int = 0, pool: str = "auto"
+) -> tuple[nn.Module, EncoderSpec]:
     """Load an encoder with its description.
 
     Args:
@@ -33,32 +37,34 @@ def load_encoder(spec: str, pretrained: bool = True, image_size: int = 0) -> tup
             formats, `timm:hf-hub:OWNER/NAME` and the like choose one.
         pretrained: False gives `timm:NAME` random weights.
         image_size: side of the input in pixels; 0 is the encoder's own.
+        pool: "token", "avg" or "token+avg" of an encoder that has a class token and patches; see `Variant` for "auto".
 
     Returns:
         The module, which maps (batch, 3, size, size) to (batch, features), and its description, in which `file` is
         empty.
 
     Raises:
-        InputError: the form is unknown, the weights cannot be found, or they do not fit the architecture.
+        InputError: the form is unknown, the weights cannot be found or do not fit the architecture, or the encoder does
+            not accept the size or the pooling.
     """
-    source = find_source(spec, pretrained, image_size)
+    source, variant = find_source(spec, pretrained), Variant(spec, image_size, pool)
     path = Path(source.name)
     if source.form == "timm":
-        module, described = load_timm_name(source.name, pretrained, image_size)
+        module, described = load_timm_name(source.name, pretrained, variant)
     elif source.form == "open_clip":
         from local.encoders.from_open_clip import load_open_clip_name
 
-        module, described = load_open_clip_name(source.name)
+        module, described = load_open_clip_name(source.name, variant)
     elif source.form == "hub":
-        folder = download(spec, source.name, source.formats)
-        module, described = _load_folder(folder, source.formats, image_size, source.name.partition("@")[0])
+        folder = download(spec, source.name, source.formats, partial(_check_config, variant=variant))
+        module, described = _load_folder(folder, source.formats, variant, source.name.partition("@")[0])
     elif source.form == "run":
-        module, described = _load_run(path, image_size)
+        module, described = _load_run(path, variant)
     elif source.form == "folder":
-        module, described = _load_folder(path, source.formats, image_size)
+        module, described = _load_folder(path, source.formats, variant)
     else:
         pair = [path.with_name(path.name + suffix) for suffix in (".json", ".safetensors")]
-        module, described = load_timm_files(*pair, image_size)
+        module, described = load_timm_files(*pair, variant)
     return module, replace(described, features=_count_features(spec, module, described.preprocessing.size, image_size))
 
 
@@ -116,7 +122,7 @@ def enable_larger_view(module: nn.Module, spec: EncoderSpec) -> tuple[nn.Module,
     for larger, changes in itertools.product(sizes, ({}, {"dynamic_img_size": True})):
         arguments = spec.arguments | changes
         try:
-            candidate = build_module(spec.library, spec.architecture, arguments) if changes else module
+            candidate = build_module(spec.library, spec.architecture, arguments, spec.pool) if changes else module
             candidate.load_state_dict(module.state_dict())
             with torch.inference_mode():
                 candidate.eval()(torch.zeros(1, 3, larger, larger))
@@ -128,25 +134,36 @@ def enable_larger_view(module: nn.Module, spec: EncoderSpec) -> tuple[nn.Module,
 
 
 def _load_folder(
-    folder: Path, formats: tuple[str, ...], image_size: int, name: str = ""
+    folder: Path, formats: tuple[str, ...], variant: Variant, name: str = ""
 ) -> tuple[nn.Module, EncoderSpec]:
     kind = find_readable_format(folder, formats)
     weights = find_weights_file(folder, kind)
+    _check_config(folder / kind, variant)
     if kind == TIMM:
-        return load_timm_files(folder / kind, weights, image_size)
-    refuse_image_size(name or str(folder), image_size)
+        return load_timm_files(folder / kind, weights, variant)
     from local.encoders.from_open_clip import load_open_clip_files
 
-    return load_open_clip_files(folder / kind, weights, name or folder.name)
+    return load_open_clip_files(folder / kind, weights, name or folder.name, variant)
 
 
-def _load_run(folder: Path, image_size: int) -> tuple[nn.Module, EncoderSpec]:
+def _check_config(config_file: Path, variant: Variant) -> None:
+    """`check_variant` by a configuration file alone."""
+
+    def describe() -> EncoderSpec:
+        if config_file.name == TIMM:
+            return describe_timm_file(config_file)
+        from local.encoders.from_open_clip import describe_open_clip_file
+
+        return describe_open_clip_file(config_file, "")
+
+    check_variant(describe, variant)
+
+
+def _load_run(folder: Path, variant: Variant) -> tuple[nn.Module, EncoderSpec]:
     spec = read_manifest(folder / MANIFEST).members[0].encoder
-    size = spec.preprocessing.size
-    if image_size not in (0, size):
-        raise InputError(f"image_size = {image_size}: {folder} was trained at {size} pixels; leave image_size at 0")
     if not (folder / spec.file).is_file():
         raise InputError(f"{folder / spec.file} is missing: train again")
-    preprocessing = replace(spec.preprocessing, larger_size=0)
-    module = read_module(folder / spec.file, spec).requires_grad_(True)
-    return module, replace(spec, precision="half", preprocessing=preprocessing, file="")
+    varied = vary(spec, variant)
+    module = apply_variant(read_module(folder / spec.file, spec), spec, varied).requires_grad_(True)
+    preprocessing = replace(varied.preprocessing, larger_size=0)
+    return module, replace(varied, precision="half", preprocessing=preprocessing, file="")

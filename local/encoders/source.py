@@ -34,12 +34,11 @@ class Source:
     formats: tuple[str, ...] = ()
 
 
-def find_source(spec: str, pretrained: bool = True, image_size: int = 0) -> Source:
+def find_source(spec: str, pretrained: bool = True) -> Source:
     """Parse a SPEC; see `local.encoders.load.load_encoder`.
 
     Raises:
-        InputError: the form is unknown, the path does not exist, or the form does not support `pretrained` = False or
-            an `image_size`.
+        InputError: the form is unknown, the path does not exist, or the form does not support `pretrained` = False.
     """
     kind, _, name = spec.partition(":")
     formats = tuple(WEIGHTS)
@@ -52,7 +51,6 @@ def find_source(spec: str, pretrained: bool = True, image_size: int = 0) -> Sour
     if not pretrained:
         raise InputError(f"pretrained = false with the encoder {spec}: only timm:NAME can have random weights")
     if kind == "open_clip":
-        refuse_image_size(spec, image_size)
         return Source("open_clip", name)
     if kind in ("hf-hub", "hf_hub") and REPOSITORY.fullmatch(name):
         return Source("hub", name, formats)
@@ -97,14 +95,6 @@ def refuse_unknown_timm(name: str) -> None:
         models = re.findall(r"^@register_model\s+def (\w+)", code, re.MULTILINE)
         near = ", ".join(difflib.get_close_matches(architecture, models, n=5, cutoff=0.0))
         raise InputError(f"timm has no model {name}: the nearest are {near}")
-
-
-def refuse_image_size(spec: str, image_size: int) -> None:
-    """Raise an InputError if another input size is set for an open_clip encoder."""
-    if image_size:
-        raise InputError(
-            f"image_size = {image_size} with {spec}: an open_clip encoder only takes its own size; leave it at 0"
-        )
 
 
 def refuse_unsupported(architecture: str, key: str, value: object, supported: tuple[str, ...]) -> None:

@@ -130,7 +130,18 @@ class EncoderSettings:
         "hub's format, or of a .safetensors and a .json, without the suffix. --encoder sets it too.",
     )
     pretrained: bool = setting(True, "Use the pretrained weights. false: random weights, to train from scratch.")
-    image_size: int = setting(0, "Side of the encoder's input in pixels. 0: that of its training.", least=0)
+    image_size: int = setting(
+        0,
+        "Side of the encoder's input in pixels, for which position embeddings are resampled. 0: that of its training.",
+        least=0,
+        most=2048,
+    )
+    pool: str = setting(
+        "auto",
+        "What a transformer with a class token returns. token: that token. avg: the mean of the patches. token+avg: "
+        "both, concatenated. auto: what the library returns, but the class token of a DINOv3.",
+        choices=("auto", "token", "avg", "token+avg"),
+    )
     resolution: str = setting(
         "auto",
         "Which of FungiCLEF's image folders to read. auto: the smallest whose photos are not enlarged.",

@@ -80,7 +80,8 @@ def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -
 
 def load_described(recipe: Recipe) -> tuple[nn.Module, EncoderSpec]:
     """The encoder of a recipe, and its description with the recipe's preprocessing."""
-    module, spec = load_encoder(recipe.encoder.encoder, recipe.encoder.pretrained, recipe.encoder.image_size)
+    encoder = recipe.encoder
+    module, spec = load_encoder(encoder.encoder, encoder.pretrained, encoder.image_size, encoder.pool)
     refuse_large(recipe.encoder, module)
     if "larger" in recipe.bank.views:
         module, spec = enable_larger_view(module, spec)

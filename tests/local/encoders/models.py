@@ -116,7 +116,8 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def assert_rebuilds(module, described, photos: list[Path]) -> None:
     """The description, as the manifest stores it, and the weights give the same encoder."""
-    rebuilt = build_module(described.library, described.architecture, json.loads(json.dumps(described.arguments)))
+    arguments = json.loads(json.dumps(described.arguments))
+    rebuilt = build_module(described.library, described.architecture, arguments, described.pool)
     rebuilt.load_state_dict(module.state_dict(), strict=True)
     assert torch.equal(embed(rebuilt, described, photos), embed(module, described, photos))
 
