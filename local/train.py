@@ -11,7 +11,10 @@ local/recipes/README.md says what each recipe does and how a bank is chosen.
   stem of a .safetensors and a .json file, a folder in the hub's format (its weights may be a training checkpoint), or a
   run. The observations that such a run was trained on are not used to score the new one. HF_HUB_OFFLINE=1 loads what
   was downloaded before. Weights that a hub offers only as .bin are read as tensors alone, and saved as safetensors. The
-  encoder is saved, and opened as the kernel will open it, before the first photo is embedded.
+  encoder is saved, and opened as the kernel will open it, before the first photo is embedded. --set image_size=434 runs
+  it at another input size, and --set pool=token+avg takes the class token of a transformer and the mean of its patches.
+
+Before photos are embedded, a line says how many, in how many views, and about how long that takes on this device.
 
 --resume continues from the last checkpoint, or starts if there is none. On a CPU the result is the same, bit for bit,
   as without the interruption. Ctrl-C and SIGTERM lose nothing. A training that is killed loses at most the last five

@@ -155,12 +155,12 @@ class BankSelection:
         self.unreadable: dict[Path, str] = {}
         self._embedded: dict[str, Embedded] = {}
 
-    def embed(self, resize_mode: str) -> Embedded:
-        """All labelled observations in all views that may be used."""
+    def embed(self, resize_mode: str, rounds: int = 1) -> Embedded:
+        """All labelled observations in all views that may be used; for `rounds` see EmbeddingCache."""
         if resize_mode not in self._embedded:
             preprocessing = dataclasses.replace(self.encoder.preprocessing, resize_mode=resize_mode)
             encoder = Encoder(self.encoder.module, preprocessing, self.encoder.features, self.encoder.devices)
-            photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.settings.views)
+            photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.settings.views, rounds)
             self.unreadable |= dict(photos.unreadable)
             self._embedded[resize_mode] = Embedded(
                 photos.values, self.settings.views, photos.observations, self.plan.labels, self.taxonomy, self.head
@@ -173,9 +173,9 @@ class BankSelection:
         Raises:
             InputError: too many photos cannot be read.
         """
-        own = (self.settings.resize_mode,)
-        for resize_mode in CANDIDATES["resize_mode"] if "resize_mode" in self.choose else own:
-            self.embed(resize_mode)
+        modes = CANDIDATES["resize_mode"] if "resize_mode" in self.choose else (self.settings.resize_mode,)
+        for index, resize_mode in enumerate(modes):
+            self.embed(resize_mode, len(modes) - index)
         check_readable(list(self.unreadable.items()), len(self.labelled.photos))
 
     def select(self) -> SelectedBank:

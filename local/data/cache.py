@@ -29,6 +29,7 @@ from kernel.observations import Observation
 from kernel.photos import PIXELS_VERSION
 from local.base import distributed
 from local.base.console import Progress, counted, progress
+from local.data.cost import Cost
 
 PART = 256  # photos between two writes
 
@@ -58,8 +59,12 @@ class EmbeddingCache:
     def __init__(self, folder: Path, encoder: Encoder):
         self.encoder, self.folder = encoder, folder / encoder_digest(encoder)
 
-    def embed(self, observations: Sequence[Observation], views: Sequence[str]) -> PhotoEmbeddings:
-        """All photos in all views. What the cache lacks is embedded, and added to it."""
+    def embed(self, observations: Sequence[Observation], views: Sequence[str], rounds: int = 1) -> PhotoEmbeddings:
+        """All photos in all views. What the cache lacks is embedded, and added to it.
+
+        Args:
+            rounds: how often the photos will be embedded, this time included, for the estimate of the time.
+        """
         photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
         with ThreadPoolExecutor(count_cores()) as threads:
             each = threads.map(content_digest, (path for _, path in photos))
@@ -71,7 +76,7 @@ class EmbeddingCache:
             if any(digest not in known[view] for view in views)
         }
         missing = distributed.broadcast_object(missing)  # another run may have added some in between
-        causes = distributed.all_gather_dict(self._fill(missing, views, known)) if missing else {}
+        causes = distributed.all_gather_dict(self._fill(missing, views, known, rounds)) if missing else {}
         if distributed.rank_and_world_size()[1] > 1:
             distributed.barrier()
             known = {view: self._read(view) for view in views}
@@ -90,7 +95,9 @@ class EmbeddingCache:
             [(path, causes[digest]) for digest, (_, path) in zip(digests, photos, strict=True) if digest in causes],
         )
 
-    def _fill(self, missing: dict[str, Path], views: Sequence[str], known: dict[str, dict]) -> dict[str, str]:
+    def _fill(
+        self, missing: dict[str, Path], views: Sequence[str], known: dict[str, dict], rounds: int
+    ) -> dict[str, str]:
         """Embed the missing photos. Under torchrun, every process embeds some of them.
 
         Returns:
@@ -98,6 +105,8 @@ class EmbeddingCache:
         """
         (rank, world), found = distributed.rank_and_world_size(), {}
         digests = list(missing)[rank::world]
+        cost = Cost(len(digests), views, self.encoder, rounds)
+        cost.start()
         with (
             PhotoLoader.for_encoder([missing[digest] for digest in digests], self.encoder) as loader,
             Progress(f"embedding in {counted(len(views), 'view')}", len(digests), "photo") as bar,
@@ -107,6 +116,7 @@ class EmbeddingCache:
                 rows = embedded.half().numpy()
                 found |= {digests[photo]: row for photo, row in zip(batch.photos, rows, strict=True)}
                 bar.advance(len(batch.photos))
+                cost.advance(len(batch.photos))
                 if len(found) >= PART:
                     self._add(found, views, known)
                     found = {}
@@ -179,6 +189,9 @@ def encoder_digest(encoder: Encoder) -> str:
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     how = {**asdict(encoder.preprocessing), "device": encoder.device.type, "module": str(encoder.module)}
     how |= {"pixels": PIXELS_VERSION, "torch": torch.__version__, "timm": timm.__version__, "pillow": PIL.__version__}
+    global_pool = getattr(getattr(encoder.module, "trunk", encoder.module), "global_pool", None)
+    if isinstance(global_pool, str):  # of timm's transformers; str(module) does not show it
+        how["global_pool"] = global_pool
     if type(encoder.module).__module__.startswith("open_clip"):
         how["open_clip"] = version("open_clip_torch")
     digest.update(json.dumps(how, sort_keys=True).encode())

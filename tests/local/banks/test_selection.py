@@ -75,7 +75,9 @@ def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(en
 
     labelled = read_competition(drawn.competition).in_splits("train").sample(2, 0)
     own = plan_bank(split_for_validation(labelled, 0), "train", is_tuned=False)
-    selection = BankSelection(BankSettings(), ["whitening"], own, encoder, tmp_path)
+    selection = BankSelection(BankSettings(resize_mode="crop"), ["whitening"], own, encoder, tmp_path)
+    selection.embed_all()
+    capsys.readouterr()
     selected = selection.select()
     assert (selected.settings, selected.scores, selected.predictions) == (selection.settings, {}, None)
     assert len(selected.banks[0].bias) == len(own.classes)

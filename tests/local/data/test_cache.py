@@ -12,12 +12,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder
+from kernel.encoders import Encoder, build_module
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation
 from local.banks.estimators import pool
 from local.data import cache as module
-from local.data.cache import EmbeddingCache
+from local.data.cache import EmbeddingCache, encoder_digest
 from tests.conftest import photo
 from tests.processes import FORKS
 
@@ -181,3 +181,13 @@ def test_a_killed_process_loses_only_its_part_and_two_at_once_agree(encoder, pas
     assert np.allclose(photos.values, fresh.values, atol=2e-3)
     assert module.PART > 5
     assert os.listdir(tmp_path / "cache")
+
+
+def test_embeddings_of_another_pooling_are_others():
+    preprocessing = Preprocessing(160, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "bilinear", 1.0, "crop")
+    arguments = [({}, "auto"), ({"global_pool": "avg", "fc_norm": False}, "auto"), ({}, "token"), ({}, "avg")]
+    modules = [build_module("timm", "test_vit", changes, pool) for changes, pool in arguments]
+    for other in modules[1:]:
+        other.load_state_dict(modules[0].state_dict())
+    encoders = [Encoder(module, preprocessing, 64, [torch.device("cpu")]) for module in modules]
+    assert len({encoder_digest(encoder) for encoder in encoders}) == len(encoders)
