@@ -14,34 +14,34 @@ from kernel.encoders import describe_versions, open_encoder, pick_devices
 from kernel.start import Setup
 from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, describe_unreadable, write_unreadable
 from kernel.loader import PhotoLoader
-from kernel.embeddings import Embeddings, Limits, embed_observations, list_photos
+from kernel.embeddings import Embeddings, Limits, concatenate, embed_observations, list_photos
 from kernel.metadata_prior import weighted_prior
 from kernel.bank import rank, read_banks
 from kernel.inputs import InputError
 from kernel.submission import fallback_guesses, write_submission
 
 
-def embed_members(setup: Setup) -> tuple[list[Embeddings], torch.device]:
-    """Embed the test set with each member of the ensemble, best first, as far as time allows; at least with the first.
+def embed_test_set(setup: Setup) -> tuple[list[Embeddings], torch.device]:
+    """Embed the test set with each encoder of each member, the best first, as far as time allows; at least with one.
 
     In the scored rerun an error costs only what is not embedded yet.
 
     Returns:
-        The embeddings by each member, and the first of the encoders' devices.
+        The embeddings by each encoder, and the first of the encoders' devices.
     """
-    members, embedded = setup.weights.manifest.members, []
-    # Their processes are forked before CUDA starts, and decode while the first encoder is opened.
-    photos, gpus = list_photos(setup.table.observations), torch.cuda.device_count()
-    loaders = [PhotoLoader.for_gpus(photos, member.encoder.preprocessing, gpus) for member in members]
+    steps = [(member, spec) for member in setup.weights.manifest.members for spec in member.encoders]
+    # The processes of the loaders are forked before CUDA starts, and decode while the first encoder is opened.
+    photos, gpus, embedded = list_photos(setup.table.observations), torch.cuda.device_count(), []
+    loaders = [PhotoLoader.for_gpus(photos, spec.preprocessing, gpus) for _, spec in steps]
     devices = pick_devices()
-    for index, (member, loader) in enumerate(zip(members, loaders, strict=True)):
-        name, encoder = member.name, None  # frees the memory of the encoder before
+    for index, ((member, spec), loader) in enumerate(zip(steps, loaders, strict=True)):
+        name, encoder = spec.architecture, None  # frees the memory of the encoder before
         try:
-            encoder = open_encoder(setup.weights.file(member.encoder.file), member.encoder, devices)
+            encoder = open_encoder(setup.weights.file(spec.file), spec, devices)
             name += f" on {' and '.join(map(str, encoder.devices))}"
             limits = Limits(
                 setup.budget,
-                fraction=1 / (len(members) - index),
+                fraction=1 / (len(steps) - index),
                 is_optional=index > 0,
                 tolerates_errors=setup.is_rerun,
             )
@@ -52,10 +52,10 @@ def embed_members(setup: Setup) -> tuple[list[Embeddings], torch.device]:
             if not (setup.is_rerun and embedded):
                 raise
             traceback.print_exc()
-            print(f"scored rerun: predicting without {name} and the members after it", flush=True)
+            print(f"scored rerun: predicting without {name} and the encoders after it", flush=True)
             break
         if index and embeddings.late:
-            print(f"{name}: no time for it and the members after it", flush=True)
+            print(f"{name}: no time for it and the encoders after it", flush=True)
             break
         embedded.append(embeddings)
         if embeddings.late:
@@ -69,22 +69,23 @@ def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torc
     """Rank the classes of each observation and write the submission.
 
     Args:
-        embedded: by each member that there was time for.
+        embedded: by each encoder that there was time for.
         device: on which the classes are ranked.
 
     Returns:
         How many observations keep the fallback: those without an embedding, unless the metadata say something.
     """
     weights, table, manifest = setup.weights, setup.table, setup.weights.manifest
-    members = manifest.members[: len(embedded)]
+    members, banks, values, left = [], [], [], list(embedded)
+    for member in manifest.members:
+        own, left = left[: len(member.encoders)], left[len(member.encoders) :]
+        if own:
+            members.append(member)
+            banks.append(read_banks(weights.file(member.banks[len(own) - 1])))
+            values.append(concatenate([embeddings.pooled for embeddings in own], member.encoder_weights))
     metadata_prior = weighted_prior(weights, members, table.observations)
     ranked = rank(
-        [read_banks(weights.file(member.bank)) for member in members],
-        [member.weight for member in members],
-        [embeddings.values for embeddings in embedded],
-        table.competition.guesses,
-        metadata_prior,
-        device,
+        banks, [member.weight for member in members], values, table.competition.guesses, metadata_prior, device
     )
     is_predicted = torch.stack([embeddings.has_embedding for embeddings in embedded]).all(dim=0)
     if metadata_prior is not None:
@@ -133,7 +134,7 @@ def main(setup: Setup) -> None:
     """Replace the fallback submission by the predictions."""
     print(describe_versions(setup.weights.manifest.members), flush=True)
     began = setup.budget.elapsed()
-    embedded, device = embed_members(setup)
+    embedded, device = embed_test_set(setup)
     seconds = setup.budget.elapsed() - began
     fallbacks = write_predictions(setup, embedded, device)
     handle_errors(setup.working, setup.is_rerun, "the predictions")

@@ -28,18 +28,23 @@ class Embeddings:
     """The embeddings of a list of observations, by one encoder.
 
     Attributes:
-        values: (observations, features) float32, each row of length 1, or zero where no photo was embedded.
+        pooled: (observations, features) float32, the mean or maximum over photos, or zero where no photo was embedded.
         photos: (observations,) number of photos in each row.
         unreadable: path and cause of every photo that could not be read.
         late: number of observations left out because the budget was spent, or because of an error.
         views: number of photos by the number of their views.
     """
 
-    values: torch.Tensor
+    pooled: torch.Tensor
     photos: torch.Tensor
     unreadable: list[tuple[Path, str]]
     late: int
     views: Counter
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(observations, features) float32, each row of length 1 or 0."""
+        return concatenate([self.pooled], [1.0])
 
     @property
     def failures(self) -> Counter:
@@ -95,9 +100,24 @@ class Pool:
         self.counts[first:] = 0
         return len(self.counts) - first
 
-    def values(self) -> torch.Tensor:
-        """(observations, features), rows of length 1. A sum has the direction of the mean, so it is not divided."""
-        return nn.functional.normalize(self.totals.where(self.counts[:, None] > 0, torch.zeros(())), dim=1)
+    def pooled(self) -> torch.Tensor:
+        """(observations, features), zero without a photo."""
+        pooled = self.totals.where(self.counts[:, None] > 0, torch.zeros(()))
+        return pooled / self.counts.clamp(min=1)[:, None] if self.pooling == "mean" else pooled
+
+
+def concatenate(pooled: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The embeddings of observations by several encoders as one.
+
+    Args:
+        pooled: (observations, features) of each encoder, means or maxima of embeddings of length 1.
+        weights: of the encoders; those after the last of `pooled` are not used.
+
+    Returns:
+        (observations, features of all) float32, each row of length 1 or 0.
+    """
+    parts = [weight * one for weight, one in zip(weights, pooled, strict=False)]
+    return nn.functional.normalize(torch.cat(parts, dim=1), dim=1)
 
 
 def embed_observations(
@@ -136,7 +156,7 @@ def embed_observations(
         traceback.print_exc()
     is_complete = photos_by_views.total() + len(loader.unreadable) == len(owners)
     late = 0 if is_complete else pool.drop_from(owners[end])
-    return Embeddings(pool.values(), pool.counts, loader.unreadable, late, photos_by_views)
+    return Embeddings(pool.pooled(), pool.counts, loader.unreadable, late, photos_by_views)
 
 
 def list_photos(observations: Sequence[Observation]) -> list[Path]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from kernel.inputs import InputError, find_folders, sha256, shorten
 
-FORMAT = "few-shot-species/2"  # the manifest's "format"; increase it when older manifests can no longer be read
+FORMAT = "few-shot-species/3"  # the manifest's "format"; increase it when older manifests can no longer be read
 MANIFEST = "manifest.json"
 # The SHA-256 of the only manifest that the script accepts. bundle.py sets it; an empty string accepts any manifest.
 MANIFEST_SHA256 = ""
@@ -93,13 +93,16 @@ class GivenSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """A trained encoder and its bank. A run has one member, an ensemble has several.
+    """One or several encoders and their bank. A run has one member, an ensemble has several.
 
     Attributes:
         name: for the log.
+        encoders: whose embeddings are concatenated.
+        encoder_weights: of their embeddings in the concatenation.
         views: names of the test-time views, the most useful first.
         pooling: how the embeddings of an observation's photos are combined.
-        bank: name of its file.
+        banks: names of their files: over the embeddings of the first encoder, of the first two, and so on. A kernel
+            that has no time for the last encoders uses an earlier one.
         metadata_prior: name of its file; None if there is no metadata prior.
         metadata_prior_weight: weight of the log-probabilities by metadata, which are added to those by photos.
         weight: weight of the member's log-probabilities in the ensemble.
@@ -112,10 +115,11 @@ class Member:
     """
 
     name: str
-    encoder: EncoderSpec
+    encoders: tuple[EncoderSpec, ...]
+    encoder_weights: tuple[float, ...]
     views: tuple[str, ...]
     pooling: str
-    bank: str
+    banks: tuple[str, ...]
     metadata_prior: str | None
     metadata_prior_weight: float
     weight: float
@@ -177,6 +181,9 @@ def read_manifest(path: Path) -> Manifest:
         empty = [name for name in ("class_ids", "fallback_classes", "members") if not getattr(manifest, name)]
         if empty:
             raise ValueError(f"{empty[0]} is empty")
+        for member in manifest.members:
+            if not len(member.encoders) == len(member.encoder_weights) == len(member.banks) > 0:
+                raise ValueError(f"{member.name} needs as many weights and banks as encoders")
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}; train or bundle again") from error
     return manifest
@@ -213,7 +220,7 @@ def _from_json(kind: Any, value: Any, key: str) -> Any:
 
     Args:
         kind: the type: one of the dataclasses, or the annotation of one of their fields.
-        key: name of the value in messages, such as `members[0].encoder`.
+        key: name of the value in messages, such as `members[0].views`.
 
     Raises:
         ValueError: a key is missing, or a value has another type.

@@ -13,6 +13,7 @@ local/recipes/README.md says what each recipe does and how a bank is chosen.
   was downloaded before. Weights that a hub offers only as .bin are read as tensors alone, and saved as safetensors. The
   encoder is saved, and opened as the kernel will open it, before the first photo is embedded. --set image_size=434 runs
   it at another input size, and --set pool=token+avg takes the class token of a transformer and the mean of its patches.
+  Given several times, --encoder concatenates the embeddings of frozen encoders.
 
 Before photos are embedded, a line says how many, in how many views, and about how long that takes on this device.
 
@@ -54,7 +55,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--recipe", required=True, metavar="NAME|FILE", help="one of those below, or a .toml file")
     parser.add_argument("--data", type=Path, metavar="DIR", help="the competition, as downloaded")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/RECIPE)")
-    parser.add_argument("--encoder", metavar="SPEC", help="hf-hub:..., open_clip:A/P, timm:NAME, or a path")
+    parser.add_argument(
+        "--encoder",
+        action="append",
+        metavar="SPEC",
+        help="hf-hub:..., open_clip:A/P, timm:NAME, or a path; given again, the embeddings are concatenated",
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe"
     )

@@ -21,10 +21,11 @@ def member(**changes: object) -> Member:
     """A member of one view, without a metadata prior and without scores."""
     values = {
         "name": "test_resnet",
-        "encoder": encoder_spec(),
+        "encoders": (encoder_spec(),),
+        "encoder_weights": (1.0,),
         "views": ("plain",),
         "pooling": "mean",
-        "bank": "bank.safetensors",
+        "banks": ("bank.safetensors",),
         "metadata_prior": None,
         "metadata_prior_weight": 0.0,
         "weight": 1.0,

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from kernel.bank import Bank
-from kernel.encoders import Encoder
 from kernel.inputs import shorten
 from kernel.metadata_prior import MetadataPrior
 from local.banks.ensemble import HeldOutPredictions
@@ -18,7 +17,7 @@ from local.banks.metadata_prior import fit_prior
 from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, most_candidates, nested_predictions
 from local.base.console import Progress, counted, say
 from local.base.metrics import describe, held_out_scores
-from local.data.cache import EmbeddingCache
+from local.data.embedding import WeightedEncoders
 from local.data.observations import Split, encode_labels, sort_ids
 from local.data.photos import check_readable
 from local.recipes.settings import CANDIDATES, BankSettings
@@ -109,7 +108,8 @@ class SelectedBank:
 
     Attributes:
         settings: with those that were selected.
-        banks: whose probabilities are averaged.
+        banks: over the embeddings of the first encoder, of the first two, and so on: each a list of banks whose
+            probabilities are averaged.
         metadata_prior: None where the settings give it no weight.
         scores: see `local.base.metrics.held_out_scores`; empty where nothing could be held out.
         candidates: the rows of the table of all settings that were compared.
@@ -117,7 +117,7 @@ class SelectedBank:
     """
 
     settings: BankSettings
-    banks: list[Bank]
+    banks: list[list[Bank]]
     metadata_prior: MetadataPrior | None
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
     candidates: list[dict] = dataclasses.field(default_factory=list)
@@ -131,7 +131,7 @@ class BankSelection:
         settings: of the bank; `views` are all that may be used.
         choose: the names of the settings to select.
         plan: which observations to use.
-        encoder: of the photos.
+        encoders: of the photos.
         cache: the folder of embeddings.
         head: over `plan.classes`, if one was trained with the encoder.
 
@@ -144,12 +144,12 @@ class BankSelection:
         settings: BankSettings,
         choose: Sequence[str],
         plan: BankPlan,
-        encoder: Encoder,
+        encoders: WeightedEncoders,
         cache: Path,
         head: Bank | None = None,
     ):
         self.settings, self.choose, self.plan = settings, tuple(choose), plan
-        self.encoder, self.cache, self.head = encoder, cache, head
+        self.encoders, self.cache, self.head = encoders, cache, head
         self.labelled = plan.split.labelled
         self.taxonomy = self.labelled.taxonomy(plan.classes)
         self.unreadable: dict[Path, str] = {}
@@ -158,9 +158,9 @@ class BankSelection:
     def embed(self, resize_mode: str, rounds: int = 1) -> Embedded:
         """All labelled observations in all views that may be used; for `rounds` see EmbeddingCache."""
         if resize_mode not in self._embedded:
-            preprocessing = dataclasses.replace(self.encoder.preprocessing, resize_mode=resize_mode)
-            encoder = Encoder(self.encoder.module, preprocessing, self.encoder.features, self.encoder.devices)
-            photos = EmbeddingCache(self.cache, encoder).embed(self.labelled.observations, self.settings.views, rounds)
+            photos = self.encoders.embed(
+                self.labelled.observations, self.settings.views, self.cache, resize_mode, rounds
+            )
             self.unreadable |= dict(photos.unreadable)
             self._embedded[resize_mode] = Embedded(
                 photos.values, self.settings.views, photos.observations, self.plan.labels, self.taxonomy, self.head
@@ -242,12 +242,22 @@ class BankSelection:
 
     def _fit(
         self, settings: BankSettings, logit_scales: Sequence[float] = ()
-    ) -> tuple[list[Bank], MetadataPrior | None]:
-        """The bank of some settings, made of the whole reference, and its metadata prior if they give that a weight."""
-        embedded, reference = self.embed(settings.resize_mode), self.plan.reference
+    ) -> tuple[list[list[Bank]], MetadataPrior | None]:
+        """The banks of some settings, made of the whole reference, and a metadata prior if they give that a weight."""
+        embedded, reference, banks = self.embed(settings.resize_mode), self.plan.reference, []
         with Progress("fitting the bank"):
-            banks = fit_banks(settings, embedded, reference, logit_scales, self.plan.seed)
+            for count in range(1, len(self.encoders.encoders) + 1):
+                own = embedded if count == len(self.encoders.encoders) else self._embedded_by_first(count, embedded)
+                banks.append(fit_banks(settings, own, reference, logit_scales, self.plan.seed))
             return banks, self._fit_prior(reference) if settings.metadata_weight else None
+
+    def _embedded_by_first(self, count: int, embedded: Embedded) -> Embedded:
+        """The embeddings of the first encoders alone, of length 1."""
+        encoders = self.encoders.first(count)
+        features = sum(encoder.features for encoder in encoders.encoders)
+        length = np.linalg.norm(self.encoders.scales[:count])
+        values = (embedded.values[:, :, :features] / max(length, 1e-3)).astype(embedded.values.dtype)
+        return dataclasses.replace(embedded, values=values, pooled_cache={}, transform_cache={})
 
     def _fit_prior(self, reference: np.ndarray) -> MetadataPrior:
         """What the metadata of some of the observations say of the classes."""

@@ -51,10 +51,15 @@ def describe_run(path: Path) -> dict[str, str] | None:
         "run": path.parent.name,
         "trained": datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
         "data": f"{manifest.competition.name} {member.data_sha256[:6]}",
-        "encoder": Path(recipe["encoder"]).name,
+        "encoder": " + ".join(Path(name).name for name in encoder_names(recipe["encoder"])),
         "reference": recipe["reference"],
         **{
             label: f"{scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]" if scores else "-"
             for name, label in SCORES.items()
         },
     }
+
+
+def encoder_names(encoder: str | list[str]) -> list[str]:
+    """The setting `encoder` of a run's recipe as a list, also where the run has one encoder."""
+    return [encoder] if isinstance(encoder, str) else encoder

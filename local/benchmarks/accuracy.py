@@ -28,8 +28,8 @@ from local.base.console import counted, say
 from local.base.files import write_json
 from local.base.metrics import GUESSES, METRIC_NAMES, bounded, gained, hit_matrix, interval_of, score
 from local.base.run_folder import CACHE
-from local.data.cache import embed_with_run
 from local.data.competition import read_competition
+from local.data.embedding import embed_with_run
 from local.data.folder import find_competition
 from local.data.observations import LabelledObservations, encode_labels
 from local.data.solution import read_solution
@@ -111,7 +111,7 @@ def accuracy(folders: Sequence[Path], encoders: Sequence[str], reference: str, o
         tasks = [read_task(data.resolve(), reference) for data in folders]
         reports = []
         for task in tasks:
-            answers = run_methods(task, encoders or [read_recipe(RECIPES[0]).encoder.encoder], Path(kept))
+            answers = run_methods(task, encoders or [read_recipe(RECIPES[0]).encoder.each[0].name], Path(kept))
             reports.append(score_methods(task, answers))
             say("\n" + "\n".join([*method_table(reports[-1]), "", *shots_table(reports[-1]), ""]))
     return {"datasets": reports}
@@ -141,7 +141,7 @@ def pretrain(folder: Path) -> str:
 def export_encoder(run: Path, stem: Path) -> str:
     """Write the timm encoder of a run as a pair of .safetensors and .json for `--encoder`. Returns its SPEC."""
     weights = read_weights(run)
-    spec = weights.manifest.members[0].encoder
+    [spec] = weights.manifest.members[0].encoders
     how = spec.preprocessing
     config = {"input_size": [3, how.size, how.size], "crop_pct": how.crop_pct, "interpolation": how.interpolation}
     crop_mode = {"crop": "center", "squash": "squash"}[how.resize_mode]
@@ -270,7 +270,7 @@ def bundle_answers(task: Task, runs: Sequence[Path], weights: Sequence[float], c
         member = manifest.members[0]
         photos = embed_with_run(run, queries, member.views, cache)
         embeddings = pool(photos.values, photos.observations, len(queries), member.pooling)
-        banks = read_banks(read_weights(run).file(member.bank))
+        banks = read_banks(read_weights(run).file(member.banks[-1]))
         total += weight * torch.cat(list(classify(banks, torch.tensor(embeddings, dtype=torch.float32))))
         prior = weighted_prior(read_weights(run), [replace(member, weight=weight)], queries)
         total += 0 if prior is None else prior[:]

@@ -264,8 +264,8 @@ def predict_by_rules(
     queries: list[Observation],
 ) -> list[torch.Tensor]:
     """The predictions of a system that starts from the pretrained encoder; see `train_and_predict`."""
-    settings = recipe.encoder
-    module, spec = load_encoder(settings.encoder, settings.pretrained, settings.image_size, settings.pool)
+    [one] = recipe.encoder.each
+    module, spec = load_encoder(one.name, recipe.encoder.pretrained, one.image_size, one.pool)
     device = pick_devices()[0]
     module.to(device, memory_format=torch.channels_last)
     encoder = Encoder(module, spec.preprocessing, spec.features, [device])

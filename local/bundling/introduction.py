@@ -56,17 +56,21 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
 
 def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
     """Names and texts of what a member consists of."""
-    encoder = member.encoder
-    size, resize_mode = encoder.preprocessing.size, encoder.preprocessing.resize_mode
-    precision = "half precision on a GPU" if encoder.precision == "half" else "full precision"
-    yield "encoder", f"{encoder.architecture} of {encoder.library}, {encoder.features:,} features, {precision}"
-    yield "photos", f"{size} x {size} pixels, resize_mode {resize_mode}"
+    for encoder, weight in zip(member.encoders, member.encoder_weights, strict=True):
+        size, resize_mode = encoder.preprocessing.size, encoder.preprocessing.resize_mode
+        precision = "half precision on a GPU" if encoder.precision == "half" else "full precision"
+        weighted = f", weight {weight:.3g}" if len(member.encoders) > 1 else ""
+        yield (
+            "encoder",
+            f"{encoder.architecture} of {encoder.library}, {encoder.features:,} features, {precision}{weighted}",
+        )
+        yield "photos", f"{size} x {size} pixels, resize_mode {resize_mode}"
     first = ", the most useful first" if len(member.views) > 1 else ""
     yield "views", f"{len(member.views)}{first}: {', '.join(member.views)}"
     if member.pooling != "mean":
         yield "pooling", f"{member.pooling} over an observation's photos, instead of the mean"
     try:
-        banks = list(describe_banks(folder / member.bank))
+        banks = list(describe_banks(folder / member.banks[-1]))
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"the bank of the run {member.run or member.name} is not of this version ({shorten(error)}): train it again"

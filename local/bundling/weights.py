@@ -117,8 +117,8 @@ def _copy(run: Weights, folder: Path, number: int) -> list[Member]:
     return [
         replace(
             member,
-            encoder=replace(member.encoder, file=copy(member.encoder.file)),
-            bank=copy(member.bank),
+            encoders=tuple(replace(encoder, file=copy(encoder.file)) for encoder in member.encoders),
+            banks=tuple(map(copy, member.banks)),
             metadata_prior=member.metadata_prior and copy(member.metadata_prior),
             run=run.folder.resolve().name,
         )

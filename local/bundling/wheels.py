@@ -40,10 +40,11 @@ def needed_wheels(runs: Sequence[Weights]) -> dict[str, str]:
     needed: dict[str, tuple[str, Path]] = {}
     for run in runs:
         for member in run.manifest.members:
-            encoder, timm = member.encoder, member.versions.get("timm")
+            timm = member.versions.get("timm")
             if timm is None:
                 raise InputError(f"{run.folder / MANIFEST} does not name the version of timm: train again")
-            libraries = dict(encoder.packages) if encoder.library != "timm" else {}
+            others = [encoder.packages for encoder in member.encoders if encoder.library != "timm"]
+            libraries = {name: version for packages in others for name, version in packages.items()}
             if is_newer(timm, IMAGE["timm"]):
                 libraries["timm"] = timm
             for name, version in libraries.items():

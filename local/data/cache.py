@@ -22,9 +22,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from kernel.embeddings import Batch, embed_batches
-from kernel.encoders import Encoder, open_encoder, pick_devices
+from kernel.encoders import Encoder
 from kernel.loader import PhotoLoader, count_cores
-from kernel.manifest import read_weights
 from kernel.observations import Observation
 from kernel.photos import PIXELS_VERSION
 from local.base import distributed
@@ -158,16 +157,6 @@ class EmbeddingCache:
             digests = [row.tobytes().hex() for row in photos]
             rows |= {digest: row for digest, row in zip(digests, values, strict=True) if digest not in rows}
         return rows
-
-
-def embed_with_run(
-    run: Path, observations: Sequence[Observation], views: Sequence[str], folder: Path
-) -> PhotoEmbeddings:
-    """Embed observations with a run's encoder; `folder` is that of the cache."""
-    weights = read_weights(run)
-    spec = weights.manifest.members[0].encoder
-    encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
-    return EmbeddingCache(folder, encoder).embed(observations, views)
 
 
 def content_digest(path: Path) -> str:

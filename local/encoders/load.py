@@ -21,6 +21,7 @@ from local.encoders.from_timm import describe_timm_file, load_timm_files, load_t
 from local.encoders.hub import download, find_readable_format, find_weights_file
 from local.encoders.source import SUFFIXES, TIMM, WEIGHTS, find_source
 from local.encoders.variants import Variant, apply_variant, check_variant, vary
+from local.recipes.settings import EncoderSettings
 
 LARGER = 1.25  # the view `larger` has at least this factor of the encoder's own size
 
@@ -89,16 +90,23 @@ def _count_features(name: str, module: nn.Module, size: int, image_size: int) ->
     return output.shape[1]
 
 
-def weights_digest(spec: str) -> str:
-    """SHA-256 over the files of an encoder that is given by a path; "" for one that is given by a name."""
+def weights_digest(settings: EncoderSettings) -> str:
+    """SHA-256 over the files of a recipe's encoders that are given by a path; "" if one is given by a name."""
+    digests = [_files_digest(one.name) for one in settings.each]
+    if len(digests) == 1 or not all(digests):
+        return digests[0] if len(digests) == 1 else ""
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def _files_digest(spec: str) -> str:
     path = Path(spec.rpartition("local-dir:")[2])
     if (path / MANIFEST).is_file():
         try:
             manifest = read_manifest(path / MANIFEST)
         except InputError:
             return ""  # `load_encoder` reports it
-        encoder = manifest.members[0].encoder
-        text = json.dumps([to_json(encoder), manifest.files.get(encoder.file)], sort_keys=True)
+        encoders = manifest.members[0].encoders
+        text = json.dumps([[to_json(one), manifest.files.get(one.file)] for one in encoders], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
     if path.is_dir():
         files = [path / name for name in WEIGHTS] + [file for end in SUFFIXES for file in sorted(path.glob(f"*{end}"))]
@@ -160,7 +168,10 @@ def _check_config(config_file: Path, variant: Variant) -> None:
 
 
 def _load_run(folder: Path, variant: Variant) -> tuple[nn.Module, EncoderSpec]:
-    spec = read_manifest(folder / MANIFEST).members[0].encoder
+    encoders = read_manifest(folder / MANIFEST).members[0].encoders
+    if len(encoders) > 1:
+        raise InputError(f"{folder} has {len(encoders)} encoders: give those of its recipe, each by its own name")
+    [spec] = encoders
     if not (folder / spec.file).is_file():
         raise InputError(f"{folder / spec.file} is missing: train again")
     varied = vary(spec, variant)

@@ -19,6 +19,7 @@ from local.recipes.settings import (
     SearchSettings,
     Setting,
     TrainSettings,
+    as_tuple,
 )
 
 FOLDER = Path(__file__).parent
@@ -53,13 +54,13 @@ class Given:
     source: str
 
 
-def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> Recipe:
+def read_recipe(name: str, settings: Sequence[str] = (), encoder: str | Sequence[str] | None = None) -> Recipe:
     """Read a recipe.
 
     Args:
         name: name of a file in local/recipes, or path of a .toml file.
         settings: `key=value`, which replace those of the file.
-        encoder: replaces the encoder.
+        encoder: replaces the encoder, or several of them.
 
     Raises:
         InputError: the recipe does not exist, a key is unknown, or a value has the wrong type or is out of range.
@@ -79,7 +80,7 @@ def make_recipe(values: Mapping, where: str) -> Recipe:
     return build_recipe(_flatten(values, where))
 
 
-def read_given(name: str, settings: Sequence[str] = (), encoder: str | None = None) -> dict[str, Given]:
+def read_given(name: str, settings: Sequence[str] = (), encoder: str | Sequence[str] | None = None) -> dict[str, Given]:
     """The settings given by a recipe's file, `--set` and `--encoder`. Later values replace earlier ones.
 
     Raises:
@@ -102,8 +103,9 @@ def read_given(name: str, settings: Sequence[str] = (), encoder: str | None = No
         if not equals:
             raise InputError(f"{source} has no value: write --set key=value")
         given[_resolve(key.strip(), source)] = Given(_parse(value.strip()), source)
-    if encoder is not None:
-        given["encoder"] = Given(encoder, f"--encoder {encoder}")
+    if encoder:
+        names = [encoder] if isinstance(encoder, str) else list(encoder)
+        given["encoder"] = Given(names, " ".join(f"--encoder {name}" for name in names))
     return given
 
 
@@ -139,6 +141,19 @@ def _check_combinations(recipe: Recipe, given: Mapping[str, Given]) -> None:
             sources = dict.fromkeys(given[name].source for name in names.split() if name in given)
             raise InputError(f"{reason} (in {' and '.join(sources)})")
 
+    count = len(recipe.encoder.each)
+    for name in ("image_size", "pool", "encoder_weights"):
+        number = len(as_tuple(getattr(recipe.encoder, name)))
+        refuse_if(
+            number not in ((0, count) if name == "encoder_weights" else (1, count)),
+            f"{name} encoder",
+            f"{name} has {number} values for {count} encoder{'s' * (count > 1)}: give one per encoder",
+        )
+    refuse_if(
+        count > 1 and recipe.train.epochs,
+        "epochs encoder",
+        "several encoders are used as they are: set epochs = 0, or train each in a run of its own and give the runs",
+    )
     train, keeps_head, mixes = recipe.train, recipe.keeps_head, recipe.augment.mixup or recipe.augment.cutmix
     is_episodic = train.prototypes == "episodic"
     for name in ("head_only_epochs", "hidden_features"):
@@ -284,6 +299,10 @@ def differences(was: Mapping, now: Mapping, weights: tuple[str, str] = ("", ""))
         found.pop("encoder", None)
         if weights[0] != weights[1]:
             found["encoder"] = f"encoder was {was['encoder']}, is {now['encoder']}, which holds other weights"
-    elif "encoder" in found and Path(was["encoder"]).resolve() == Path(now["encoder"]).resolve():
-        del found["encoder"]  # one path, written in two ways
+    elif "encoder" in found and _resolve_paths(was["encoder"]) == _resolve_paths(now["encoder"]):
+        del found["encoder"]  # the same paths, written in two ways
     return found
+
+
+def _resolve_paths(encoder: str | Sequence[str]) -> list[Path]:
+    return [Path(name).resolve() for name in ([encoder] if isinstance(encoder, str) else encoder)]

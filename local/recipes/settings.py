@@ -30,6 +30,7 @@ class Setting:
         choices: the values of a str, or of the items of a list, each at most once; empty for any value.
         least, above, most, below: limits (>=, >, <=, <) of a number, or of each number in a list.
         lengths: the numbers of items that a list may have; empty for any number.
+        is_per_encoder: whether a list of such values gives one per encoder; a single value is for all of them.
         candidates: the values that cross-validation tries if `choose` names the setting, the simplest first. For
             `views`, the groups of views that it tries to add.
     """
@@ -41,10 +42,11 @@ class Setting:
     most: float | None = None
     below: float | None = None
     lengths: tuple[int, ...] = ()
+    is_per_encoder: bool = False
     candidates: tuple = ()
 
     def check(self, name: str, value: object, default: object, where: str) -> object:
-        """Convert a value to the type of the default, and check it.
+        """Convert a value to the type of the default, and check it; see also `is_per_encoder`.
 
         Args:
             where: source of the value, for messages.
@@ -52,6 +54,9 @@ class Setting:
         Raises:
             InputError: it has another type, or is not one of the choices or within the limits.
         """
+        if self.is_per_encoder and isinstance(value, (list, tuple)) and value:
+            values = tuple(self.check(name, item, default, where) for item in value)
+            return values if len(values) > 1 else values[0]
         value = _convert(value, default)
         is_list = isinstance(value, tuple)
         items = value if is_list else (value,)
@@ -121,26 +126,42 @@ def setting(default: object, meaning: str, **limits):
 
 
 @dataclass(frozen=True)
+class OneEncoder:
+    """One of a recipe's encoders: how it is named, the side of its input, and its pooling."""
+
+    name: str
+    image_size: int
+    pool: str
+
+
+@dataclass(frozen=True)
 class EncoderSettings:
     """The encoder, and the photos that it gets."""
 
-    encoder: str = setting(
+    encoder: str | tuple[str, ...] = setting(
         "hf-hub:imageomics/bioclip",
         "hf-hub:OWNER/NAME, open_clip:ARCHITECTURE/PRETRAINED, timm:NAME, or a path: of a run, of a folder in the "
-        "hub's format, or of a .safetensors and a .json, without the suffix. --encoder sets it too.",
+        "hub's format, or of a .safetensors and a .json, without the suffix. --encoder sets it too. Of a list, the "
+        "embeddings are concatenated.",
+        is_per_encoder=True,
+    )
+    encoder_weights: tuple[float, ...] = setting(
+        (), "Weights of the embeddings of several encoders. Empty: all have the same.", least=0
     )
     pretrained: bool = setting(True, "Use the pretrained weights. false: random weights, to train from scratch.")
-    image_size: int = setting(
+    image_size: int | tuple[int, ...] = setting(
         0,
         "Side of the encoder's input in pixels, for which position embeddings are resampled. 0: that of its training.",
         least=0,
         most=2048,
+        is_per_encoder=True,
     )
-    pool: str = setting(
+    pool: str | tuple[str, ...] = setting(
         "auto",
         "What a transformer with a class token returns. token: that token. avg: the mean of the patches. token+avg: "
         "both, concatenated. auto: what the library returns, but the class token of a DINOv3.",
         choices=("auto", "token", "avg", "token+avg"),
+        is_per_encoder=True,
     )
     resolution: str = setting(
         "auto",
@@ -151,6 +172,25 @@ class EncoderSettings:
         "half", "Of the encoder on a GPU. Use full if half loses accuracy.", choices=("half", "full")
     )
     max_parameters: int = setting(0, "Refuse an encoder and head with more parameters. 0: no limit.", least=0)
+
+    @property
+    def each(self) -> tuple[OneEncoder, ...]:
+        """The encoders, in their order."""
+        names = as_tuple(self.encoder)
+        sizes, pools = (as_tuple(values) for values in (self.image_size, self.pool))
+        return tuple(
+            OneEncoder(name, sizes[index % len(sizes)], pools[index % len(pools)]) for index, name in enumerate(names)
+        )
+
+    @property
+    def name(self) -> str:
+        """The names of all encoders, for messages."""
+        return " + ".join(one.name for one in self.each)
+
+
+def as_tuple(value: object) -> tuple:
+    """A setting that may have a value per encoder, as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
 
 
 @dataclass(frozen=True)

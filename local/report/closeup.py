@@ -212,7 +212,7 @@ class Closeup:
         )
 
     def unreadable(self) -> list[UnreadablePhoto]:
-        preprocessing = self.evidence.manifest.members[0].encoder.preprocessing
+        preprocessing = self.evidence.manifest.members[0].encoders[0].preprocessing
         found = []
         for observation, readable in zip(self.embedded.observations, self.embedded.readable, strict=True):
             for path in observation.photos if readable < len(observation.photos) else ():

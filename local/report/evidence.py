@@ -19,8 +19,8 @@ from local.banks.estimators import l2_normalize, pool
 from local.banks.search import Evaluation, evaluate_predictions
 from local.base.run_folder import CACHE
 from local.base.runs import open_run
-from local.data.cache import embed_with_run
 from local.data.competition import read_competition
+from local.data.embedding import embed_with_run
 from local.data.observations import UNKNOWN_TAXA, LabelledObservations, encode_labels, sort_ids
 from local.recipes.recipe import Recipe, make_recipe
 

@@ -35,7 +35,8 @@ def check_start(recipe: Recipe, data: Path, out: Path, resumes: bool = False) ->
     if has_checkpoint(partial_of(out) / CHECKPOINTS) and not resumes:
         raise InputError(f"{out} was interrupted: continue with --resume, or remove {partial_of(out)}")
     find_competition(data)
-    find_source(recipe.encoder.encoder, recipe.encoder.pretrained)
+    for one in recipe.encoder.each:
+        find_source(one.name, recipe.encoder.pretrained)
 
 
 def refuse_no_run(out: Path) -> None:

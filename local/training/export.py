@@ -3,15 +3,16 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from kernel.encoders import is_out_of_memory, open_encoder
+from kernel.encoders import Encoder, is_out_of_memory, open_encoder
 from kernel.inputs import InputError, sha256, shorten
-from kernel.manifest import MANIFEST, CompetitionSpec, GivenSettings, Manifest, Member, write_manifest
+from kernel.manifest import MANIFEST, CompetitionSpec, EncoderSpec, GivenSettings, Manifest, Member, write_manifest
 from kernel.views import VIEWS
 from local.banks.estimators import commonest_classes, save_banks
 from local.banks.metadata_prior import write_prior
@@ -19,6 +20,7 @@ from local.banks.selection import BankPlan, SelectedBank
 from local.base.files import write_table, write_tensors
 from local.base.repository import commit, versions
 from local.base.run_folder import VALIDATION_FILE
+from local.data.embedding import preprocessing_in
 from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, settings_of, write_recipe
 from local.training.finetuning import Tuning
@@ -26,36 +28,51 @@ from local.training.inputs import Inputs
 from local.training.log import log_row
 from local.training.plots import plot_class_distribution, plot_training_curve
 
-ENCODER_FILE, BANK_FILE, PRIOR_FILE = "encoder.safetensors", "bank.safetensors", "prior.safetensors"
+PRIOR_FILE = "prior.safetensors"
 CANDIDATES_FILE = "candidates.csv"
 
 
+def encoder_file(index: int) -> str:
+    """The name of the weights of a run's first encoder, second one, ..."""
+    return f"encoder{f'-{index + 1}' if index else ''}.safetensors"
+
+
+def bank_file(index: int, count: int) -> str:
+    """The name of the bank over the embeddings of the first encoders, up to this one of `count`."""
+    return f"bank{f'-of-{index + 1}' if index + 1 < count else ''}.safetensors"
+
+
 def refuse_unopenable(inputs: Inputs, out: Path) -> None:
-    """Save the encoder beside `out`, open it as the kernel will, and compare the embeddings of one photo.
+    """Save every encoder beside `out`, open it as the kernel will, and compare the embeddings of one photo.
 
     So what would fail after the last photo fails before the first one.
 
     Args:
-        inputs: with the encoder on the CPU.
+        inputs: with the encoders on the CPU.
 
     Raises:
-        InputError: the kernel cannot open the encoder, or its embeddings are others.
+        InputError: the kernel cannot open an encoder, or its embeddings are others.
     """
-    encoder, spec, name = inputs.encoder, inputs.spec, inputs.recipe.encoder.encoder
-    folder = out.with_name(f".{out.name}.check")
+    for one, encoder, spec in zip(inputs.recipe.encoder.each, inputs.encoders, inputs.specs, strict=True):
+        views = [VIEWS[view] for view in ("plain", "larger") if view == "plain" or view in inputs.recipe.bank.views]
+        refuse_other_embeddings(one.name, encoder, spec, views, out.with_name(f".{out.name}.check"))
+
+
+def refuse_other_embeddings(
+    name: str, encoder: Encoder, spec: EncoderSpec, views: Sequence[Callable], folder: Path
+) -> None:
+    """`refuse_unopenable` for one encoder; `folder` is for its weights, and is removed."""
     photo = torch.randint(
         0, 256, (1, 3, *[encoder.preprocessing.decoded_size] * 2), generator=torch.Generator().manual_seed(0)
     )
-    # The other views have the encoder's own size. Each takes as long as a photo: at 1024 pixels on a CPU, minutes.
-    views = [VIEWS[view] for view in ("plain", "larger") if view == "plain" or view in inputs.recipe.bank.views]
     encoder.module.eval()
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        write_tensors(encoder.module.state_dict(), folder / ENCODER_FILE)
+        write_tensors(encoder.module.state_dict(), folder / encoder_file(0))
         arguments = json.loads(json.dumps(spec.arguments))  # as they are read from the manifest
         saved = dataclasses.replace(spec, arguments=arguments, precision="full")
         with torch.random.fork_rng(devices=[]):  # opening draws weights, which must not change what comes after
-            opened = open_encoder(folder / ENCODER_FILE, saved, encoder.devices)
+            opened = open_encoder(folder / encoder_file(0), saved, encoder.devices)
         expected, found = (each.embed(photo.to(torch.uint8), views) for each in (encoder, opened))
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, (OSError, SafetensorError)):
@@ -79,9 +96,11 @@ def refuse_unopenable(inputs: Inputs, out: Path) -> None:
 def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, bank: SelectedBank) -> None:
     """Write the files of a run's folder, except metrics.json and those that training has written already."""
     recipe = dataclasses.replace(inputs.recipe, bank=bank.settings)
-    write_tensors(inputs.encoder.module.state_dict(), folder / ENCODER_FILE)
-    save_banks(bank.banks, folder / BANK_FILE)
-    files = [ENCODER_FILE, BANK_FILE]
+    files = []
+    for index, encoder in enumerate(inputs.encoders):
+        files += [encoder_file(index), bank_file(index, len(inputs.encoders))]
+        write_tensors(encoder.module.state_dict(), folder / files[-2])
+        save_banks(bank.banks[index], folder / files[-1])
     if bank.metadata_prior:
         write_prior(bank.metadata_prior, folder / PRIOR_FILE)
         files.append(PRIOR_FILE)
@@ -119,26 +138,30 @@ def describe_member(inputs: Inputs, recipe: Recipe, bank: SelectedBank) -> Membe
     Args:
         recipe: with the selected settings.
     """
-    spec, settings = inputs.spec, bank.settings
-    encoder = dataclasses.replace(
-        spec,
-        preprocessing=dataclasses.replace(spec.preprocessing, resize_mode=settings.resize_mode),
-        precision=recipe.encoder.precision,
-        packages={name: version(name) for name in spec.packages},  # today's, also if the encoder is that of a run
-        file=ENCODER_FILE,
-    )
+    settings, count = bank.settings, len(inputs.specs)
+    encoders = [
+        dataclasses.replace(
+            spec,
+            preprocessing=preprocessing_in(settings.resize_mode, spec.preprocessing),
+            precision=recipe.encoder.precision,
+            packages={name: version(name) for name in spec.packages},  # today's, also if the encoder is that of a run
+            file=encoder_file(index),
+        )
+        for index, spec in enumerate(inputs.specs)
+    ]
     return Member(
-        name=spec.architecture,
-        encoder=encoder,
+        name=" + ".join(spec.architecture for spec in encoders),
+        encoders=tuple(encoders),
+        encoder_weights=recipe.encoder.encoder_weights or (1.0,) * count,
         views=tuple(settings.views),
         pooling=settings.pooling,
-        bank=BANK_FILE,
+        banks=tuple(bank_file(index, count) for index in range(count)),
         metadata_prior=PRIOR_FILE if bank.metadata_prior else None,
         metadata_prior_weight=settings.metadata_weight,
         weight=1.0,
         validation=bank.scores,
         recipe=settings_of(recipe),
-        given=GivenSettings(recipe=settings_of(inputs.given), weights=weights_digest(inputs.given.encoder.encoder)),
+        given=GivenSettings(recipe=settings_of(inputs.given), weights=weights_digest(inputs.given.encoder)),
         data_sha256=inputs.data_sha256,
         versions=versions(),
     )

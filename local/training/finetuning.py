@@ -84,7 +84,7 @@ def finetune(encoder: Encoder, split: Split, recipe: Recipe, folder: Path, data_
     evaluator = dataclasses.replace(evaluator, train=evaluator.train.subset(initial.has_embedding))
     with memory_named("making the head", folder):
         head = make_head(evaluator.train, initial, recipe).to(encoder.device)
-    refuse_large(recipe.encoder, encoder.module, head)
+    refuse_large(recipe.encoder, [encoder.module, head])
     with memory_named("copying the encoder to train it", folder):
         trainer = Trainer(encoder, head, evaluator.train, recipe, data_sha256, folder)
     if not trainer.log:
@@ -172,7 +172,7 @@ def make_head(train: LabelledObservations, initial: Evaluation, recipe: Recipe) 
     return Head(centre, prototypes, class_counts, recipe.train, rank_groups, recipe.bank.pooling)
 
 
-def refuse_large(settings: EncoderSettings, *modules: nn.Module) -> None:
+def refuse_large(settings: EncoderSettings, modules: Sequence[nn.Module]) -> None:
     """Check the limit on parameters.
 
     Raises:
@@ -181,7 +181,7 @@ def refuse_large(settings: EncoderSettings, *modules: nn.Module) -> None:
     count = sum(parameter.numel() for module in modules for parameter in module.parameters())
     if settings.max_parameters and count > settings.max_parameters:
         raise InputError(
-            f"{settings.encoder} with its head has {count:,} parameters, max_parameters allows "
+            f"{settings.name} with its head has {count:,} parameters, max_parameters allows "
             f"{settings.max_parameters:,}: use a smaller encoder"
         )
 

@@ -20,7 +20,7 @@ from local.data.observations import LabelledObservations, Split, select_observat
 from local.data.photos import refuse_missing
 from local.encoders.load import enable_larger_view, load_encoder
 from local.recipes.recipe import Recipe
-from local.recipes.settings import TrainSettings
+from local.recipes.settings import OneEncoder, TrainSettings
 from local.training.checkpoints import memory_named
 from local.training.finetuning import refuse_large
 
@@ -32,8 +32,8 @@ class Inputs:
     Attributes:
         given: the recipe as it was given, by which --resume recognises a run.
         recipe: the same with the resolution and the resize mode that "auto" and "encoder" stand for.
-        encoder: in full precision; on the CPU until `move_to_device`.
-        spec: describes it; names no file yet.
+        encoders: in full precision; on the CPU until `move_to_device`.
+        specs: describe them; name no file yet.
         labelled: the observations that may be used.
         competition_sha256: digest of all labelled observations of the competition.
         data_sha256: digest of `labelled`.
@@ -41,8 +41,8 @@ class Inputs:
 
     given: Recipe
     recipe: Recipe
-    encoder: Encoder
-    spec: EncoderSpec
+    encoders: tuple[Encoder, ...]
+    specs: tuple[EncoderSpec, ...]
     labelled: LabelledObservations
     competition_sha256: str
     data_sha256: str
@@ -60,29 +60,32 @@ def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -
     """
     torch.manual_seed(recipe.train.seed)
     with memory_named("loading the encoder", checkpoints):
-        module, spec = load_described(recipe)
+        loaded = [load_described(recipe, one) for one in recipe.encoder.each]
+        refuse_large(recipe.encoder, [module for module, _ in loaded])
+    specs = tuple(spec for _, spec in loaded)
     resolution = recipe.encoder.resolution
     if resolution == "auto":
-        resolution = find_competition(data).competition.smallest_resolution(shorter_side(spec.preprocessing))
+        side = max(shorter_side(spec.preprocessing) for spec in specs)
+        resolution = find_competition(data).competition.smallest_resolution(side)
     whole = read_competition(data, resolution)
     labelled = select_observations(whole, uses_val, recipe.train.subset, recipe.train.seed)
     refuse_missing(labelled)
     if recipe.train.subset:
         say(describe_subset(whole, labelled, recipe.train.subset))
+    modes = {spec.preprocessing.resize_mode for spec in specs}
     resolved = dataclasses.replace(
         recipe,
         encoder=dataclasses.replace(recipe.encoder, resolution=resolution),
-        bank=dataclasses.replace(recipe.bank, resize_mode=spec.preprocessing.resize_mode),
+        bank=dataclasses.replace(recipe.bank, resize_mode=modes.pop() if len(modes) == 1 else "encoder"),
     )
-    encoder = Encoder(module, spec.preprocessing, spec.features, [torch.device("cpu")])
-    return Inputs(recipe, resolved, encoder, spec, labelled, whole.observations_digest(), labelled.digest())
+    cpu = torch.device("cpu")
+    encoders = tuple(Encoder(module, spec.preprocessing, spec.features, [cpu]) for module, spec in loaded)
+    return Inputs(recipe, resolved, encoders, specs, labelled, whole.observations_digest(), labelled.digest())
 
 
-def load_described(recipe: Recipe) -> tuple[nn.Module, EncoderSpec]:
-    """The encoder of a recipe, and its description with the recipe's preprocessing."""
-    encoder = recipe.encoder
-    module, spec = load_encoder(encoder.encoder, encoder.pretrained, encoder.image_size, encoder.pool)
-    refuse_large(recipe.encoder, module)
+def load_described(recipe: Recipe, encoder: OneEncoder) -> tuple[nn.Module, EncoderSpec]:
+    """One encoder of a recipe, and its description with the recipe's preprocessing."""
+    module, spec = load_encoder(encoder.name, recipe.encoder.pretrained, encoder.image_size, encoder.pool)
     if "larger" in recipe.bank.views:
         module, spec = enable_larger_view(module, spec)
     if recipe.bank.resize_mode != "encoder":
@@ -92,12 +95,13 @@ def load_described(recipe: Recipe) -> tuple[nn.Module, EncoderSpec]:
 
 
 def move_to_device(inputs: Inputs, checkpoints: Path) -> Inputs:
-    """The same with the encoder on this process's device, its parameters frozen."""
-    encoder, device = inputs.encoder, distributed.local_device(pick_devices())
-    with memory_named(f"moving the encoder to {device}", checkpoints):
-        encoder.module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    moved = Encoder(encoder.module, encoder.preprocessing, encoder.features, [device])
-    return dataclasses.replace(inputs, encoder=moved)
+    """The same with the encoders on this process's device, their parameters frozen."""
+    moved, device = [], distributed.local_device(pick_devices())
+    for encoder in inputs.encoders:
+        with memory_named(f"moving the encoder to {device}", checkpoints):
+            encoder.module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        moved.append(Encoder(encoder.module, encoder.preprocessing, encoder.features, [device]))
+    return dataclasses.replace(inputs, encoders=tuple(moved))
 
 
 def describe_data(labelled: LabelledObservations) -> str:

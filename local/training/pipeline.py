@@ -12,6 +12,7 @@ from local.banks.selection import BankSelection, plan_bank
 from local.base.console import Progress, say
 from local.base.files import write_json
 from local.base.run_folder import CACHE
+from local.data.embedding import WeightedEncoders
 from local.data.observations import Split, split_for_validation
 from local.recipes.recipe import Recipe
 from local.training.checkpoints import full_disk_named, memory_named
@@ -54,13 +55,14 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
         cache: the folder of embeddings.
     """
     started, recipe = time.monotonic(), inputs.recipe
-    say(f"{describe_data(inputs.labelled)}; {recipe.encoder.encoder} on {inputs.encoder.device.type}")
+    say(f"{describe_data(inputs.labelled)}; {recipe.encoder.name} on {inputs.encoders[0].device.type}")
     split = split_for_validation(inputs.labelled, recipe.train.seed)
     inputs, tuning = tune(inputs, split, folder / CHECKPOINTS)
-    is_tuned = inputs.competition_sha256 in inputs.spec.learnt_from
+    is_tuned = any(inputs.competition_sha256 in spec.learnt_from for spec in inputs.specs)
     plan = plan_bank(split, recipe.bank.reference, is_tuned, recipe.train.monitor == "macro_f1", recipe.train.seed)
     head = expand_to_classes(tuning.head, tuning.classes, plan.classes) if tuning.head else None
-    selection = BankSelection(recipe.bank, recipe.search.choose, plan, inputs.encoder, cache, head)
+    encoders = WeightedEncoders(inputs.encoders, recipe.encoder.encoder_weights)
+    selection = BankSelection(recipe.bank, recipe.search.choose, plan, encoders, cache, head)
     selection.embed_all()
     if not is_first():
         return
@@ -78,29 +80,33 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
 
 
 def tune(inputs: Inputs, split: Split, checkpoints: Path) -> tuple[Inputs, Tuning]:
-    """Train the encoder if the recipe says so, and convert it to the kernel's precision.
+    """Train the encoder if the recipe says so, and convert all encoders to the kernel's precision.
 
     The bank is made after that, so that it is compared with embeddings of the same precision.
 
     Returns:
-        The inputs, whose `spec.learnt_from` says whether the encoder has learnt from this competition, now or in an
-        earlier run; and what the training came to.
+        The inputs, whose `specs` say whether an encoder has learnt from this competition, now or in an earlier run;
+        and what the training came to.
 
     Raises:
         InputError: there is nothing to validate on, or the encoder has learnt from it in an earlier run.
     """
-    encoder, recipe, source = inputs.encoder, inputs.recipe, inputs.competition_sha256
+    recipe, source, specs = inputs.recipe, inputs.competition_sha256, inputs.specs
     part = (inputs.data_sha256, recipe.train.seed)
-    if inputs.spec.learnt_from.get(source, part) != part and not inputs.labelled.has_val:
-        raise InputError(
-            f"{recipe.encoder.encoder} was trained on observations that would validate it here: give the seed and the "
-            "subset of its training"
-        )
+    for one, spec in zip(recipe.encoder.each, specs, strict=True):
+        if spec.learnt_from.get(source, part) != part and not inputs.labelled.has_val:
+            raise InputError(
+                f"{one.name} was trained on observations that would validate it here: give the seed and the subset of "
+                "its training"
+            )
     tuning = Tuning([], 0, 0.0)
     if recipe.train.epochs:
         say(describe_training(split, recipe.train))
         used = split.largest_classes(recipe.train.max_classes)
+        [encoder] = inputs.encoders
         tuning = finetune(encoder, used, recipe, checkpoints, inputs.data_sha256)
-    encoder.module.to(pick_dtype(encoder.device, recipe.encoder.precision))
-    learnt_from = inputs.spec.learnt_from | ({source: part} if tuning.mix_ratio else {})
-    return dataclasses.replace(inputs, spec=dataclasses.replace(inputs.spec, learnt_from=learnt_from)), tuning
+    if tuning.mix_ratio:
+        specs = tuple(dataclasses.replace(spec, learnt_from=spec.learnt_from | {source: part}) for spec in specs)
+    for encoder in inputs.encoders:
+        encoder.module.to(pick_dtype(encoder.device, recipe.encoder.precision))
+    return dataclasses.replace(inputs, specs=specs), tuning

@@ -55,7 +55,7 @@ def changed_settings(trained: Mapping, given: GivenSettings, recipe: Recipe) -> 
         trained: the run's settings, with all that was resolved and selected.
     """
     now = settings_of(recipe)
-    changed = differences(trained | given.recipe, now, (given.weights, weights_digest(recipe.encoder.encoder)))
+    changed = differences(trained | given.recipe, now, (given.weights, weights_digest(recipe.encoder)))
     for key in ("resize_mode", "resolution"):  # what "encoder" and "auto" stood for may be given by its own name
         if key not in trained["choose"] and now[key] == trained[key]:
             changed.pop(key, None)
@@ -82,7 +82,7 @@ def refuse_other_training(folder: Path, notes: dict, recipe: Recipe, data_sha256
         InputError: it was made with other settings or data, or more epochs are trained than the recipe has.
     """
     now = settings_of(recipe, CHANGEABLE)
-    found = differences(notes["settings"], now, (notes["weights"], weights_digest(recipe.encoder.encoder)))
+    found = differences(notes["settings"], now, (notes["weights"], weights_digest(recipe.encoder)))
     different = [*found.values(), *([] if notes["data_sha256"] == data_sha256 else ["the data have changed"])]
     if different:
         raise InputError(f"{folder} holds another training: {'; '.join(different)}; {KEEP}")

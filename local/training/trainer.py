@@ -87,7 +87,7 @@ class Trainer:
         dataset = PhotoDataset(train.observations, encoder.preprocessing, recipe.augment, photos)
         self.loader = make_loader(dataset, self.sampler, self.device)
         self.augment = BatchAugmentation(len(self.classes), recipe.augment, self.device)
-        self.weights_sha256 = weights_digest(recipe.encoder.encoder)
+        self.weights_sha256 = weights_digest(recipe.encoder)
         self.epoch, self.batch, self.loss_sum = 1 - self.settings.head_only_epochs, 0, (0.0, 0.0)
         self.log: list[dict] = []
         self.best: dict[str, torch.Tensor] = {}

@@ -78,7 +78,7 @@ def test_the_larger_view_sees_the_photo_decoded_larger_and_the_others_see_it_at_
 
 def test_photos_decoded_small_embed_as_if_they_had_been_decoded_whole(trained, tmp_path, monkeypatch):
     weights = read_weights(trained)
-    spec = weights.manifest.members[0].encoder
+    spec = weights.manifest.members[0].encoders[0]
     encoder = open_encoder(weights.file(spec.file), spec, [torch.device("cpu")])
     paths = []
     for seed, size in enumerate([(400, 300), (640, 480), (750, 500), (1600, 1200), (2000, 3000), (3000, 2000)]):

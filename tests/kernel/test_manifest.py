@@ -26,7 +26,7 @@ def full_manifest():
         arguments={"img_size": [64, 96]}, packages={"timm": "1.0.20"}, learnt_from={"a" * 64: ("b" * 64, 3)}
     )
     one = manifests.member(
-        encoder=replace(spec, preprocessing=replace(spec.preprocessing, larger_size=96)),
+        encoders=(replace(spec, preprocessing=replace(spec.preprocessing, larger_size=96)),),
         views=("plain", "larger"),
         metadata_prior="prior.safetensors",
         metadata_prior_weight=0.5,
@@ -69,7 +69,7 @@ def test_the_json_on_disk_has_the_names_of_the_fields(tmp_path):
     content = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
     assert list(content) == ["format", "competition", "class_ids", "fallback_classes", "members", "files"]
     assert content["members"][0]["metadata_prior"] is None
-    assert content["members"][0]["encoder"]["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
+    assert content["members"][0]["encoders"][0]["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
     assert "run" not in content["members"][0]
 
 
@@ -84,18 +84,18 @@ def test_optional_keys_that_are_missing_have_their_defaults(tmp_path):
     content = to_json(full_manifest())
     del content["commit"], content["competition"]["observations_sha256"]
     for one in content["members"]:
-        del one["given"], one["encoder"]["learnt_from"], one["encoder"]["packages"]
-        del one["encoder"]["preprocessing"]["larger_size"]
+        del one["given"], one["encoders"][0]["learnt_from"], one["encoders"][0]["packages"]
+        del one["encoders"][0]["preprocessing"]["larger_size"]
     (tmp_path / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
     found = read_manifest(tmp_path / MANIFEST)
     assert (found.commit, found.competition.observations_sha256) == (None, "")
     assert found.members[0].given == GivenSettings(recipe={}, weights="")
-    spec = found.members[0].encoder
+    spec = found.members[0].encoders[0]
     assert (spec.learnt_from, spec.packages, spec.preprocessing.larger_size) == ({}, {}, 0)
 
 
 def test_unknown_keys_are_ignored(tmp_path):
-    changed(tmp_path / MANIFEST, "members.0.encoder.of_next_year", {"a": 1})
+    changed(tmp_path / MANIFEST, "members.0.encoders.0.of_next_year", {"a": 1})
     assert read_manifest(tmp_path / MANIFEST) == full_manifest()
 
 
@@ -106,9 +106,9 @@ def test_unknown_keys_are_ignored(tmp_path):
         ("fallback_classes", "fallback_classes"),
         ("files", "files"),
         ("competition.time_limit", "competition.time_limit"),
-        ("members.1.bank", r"members\[1\].bank"),
-        ("members.0.encoder.file", r"members\[0\].encoder.file"),
-        ("members.0.encoder.preprocessing.size", r"members\[0\].encoder.preprocessing.size"),
+        ("members.1.banks", r"members\[1\].banks"),
+        ("members.0.encoders.0.file", r"members\[0\].encoders\[0\].file"),
+        ("members.0.encoders.0.preprocessing.size", r"members\[0\].encoders\[0\].preprocessing.size"),
     ],
 )
 def test_a_missing_key_is_named_with_the_file_and_what_to_do(tmp_path, key, named):
@@ -131,11 +131,15 @@ def test_a_missing_key_is_named_with_the_file_and_what_to_do(tmp_path, key, name
         ("members.1", None, "expected an object for members[1], got None"),
         ("members.0.metadata_prior", 3, "expected a string for members[0].metadata_prior, got 3"),
         ("members.0.validation", {"macro_f1": None}, "a number for members[0].validation.macro_f1, got None"),
-        ("members.0.encoder.features", 96.0, "expected an int for members[0].encoder.features, got 96.0"),
-        ("members.0.encoder.library", "keras", "expected 'timm' or 'open_clip' for members[0].encoder.library"),
-        ("members.0.encoder.learnt_from", {"a": ["b"]}, "expected 2 values for members[0].encoder.learnt_from.a"),
-        ("members.0.encoder.preprocessing.mean", [0.5], "expected 3 values for"),
-        ("members.0.encoder.preprocessing.std", [1, "x", 1], "members[0].encoder.preprocessing.std[1], got 'x'"),
+        ("members.0.encoders.0.features", 96.0, "expected an int for members[0].encoders[0].features, got 96.0"),
+        ("members.0.encoders.0.library", "keras", "expected 'timm' or 'open_clip' for members[0].encoders[0].library"),
+        (
+            "members.0.encoders.0.learnt_from",
+            {"a": ["b"]},
+            "expected 2 values for members[0].encoders[0].learnt_from.a",
+        ),
+        ("members.0.encoders.0.preprocessing.mean", [0.5], "expected 3 values for"),
+        ("members.0.encoders.0.preprocessing.std", [1, "x", 1], "members[0].encoders[0].preprocessing.std[1], got 'x'"),
         ("files", {"a": 1}, "expected a string for files.a, got 1"),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernel.__main__ import embed_members
+from kernel.__main__ import embed_test_set
 from kernel.budget import UNLIMITED
 from kernel.inputs import InputError
 from kernel.manifest import Weights, read_weights
@@ -18,14 +18,15 @@ from kernel.start import Setup
 def test_a_member_that_cannot_be_opened_leaves_the_predictions_to_those_before_it(trained, drawn, capsys, is_rerun):
     weights = read_weights(trained)
     (member,) = weights.manifest.members
-    other = replace(member, encoder=replace(member.encoder, architecture="test_vit"))  # which the weights do not fit
+    [spec] = member.encoders
+    other = replace(member, encoders=(replace(spec, architecture="test_vit"),))  # which the weights do not fit
     both = Weights(trained, replace(weights.manifest, members=(member, other)))
     setup = Setup(both, find_test_table(drawn.competition), UNLIMITED, Path("unused"), is_rerun)
     if not is_rerun:
         with pytest.raises(InputError, match="does not fit test_vit"):
-            embed_members(setup)
+            embed_test_set(setup)
         return
-    (found,), _ = embed_members(setup)
-    (expected,), _ = embed_members(replace(setup, weights=weights))
+    (found,), _ = embed_test_set(setup)
+    (expected,), _ = embed_test_set(replace(setup, weights=weights))
     assert torch.equal(found.values, expected.values)
-    assert f"predicting without {other.name}" in capsys.readouterr().out
+    assert "predicting without test_vit" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import pytest
 
 from local.banks import folds
 from local.banks.selection import BankSelection, plan_bank
+from local.data.embedding import WeightedEncoders
 from local.data.observations import split_for_validation
 from local.recipes.settings import BankSettings
 from tests.labelled import of_rows
@@ -75,12 +76,14 @@ def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(en
 
     labelled = read_competition(drawn.competition).in_splits("train").sample(2, 0)
     own = plan_bank(split_for_validation(labelled, 0), "train", is_tuned=False)
-    selection = BankSelection(BankSettings(resize_mode="crop"), ["whitening"], own, encoder, tmp_path)
+    selection = BankSelection(
+        BankSettings(resize_mode="crop"), ["whitening"], own, WeightedEncoders((encoder,)), tmp_path
+    )
     selection.embed_all()
     capsys.readouterr()
     selected = selection.select()
     assert (selected.settings, selected.scores, selected.predictions) == (selection.settings, {}, None)
-    assert len(selected.banks[0].bias) == len(own.classes)
+    assert len(selected.banks[0][0].bias) == len(own.classes)
     assert capsys.readouterr().out.splitlines() == [
         "bank: made of the 2 observations of train",
         "0 held-out observations, of the 2 of train (left out: 2 alone in their class): this run has no score, and "
@@ -95,7 +98,7 @@ def test_the_answers_are_to_the_held_out_observations_in_the_order_of_the_folds(
 
     own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), "train+val", is_tuned=False)
     settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
-    answers = BankSelection(settings, [], own, encoder, tmp_path).select().predictions
+    answers = BankSelection(settings, [], own, WeightedEncoders((encoder,)), tmp_path).select().predictions
     queries = np.concatenate([np.flatnonzero(queries) for _, queries in own.folds])
     assert answers.observations == [own.split.labelled.ids[index] for index in queries]
     assert [own.classes[label] for label in answers.truth] == own.split.labelled.class_ids[queries].tolist()

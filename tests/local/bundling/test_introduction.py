@@ -44,9 +44,9 @@ def test_an_ensemble_names_its_members_and_what_it_sums(tmp_path):
     save_file(bank(0, mixture_weight=0.75) | bank(1, 0, 12, mixture_weight=0.25), tmp_path / "2")
     lines = introduction(
         tmp_path,
-        member(bank="1", weight=0.625, run="first", recipe={"matcher": "means"}),
+        member(banks=("1",), weight=0.625, run="first", recipe={"matcher": "means"}),
         member(
-            bank="2",
+            banks=("2",),
             weight=0.375,
             run="a\nb",
             recipe={"matcher": "means", "nearest_neighbour_weight": 0.25},

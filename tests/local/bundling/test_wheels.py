@@ -105,7 +105,7 @@ def test_a_library_that_cannot_be_bundled_is_refused_in_one_line(install, tmp_pa
 
 def run(name: str, library: str, packages: dict[str, str], timm: str) -> Weights:
     encoder = manifests.encoder_spec(library=library, packages=packages)
-    member = manifests.member(encoder=encoder, versions={"timm": timm})
+    member = manifests.member(encoders=(encoder,), versions={"timm": timm})
     return Weights(Path(name), manifests.manifest(members=(member,)))
 
 

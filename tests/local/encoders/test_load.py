@@ -15,6 +15,7 @@ from kernel.encoders import build_module
 from kernel.inputs import InputError
 from kernel.manifest import read_manifest
 from local.encoders.load import enable_larger_view, load_encoder, weights_digest
+from local.recipes.settings import EncoderSettings
 from tests.local.encoders.models import as_pair, refusal, write_clip, write_timm
 
 
@@ -96,18 +97,18 @@ def test_a_folder_of_both_formats_is_read_in_the_format_that_is_named(tmp_path):
 def test_the_digest_of_an_encoder_is_that_of_its_files_wherever_they_are(tmp_path):
     write_timm(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    digest = weights_digest(str(tmp_path / "a"))
-    assert weights_digest(f"timm:local-dir:{tmp_path / 'b'}") == digest != ""
+    digest = weights_digest(EncoderSettings(str(tmp_path / "a")))
+    assert weights_digest(EncoderSettings(f"timm:local-dir:{tmp_path / 'b'}")) == digest != ""
     (tmp_path / "b" / "model.safetensors").write_bytes(b"other")
-    assert weights_digest(str(tmp_path / "b")) != digest
-    assert weights_digest("timm:test_resnet") == ""
+    assert weights_digest(EncoderSettings(str(tmp_path / "b"))) != digest
+    assert weights_digest(EncoderSettings("timm:test_resnet")) == ""
 
 
 def test_a_run_continues_with_its_own_encoder(trained):
     module, described = load_encoder(str(trained))
     weights = load_file(trained / "encoder.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
-    kept = read_manifest(trained / "manifest.json").members[0].encoder
+    kept = read_manifest(trained / "manifest.json").members[0].encoders[0]
     assert described.preprocessing == kept.preprocessing
     assert (described.file, described.packages, described.learnt_from) == ("", kept.packages, kept.learnt_from)
 

@@ -268,7 +268,7 @@ def test_a_run_at_another_size_and_pooling_is_bundled_and_its_kernel_embeds_as_t
     train_run(make_recipe(settings, "the test"), drawn.competition, tmp_path / "runs" / "run")
     bundle([tmp_path / "runs" / "run"], tmp_path / "build")
     weights = read_weights(tmp_path / "build" / "weights")
-    spec = weights.manifest.members[0].encoder
+    spec = weights.manifest.members[0].encoders[0]
     assert (spec.preprocessing.size, spec.pool) == (64, "token+avg")
     opened = open_encoder(weights.file(spec.file), spec, [torch.device("cpu")])
     pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
@@ -283,5 +283,5 @@ def test_a_run_continues_at_another_size_with_its_own_weights(trained):
     module, described = load_encoder(str(trained), image_size=96)
     weights = load_file(trained / "encoder.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
-    kept = read_manifest(trained / "manifest.json").members[0].encoder
+    kept = read_manifest(trained / "manifest.json").members[0].encoders[0]
     assert (described.preprocessing.size, described.learnt_from) == (96, kept.learnt_from)
