@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,15 @@ STEPS = 20  # weights are multiples of one twentieth
 class HeldOutPredictions:
     """A run's predictions of its held-out observations, by which an ensemble is weighted and a report is made.
 
+    Where settings were chosen on held-out observations, each is predicted with those that the others chose.
+
     Attributes:
         observations: the id of each.
         classes: the bank's class ids.
         log_probabilities: (observations, classes).
         truth: (observations,) int, index into `classes`; -1 for a class that the bank lacks.
         weights: (observations,), of mean 1; see `shot_weights` and `macro_weights` of `local.banks.folds`.
+        view_votes: see `local.banks.search.Search.view_votes`.
     """
 
     observations: list[str]
@@ -36,11 +39,13 @@ class HeldOutPredictions:
     log_probabilities: torch.Tensor
     truth: np.ndarray
     weights: np.ndarray
+    view_votes: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
 
     def write(self, path: Path) -> None:
         """Write the file that `read_predictions` reads, in half precision."""
         notes = {"observations": json.dumps(self.observations), "classes": json.dumps(self.classes)}
-        known = {"truth": torch.tensor(self.truth), "weights": torch.tensor(self.weights)}
+        arrays = {"truth": self.truth, "weights": self.weights, "view_votes": self.view_votes}
+        known = {name: torch.tensor(array) for name, array in arrays.items()}
         write_tensors({"log_probabilities": self.log_probabilities.half(), **known}, path, notes)
 
     def is_comparable(self, other: "HeldOutPredictions") -> bool:
@@ -64,11 +69,10 @@ def read_predictions(run: Path) -> HeldOutPredictions | None:
                 json.loads(notes["observations"]),
                 json.loads(notes["classes"]),
                 file.get_tensor("log_probabilities").float(),
-                file.get_tensor("truth").numpy(),
-                file.get_tensor("weights").numpy(),
+                *(file.get_tensor(name).numpy() for name in ("truth", "weights", "view_votes")),
             )
     except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}): train the run again") from error
+        raise InputError(f"{path} is damaged or of an earlier version ({error}): train the run again") from error
 
 
 def ensemble_weights(runs: Sequence[Path], guesses: int) -> list[float]:

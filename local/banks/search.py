@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from kernel.bank import Bank, Layer, classify, largest
+from kernel.bank import Bank, Layer, classify, largest, refine_transductively
 from local.banks.estimators import (
     ClassMeans,
     LinearProbe,
@@ -274,6 +274,12 @@ class Search:
 
     def log_probabilities(self, settings: BankSettings) -> tuple[torch.Tensor, tuple[float, ...]]:
         """(queries, classes), fold after fold, and the logit scales."""
+        folds, logit_scales = self.fit_folds(settings)
+        parts = [self.predict_fold(settings, number, *fold) for number, fold in enumerate(folds)]
+        return torch.cat(parts), logit_scales
+
+    def fit_folds(self, settings: BankSettings) -> tuple[list[tuple[list[Bank], torch.Tensor]], tuple[float, ...]]:
+        """The banks of each fold with the (queries of the fold, features) that they are asked for; the logit scales."""
         embedded, fitted, log_priors, pooled = self.embed(settings.resize_mode), [], [], []
         for number, (reference, queries) in enumerate(self.folds):
             key = (settings.resize_mode, number)
@@ -288,16 +294,55 @@ class Search:
             fit_logit_scale([banks[group] for banks in fitted], log_priors, pooled, self.truth)
             for group in logit_scale_groups(settings)
         )
-        parts = []
-        for number, (banks, log_prior, queries) in enumerate(zip(fitted, log_priors, pooled, strict=True)):
-            predicted = torch.cat(list(classify(finish(settings, banks, log_prior, logit_scales), queries)))
-            if settings.metadata_weight:
-                by_metadata = self.metadata_prior(number)
+        banks = [finish(settings, own, prior, logit_scales) for own, prior in zip(fitted, log_priors, strict=True)]
+        return list(zip(banks, pooled, strict=True)), logit_scales
+
+    def predict_fold(
+        self, settings: BankSettings, number: int, banks: Sequence[Bank], queries: torch.Tensor
+    ) -> torch.Tensor:
+        """(queries, classes) log-probabilities of a fold's queries, by their photos and metadata."""
+        predicted = torch.cat(list(classify(banks, queries)))
+        if settings.metadata_weight:
+            by_metadata = self.metadata_prior(number)
+            if by_metadata is not None:
+                predicted = predicted + settings.metadata_weight * by_metadata
+            predicted = predicted.log_softmax(dim=1)
+        return predicted
+
+    def view_votes(
+        self, settings: BankSettings, folds: Sequence[tuple[list[Bank], torch.Tensor]], query_mask: np.ndarray
+    ) -> np.ndarray:
+        """(rows, 3) int: a query, a class, and how many views of its photos have that class as their first guess.
+
+        Each view is classified as its observation is, with the same bank and metadata.
+
+        Args:
+            folds: of `fit_folds`.
+            query_mask: (queries,) bool, the queries to return.
+        """
+        embedded, parts = self.embed(settings.resize_mode), []
+        count = len(embedded.taxonomy.genus)
+        columns = [embedded.views.index(view) for view in settings.views]
+        index = np.full(len(embedded.labels), -1)
+        index[self.queries[query_mask]] = np.flatnonzero(query_mask)
+        for number, ((_, queries), (banks, pooled)) in enumerate(zip(self.folds, folds, strict=True)):
+            usable = pooled[pooled.norm(dim=1) > 0]
+            refined = [refine_transductively(bank, bank.transform(usable)) for bank in banks]
+            fixed = [replace(bank, transduction=torch.tensor(0.0)) for bank in refined]
+            photos = np.flatnonzero(queries[embedded.observations] & (index[embedded.observations] >= 0))
+            views = torch.tensor(embedded.values[photos][:, columns].astype(np.float32)).flatten(0, 1)
+            owners = embedded.observations[photos].repeat(len(columns))
+            by_metadata = self.metadata_prior(number) if settings.metadata_weight else None
+            rows, labels, first = (np.cumsum(queries) - 1)[owners], [], 0
+            for predicted in classify(fixed, views):
                 if by_metadata is not None:
-                    predicted = predicted + settings.metadata_weight * by_metadata
-                predicted = predicted.log_softmax(dim=1)
-            parts.append(predicted)
-        return torch.cat(parts), logit_scales
+                    own = by_metadata[torch.tensor(rows[first : first + len(predicted)])]
+                    predicted = predicted + settings.metadata_weight * own
+                labels.append(predicted.argmax(dim=1).numpy())
+                first += len(predicted)
+            parts.append(index[owners] * count + np.concatenate([np.zeros(0, int), *labels]))
+        cells, votes = np.unique(np.concatenate(parts), return_counts=True)
+        return np.stack([cells // count, cells % count, votes], axis=1)
 
     def metadata_prior(self, number: int) -> torch.Tensor | None:
         """The log-probabilities by the metadata of a fold's queries, fitted once."""
@@ -428,12 +473,37 @@ def candidate_row(search: Search, key: str, candidate: BankSettings, current: Ba
     }
 
 
-def nested_predictions(search: Search, settings: BankSettings, choose: Sequence[str]) -> np.ndarray:
-    """(queries, 10) guesses: each fifth of the queries with the settings that the other queries choose, so unbiased."""
-    rng = np.random.default_rng(search.seed)
-    part = rng.permutation(len(search.truth)) % FOLDS
-    top = np.zeros_like(search.evaluate(settings).top)
-    for number in progress(range(FOLDS), "evaluating the selection", unit="part"):
-        chosen = coordinate_ascent(search, settings, choose, part != number)
-        top[part == number] = search.evaluate(chosen).top[part == number]
-    return top
+@dataclass(frozen=True)
+class NestedPredictions:
+    """Predictions of the queries by settings that other queries chose.
+
+    Attributes:
+        log_probabilities: (queries, classes).
+        view_votes: see `Search.view_votes`.
+    """
+
+    log_probabilities: torch.Tensor
+    view_votes: np.ndarray
+
+
+def nested_predictions(search: Search, settings: BankSettings, choose: Sequence[str]) -> NestedPredictions:
+    """Predict each fifth of the queries with the settings that the other queries choose, which is unbiased.
+
+    Args:
+        choose: the settings to choose; with none, all queries are predicted with `settings`.
+    """
+    count, rng = len(search.truth), np.random.default_rng(search.seed)
+    part, chosen = np.zeros(count, dtype=int), [settings]
+    if choose:
+        part = rng.permutation(count) % FOLDS
+        parts = progress(range(FOLDS), "evaluating the selection", unit="part")
+        chosen = [coordinate_ascent(search, settings, choose, part != number) for number in parts]
+    predicted, votes = None, []
+    for own in progress(list(dict.fromkeys(chosen)), "predicting the held-out observations", unit="choice"):
+        folds, _ = search.fit_folds(own)
+        rows = np.isin(part, [number for number, one in enumerate(chosen) if one == own])
+        found = torch.cat([search.predict_fold(own, number, *fold) for number, fold in enumerate(folds)])
+        predicted = found if predicted is None else predicted
+        predicted[torch.tensor(rows)] = found[torch.tensor(rows)]
+        votes.append(search.view_votes(own, folds, rows))
+    return NestedPredictions(predicted, np.concatenate(votes))

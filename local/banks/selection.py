@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernel.bank import Bank
+from kernel.bank import Bank, largest
 from kernel.inputs import shorten
 from kernel.metadata_prior import MetadataPrior
 from local.banks.ensemble import HeldOutPredictions
@@ -16,7 +16,7 @@ from local.banks.folds import make_folds
 from local.banks.metadata_prior import fit_prior
 from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, most_candidates, nested_predictions
 from local.base.console import Progress, counted, say
-from local.base.metrics import describe, held_out_scores
+from local.base.metrics import GUESSES, describe, held_out_scores
 from local.data.embedding import WeightedEncoders
 from local.data.observations import Split, encode_labels, sort_ids
 from local.data.photos import check_readable
@@ -111,7 +111,9 @@ class SelectedBank:
         banks: over the embeddings of the first encoder, of the first two, and so on: each a list of banks whose
             probabilities are averaged.
         metadata_prior: None where the settings give it no weight.
-        scores: see `local.base.metrics.held_out_scores`; empty where nothing could be held out.
+        scores: see `local.base.metrics.held_out_scores`; empty where nothing could be held out. Where settings were
+            selected, each observation is predicted with those that the others select.
+        optimistic_scores: of the selected settings on the same observations that selected them; empty without any.
         candidates: the rows of the table of all settings that were compared.
         predictions: of the held-out observations; None where nothing could be held out.
     """
@@ -120,6 +122,7 @@ class SelectedBank:
     banks: list[list[Bank]]
     metadata_prior: MetadataPrior | None
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
+    optimistic_scores: dict[str, float] = dataclasses.field(default_factory=dict)
     candidates: list[dict] = dataclasses.field(default_factory=list)
     predictions: HeldOutPredictions | None = None
 
@@ -196,7 +199,7 @@ class BankSelection:
             plan.is_macro,
             plan.seed,
         )
-        settings, candidates, top = self.settings, [], None
+        settings, candidates = self.settings, []
         if self.choose:
             with Progress("selecting the bank", most_candidates(settings, self.choose), "candidate") as bar:
 
@@ -208,31 +211,33 @@ class BankSelection:
                 every_query = np.ones(len(search.truth), dtype=bool)
                 settings = coordinate_ascent(search, settings, self.choose, every_query, note)
             say("chosen: " + "  ".join(f"{key} = {getattr(settings, key)}" for key in self.choose))
-            top = nested_predictions(search, self.settings, self.choose)
         with Progress("evaluating the bank on the held-out observations"):
             evaluation = search.evaluate(settings)
-        scores = self._score(search, evaluation.top if top is None else top)
-        ids = self.labelled.ids
+        nested, ids = nested_predictions(search, self.settings, self.choose), self.labelled.ids
         predictions = HeldOutPredictions(
             [ids[query] for query in search.queries],
             plan.classes,
-            search.log_probabilities(settings)[0],
+            nested.log_probabilities,
             search.truth,
             search.weights,
+            nested.view_votes,
         )
-        return SelectedBank(settings, *self._fit(settings, evaluation.logit_scales), scores, candidates, predictions)
+        scores = self._score(search, largest(nested.log_probabilities, max(GUESSES)).numpy())
+        self._describe(scores, search.weights)
+        optimistic = self._score(search, evaluation.top) if self.choose else {}
+        banks, prior = self._fit(settings, evaluation.logit_scales)
+        return SelectedBank(settings, banks, prior, scores, optimistic, candidates, predictions)
 
     def _score(self, search: Search, top: np.ndarray) -> dict[str, float]:
-        """Score the answers to the held-out observations, and print the scores.
-
-        Args:
-            top: (held-out observations, guesses) class indices, best first.
-        """
+        """The scores of (held-out observations, guesses) class indices, best first."""
         plan, guesses = self.plan, [[self.plan.classes[index] for index in row] for row in top]
         truth = self.labelled.class_ids[search.queries]
-        scores = held_out_scores(truth, guesses, search.weights, plan.is_macro, plan.seed)
-        count = self.labelled.competition.guesses
-        if np.allclose(search.weights, 1):
+        return held_out_scores(truth, guesses, search.weights, plan.is_macro, plan.seed)
+
+    def _describe(self, scores: dict[str, float], weights: np.ndarray) -> None:
+        """Print the scores of the held-out observations, weighted and not."""
+        plan, count = self.plan, self.labelled.competition.guesses
+        if np.allclose(weights, 1):
             say(f"{plan.describe_folds()}: {describe(scores, count)}")
         else:
             how = "every class weighted the same" if plan.is_macro else "weighted to the shots of the whole reference"
@@ -271,9 +276,10 @@ class BankSelection:
 
 
 def describe_candidate(row: dict) -> str:
-    """A row of the table of candidates as a line, with its paired gain over the settings that it would replace."""
+    """A row of the table of candidates as a line, with its paired gain over the settings that it would replace.
+
+    The value comes last, because the names of views are too long for a column, and end differently.
+    """
     gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
-    return (
-        f"{row['key']:12} {shorten(row['value'], 44):44}  Recall@1 {row['recall_at_1']:.3f}  "
-        f"Recall@5 {row['recall_at_5']:.3f}  gain {gain}"
-    )
+    scores = f"Recall@1 {row['recall_at_1']:.3f}  Recall@5 {row['recall_at_5']:.3f}  gain {gain}"
+    return f"{row['key']:24}  {scores}  {row['value']}"

@@ -71,6 +71,7 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
     export_run(folder, inputs, tuning, plan, bank)
     metrics = {
         "validation": bank.scores,
+        "validation_of_the_chosen_settings": bank.optimistic_scores,
         "chosen_epoch": tuning.epoch,
         "mix_ratio": tuning.mix_ratio,
         "seconds": round(time.monotonic() - started, 1),

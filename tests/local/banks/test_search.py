@@ -172,7 +172,8 @@ def test_the_same_seed_selects_the_same(search):
     again = search_over(specimens())
     first, second = (coordinate_ascent(one, SETTINGS, KEYS, every_query(one)) for one in (again, search))
     assert first == second
-    assert (nested_predictions(again, SETTINGS, KEYS) == nested_predictions(search, SETTINGS, KEYS)).all()
+    first, second = (nested_predictions(one, SETTINGS, KEYS) for one in (again, search))
+    assert torch.equal(first.log_probabilities, second.log_probabilities)
 
 
 def test_a_selection_among_noise_is_not_reported_as_a_gain():
@@ -182,8 +183,31 @@ def test_a_selection_among_noise_is_not_reported_as_a_gain():
     search = search_over(replace(embedded, values=noise))
     chosen = coordinate_ascent(search, SETTINGS, KEYS, every_query(search))
     optimistic = (search.evaluate(chosen).ranks < 5).mean()
-    nested = (nested_predictions(search, SETTINGS, KEYS)[:, :5] == search.truth[:, None]).any(axis=1).mean()
-    assert nested < optimistic
+    nested = nested_predictions(search, SETTINGS, KEYS).log_probabilities
+    assert (evaluate_predictions(nested, search.truth).ranks < 5).mean() < optimistic
+
+
+def test_without_a_choice_the_nested_predictions_are_those_of_the_settings(search):
+    found = nested_predictions(search, SETTINGS, ())
+    assert torch.equal(found.log_probabilities, search.log_probabilities(SETTINGS)[0])
+
+
+@pytest.mark.parametrize("transduction", [0.0, 1.0])
+def test_the_only_view_of_an_observation_votes_for_its_first_guess(transduction):
+    embedded = crowded()
+    search = search_over(embedded)
+    settings = BankSettings(views=("plain",), resize_mode="crop", whitening=1.0, transduction=transduction)
+    found = nested_predictions(search, settings, ())
+    queries = np.arange(len(search.truth))
+    expected = np.stack([queries, found.log_probabilities.argmax(dim=1), np.ones_like(queries)], axis=1)
+    assert found.view_votes.tolist() == expected.tolist()
+
+
+def test_every_view_of_every_photo_votes_once(search):
+    photos = np.bincount(search.embed("crop").observations)
+    votes = nested_predictions(search, SETTINGS, ()).view_votes
+    counts = np.bincount(votes[:, 0], votes[:, 2])
+    assert counts.tolist() == (photos[search.queries] * len(VIEWS)).tolist()
 
 
 @pytest.mark.parametrize("matcher", ["means", "logistic"])

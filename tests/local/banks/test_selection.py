@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from local.banks import folds
+from local.banks.search import evaluate_predictions
 from local.banks.selection import BankSelection, plan_bank
 from local.data.embedding import WeightedEncoders
 from local.data.observations import split_for_validation
@@ -106,3 +107,17 @@ def test_the_answers_are_to_the_held_out_observations_in_the_order_of_the_folds(
     read = read_predictions(tmp_path)
     assert read.log_probabilities.exp().sum(dim=1).numpy() == pytest.approx(1, abs=0.01)
     assert read.truth.tolist() == answers.truth.tolist()
+    assert read.view_votes.tolist() == answers.view_votes.tolist()
+
+
+def test_the_optimistic_scores_are_those_of_the_selected_settings(encoder, drawn, tmp_path):
+    from local.data.competition import read_competition
+
+    own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), "train+val", is_tuned=False)
+    settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
+    selected = BankSelection(settings, ["whitening"], own, encoder, tmp_path).select()
+    again = BankSelection(selected.settings, [], own, encoder, tmp_path).select()
+    assert selected.optimistic_scores == again.scores
+    assert again.optimistic_scores == {}
+    hits = evaluate_predictions(selected.predictions.log_probabilities, selected.predictions.truth).ranks < 1
+    assert selected.scores["unweighted_recall_at_1"] == pytest.approx(hits.mean())
