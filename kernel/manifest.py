@@ -107,6 +107,7 @@ class Member:
         metadata_prior_weight: weight of the log-probabilities by metadata, which are added to those by photos.
         weight: weight of the member's log-probabilities in the ensemble.
         validation: scores on held-out observations; empty if none could be held out.
+        reference_counts: how many "observations" and "photos" the bank is made of.
         recipe: the settings, including those that were resolved and chosen.
         given: the settings as they were given.
         data_sha256: digest of the training data.
@@ -128,6 +129,7 @@ class Member:
     given: GivenSettings = GivenSettings(recipe={}, weights="")
     data_sha256: str
     versions: dict[str, str]
+    reference_counts: dict[str, int] = field(default_factory=dict)
     run: str | None = None
 
 

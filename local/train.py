@@ -30,6 +30,9 @@ Under torchrun, every process trains on a part of each batch and embeds a part o
   --rdzv-backend c10d --rdzv-endpoint FIRST:29500 --max-restarts 3 local/train.py ... If a process dies, all start
   again from the last checkpoint.
 
+--exclude leaves out the observations that a CSV lists in its column "observation", such as the marks of mislabelled
+  and duplicate photos that a report saves. The run keeps their ids in its recipe.
+
 A run folder keeps its recipe, the versions, the digest of the data, log.csv, the training curve, and TensorBoard's
 events (tensorboard --logdir runs). Of the seconds of an epoch, log.csv gives those spent on waiting for photos, on
 validation and on writing checkpoints; the rest are forward and backward passes and optimizer steps. local/runs.py lists
@@ -44,7 +47,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from local.base.console import command_parser, run, say
-from local.recipes.recipe import build_recipe, explain, list_recipes, read_given
+from local.recipes.recipe import Given, build_recipe, explain, list_recipes, read_excluded, read_given
 from local.training.checks import is_restarted
 from local.training.run import train_run
 
@@ -65,6 +68,9 @@ def parse_options() -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe"
     )
     parser.add_argument(
+        "--exclude", type=Path, metavar="CSV", help="observations to leave out, such as a report's marks"
+    )
+    parser.add_argument(
         "--explain", action="store_true", help="print every setting, its value and meaning; no training"
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
@@ -77,6 +83,8 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     given = read_given(options.recipe, options.set, options.encoder)
+    if options.exclude:
+        given["exclude"] = Given(read_excluded(options.exclude), f"--exclude {options.exclude}")
     if options.explain:
         say(explain(given))
         return

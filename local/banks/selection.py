@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from kernel.bank import Bank, largest
-from kernel.inputs import shorten
 from kernel.metadata_prior import MetadataPrior
 from local.banks.ensemble import HeldOutPredictions
 from local.banks.folds import make_folds

@@ -13,13 +13,17 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def commit(part: str = ".") -> str:
-    """The current commit, marked if `part` of the repository has changed since; "unknown" without a working git."""
+def commit(*parts: str) -> str:
+    """The current commit, marked if these folders have changed since; "unknown" without a working git.
+
+    Args:
+        parts: folders of the repository; none stands for `kernel` and `local`, all that computes anything.
+    """
     git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
     options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 60}
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], **options)
-        changed = subprocess.run([*git, "status", "--porcelain", part], **options)
+        changed = subprocess.run([*git, "status", "--porcelain", "--", *(parts or ("kernel", "local"))], **options)
     except (OSError, subprocess.SubprocessError):  # no git on PATH, or one that does not answer
         return "unknown"
     if head.returncode:

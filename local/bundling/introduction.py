@@ -67,6 +67,9 @@ def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
         yield "photos", f"{size} x {size} pixels, resize_mode {resize_mode}"
     first = ", the most useful first" if len(member.views) > 1 else ""
     yield "views", f"{len(member.views)}{first}: {', '.join(member.views)}"
+    if member.reference_counts:
+        observations, photos = (counted(member.reference_counts[f"{one}s"], one) for one in ("observation", "photo"))
+        yield "reference", f"{member.recipe.get('reference', 'train')}: {observations}, {photos}"
     if member.pooling != "mean":
         yield "pooling", f"{member.pooling} over an observation's photos, instead of the mean"
     try:

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from kernel.competitions.competition import Competition
+from kernel.inputs import InputError
 from kernel.observations import Observation
-from kernel.tables import TAXONOMY
+from kernel.tables import TAXONOMY, clean_id
 
 UNKNOWN_TAXA = ("",) * len(TAXONOMY)
 
@@ -200,10 +201,32 @@ class Split:
         return replace(self, train=self.train & is_large, validation=self.validation & is_large)
 
 
-def select_observations(whole: LabelledObservations, uses_val: bool, subset: int, seed: int) -> LabelledObservations:
-    """The observations of a competition that a run uses: without val, or a sample of `subset`, if it says so."""
+def select_observations(
+    whole: LabelledObservations, uses_val: bool, subset: int, seed: int, exclude: Sequence[str] = ()
+) -> LabelledObservations:
+    """The observations of a competition that a run uses: without val, or a sample of `subset`, if it says so.
+
+    Args:
+        exclude: ids of observations to leave out, of the sample too.
+
+    Raises:
+        InputError: the competition has no such observation, or fewer than two classes are left.
+    """
     labelled = whole if uses_val else whole.in_splits("train")
-    return labelled.sample(subset, seed) if subset else labelled
+    labelled = labelled.sample(subset, seed) if subset else labelled
+    if not exclude:
+        return labelled
+    known = set(whole.ids)
+    ids = {name if name in known else clean_id(name) for name in exclude}
+    unknown = sorted(ids - known)
+    if unknown:
+        raise InputError(
+            f"exclude names observation {unknown[0]!r}, which {whole.folder} lacks: give ids of its training tables"
+        )
+    left = labelled.subset(np.array([name not in ids for name in labelled.ids], dtype=bool))
+    if len(left.in_splits("train").classes) < 2:
+        raise InputError(f"exclude leaves fewer than two classes to train on in {whole.folder}: exclude less")
+    return left
 
 
 def split_for_validation(labelled: LabelledObservations, seed: int) -> Split:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernel.inputs import InputError, shorten
+from kernel.tables import read_table
 from local.recipes.settings import (
     AugmentSettings,
     BankSettings,
@@ -107,6 +108,18 @@ def read_given(name: str, settings: Sequence[str] = (), encoder: str | Sequence[
         names = [encoder] if isinstance(encoder, str) else list(encoder)
         given["encoder"] = Given(names, " ".join(f"--encoder {name}" for name in names))
     return given
+
+
+def read_excluded(path: Path) -> tuple[str, ...]:
+    """The ids of the observations that a CSV lists in its column "observation".
+
+    Raises:
+        InputError: it is not such a CSV, or lists none.
+    """
+    ids = tuple(dict.fromkeys(row["observation"].strip() for row in read_table(path, ["observation"], ["observation"])))
+    if not ids:
+        raise InputError(f"{path} lists no observation: mark some in a report, or leave out --exclude")
+    return ids
 
 
 def build_recipe(given: Mapping[str, Given]) -> Recipe:

@@ -29,7 +29,7 @@ class Setting:
         meaning: one or two sentences, for `train.py --explain`.
         choices: the values of a str, or of the items of a list, each at most once; empty for any value.
         least, above, most, below: limits (>=, >, <=, <) of a number, or of each number in a list.
-        lengths: the numbers of items that a list may have; empty for any number.
+        lengths: the numbers of items that a list of numbers may have; empty for a list of any strings.
         is_per_encoder: whether a list of such values gives one per encoder; a single value is for all of them.
         candidates: the values that cross-validation tries if `choose` names the setting, the simplest first. For
             `views`, the groups of views that it tries to add.
@@ -73,6 +73,8 @@ class Setting:
             how, each = ("some", ", each once") if is_list else ("one", "")
             is_met = are_known and len(set(items)) == len(items) and (is_length or not is_list)
             expect(is_met, f"{how} of {', '.join(self.choices)} for {name}{each}")
+        elif is_list and not self.lengths:
+            expect(all(isinstance(item, str) for item in items), f"a list of str for {name}")
         elif is_list:
             are_numbers = all(isinstance(item, float) for item in items)
             expect(is_length and are_numbers, f"a list of {' or '.join(map(str, self.lengths))} numbers for {name}")
@@ -295,6 +297,10 @@ class TrainSettings:
     )
     subset: int = setting(
         0, "Use this many observations, drawn at random, to try a recipe in a minute. 0: all.", least=0
+    )
+    exclude: tuple[str, ...] = setting(
+        (),
+        "Ids of observations to leave out, such as mislabelled ones. --exclude reads them from a CSV.",
     )
     max_classes: int = setting(0, "Train on this many classes, those with the most observations. 0: all.", least=0)
     unfreeze: int = setting(

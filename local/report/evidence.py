@@ -21,7 +21,7 @@ from local.base.run_folder import CACHE
 from local.base.runs import open_run
 from local.data.competition import read_competition
 from local.data.embedding import embed_with_run
-from local.data.observations import UNKNOWN_TAXA, LabelledObservations, encode_labels, sort_ids
+from local.data.observations import UNKNOWN_TAXA, LabelledObservations, encode_labels, select_observations, sort_ids
 from local.recipes.recipe import Recipe, make_recipe
 
 SPECIES = "species"  # the finest rank: the class itself
@@ -156,8 +156,8 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     ids, bank = answers.observations, answers.classes
     recipe = make_recipe(manifest.members[0].recipe, str(run))
     labelled = read_competition(data, manifest.competition.resolution)
-    if recipe.train.subset:
-        labelled = labelled.sample(recipe.train.subset, recipe.train.seed)
+    train = recipe.train
+    labelled = select_observations(labelled, True, train.subset, train.seed, train.exclude)
     rows = encode_labels(ids, labelled.ids)
     if (rows < 0).any():
         missing = ids[int(np.argmin(rows))]

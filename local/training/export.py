@@ -126,19 +126,19 @@ def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, ban
         ),
         class_ids=tuple(plan.classes),
         fallback_classes=tuple(commonest_classes(class_ids, plan.classes)),
-        members=(describe_member(inputs, recipe, bank),),
+        members=(describe_member(inputs, recipe, plan, bank),),
         files={name: sha256(folder / name) for name in files},
     )
     write_manifest(manifest, folder / MANIFEST)
 
 
-def describe_member(inputs: Inputs, recipe: Recipe, bank: SelectedBank) -> Member:
+def describe_member(inputs: Inputs, recipe: Recipe, plan: BankPlan, bank: SelectedBank) -> Member:
     """The run's one member, as its manifest describes it.
 
     Args:
         recipe: with the selected settings.
     """
-    settings, count = bank.settings, len(inputs.specs)
+    settings, count, reference = bank.settings, len(inputs.specs), plan.split.labelled.subset(plan.reference)
     encoders = [
         dataclasses.replace(
             spec,
@@ -164,4 +164,5 @@ def describe_member(inputs: Inputs, recipe: Recipe, bank: SelectedBank) -> Membe
         given=GivenSettings(recipe=settings_of(inputs.given), weights=weights_digest(inputs.given.encoder)),
         data_sha256=inputs.data_sha256,
         versions=versions(),
+        reference_counts={"observations": len(reference), "photos": len(reference.photos)},
     )

@@ -47,6 +47,7 @@ class Tuning:
         mix_ratio: of these weights in the encoder, one of MIX_RATIOS; the rest are those before training.
         head: the bank that was trained with the encoder, where the recipe keeps it.
         classes: of the head.
+        reason: why these weights are kept, as printed; empty without training.
     """
 
     log: list[dict]
@@ -54,6 +55,7 @@ class Tuning:
     mix_ratio: float
     head: Bank | None = None
     classes: Sequence[str] = ()
+    reason: str = ""
 
 
 def finetune(encoder: Encoder, split: Split, recipe: Recipe, folder: Path, data_sha256: str = "") -> Tuning:
@@ -218,8 +220,9 @@ def keep_best_weights(encoder: Encoder, trainer: Trainer, evaluator: Evaluator, 
     if len(log) == 1:
         if trainer.recipe.keeps_head:
             raise InputError("no epoch was finished, so there is no trained head to keep: try a smaller learning_rate")
-        say("kept: the encoder before training, unchanged: no epoch was finished")
-        return Tuning(log, 0, 0.0)
+        reason = "kept: the encoder before training, unchanged: no epoch was finished"
+        say(reason)
+        return Tuning(log, 0, 0.0, reason=reason)
     epoch = best_row(log[1:], monitor) + 1
     best = Checkpoint(distributed.broadcast_object(trainer.best), {})
     before = copy_state(encoder.module)
@@ -227,12 +230,13 @@ def keep_best_weights(encoder: Encoder, trainer: Trainer, evaluator: Evaluator, 
     if trainer.recipe.keeps_head:
         encoder.module.load_state_dict(after)
         trainer.head.load_state_dict(best.part("head"))
-        say(
+        reason = (
             f"kept: the encoder and head of epoch {epoch}: {MONITOR_NAMES.get(monitor, monitor)} is "
             f"{monitored_score(log[epoch], monitor):.3f}, the best of {counted(len(log) - 1, 'epoch')}; a trained head "
             "is not compared with the encoder before training"
         )
-        return Tuning(log, epoch, 1.0, trainer.head.bank(), trainer.classes)
+        say(reason)
+        return Tuning(log, epoch, 1.0, trainer.head.bank(), trainer.classes, reason)
     evaluations = [initial]
     for mix_ratio in MIX_RATIOS[1:-1]:
         encoder.module.load_state_dict(interpolate_weights(before, after, mix_ratio))
@@ -242,5 +246,6 @@ def keep_best_weights(encoder: Encoder, trainer: Trainer, evaluator: Evaluator, 
     evaluations.append(Evaluation(initial.bank, best.tensors["hits"].numpy(), {}))
     mix_ratio = choose_mix_ratio(evaluations)
     encoder.module.load_state_dict(interpolate_weights(before, after, mix_ratio))
-    say(describe_choice(evaluations, mix_ratio, epoch))
-    return Tuning(log, epoch if mix_ratio else 0, mix_ratio)
+    reason = describe_choice(evaluations, mix_ratio, epoch)
+    say(reason)
+    return Tuning(log, epoch if mix_ratio else 0, mix_ratio, reason=reason)

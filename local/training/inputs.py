@@ -68,10 +68,13 @@ def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -
         side = max(shorter_side(spec.preprocessing) for spec in specs)
         resolution = find_competition(data).competition.smallest_resolution(side)
     whole = read_competition(data, resolution)
-    labelled = select_observations(whole, uses_val, recipe.train.subset, recipe.train.seed)
+    train = recipe.train
+    labelled = select_observations(whole, uses_val, train.subset, train.seed, train.exclude)
     refuse_missing(labelled)
-    if recipe.train.subset:
-        say(describe_subset(whole, labelled, recipe.train.subset))
+    if train.exclude:
+        say(f"exclude: {counted(len(set(train.exclude)), 'observation')} left out")
+    if train.subset:
+        say(describe_subset(whole, labelled, train.subset))
     modes = {spec.preprocessing.resize_mode for spec in specs}
     resolved = dataclasses.replace(
         recipe,

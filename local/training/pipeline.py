@@ -74,6 +74,7 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
         "validation_of_the_chosen_settings": bank.optimistic_scores,
         "chosen_epoch": tuning.epoch,
         "mix_ratio": tuning.mix_ratio,
+        "kept": tuning.reason.removeprefix("kept: "),
         "seconds": round(time.monotonic() - started, 1),
         "memory_gb": peak_memory_gb(),
     }

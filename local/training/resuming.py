@@ -33,7 +33,8 @@ def is_done(out: Path, recipe: Recipe, data: Path, uses_val: bool) -> bool:
     was = trained | member.given.recipe
     changed = changed_settings(trained, member.given, recipe)
     whole = read_competition(data, trained["resolution"])
-    if select_observations(whole, uses_val, was["subset"], was["seed"]).digest() != member.data_sha256:
+    used = select_observations(whole, uses_val, *(was[name] for name in ("subset", "seed", "exclude")))
+    if used.digest() != member.data_sha256:
         changed["data"] = f"{data} is not the data that it was made of, or has changed since"
     if not changed:
         say(f"{out} is done already, with the same settings and data: to train it further, give more epochs")

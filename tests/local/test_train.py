@@ -35,6 +35,29 @@ def test_a_mistake_is_answered_with_exit_code_2(monkeypatch, capsys, arguments, 
     assert says in capsys.readouterr().err
 
 
+def test_the_observations_of_a_csv_are_excluded(monkeypatch, capsys, tmp_path) -> None:
+    (tmp_path / "marks.csv").write_text("observation,mark\n7,mislabelled\n12,duplicate\n7,duplicate\n")
+    call(monkeypatch, "--recipe", "demo", "--explain", "--exclude", str(tmp_path / "marks.csv"))
+    assert f'exclude = ["7", "12"]  (--exclude {tmp_path / "marks.csv"})' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("id\n7\n", "lacks the column 'observation': it has id"),
+        ("observation\n", "lists no observation"),
+        (None, "CSV"),
+    ],
+)
+def test_a_csv_without_observations_is_refused(monkeypatch, capsys, tmp_path, text, says) -> None:
+    if text:
+        (tmp_path / "marks.csv").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, "--recipe", "demo", "--data", "nowhere", "--exclude", str(tmp_path / "marks.csv"))
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
 def test_help_lists_the_recipes(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit):
         call(monkeypatch, "--help")

@@ -1,7 +1,9 @@
 import os
+import subprocess
 
 import pytest
 
+from local.base import repository
 from local.base.repository import commit
 
 
@@ -22,3 +24,22 @@ def test_a_commit_is_unknown_without_a_working_git(tmp_path, monkeypatch, script
         (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() == expected
+
+
+def test_only_changes_of_the_code_mark_a_commit(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
+
+    monkeypatch.setattr(repository, "__file__", str(tmp_path / "local" / "base" / "repository.py"))
+    git("init")
+    for path in ("kernel-metadata.json", "kernel/a.py", "local/b.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text("1")
+    git("add", ".")
+    git("commit", "-m", "first")
+    (tmp_path / "kernel-metadata.json").write_text("the owner's name")
+    assert "changes" not in commit()
+    (tmp_path / "local" / "b.py").write_text("2")
+    assert commit().endswith(" with changes")
+    assert "changes" not in commit("kernel")

@@ -27,12 +27,14 @@ def introduction(folder: Path, *members) -> list[str]:
 
 def test_a_run_is_its_encoder_views_and_bank(tmp_path):
     save_file(bank(layers=2, transduction=0.25), tmp_path / "bank.safetensors")
-    lines = introduction(tmp_path, member(recipe={"matcher": "means"}, views=("plain", "hflip")))
+    counts, recipe = {"observations": 3, "photos": 1204}, {"matcher": "means", "reference": "train+val"}
+    lines = introduction(tmp_path, member(recipe=recipe, views=("plain", "hflip"), reference_counts=counts))
     assert lines[lines.index("The model") + 1 : lines.index("The formula") - 1] == [
         "  competition  class-folders, 2 classes",
         "  encoder      test_resnet of timm, 96 features, half precision on a GPU",
         "  photos       64 x 64 pixels, resize_mode crop",
         "  views        2, the most useful first: plain, hflip",
+        "  reference    train+val: 3 observations, 1,204 photos",
         "  bank         means: 3 prototypes of 8 features, after 2 layers, logit_scale 20, transduction 0.25",
     ]
     assert "  The classes are ranked by log p(c)." in lines

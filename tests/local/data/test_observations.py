@@ -10,9 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kernel.inputs import InputError
 from kernel.observations import Observation
 from kernel.tables import TAXONOMY
-from local.data.observations import LabelledObservations, encode_labels, sort_ids, split_for_validation
+from local.data.observations import (
+    LabelledObservations,
+    encode_labels,
+    select_observations,
+    sort_ids,
+    split_for_validation,
+)
 from tests.labelled import make_labelled, of_rows
 
 SIZES = {str(name): size for name, size in enumerate([1, 2, 3, 1, 7, 11, 1])}
@@ -169,3 +176,17 @@ def test_every_photo_is_looked_up_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert labelled.photo_sizes[tmp_path / "a.jpg"] == len("photo a")
     labelled.digest()
     assert sorted(asked) == sorted(labelled.photos)
+
+
+def test_excluded_observations_leave_the_sample_as_it_is_otherwise():
+    whole = of_rows([("train", str(number), "ab"[number % 2]) for number in range(20)])
+    sample = select_observations(whole, True, 10, 0).ids
+    assert select_observations(whole, True, 10, 0, [sample[0], f"{sample[3]}.0"]).ids == [*sample[1:3], *sample[4:]]
+
+
+def test_an_excluded_observation_that_the_data_lack_is_named():
+    whole = of_rows([("train", "1", "a"), ("train", "2", "b"), ("train", "3", "b")])
+    with pytest.raises(InputError, match="exclude names observation '4'"):
+        select_observations(whole, True, 0, 0, ["1", "4"])
+    with pytest.raises(InputError, match="fewer than two classes"):
+        select_observations(whole, True, 0, 0, ["1"])

@@ -22,12 +22,14 @@ from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kernel.inputs import InputError
+from kernel.manifest import read_manifest
 from local.banks.ensemble import read_predictions
 from local.banks.search import evaluate_predictions
 from local.base.run_folder import VALIDATION_FILE
 from local.data.competition import read_competition
 from local.encoders.load import load_encoder
 from local.recipes.recipe import make_recipe
+from local.report.evidence import read_evidence
 from local.training.checkpoints import read_checkpoint
 from local.training.checks import CHECKPOINTS
 from local.training.run import train_run
@@ -126,6 +128,23 @@ def test_a_training_that_is_killed_between_checkpoints_ends_as_if_it_had_not_bee
     assert (one["validation"], one["chosen_epoch"]) == (two["validation"], two["chosen_epoch"])
     events = EventAccumulator(str(out / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_excluded_observations_are_neither_in_the_bank_nor_held_out(drawn, tmp_path, capsys):
+    whole = read_competition(drawn.competition)
+    out = [whole.ids[0], whole.ids[-1]]
+    recipe = make_recipe({**TINY, "epochs": 0, "reference": "train+val", "exclude": out}, "the test")
+    train_run(recipe, drawn.competition, tmp_path / "run")
+    assert "exclude: 2 observations left out" in capsys.readouterr().out
+    [member] = read_manifest(tmp_path / "run" / "manifest.json").members
+    assert member.reference_counts["observations"] == len(whole) - 2
+    assert not set(out) & set(read_predictions(tmp_path / "run").observations)
+    assert read_evidence(tmp_path / "run", drawn.competition).reference.sum() == len(whole) - 2
+    train_run(recipe, drawn.competition, tmp_path / "run", resumes=True)
+    assert "is done already" in capsys.readouterr().out
+    other = make_recipe({**TINY, "epochs": 0, "reference": "train+val"}, "the test")
+    with pytest.raises(InputError, match="exclude was"):
+        train_run(other, drawn.competition, tmp_path / "run", resumes=True)
 
 
 @pytest.mark.slow
