@@ -6,28 +6,30 @@ python local/evaluate.py runs/best --data data/fungi-clef-2025 --against runs/ba
 Photos are not embedded again: training has cached the embeddings. The page contains its photos and works offline; every
 number on it is also in metrics.json. It shows
 
-- how good the run is: Recall@1/5/10, macro and weighted F1, and log-loss, with 95% intervals; with --against, the
-  paired difference from other runs, the gain of an ensemble, and the probability that the leaderboard shows the better
-  run as the worse one;
+- how good the run is: Recall@1/5/10, macro and weighted F1, and log-loss, with 95% intervals, of predictions by
+  settings that other observations chose; with --against, the paired difference from other runs, the gain of an
+  ensemble, and the probability that the leaderboard shows the better run as the worse one;
 - where it fails: by taxonomic rank, number of observations in the bank, number of photos, habitat and month; confusion
-  matrices in taxonomic order; the commonest confusions side by side; poisonous species taken for edible ones and the
-  reverse, by the costs of FungiCLEF 2024; the species of --focus; the best and the worst recognised observations, with
-  the most similar photo of each guess; unreadable photos; a table of all classes to search (press /) and sort;
+  matrices in taxonomic order; poisonous species taken for edible ones and the reverse, by the costs of FungiCLEF 2024;
+  the species of --focus; a table of all classes to search (press /) and sort;
+- every error beside the most similar photo of the predicted class, to filter by confusion, rank, shots and confidence.
+  Photos can be marked as mislabelled or duplicate, and the marks saved as a CSV for train.py --exclude;
 - whether its probabilities can be trusted: calibration, risk by coverage, confidence by rank, agreement of views;
 - what to try next; the training, a map of the embeddings, and all that is needed to reproduce the run.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from local.base.console import Progress, command_parser, run, say
+from local.base.console import Progress, command_parser, counted, run, say
 from local.base.files import read_json, write_json, write_text
+from local.base.metrics import METRIC_NAMES
 from local.base.run_folder import require_answers
 from local.base.runs import open_run
 from local.data.folder import find_competition
@@ -75,6 +77,23 @@ def main() -> None:
     options = parse_options()
     page = report(options.run, options.data, options.against, options.focus)
     say(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+    for line in describe_scores(read_json(options.run / "metrics.json")["evaluation"]):
+        say(line)
+
+
+def describe_scores(figures: dict) -> Iterator[str]:
+    """The headline, and the difference from each other run."""
+
+    def described(scores: dict, sign: str = "") -> str:
+        return "  ".join(
+            f"{label} {one['value']:{sign}.3f} [{one['low']:{sign}.3f}, {one['high']:{sign}.3f}]"
+            for name, label in METRIC_NAMES.items()
+            for one in [scores[name]]
+        )
+
+    yield f"{counted(figures['observations'], 'held-out observation')}: {described(figures['headline'])}"
+    for other in figures["against"]:
+        yield f"minus {other['run']}, on {other['observations']:,}: {described(other['gain'], '+')}"
 
 
 if __name__ == "__main__":

@@ -78,17 +78,24 @@ def class_f1(truth: Sequence, firsts: Sequence, weights: np.ndarray | None = Non
     return f1_score(truth, firsts, average=None, sample_weight=weights, zero_division=0)
 
 
-def macro_f1_gain(truth: Sequence, new: Sequence, old: Sequence, seed: int = 0) -> dict[str, float]:
+def macro_f1_gain(
+    truth: Sequence, new: Sequence, old: Sequence, weights: np.ndarray | None = None, seed: int = 0
+) -> dict[str, float]:
     """The difference in `macro_f1` between the first guesses of two methods: `value`, `low`, `high`.
 
     Classes are resampled, also those that only one method predicts; each method's mean is over its own classes.
+
+    Args:
+        weights: see `score`.
     """
     truth, new, old = (np.asarray(list(values)) for values in (truth, new, old))
+    if weights is not None:  # an observation of weight 0 adds no class
+        truth, new, old, weights = (values[weights > 0] for values in (truth, new, old, weights))
     classes = np.unique(np.concatenate([truth, new, old]))
     counts = np.stack([np.isin(classes, np.concatenate([truth, firsts])) for firsts in (new, old)])
     per_class = np.zeros(counts.shape)
     for row, is_counted, firsts in zip(per_class, counts, (new, old), strict=True):
-        row[is_counted] = class_f1(truth, firsts)
+        row[is_counted] = class_f1(truth, firsts, weights)
 
     def gain(drawn: np.ndarray) -> float:
         return float(np.subtract(*(per_class[:, drawn].sum(axis=1) / np.maximum(counts[:, drawn].sum(axis=1), 1))))

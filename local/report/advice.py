@@ -91,7 +91,7 @@ def of_unused_methods(evidence: Evidence, figures: "Figures") -> Iterator[Advice
     if len(bank.views) <= 4:
         split = sum(row.observations for row in figures.trust.agreement if row.name != ALL_VIEWS)
         yield Advice(
-            f"In {counted(split, 'observation')}, views of the same photo resemble different classes.",
+            f"In {counted(split, 'observation')}, some views alone have another first guess.",
             "Average over more views: `--set views=plain,hflip,rotate90,rotate270,rotate15,rotate345,centre`.",
             split,
         )
@@ -130,7 +130,7 @@ def of_data(evidence: Evidence, figures: "Figures") -> Iterator[Advice]:
             left,
         )
     yield Advice(
-        f"{counted(len(failed), 'photo')} could not be read; they are listed above.",
+        f"{counted(len(failed), 'photo')} could not be read: see “Photos that could not be read” under Errors.",
         "Download them again: a class of one observation has no other photo.",
         len({photo.observation for photo in failed}),
     )

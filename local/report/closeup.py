@@ -1,7 +1,6 @@
-"""What the embeddings show beside the scores: similar photos, disagreeing views, unreadable photos, a map."""
+"""What the embeddings show beside the scores: similar photos, unreadable photos, a map."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,12 +12,10 @@ from kernel.photos import decode
 from local.banks.estimators import group_means, l2_normalize
 from local.report.evidence import Evidence, Rank
 
-SHOWN = 8  # photos of a class
-EXAMPLES = 6  # observations, best and worst each
+EXAMPLES = 4  # observations
 GUESSES = 5
 POINTS = 2000  # of the map
 COLOURS = 10  # groups of the map that have a colour of their own
-CHUNK = 4096  # photos compared at once
 
 
 @dataclass(frozen=True)
@@ -46,8 +43,7 @@ class Example:
     Attributes:
         position: of the true class among all guesses, from 1.
         probability: of the true class.
-        agreement: the fraction of a photo's views that vote for the same class, averaged over photos.
-        votes: (label, views that are nearest to the mean of this class), the commonest first.
+        votes: (label, views of the observation that alone have this class as first guess), the commonest first.
     """
 
     observation: str
@@ -57,7 +53,6 @@ class Example:
     shots: int
     photos: list[str]
     guesses: list[Guess]
-    agreement: float
     votes: list[tuple[int, int]]
 
 
@@ -94,8 +89,8 @@ class Closeup:
         self.is_usable = self.embedded.is_reference & self.is_readable & (self.embedded.classes >= 0)
 
     def photos_of(self, label: int) -> list[str]:
-        """The first photo of some observations of a class in the bank."""
-        return [self.evidence.photo(self.embedded.observations[row]) for row in self._members(label)[:SHOWN]]
+        """The first photo of each observation of a class in the bank."""
+        return [self.evidence.photo(self.embedded.observations[row]) for row in self._members(label)]
 
     def first_photos(self) -> dict[int, str]:
         """By label, a readable photo of the class, from the bank if it has one."""
@@ -133,64 +128,15 @@ class Closeup:
         nearest = np.argsort(-cosines)[:GUESSES].tolist()
         return [(other, float(cosines[other])) for other in nearest if np.isfinite(cosines[other])]
 
-    @cached_property
-    def view_labels(self) -> np.ndarray:
-        """(photos, views) the class whose mean is nearest to each view of each photo of the queries."""
-        sums, sizes = self.class_sums
-        means, embedded = l2_normalize(sums), self.embedded
-        photos, views, features = embedded.photos.shape
-        found = np.zeros((photos, views), dtype=np.int64)
-        for first in range(0, photos, CHUNK):
-            part = slice(first, first + CHUNK)
-            queries = embedded.query_index[part]
-            cosines = (embedded.photos[part].reshape(-1, features) @ means.T).reshape(len(queries), views, -1)
-            cosines[:, :, sizes == 0] = -np.inf
-            # A query that is in the bank is taken out of the mean of its own class.
-            own, is_own = embedded.classes[queries], embedded.is_reference[queries]
-            rest = np.where(is_own[:, None], sums[own] - embedded.pooled[queries], sums[own])
-            without = np.einsum("pvf,pf->pv", embedded.photos[part], l2_normalize(rest))
-            without[sizes[own] - is_own <= 0] = -np.inf
-            cosines[np.arange(len(queries)), :, own] = without
-            found[part] = cosines.argmax(axis=2)
-        return found
-
-    def votes(self, query: int) -> Counter:
-        """By label, how many views of a query's photos are nearest to the mean of the class."""
-        return Counter(self.view_labels[self.embedded.query_index == query].ravel().tolist())
-
-    @cached_property
-    def agreement(self) -> np.ndarray:
-        """(queries,) the largest fraction of a photo's views with one vote, averaged over photos; NaN without any."""
-        count, (photos, views) = len(self.evidence.queries), self.view_labels.shape
-        cells = np.arange(photos)[:, None] * len(self.evidence.classes) + self.view_labels
-        values, votes = np.unique(cells, return_counts=True)
-        most = np.zeros(photos)
-        np.maximum.at(most, values // len(self.evidence.classes), votes)
-        totals, owned = (np.bincount(self.embedded.query_index, one, minlength=count) for one in (most / views, None))
-        return np.where(owned > 0, totals / np.maximum(owned, 1), np.nan)
-
-    def best(self) -> list[Example]:
-        """The right answers with the highest probability, one of each class."""
-        is_right = self.evidence.guesses == self.evidence.truth
-        return self._examples(query for query in self._by_probability[::-1] if is_right[query])
-
     def worst(self) -> list[Example]:
         """The wrong answers with the lowest probability of the true class, one of each class that the bank has."""
-        is_wrong = (self.evidence.guesses != self.evidence.truth) & ~np.isnan(self.evidence.outcome.losses)
-        return self._examples(query for query in self._by_probability if is_wrong[query])
-
-    @cached_property
-    def _by_probability(self) -> list[int]:
-        """The queries with a readable photo, ordered by the probability of the true class."""
-        evidence = self.evidence
+        evidence, firsts = self.evidence, {}
         own = evidence.log_probabilities[np.arange(len(evidence.truth)), evidence.truth]
         own = own - np.logaddexp.reduce(evidence.log_probabilities, axis=1)
-        return [query for query in np.argsort(own, kind="stable").tolist() if self.is_readable[query]]
-
-    def _examples(self, queries: Iterable[int]) -> list[Example]:
-        firsts: dict[int, int] = {}
-        for query in queries:
-            firsts.setdefault(int(self.evidence.truth[query]), query)
+        is_shown = self.is_readable[: len(own)] & (evidence.guesses != evidence.truth) & np.isfinite(own)
+        for query in np.argsort(own, kind="stable"):
+            if is_shown[query]:
+                firsts.setdefault(int(evidence.truth[query]), int(query))
         return [self.example(query) for query in list(firsts.values())[:EXAMPLES]]
 
     def example(self, query: int) -> Example:
@@ -207,8 +153,7 @@ class Closeup:
                 Guess(label, probabilities[label], self.nearest(query, label))
                 for label in evidence.outcome.top[query, :GUESSES].tolist()
             ],
-            agreement=float(self.agreement[query]),
-            votes=self.votes(query).most_common(3),
+            votes=self.evidence.votes(query),
         )
 
     def unreadable(self) -> list[UnreadablePhoto]:

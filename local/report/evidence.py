@@ -54,16 +54,12 @@ class Embedded:
     """Embeddings of the observations, the queries first, minus the mean of the reference set.
 
     Attributes:
-        photos: (photos, views, features) float32 of length 1, of the queries alone.
-        query_index: (photos,) index of the query of each photo.
         readable: (observations,) number of readable photos.
         pooled: (observations, features) of length 1, or 0 where no photo is readable.
         classes: (observations,) label.
         is_reference: (observations,) bool.
     """
 
-    photos: np.ndarray
-    query_index: np.ndarray
     observations: list[Observation]
     readable: np.ndarray
     pooled: np.ndarray
@@ -86,6 +82,8 @@ class Evidence:
         shots: (queries,) observations of the true class in the bank, without the query itself. In cross-validation
             this is exact for classes of up to five observations; larger classes keep at least four in every fold.
         reference: (classes,) observations of each class in the bank.
+        is_in_bank: (queries,) bool, those that were held out in turn; the others are never in the bank.
+        view_votes: see `local.banks.search.Search.view_votes`; labels are those of the bank.
     """
 
     run: Path
@@ -102,6 +100,27 @@ class Evidence:
     weights: np.ndarray
     shots: np.ndarray
     reference: np.ndarray
+    is_in_bank: np.ndarray
+    view_votes: np.ndarray
+
+    @property
+    def is_macro(self) -> bool:
+        """Whether the weights give every class the same weight."""
+        return self.recipe.train.monitor == "macro_f1"
+
+    @cached_property
+    def agreement(self) -> np.ndarray:
+        """(queries,) the fraction of an observation's views that alone give its first guess; NaN without views."""
+        queries, labels, votes = self.view_votes.T
+        count = len(self.queries)
+        agreeing = np.bincount(queries, votes * (labels == self.guesses[queries]), minlength=count)
+        with np.errstate(invalid="ignore"):
+            return agreeing / np.bincount(queries, votes, minlength=count)
+
+    def votes(self, query: int) -> list[tuple[int, int]]:
+        """(label, views that alone give it) of an observation, the commonest first."""
+        rows = self.view_votes[self.view_votes[:, 0] == query]
+        return [(label, votes) for _, label, votes in sorted(rows.tolist(), key=lambda row: -row[2])]
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -172,6 +191,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
     truth = encode_labels(class_ids, classes)
     reference = labelled.in_splits(*recipe.bank.reference.split("+"))
     sizes = np.bincount(encode_labels(reference.class_ids, classes) + 1, minlength=len(classes) + 1)[1:]
+    is_in_bank = np.isin(ids, reference.ids)
     return Evidence(
         run=run,
         manifest=manifest,
@@ -185,8 +205,10 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         truth=truth,
         log_probabilities=np.concatenate([answers.log_probabilities.numpy(), lacking], axis=1),
         weights=answers.weights,
-        shots=sizes[truth] - np.isin(ids, reference.ids),
+        shots=sizes[truth] - is_in_bank,
         reference=sizes,
+        is_in_bank=is_in_bank,
+        view_votes=answers.view_votes.reshape(-1, 3),
     )
 
 
@@ -206,7 +228,7 @@ def _number(text: str) -> float:
 
 
 def name_ranks(labelled: LabelledObservations, classes: Sequence[str], names: Sequence[str]) -> list[Rank]:
-    """The ranks that the competition names, then the species."""
+    """The ranks that the competition names and at which classes differ, then the species."""
     lineages = [labelled.taxa.get(class_id, UNKNOWN_TAXA) for class_id in classes]
     order = sorted(range(len(classes)), key=lambda label: (lineages[label], names[label]))
     ranks = []
@@ -216,6 +238,8 @@ def name_ranks(labelled: LabelledObservations, classes: Sequence[str], names: Se
             continue
         groups = [group or f"of {name}" for group, name in zip(named, names, strict=True)]
         index_of = {group: index for index, group in enumerate(dict.fromkeys(groups[label] for label in order))}
+        if len(index_of) < 2:
+            continue
         is_named = np.isin(list(index_of), list(filter(None, named)))
         ranks.append(Rank(rank, list(index_of), np.array([index_of[group] for group in groups]), is_named))
     return ranks
@@ -234,10 +258,7 @@ def read_embeddings(evidence: Evidence) -> Embedded:
     readable = np.bincount(found.observations, minlength=len(observations))
     pooled = pool(found.values, found.observations, len(observations), evidence.recipe.bank.pooling)
     mean = pooled[(readable > 0) & is_reference].mean(axis=0)
-    is_query = found.observations < len(evidence.queries)
     return Embedded(
-        photos=l2_normalize(found.values[is_query].astype(np.float32) - mean.astype(np.float32)),
-        query_index=found.observations[is_query],
         observations=observations,
         readable=readable,
         pooled=l2_normalize(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),

@@ -5,30 +5,30 @@ import difflib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from sklearn.metrics import f1_score
 
 from kernel.inputs import InputError
-from local.base.metrics import interval_of, score
+from local.base.metrics import held_out_scores, interval_of
 from local.report.closeup import Closeup, Neighbour
 from local.report.evidence import Evidence, Rank
-from local.report.scores import Estimate, GroupRecalls, mean, recalls_by
+from local.report.scores import Estimate, GroupRecalls, Scores, mean, recalls_by
 
 LARGE = 4  # shots or photos; observations with so many or more are one group
 HABITATS = 12  # groups of their own; the others are one group
-PAIRS = 25  # confusions that are shown
 BINS = 20  # of a histogram of confidences
 VISIBLE = 0.04  # of the side of a matrix, for a frame with a name
-SHOWN = 8  # photos of a class in focus
+SHOWN = 16  # observations of a class in focus
+RECOGNISED, MISTAKEN, REFERENCE = "recognised", "mistaken", "in the bank only"  # outcomes of an observation
 MISSED, FALSE_ALARM = "poisonous taken for edible", "edible taken for poisonous"
 COSTS = {MISSED: 100, FALSE_ALARM: 1}  # of FungiCLEF 2024
 
 
 @dataclass(frozen=True)
 class RankScores:
-    """The scores at one rank of the taxonomy, where the probability of a group is the sum over its species.
+    """The scores at one rank of the taxonomy, weighted as the headline is; a group's probability is its species' sum.
 
     Attributes:
         groups: named ones in the taxonomy; `query_groups` among the held-out observations.
@@ -93,27 +93,33 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong first guess: one observation, and what resembles it most in the class that was guessed.
+    """A held-out observation whose first guess is wrong.
 
     Attributes:
+        true, guessed: labels.
         shared_rank: the finest rank that both classes share.
-        count, fraction: how often the true class is taken for the other; None where only this one is meant.
+        position: of the true class among all guesses, from 1.
+        shots: other observations of the true class in the bank.
+        probability: of the guess.
+        nearest: the most similar observation of the class that was guessed.
+        count: observations with the same confusion.
     """
 
+    observation: str
     true: int
     guessed: int
     shared_rank: str | None
-    observation: str
+    position: int
+    shots: int
     probability: float
     photo: str
     nearest: Neighbour | None
-    count: int | None = None
-    fraction: float | None = None
+    count: int
 
 
 @dataclass(frozen=True)
 class Deadly:
-    """Confusions of poisonous and edible species; `counts`, `careful_counts` and `mistakes` are by the keys of `costs`.
+    """Confusions of poisonous and edible species; `counts` and `careful_counts` are by the keys of `costs`.
 
     Attributes:
         cost: of an observation; `careful_cost` and `careful_counts` are what they would be with a warning whenever
@@ -128,7 +134,6 @@ class Deadly:
     threshold: float
     careful_counts: dict[str, int]
     careful_cost: Estimate
-    mistakes: dict[str, list[Mistake]]
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,7 @@ class Focus:
         taken_for, taken_for_it: (label, observations) of the confusions, the commonest first.
         probability: the mean of the right answer.
         resembles: (label, cosine) of the classes with the most similar means.
+        photos: (first photo, outcome) of its observations.
     """
 
     label: int
@@ -149,26 +155,32 @@ class Focus:
     taken_for: list[tuple[int, int]]
     taken_for_it: list[tuple[int, int]]
     probability: float | None
-    bank_photos: list[str]
-    query_photos: list[str]
+    photos: list[tuple[str, str]]
     resembles: list[tuple[int, float]]
 
 
 def score_rank(evidence: Evidence, rank: Rank) -> RankScores:
-    truth, outcome = rank.groups[evidence.truth], evidence.rank_outcomes[rank.name]
+    truth, outcome, weights = rank.groups[evidence.truth], evidence.rank_outcomes[rank.name], evidence.weights
     confidence = rank.sum_probabilities(evidence.probabilities).max(axis=1)
-    scores = score(truth, outcome.top)
+    scores = held_out_scores(truth, outcome.top, weights, evidence.is_macro)
     right, wrong = (np.histogram(confidence[own], BINS, (0, 1))[0] for own in (outcome.ranks == 0, outcome.ranks > 0))
     return RankScores(
         rank=rank.name,
         groups=int(rank.is_named.sum()),
         query_groups=len(np.unique(truth)),
         **{name: Estimate(**interval_of(scores, name)) for name in ("recall_at_1", "recall_at_5", "macro_f1")},
-        by_species=mean(rank.groups[evidence.guesses] == truth),
-        confidence=float(confidence.mean()),
+        by_species=mean(rank.groups[evidence.guesses] == truth, weights),
+        confidence=float(np.average(confidence, weights=weights)),
         right=right.tolist(),
         wrong=wrong.tolist(),
     )
+
+
+def score_ranks(evidence: Evidence, headline: Scores) -> list[RankScores]:
+    """The scores at every rank; those of the species are the headline's."""
+    *wider, species = (score_rank(evidence, rank) for rank in evidence.ranks)
+    own = {name: headline[name] for name in ("recall_at_1", "recall_at_5", "macro_f1")}
+    return [*wider, replace(species, **own, by_species=headline["recall_at_1"])]
 
 
 def score_hierarchy(evidence: Evidence) -> dict[str, Estimate]:
@@ -176,7 +188,8 @@ def score_hierarchy(evidence: Evidence) -> dict[str, Estimate]:
     outcomes = [(rank, evidence.rank_outcomes[rank.name]) for rank in evidence.ranks]
     is_right = [outcome.ranks == 0 for _, outcome in outcomes]
     is_consistent = [outcome.top[:, 0] == rank.groups[evidence.guesses] for rank, outcome in outcomes]
-    return {"accuracy": mean(np.all(is_right, axis=0)), "consistent": mean(np.all(is_consistent, axis=0))}
+    found = {"accuracy": is_right, "consistent": is_consistent}
+    return {name: mean(np.all(rows, axis=0), evidence.weights) for name, rows in found.items()}
 
 
 def score_groups(evidence: Evidence) -> dict[str, list[GroupRecalls]]:
@@ -239,17 +252,18 @@ def score_classes(evidence: Evidence, closeup: Closeup) -> list[ClassScores]:
     ]
 
 
-def confuse_groups(evidence: Evidence, rank: Rank) -> Confusion:
-    truth, guesses = rank.groups[evidence.truth], evidence.rank_outcomes[rank.name].top[:, 0]
-    met, encoded = np.unique(np.concatenate([truth, guesses]), return_inverse=True)
-    cells = count_confusions(encoded[: len(guesses)], encoded[len(guesses) :])
-    return Confusion(rank.name, [rank.names[group] for group in met], find_relatives(evidence.ranks, rank, met), cells)
-
-
-def count_confusions(truth: np.ndarray, guesses: np.ndarray) -> list[tuple[int, int, int]]:
-    """(true, guessed, observations), ordered by label."""
-    counts = Counter(zip(truth.tolist(), guesses.tolist(), strict=True))
-    return [(*cell, counts[cell]) for cell in sorted(counts)]
+def confuse_groups(evidence: Evidence) -> list[Confusion]:
+    """A confusion matrix for each rank; a matrix of one cell says nothing and is left out."""
+    found = []
+    for rank in evidence.ranks:
+        truth, guesses = rank.groups[evidence.truth], evidence.rank_outcomes[rank.name].top[:, 0]
+        met, encoded = np.unique(np.concatenate([truth, guesses]), return_inverse=True)
+        if len(met) > 1:
+            counts = Counter(zip(encoded[: len(guesses)].tolist(), encoded[len(guesses) :].tolist(), strict=True))
+            cells = [(*cell, counts[cell]) for cell in sorted(counts)]
+            names, relatives = [rank.names[group] for group in met], find_relatives(evidence.ranks, rank, met)
+            found.append(Confusion(rank.name, names, relatives, cells))
+    return found
 
 
 def find_relatives(ranks: Sequence[Rank], rank: Rank, met: np.ndarray) -> list[tuple[str, int, int]]:
@@ -266,43 +280,31 @@ def find_relatives(ranks: Sequence[Rank], rank: Rank, met: np.ndarray) -> list[t
     return best
 
 
-def list_confusions(evidence: Evidence) -> list[tuple[int, int, int]]:
-    """Every confusion of species, the commonest first: (true label, guessed label, observations)."""
-    missed = evidence.guesses != evidence.truth
-    return sorted(count_confusions(evidence.truth[missed], evidence.guesses[missed]), key=lambda cell: -cell[2])
+def list_mistakes(evidence: Evidence, closeup: Closeup) -> list[Mistake]:
+    """Every wrong first guess: the commonest confusions first, and of each the most confident guesses first."""
+    wrong, first = np.flatnonzero(evidence.guesses != evidence.truth), evidence.probabilities.max(axis=1)
+    pairs = list(zip(evidence.truth[wrong].tolist(), evidence.guesses[wrong].tolist(), strict=True))
+    counts, mistakes = Counter(pairs), []
+    for query, (true, guessed) in zip(wrong.tolist(), pairs, strict=True):
+        shared = [rank.name for rank in evidence.ranks if rank.groups[true] == rank.groups[guessed]]
+        mistakes.append(
+            Mistake(
+                observation=evidence.queries[query].id,
+                true=true,
+                guessed=guessed,
+                shared_rank=shared[-1] if shared else None,
+                position=int(evidence.outcome.ranks[query]) + 1,
+                shots=int(evidence.shots[query]),
+                probability=float(first[query]),
+                photo=evidence.photo(evidence.queries[query]),
+                nearest=closeup.nearest(query, guessed),
+                count=counts[true, guessed],
+            )
+        )
+    return sorted(mistakes, key=lambda one: (-one.count, one.true, one.guessed, -one.probability))
 
 
-def commonest_mistakes(evidence: Evidence, closeup: Closeup) -> list[Mistake]:
-    """The commonest confusions of species, each with its first observation."""
-    queries = np.bincount(evidence.truth).tolist()
-    rows = [(*cell, cell[2] / queries[cell[0]]) for cell in list_confusions(evidence)]
-    rows.sort(key=lambda row: (-row[2], -row[3]))
-    mistakes = []
-    for true, guessed, count, fraction in rows[:PAIRS]:
-        query = np.flatnonzero((evidence.truth == true) & (evidence.guesses == guessed))[0]
-        mistakes.append(show_mistake(evidence, closeup, query, count, fraction))
-    return mistakes
-
-
-def show_mistake(
-    evidence: Evidence, closeup: Closeup, query: int, count: int | None = None, fraction: float | None = None
-) -> Mistake:
-    true, guessed = int(evidence.truth[query]), int(evidence.guesses[query])
-    shared = [rank.name for rank in evidence.ranks if rank.groups[true] == rank.groups[guessed]]
-    return Mistake(
-        true=true,
-        guessed=guessed,
-        shared_rank=shared[-1] if shared else None,
-        observation=evidence.queries[query].id,
-        probability=float(evidence.probabilities[query, guessed]),
-        photo=evidence.photo(evidence.queries[query]),
-        nearest=closeup.nearest(query, guessed),
-        count=count,
-        fraction=fraction,
-    )
-
-
-def find_deadly(evidence: Evidence, closeup: Closeup) -> Deadly | None:
+def find_deadly(evidence: Evidence) -> Deadly | None:
     """Poisonous species taken for edible ones and the reverse; None if no class is known as poisonous."""
     poisonous, edible = evidence.poisonous == 1, evidence.poisonous == 0
     if not poisonous.any():
@@ -324,10 +326,6 @@ def find_deadly(evidence: Evidence, closeup: Closeup) -> Deadly | None:
         threshold=threshold,
         careful_counts=careful_counts,
         careful_cost=careful_cost,
-        mistakes={
-            kind: [show_mistake(evidence, closeup, query) for query in np.flatnonzero(own)[:PAIRS]]
-            for kind, own in found.items()
-        },
     )
 
 
@@ -348,6 +346,10 @@ def find_classes(evidence: Evidence, name: str) -> list[int]:
 
 def focus_on(evidence: Evidence, closeup: Closeup, label: int) -> Focus:
     own, taken = evidence.truth == label, evidence.guesses == label
+    held_out = {
+        evidence.photo(evidence.queries[query]): MISTAKEN if evidence.guesses[query] != label else RECOGNISED
+        for query in np.flatnonzero(own)
+    }
     ranks = []
     for rank in evidence.ranks:
         group = f"{rank.name}: {rank.names[rank.groups[label]]}"
@@ -360,7 +362,6 @@ def focus_on(evidence: Evidence, closeup: Closeup, label: int) -> Focus:
         taken_for=Counter(evidence.guesses[own & ~taken].tolist()).most_common(),
         taken_for_it=Counter(evidence.truth[taken & ~own].tolist()).most_common(),
         probability=float(evidence.probabilities[own, label].mean()) if own.any() else None,
-        bank_photos=closeup.photos_of(label),
-        query_photos=[evidence.photo(evidence.queries[query]) for query in np.flatnonzero(own)[:SHOWN]],
+        photos=list((dict.fromkeys(closeup.photos_of(label), REFERENCE) | held_out).items())[:SHOWN],
         resembles=closeup.resembling(label),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from local.base.console import progress
+from local.base.files import read_json
 from local.report import closeup, failures, scores
 from local.report.advice import Advice, advise
 from local.report.evidence import Evidence
@@ -15,46 +16,70 @@ from local.report.trust import Trust, measure_trust
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What was measured.
+
+    Attributes:
+        encoder: its architecture.
+        size: side of its input, in pixels.
+        reference: the competition's splits that the bank is made of.
+        folds: whether the held-out observations are in the bank, and were held out in turn.
+    """
+
+    encoder: str
+    library: str
+    size: int
+    resize_mode: str
+    views: tuple[str, ...]
+    reference: str
+    reference_observations: int
+    reference_photos: int
+    reference_classes: int
+    observations: int
+    photos: int
+    classes: int
+    folds: bool
+
+
+@dataclass(frozen=True)
 class Figures:
     """The figures of a report, section by section.
 
     Attributes:
-        observations: that were held out; `query_classes` are their classes, `classes` all.
-        headline: weighted as the bank was chosen; `unweighted` the same without weights, None if all are 1.
+        run, data: the last two parts of their paths.
+        observations: that were held out.
+        headline: of predictions by settings that the scored observations did not choose, weighted as the bank was
+            chosen; `unweighted` the same without weights, None if all are 1.
         is_macro: whether the weights give every class the same weight.
-        metric: of the competition.
-        validation: the scores that training found, by settings that the scored observations did not choose.
+        optimistic: the weighted scores of the chosen settings on the observations that chose them; empty without any.
         chosen: settings that the held-out observations chose.
+        metric: of the competition.
         hierarchy: see `score_hierarchy`.
         species: a row for every class, in the order of the taxonomy.
-        mistaken: every confusion of species, (true label, guessed label, observations).
+        mistakes: every wrong first guess.
     """
 
     run: str
     data: str
     competition: str
+    measured: Measured
     observations: int
-    classes: int
-    query_classes: int
-    reference_observations: int
+    is_macro: bool
+    optimistic: dict[str, float]
+    chosen: list[str]
+    metric: str
     headline: scores.Scores
     unweighted: scores.Scores | None
-    is_macro: bool
-    validation: dict[str, float]
-    chosen: list[str]
     against: list[scores.Comparison]
-    metric: str
     leaderboard: list[scores.Board]
     ranks: list[failures.RankScores]
     hierarchy: scores.Scores
     groups: dict[str, list[scores.GroupRecalls]]
     species: list[failures.ClassScores]
     confusions: list[failures.Confusion]
-    mistaken: list[tuple[int, int, int]]
-    pairs: list[failures.Mistake]
+    mistakes: list[failures.Mistake]
     deadly: failures.Deadly | None
     focus: list[failures.Focus]
-    best: list[closeup.Example]
     worst: list[closeup.Example]
     unreadable: list[closeup.UnreadablePhoto]
     trust: Trust
@@ -75,48 +100,63 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
         InputError: another run has no held-out observation in common; a species is not known.
     """
     labels = [label for name in focus for label in failures.find_classes(evidence, name)]
-    truth, outcome, metric = evidence.truth, evidence.outcome, evidence.labelled.competition.metric
-    is_macro = evidence.recipe.train.monitor == "macro_f1"
-    headline = scores.score_answers(truth, outcome, evidence.weights, is_macro)
-    against = [scores.compare_with(evidence, run) for run in others]
-    look = closeup.Closeup(evidence)
+    metric, look, computed = evidence.labelled.competition.metric, closeup.Closeup(evidence), {}
+    is_weighted = not np.allclose(evidence.weights, 1)
     sections = {
-        "unweighted": lambda: None if np.allclose(evidence.weights, 1) else scores.score_answers(truth, outcome),
-        "leaderboard": lambda: scores.predict_leaderboard(evidence, against, headline[metric].value),
-        "ranks": lambda: [failures.score_rank(evidence, rank) for rank in evidence.ranks],
+        "headline": lambda: scores.score_headline(evidence),
+        "unweighted": lambda: scores.score_answers(evidence.truth, evidence.outcome) if is_weighted else None,
+        "against": lambda: [scores.compare_with(evidence, run) for run in others],
+        "leaderboard": lambda: scores.predict_leaderboard(
+            evidence, computed["against"], computed["headline"][metric].value
+        ),
+        "ranks": lambda: failures.score_ranks(evidence, computed["headline"]),
         "hierarchy": lambda: failures.score_hierarchy(evidence),
         "groups": lambda: failures.score_groups(evidence),
         "species": lambda: failures.score_classes(evidence, look),
-        "confusions": lambda: [failures.confuse_groups(evidence, rank) for rank in evidence.ranks],
-        "mistaken": lambda: failures.list_confusions(evidence),
-        "pairs": lambda: failures.commonest_mistakes(evidence, look),
-        "deadly": lambda: failures.find_deadly(evidence, look),
+        "confusions": lambda: failures.confuse_groups(evidence),
+        "mistakes": lambda: failures.list_mistakes(evidence, look),
+        "deadly": lambda: failures.find_deadly(evidence),
         "focus": lambda: [failures.focus_on(evidence, look, label) for label in labels],
-        "best": look.best,
         "worst": look.worst,
         "unreadable": look.unreadable,
-        "trust": lambda: measure_trust(evidence, look),
+        "trust": lambda: measure_trust(evidence),
         "map": look.map,
         "training": lambda: read_training(evidence),
         "origin": lambda: trace_origin(evidence, others, focus),
     }
     # With thousands of classes a section may take half a minute.
-    steps = progress(sections.items(), "computing the figures", unit="section")
-    computed = {name: compute() for name, compute in steps}
+    for name, compute in progress(sections.items(), "computing the figures", unit="section"):
+        computed[name] = compute()
     figures = Figures(
-        run=evidence.run.name,
-        data=evidence.labelled.folder.name,
+        run="/".join(evidence.run.resolve().parts[-2:]),
+        data="/".join(evidence.labelled.folder.resolve().parts[-2:]),
         competition=evidence.labelled.competition.name,
+        measured=describe_measured(evidence),
         observations=len(evidence.queries),
-        classes=len(evidence.classes),
-        query_classes=len(np.unique(truth)),
-        reference_observations=int(evidence.reference.sum()),
-        headline=headline,
-        is_macro=is_macro,
-        validation=dict(evidence.manifest.members[0].validation),
+        is_macro=evidence.is_macro,
+        optimistic=read_json(evidence.run / "metrics.json")["validation_of_the_chosen_settings"],
         chosen=list(evidence.recipe.search.choose),
-        against=against,
         metric=metric,
         **computed,
     )
     return replace(figures, advice=advise(evidence, figures))
+
+
+def describe_measured(evidence: Evidence) -> Measured:
+    encoder, bank = evidence.manifest.members[0].encoder, evidence.recipe.bank
+    reference = evidence.labelled.in_splits(*bank.reference.split("+"))
+    return Measured(
+        encoder=encoder.architecture,
+        library=encoder.library,
+        size=encoder.preprocessing.size,
+        resize_mode=encoder.preprocessing.resize_mode,
+        views=tuple(bank.views),
+        reference=bank.reference,
+        reference_observations=len(reference),
+        reference_photos=len(reference.photos),
+        reference_classes=len(reference.classes),
+        observations=len(evidence.queries),
+        photos=sum(len(query.photos) for query in evidence.queries),
+        classes=len(np.unique(evidence.truth)),
+        folds=bool(evidence.is_in_bank.any()),
+    )

@@ -1,7 +1,6 @@
 """How a run was trained, and how to do it again."""
 
 import csv
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 
 from kernel.inputs import sha256
 from kernel.manifest import MANIFEST
+from local.base.files import read_json
 from local.base.repository import commit, versions
 from local.data.observations import encode_labels
 from local.report.evidence import Evidence
@@ -22,12 +22,16 @@ class Training:
 
     Attributes:
         log: rows of log.csv; a cell is None where an epoch has no value.
-        notes: the single values of metrics.json.
+        epoch: whose weights are kept; 0 for those before training.
+        kept: why these weights are kept; empty without fine-tuning.
         distribution: by what is counted, the number of each class in the reference set, the largest first.
     """
 
     log: list[dict[str, float | None]]
-    notes: dict[str, int | float | str]
+    epoch: int
+    kept: str
+    seconds: float
+    memory_gb: float
     distribution: dict[str, list[int]]
 
 
@@ -51,7 +55,7 @@ def read_training(evidence: Evidence) -> Training:
     if path.is_file():
         with path.open(encoding="utf-8", newline="") as file:
             rows = [{key: float(cell) if cell else None for key, cell in row.items()} for row in csv.DictReader(file)]
-    metrics = json.loads((evidence.run / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(evidence.run / "metrics.json")
     known = evidence.labelled.in_splits(*evidence.recipe.bank.reference.split("+"))
     labels, size = encode_labels(known.class_ids, evidence.classes), len(evidence.classes)
     photos = np.array([len(observation.photos) for observation in known.observations])
@@ -61,7 +65,10 @@ def read_training(evidence: Evidence) -> Training:
     counts["observations"] = np.ones_like(photos)
     return Training(
         log=rows,
-        notes={key: value for key, value in metrics.items() if isinstance(value, (int, float, str))},
+        epoch=metrics["chosen_epoch"],
+        kept=metrics["kept"],
+        seconds=metrics["seconds"],
+        memory_gb=metrics["memory_gb"],
         distribution={
             name: np.sort(np.bincount(labels, each, size))[::-1].astype(int).tolist() for name, each in counts.items()
         },

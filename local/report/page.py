@@ -13,17 +13,20 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup, escape
 from PIL import Image, ImageOps
 
+from kernel.manifest import MANIFEST
 from kernel.photos import read_photo
 from local.base.console import Progress, progress
 from local.base.metrics import METRIC_NAMES
 from local.report import pictures
-from local.report.failures import ClassScores
+from local.report.failures import ClassScores, Mistake
 from local.report.figures import Figures
 from local.report.scores import SCORE_NAMES, Estimate
 
 SMALL, LARGE = 96, 208  # pixels of the sides of a photo: in a table, on its own
 MAX_CHARACTERS = 10_000_000  # of photos on a page
-DATA_COLUMNS = [field.name for field in fields(ClassScores) if field.name not in ("label", "photo")]
+ERRORS_CHARACTERS = 7_000_000  # of these at most, before the photos of the classes are added
+CLASS_COLUMNS = [field.name for field in fields(ClassScores) if field.name not in ("label", "photo")]
+ERROR_COLUMNS = [field.name for field in fields(Mistake) if field.name not in ("photo", "nearest")]
 
 
 class Album:
@@ -36,10 +39,12 @@ class Album:
     def __init__(self, folder: Path):
         self.folder, self.indices, self.photos, self.size = folder, {}, [], 0
 
-    def add(self, photo: str, side: int = LARGE) -> int | None:
-        """The index of a photo in `photos`; None if it is unreadable, or if the page is full."""
+    def add(self, photo: str, side: int = LARGE, limit: int | None = None) -> int | None:
+        """The index of a photo in `photos`; None if it is unreadable, or if the page has `limit` characters already."""
         if (photo, side) not in self.indices:
-            encoded = self._encode(self.folder / photo, side) if self.size < MAX_CHARACTERS else ""
+            if self.size >= (MAX_CHARACTERS if limit is None else limit):
+                return None
+            encoded = self._encode(self.folder / photo, side)
             self.indices[photo, side] = len(self.photos) if encoded else None
             self.photos += [encoded] if encoded else []
             self.size += len(encoded)
@@ -59,9 +64,10 @@ def render(figures: Figures, folder: Path) -> str:
     """The HTML of the page; `folder` is that of the competition, for the photos."""
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
-    environment.filters |= {"bounds": bounds, "number": number, "percent": percent, "code": code}
+    environment.filters |= {one.__name__: one for one in (bounds, number, percent, duration, code, breakable)}
     environment.globals |= {name: draw for name, draw in vars(pictures).items() if name.startswith("draw_")}
     environment.globals |= {"metric_names": METRIC_NAMES, "score_names": SCORE_NAMES, "small": SMALL}
+    environment.globals |= {"map_colours": (*pictures.GROUPS, pictures.OTHERS)}
     album = Album(folder)
     species = {row.label: row for row in figures.species}
     with Progress("drawing the page"), matplotlib.rc_context(pictures.STYLE):
@@ -71,7 +77,15 @@ def render(figures: Figures, folder: Path) -> str:
 
 
 def table_data(figures: Figures, album: Album) -> dict:
-    """What the script of the page shows: the tables of classes and of confusions, and all photos."""
+    """What the script of the page shows: the tables of classes and of errors, and all photos."""
+    errors = [
+        [
+            *attrgetter(*ERROR_COLUMNS)(one),
+            album.add(one.photo, SMALL, ERRORS_CHARACTERS),
+            one.nearest and album.add(one.nearest.photo, SMALL, ERRORS_CHARACTERS),
+        ]
+        for one in progress(figures.mistakes, "photos of the errors", unit="error")
+    ]
     # If the page gets full, the classes that were neither held out nor guessed have no photo.
     order = sorted(figures.species, key=lambda row: not (row.queries or row.guessed))
     photos = {
@@ -79,15 +93,17 @@ def table_data(figures: Figures, album: Album) -> dict:
         for row in progress(order, "photos of the classes", unit="class")
         if row.photo
     }
-    cells = {row.label: attrgetter(*DATA_COLUMNS)(row) for row in figures.species}
+    cells = {row.label: attrgetter(*CLASS_COLUMNS)(row) for row in figures.species}
     return {
+        "id": figures.origin.digests[MANIFEST],
         "ranks": [rank.rank for rank in figures.ranks[:-1]],
-        "columns": DATA_COLUMNS,
+        "columns": CLASS_COLUMNS,
         "classes": {
             label: [round(cell, 4) if isinstance(cell, float) else cell for cell in row] for label, row in cells.items()
         },
         "order": list(cells),
-        "mistaken": figures.mistaken,
+        "error_columns": [*ERROR_COLUMNS, "photo", "nearest"],
+        "errors": [[round(cell, 4) if isinstance(cell, float) else cell for cell in row] for row in errors],
         "photo_of": {label: photo for label, photo in photos.items() if photo is not None},
         "photos": album.photos,
     }
@@ -104,6 +120,19 @@ def percent(value: float | None) -> str:
         return "–"
     text = "< 1 %" if 0 < value < 0.01 else "> 99 %" if 0.99 < value < 1 else f"{100 * value:.0f} %"
     return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `2 min` or `1 h 5 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+def breakable(name: str) -> Markup:
+    """A name that may break after an underscore or a slash, and never inside a word."""
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(name))))
 
 
 def code(text: str) -> Markup:

@@ -108,7 +108,7 @@ def draw_matrix(confusion: Confusion, name: str, is_large: bool = False) -> str:
         # The square root makes small fractions visible.
         values = np.where(shown, np.sqrt(matrix), np.nan)
         axis.pcolormesh(edges, edges, values, cmap=colours, vmin=0, vmax=1, rasterized=blocks > NAMED)
-    axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="guessed", ylabel="true", aspect="equal")
+    axis.set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5), xlabel="predicted", ylabel="true", aspect="equal")
     if size <= (BLOCKS if is_large else NAMED):
         named = [(group, start, start + 1) for start, group in enumerate(confusion.groups)]
     else:
@@ -129,7 +129,7 @@ def draw_confidence(ranks: Sequence[RankScores], name: str) -> str:
     figure, axes = subplots(4.6, 0.5 + 0.95 * len(ranks), len(ranks), sharex=True, squeeze=False)
     edges, width = np.linspace(0, 1, failures.BINS, endpoint=False), 1 / failures.BINS
     for axis, rank in zip(axes[:, 0], ranks, strict=True):
-        axis.bar(edges, rank.right, width, align="edge", color=INK, alpha=0.85, label="right")
+        axis.bar(edges, rank.right, width, align="edge", color=INK, alpha=0.85, label="correct")
         axis.bar(edges, rank.wrong, width, rank.right, align="edge", color=ACCENT, alpha=0.85, label="wrong")
         axis.axvline(rank.confidence, color=MUTED, linestyle="--", label="mean")
         axis.set_title(rank.rank, loc="left", fontsize=9)
@@ -149,11 +149,11 @@ def draw_reliability(calibration: Calibration, what: str, name: str) -> str:
     axis.plot([0, 1], [0, 1], "--", color=MUTED, label="calibrated")
     axis.vlines(confidence, low, high, color=ACCENT, linewidth=2, alpha=0.45)
     axis.plot(confidence, [one.right.value for one in bins], "o-", color=ACCENT, markersize=4.5, label="this run")
-    axis.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="fraction that is right")
+    axis.set(xlim=(0, 1), ylim=(0, 1.02), ylabel="accuracy")
     axis.legend(loc="upper left")
     starts, counts = [one.start for one in bins], [one.observations for one in bins]
     below.bar(starts, counts, 1 / trust.BINS, align="edge", color=INK, alpha=0.6)
-    below.set(xlabel=what, ylabel="observations")
+    below.set(xlabel=what, ylabel="n")
     below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
     return as_svg(figure, name)
 
@@ -164,7 +164,7 @@ def draw_risk(curve: RiskCoverage, name: str) -> str:
     x, y, _ = np.transpose(curve.points)
     axis.fill_between(x, y, color=ACCENT, alpha=0.15)
     axis.plot(x, y, color=ACCENT)
-    axis.set(xlabel="fraction answered, the most confident first", ylabel="fraction of these that is wrong")
+    axis.set(xlabel="coverage, the most confident first", ylabel="error rate")
     axis.set(xlim=(0, 1), ylim=(0, None))
     return as_svg(figure, name)
 
@@ -196,23 +196,19 @@ def draw_distribution(counts: dict[str, list[int]], name: str) -> str:
     styles = ((MUTED, "-"), (INK, "--"), (ACCENT, "-"))[-len(counts) :]
     for (label, values), (colour, style) in zip(counts.items(), styles, strict=True):
         axis.step(np.arange(1, len(values) + 1), values, style, where="mid", color=colour, label=label)
-    axis.set(xlabel="class, the largest first", ylabel="number", yscale="log", xlim=(1, None))
+    axis.set(xlabel="class, the largest first", ylabel="per class", yscale="log", xlim=(1, None))
     axis.yaxis.set(major_formatter=LogFormatter(), minor_formatter=LogFormatter())  # 20, not 2 x 10^1
     axis.legend()
     return as_svg(figure, name)
 
 
 def draw_map(points: Map, name: str) -> str:
-    figure, axis = subplots(7.4, 5.6)
+    """The observations of a map; the legend is text of the page, which is readable on a phone too."""
+    figure, axis = subplots(4.6, 4.2)
     x, y, group, is_query = np.array(points.points).T
     colours = np.array([*GROUPS, OTHERS], dtype=object)[group.astype(int)]
     for held_out, outline in ((0, "none"), (1, INK)):
         shown = is_query == held_out
         axis.scatter(x[shown], y[shown], 12, colours[shown], edgecolors=outline, linewidths=0.4, alpha=0.8)
-    for colour, (group_name, observations) in zip(GROUPS, points.groups, strict=False):
-        axis.scatter([], [], 24, colour, label=f"{shorten(group_name, 30)} ({observations})")
-    if points.others:
-        axis.scatter([], [], 24, OTHERS, label=f"others ({points.others})")
     axis.set_axis_off()
-    figure.legend(loc="outside lower center", ncols=3)
     return as_svg(figure, name)

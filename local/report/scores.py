@@ -83,6 +83,13 @@ class GroupRecalls:
     recall_at_10: Estimate
 
 
+def score_headline(evidence: Evidence) -> Scores:
+    """All scores of a run, weighted; those that training printed are the same numbers, with the same intervals."""
+    computed = score_answers(evidence.truth, evidence.outcome, evidence.weights, evidence.is_macro)
+    printed = evidence.manifest.members[0].validation
+    return computed | {name: Estimate(**metrics.interval_of(printed, name)) for name in METRIC_NAMES}
+
+
 def score_answers(
     truth: np.ndarray, outcome: Evaluation, weights: np.ndarray | None = None, is_macro: bool = False
 ) -> Scores:
@@ -95,27 +102,37 @@ def score_answers(
     }
 
 
-def score_gains(truth: np.ndarray, new: Evaluation, old: Evaluation) -> Scores:
-    """The scores of `new` minus those of `old`, paired by observation."""
-    (value, resampled), (old_value, old_resampled) = (weighted_f1(truth, one.top[:, 0]) for one in (new, old))
-    return {metric: gain_in(metric, truth, new, old) for metric in METRIC_NAMES} | {
+def score_gains(
+    truth: np.ndarray, new: Evaluation, old: Evaluation, weights: np.ndarray | None = None, is_macro: bool = False
+) -> Scores:
+    """The scores of `new` minus those of `old`, paired by observation, weighted as by `score_answers`."""
+    (value, resampled), (old_value, old_resampled) = (weighted_f1(truth, one.top[:, 0], weights) for one in (new, old))
+    return {metric: gain_in(metric, truth, new, old, weights, is_macro) for metric in METRIC_NAMES} | {
         "weighted_f1": estimate(value - old_value, resampled - old_resampled),
-        "log_loss": mean_loss(new.losses - old.losses),
+        "log_loss": mean_loss(new.losses - old.losses, weights),
     }
 
 
-def gain_in(metric: str, truth: np.ndarray, new: Evaluation, old: Evaluation) -> Estimate:
+def gain_in(
+    metric: str,
+    truth: np.ndarray,
+    new: Evaluation,
+    old: Evaluation,
+    weights: np.ndarray | None = None,
+    is_macro: bool = False,
+) -> Estimate:
     """How much better `new` is than `old` by a metric of a competition, paired by observation."""
     if metric == "macro_f1":
-        return Estimate(**metrics.macro_f1_gain(truth, new.top[:, 0], old.top[:, 0]))
-    return mean((new.ranks < RECALLS[metric]).astype(float) - (old.ranks < RECALLS[metric]))
+        weights = None if is_macro else weights
+        return Estimate(**metrics.macro_f1_gain(truth, new.top[:, 0], old.top[:, 0], weights))
+    return mean((new.ranks < RECALLS[metric]).astype(float) - (old.ranks < RECALLS[metric]), weights)
 
 
-def value_of(metric: str, truth: np.ndarray, outcome: Evaluation) -> float:
+def value_of(metric: str, truth: np.ndarray, outcome: Evaluation, weights: np.ndarray | None = None) -> float:
     """A metric of a competition: a recall, or the macro-F1 of the first guesses."""
     if metric == "macro_f1":
-        return metrics.macro_f1(truth, outcome.top[:, 0])
-    return float((outcome.ranks < RECALLS[metric]).mean())
+        return metrics.macro_f1(truth, outcome.top[:, 0], weights)
+    return float(np.average(outcome.ranks < RECALLS[metric], weights=weights))
 
 
 def recalls_by(ranks: np.ndarray, groups: Sequence[str | None], order: Sequence[str]) -> list[GroupRecalls]:
@@ -133,33 +150,36 @@ def recalls_by(ranks: np.ndarray, groups: Sequence[str | None], order: Sequence[
 
 
 def compare_with(evidence: Evidence, other: Path) -> Comparison:
-    """Compare with another run on the observations that both held out, unweighted.
+    """Compare with another run on the observations that both held out, weighted as this run's headline is.
 
     Raises:
         InputError: there are no such observations.
     """
-    truth, own, others = common_answers(evidence, other)
+    rows, own, others = common_answers(evidence, other)
+    truth, weights, is_macro = evidence.truth[rows], evidence.weights[rows], evidence.is_macro
+    weights = weights if weights.any() else np.ones(len(rows))
     new, old = evaluate_answers(own, truth), evaluate_answers(others, truth)
     both = evaluate_predictions(torch.tensor(own + others), truth)
     metric = evidence.labelled.competition.metric
-    better = max(new, old, key=lambda outcome: value_of(metric, truth, outcome))
+    own_weights = None if is_macro and metric == "macro_f1" else weights
+    better = max(new, old, key=lambda outcome: value_of(metric, truth, outcome, own_weights))
     return Comparison(
         run=other.name,
         path=str(other),
         observations=len(truth),
         is_evidence=len(truth) >= metrics.MIN_OBSERVATIONS,
-        scores=score_answers(truth, old),
-        gain=score_gains(truth, new, old),
-        ensemble_gain={name: gain_in(name, truth, both, better) for name in METRIC_NAMES},
+        scores=score_answers(truth, old, weights, is_macro),
+        gain=score_gains(truth, new, old, weights, is_macro),
+        ensemble_gain={name: gain_in(name, truth, both, better, weights, is_macro) for name in METRIC_NAMES},
     )
 
 
 def common_answers(evidence: Evidence, other: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The true labels of the observations that both runs held out, and both runs' log-probabilities.
+    """Which queries the other run held out too, and both runs' log-probabilities of them.
 
     Returns:
-        (queries,) labels, and twice (queries, classes): the classes of the evidence, then those that only the other
-        run has; minus infinity for a class that a run lacks.
+        Indices of queries, and twice (these queries, classes): the classes of the evidence, then those that only the
+        other run has; minus infinity for a class that a run lacks.
     """
     answers = read_predictions(other)
     bank = answers.classes
@@ -174,7 +194,7 @@ def common_answers(evidence: Evidence, other: Path) -> tuple[np.ndarray, np.ndar
     others = own.copy()
     own[:, : len(evidence.classes)] = evidence.log_probabilities[rows]
     others[:, encode_labels(bank, classes)] = answers.log_probabilities.numpy()[other_rows[rows]]
-    return evidence.truth[rows], own, others
+    return rows, own, others
 
 
 def predict_leaderboard(evidence: Evidence, others: Sequence[Comparison], value: float) -> list[Board]:

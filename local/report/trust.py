@@ -7,14 +7,13 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 
-from local.report.closeup import Closeup
 from local.report.evidence import Evidence
 from local.report.scores import Estimate, GroupRecalls, recalls_by
 
 BINS = 10  # of confidence
 STEPS = 50  # points of a curve
 FIVE = 5  # guesses
-ALL_VIEWS = "all"
+ALL_VIEWS = "all of them"
 # By name, the lower bound of each group of observations.
 AGREEMENTS = {
     ALL_VIEWS: 1.0,
@@ -78,7 +77,7 @@ class Trust:
     """The calibration of the first guess, and of five guesses together.
 
     Attributes:
-        agreement: the recalls by the fraction of a photo's views that agree.
+        agreement: the recalls by the fraction of an observation's views that alone give its first guess.
     """
 
     first: Calibration
@@ -88,12 +87,12 @@ class Trust:
     agreement: list[GroupRecalls]
 
 
-def measure_trust(evidence: Evidence, closeup: Closeup) -> Trust:
+def measure_trust(evidence: Evidence) -> Trust:
     ranks, probabilities = evidence.outcome.ranks, evidence.probabilities
     first = probabilities.max(axis=1)
     five = np.take_along_axis(probabilities, evidence.outcome.top[:, :FIVE], axis=1).sum(axis=1)
     agreements = [
-        next((name for name, least in AGREEMENTS.items() if own >= least), None) for own in closeup.agreement.tolist()
+        next((name for name, least in AGREEMENTS.items() if own >= least), None) for own in evidence.agreement.tolist()
     ]
     return Trust(
         first=calibrate(first, ranks < 1),

@@ -11,9 +11,10 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from local.evaluate import report
+from local.recipes.recipe import read_excluded
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -48,10 +49,11 @@ def shown(browser, html):
     return browser
 
 
-def rows(browser) -> list[list[str]]:
-    """The text of the cells of the table of classes."""
-    script = "return [...document.querySelectorAll('#classes tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
-    return browser.execute_script(script)
+def rows(browser, section: str = "classes") -> list[list[str]]:
+    """The text of the cells of the table of classes, or of errors."""
+    cells = "[...row.cells].map(cell => cell.innerText)"
+    script = f"return [...document.querySelectorAll(arguments[0] + ' tbody tr')].map(row => {cells})"
+    return browser.execute_script(script, f"#{section}")
 
 
 def press(browser, *keys: str) -> None:
@@ -114,6 +116,56 @@ def test_a_matrix_can_be_enlarged(shown):
     plot.send_keys(Keys.ENTER)
     large = shown.find_element(By.CSS_SELECTOR, "dialog[open] svg")
     assert large.size["width"] > 2 * plot.size["width"]
+
+
+def test_errors_are_filtered_by_confusion_rank_shots_and_confidence(shown):
+    everything = rows(shown, "errors")
+    heads = [head.text.split(" ▼")[0] for head in shown.find_elements(By.CSS_SELECTOR, "#errors thead button")]
+    filters = shown.find_elements(By.CSS_SELECTOR, "#errors .search label")
+    assert [one.text.splitlines()[0] for one in filters[:4]] == [
+        "confusion",
+        "rank of the true class",
+        "shots",
+        "confidence",
+    ]
+    for head, one in (("rank", filters[1]), ("shots", filters[2])):
+        select = Select(one.find_element(By.TAG_NAME, "select"))
+        select.select_by_index(1)
+        bounds = [int(word) for word in select.first_selected_option.text.split() if word.isdecimal()]
+        found = [int(row[heads.index(head)]) for row in rows(shown, "errors")]
+        assert found
+        assert min(found) >= bounds[0]
+        assert max(found) <= bounds[-1]
+        assert len(found) <= len(everything)
+        select.select_by_index(0)
+    assert rows(shown, "errors") == everything
+    Select(filters[0].find_element(By.TAG_NAME, "select")).select_by_index(1)
+    true, guessed = heads.index("true class"), heads.index("predicted class")
+    assert len({(row[true].splitlines()[0], row[guessed]) for row in rows(shown, "errors")}) == 1
+
+
+def test_marks_are_saved_as_a_csv_that_training_excludes(shown, tmp_path):
+    shown.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    marks = shown.find_elements(By.CSS_SELECTOR, "#errors tbody select")
+    observations = [row[0].splitlines()[-1] for row in rows(shown, "errors")]
+    for index, mark in ((0, "mislabelled"), (1, "duplicate"), (2, "duplicate"), (2, "–")):
+        Select(marks[index]).select_by_visible_text(mark)
+    shown.refresh()  # the marks are kept
+    WebDriverWait(shown, 60).until(rows)
+    button = shown.find_element(By.XPATH, "//button[starts-with(., 'Save 2 marks')]")
+    shown.execute_script("arguments[0].click()", button)
+    WebDriverWait(shown, 60).until(lambda _: (tmp_path / "marks.csv").is_file())
+    assert set(read_excluded(tmp_path / "marks.csv")) == set(observations[:2])
+    assert sorted(line.split(",")[1] for line in (tmp_path / "marks.csv").read_text().split()[1:]) == [
+        "duplicate",
+        "mislabelled",
+    ]
+
+
+def test_names_break_between_words_only(shown):
+    names = "[...document.querySelectorAll('.open')].map(name => getComputedStyle(name))"
+    assert set(shown.execute_script(f"return {names}.map(style => style.overflowWrap)")) == {"normal"}
+    assert set(shown.execute_script(f"return {names}.map(style => style.hyphens)")) == {"manual"}
 
 
 @pytest.mark.parametrize("width", [390, 1280])
