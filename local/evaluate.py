@@ -50,12 +50,12 @@ def report(folder: Path, data: Path, others: Sequence[Path] = (), focus: Sequenc
         require_answers(run_folder)
     find_competition(data)
     by_training = read_json(folder / "metrics.json")
-    # Imported here because torch, scikit-learn and matplotlib take seconds, and mistakes must be answered immediately.
-    from local.report.evidence import read_evidence
-    from local.report.figures import compute_figures
-    from local.report.page import render
-
     with Progress("reading the run and its data"):
+        # Imported here because torch, scikit-learn and matplotlib take seconds, and mistakes must be answered at once.
+        from local.report.evidence import read_evidence
+        from local.report.figures import compute_figures
+        from local.report.page import render
+
         evidence = read_evidence(folder, data)
     figures = compute_figures(evidence, others, focus)
     page = render(figures, data)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from kernel.inputs import InputError
 from local.banks.search import evaluate_predictions
-from local.base.console import say
+from local.base.console import progress, say
 from local.base.files import write_tensors
 from local.base.metrics import MIN_OBSERVATIONS, gained, mean_recall
 from local.base.run_folder import VALIDATION_FILE
@@ -100,7 +100,7 @@ def ensemble_weights(runs: Sequence[Path], guesses: int) -> list[float]:
     single = np.eye(len(runs), dtype=int).tolist()
     best_single = max(single, key=lambda counts: recalls(counts).mean())
     counts = best = best_single
-    for _ in range(STEPS - 1):
+    for _ in progress(range(STEPS - 1), "weighting the runs"):
         counts = max(
             ([count + more for count, more in zip(counts, one, strict=True)] for one in single),
             key=lambda candidate: recalls(candidate).mean(),

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator, StrMethodFormatter
 
 from local.report import failures, trust
 from local.report.closeup import Map
@@ -184,9 +184,10 @@ def draw_training(log: Sequence[dict], chosen: int, name: str) -> str:
         axis.plot([row["epoch"] for row in rows], [row[key] for row in rows], marker="o", markersize=4, color=INK)
         axis.set_ylabel({"loss": "training loss", "learning_rate": "learning rate"}[key])
         axis.set_ylim(bottom=0)
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 2e-05, without a factor above the axis
     for axis in axes:
         axis.axvline(chosen, color=ACCENT, alpha=0.6)
-    axes[-1].set_xlabel(f"epoch (0: before training; chosen: {chosen})")
+    axes[-1].set_xlabel(f"epoch (0: before training; kept: {chosen})")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     return as_svg(figure, name)
 
