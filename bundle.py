@@ -26,6 +26,7 @@ from kernel.manifest import MANIFEST, Weights, read_weights
 from local.base.console import Progress, command_parser, run, say
 from local.base.files import write_json
 from local.base.repository import commit
+from local.base.run_folder import REFERENCE_FILE
 from local.bundling.flatten import flatten
 from local.bundling.introduction import introduce
 from local.bundling.metadata import (
@@ -63,6 +64,7 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
         write_json(dataset_metadata(metadata), partial / DATASET_METADATA)
         script.write_text(make_script(read_weights(partial), digest), encoding="utf-8")
         replace_bundle(out)
+        copy_reference(runs, out)
         write_metadata(out, metadata)
     except OSError as error:
         raise InputError(f"cannot bundle into {out} ({error}): what was there before is unchanged") from error
@@ -110,6 +112,15 @@ def replace_bundle(out: Path) -> None:
             remove(weights)
         raise
     remove(before)
+
+
+def copy_reference(runs: list[Path], out: Path) -> None:
+    """Copy what local/predict.py needs of the best run beside the weights; it is not sent to Kaggle."""
+    best = read_weights(out / "weights").manifest.members[0].run
+    sources = [run / REFERENCE_FILE for run in runs if run.resolve().name == best]
+    remove(out / REFERENCE_FILE)
+    if sources and sources[0].is_file():
+        shutil.copyfile(sources[0], out / REFERENCE_FILE)
 
 
 def clean_up(out: Path) -> None:

@@ -180,6 +180,10 @@ class BankSelection:
             self.embed(resize_mode, len(modes) - index)
         check_readable(list(self.unreadable.items()), len(self.labelled.photos))
 
+    def embed_reference(self, settings: BankSettings) -> np.ndarray:
+        """(reference observations, features), rows of length 1, or 0 where no photo could be read."""
+        return self.embed(settings.resize_mode).pooled(settings)[self.plan.reference]
+
     def select(self) -> SelectedBank:
         """Select the settings in `choose`, evaluate them on observations that had no part in it, and fit the bank."""
         plan = self.plan

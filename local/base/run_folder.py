@@ -5,6 +5,7 @@ from pathlib import Path
 from kernel.inputs import InputError
 
 VALIDATION_FILE = "validation.safetensors"  # the run's answers to the held-out observations
+REFERENCE_FILE = "reference.safetensors"  # the bank's observations: embeddings, labels, photos, and names of classes
 CACHE = ".embeddings"  # beside the runs, which share it
 
 

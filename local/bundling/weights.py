@@ -36,10 +36,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     needed_wheels(opened)  # fails, if it does, before the slow weighting of the runs
     if warning := warn_of_few_classes(first):
         say(warning)
-    weights = weigh_runs(runs, competition_named(first.competition.name).guesses)
-    # A kernel that is short of time drops the last runs, so the best one comes first.
-    order = sorted(range(len(runs)), key=lambda index: -sum_of_recalls(opened[index]))
-    members = [(opened[index], weights[index]) for index in order if weights[index]]
+    members = choose_members(opened)
     opened = [run for run, _ in members]
     wheels = needed_wheels(opened)
     if wheels:
@@ -62,6 +59,17 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     )
     write_manifest(manifest, folder / MANIFEST)
     return folder / MANIFEST
+
+
+def choose_members(runs: Sequence[Weights]) -> list[tuple[Weights, float]]:
+    """The runs of an ensemble and their weights, the best run first; without those that do not help.
+
+    A kernel that is short of time drops the last ones.
+    """
+    guesses = competition_named(runs[0].manifest.competition.name).guesses
+    weights = weigh_runs([run.folder for run in runs], guesses)
+    order = sorted(range(len(runs)), key=lambda index: -sum_of_recalls(runs[index]))
+    return [(runs[index], weights[index]) for index in order if weights[index]]
 
 
 def check_same_task(runs: Sequence[Weights]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from kernel.competitions.competition import Competition
 from kernel.inputs import InputError
 from kernel.observations import Observation
-from kernel.tables import TAXONOMY, clean_id
+from kernel.tables import TAXONOMY, clean_id, names_nothing
 
 UNKNOWN_TAXA = ("",) * len(TAXONOMY)
 
@@ -261,6 +261,14 @@ def encode_labels(class_ids: Iterable[str], classes: Sequence[str]) -> np.ndarra
     """The index in `classes` of each class id, (observations,) int; -1 for one that is not there."""
     index_of = {class_id: index for index, class_id in enumerate(classes)}
     return np.array([index_of.get(class_id, -1) for class_id in class_ids], dtype=np.int64)
+
+
+def names_of(labelled: LabelledObservations, classes: Sequence[str]) -> list[str]:
+    """The name of each class's species, with the id where two share it."""
+    species = [labelled.species.get(class_id, "") for class_id in classes]
+    names = [class_id if names_nothing(name) else name for class_id, name in zip(classes, species, strict=True)]
+    counts = Counter(names)
+    return [f"{name} #{one}" if counts[name] > 1 else name for name, one in zip(names, classes, strict=True)]
 
 
 def _file_size(path: Path) -> int | None:

@@ -148,7 +148,10 @@ class EncoderSettings:
         is_per_encoder=True,
     )
     encoder_weights: tuple[float, ...] = setting(
-        (), "Weights of the embeddings of several encoders. Empty: all have the same.", least=0
+        (),
+        "Weights of the embeddings of several encoders. Empty: all have the same.",
+        lengths=tuple(range(9)),
+        least=0,
     )
     pretrained: bool = setting(True, "Use the pretrained weights. false: random weights, to train from scratch.")
     image_size: int | tuple[int, ...] = setting(

@@ -1,7 +1,6 @@
 """Read the evidence of a report: a run's answers to its held-out observations, with their photos and taxonomy."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,7 +12,7 @@ import torch
 from kernel.inputs import InputError
 from kernel.manifest import Manifest
 from kernel.observations import Observation
-from kernel.tables import TAXONOMY, names_nothing
+from kernel.tables import TAXONOMY
 from local.banks.ensemble import read_predictions
 from local.banks.estimators import l2_normalize, pool
 from local.banks.search import Evaluation, evaluate_predictions
@@ -21,7 +20,14 @@ from local.base.run_folder import CACHE
 from local.base.runs import open_run
 from local.data.competition import read_competition
 from local.data.embedding import embed_with_run
-from local.data.observations import UNKNOWN_TAXA, LabelledObservations, encode_labels, select_observations, sort_ids
+from local.data.observations import (
+    UNKNOWN_TAXA,
+    LabelledObservations,
+    encode_labels,
+    names_of,
+    select_observations,
+    sort_ids,
+)
 from local.recipes.recipe import Recipe, make_recipe
 
 SPECIES = "species"  # the finest rank: the class itself
@@ -210,14 +216,6 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         is_in_bank=is_in_bank,
         view_votes=answers.view_votes.reshape(-1, 3),
     )
-
-
-def names_of(labelled: LabelledObservations, classes: Sequence[str]) -> list[str]:
-    """The name of each class's species, with the id where two share it."""
-    species = [labelled.species.get(class_id, "") for class_id in classes]
-    names = [class_id if names_nothing(name) else name for class_id, name in zip(classes, species, strict=True)]
-    counts = Counter(names)
-    return [f"{name} #{one}" if counts[name] > 1 else name for name, one in zip(names, classes, strict=True)]
 
 
 def _number(text: str) -> float:

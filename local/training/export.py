@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 
@@ -21,6 +22,7 @@ from local.base.files import write_table, write_tensors
 from local.base.repository import commit, versions
 from local.base.run_folder import VALIDATION_FILE
 from local.data.embedding import preprocessing_in
+from local.data.observations import names_of
 from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, settings_of, write_recipe
 from local.training.finetuning import Tuning
@@ -130,6 +132,22 @@ def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, ban
         files={name: sha256(folder / name) for name in files},
     )
     write_manifest(manifest, folder / MANIFEST)
+
+
+def write_reference(plan: BankPlan, embeddings: np.ndarray, path: Path) -> None:
+    """Write the observations that a bank is made of: local/predict.py shows the most similar one, and names classes.
+
+    Args:
+        embeddings: (reference observations, features), rows of length 1 or 0.
+    """
+    labelled = plan.split.labelled
+    reference = labelled.subset(plan.reference)
+    notes = {
+        "names": json.dumps(names_of(labelled, plan.classes), ensure_ascii=False),
+        "photos": json.dumps([str(one.photos[0].absolute()) for one in reference.observations], ensure_ascii=False),
+    }
+    labels = torch.tensor(plan.labels[plan.reference])
+    write_tensors({"embeddings": torch.tensor(embeddings).half(), "labels": labels}, path, notes)
 
 
 def describe_member(inputs: Inputs, recipe: Recipe, plan: BankPlan, bank: SelectedBank) -> Member:

@@ -11,13 +11,13 @@ from local.banks.estimators import expand_to_classes
 from local.banks.selection import BankSelection, plan_bank
 from local.base.console import Progress, say
 from local.base.files import write_json
-from local.base.run_folder import CACHE
+from local.base.run_folder import CACHE, REFERENCE_FILE
 from local.data.embedding import WeightedEncoders
 from local.data.observations import Split, split_for_validation
 from local.recipes.recipe import Recipe
 from local.training.checkpoints import full_disk_named, memory_named
 from local.training.checks import CHECKPOINTS, is_first, partial_of
-from local.training.export import export_run, refuse_unopenable
+from local.training.export import export_run, refuse_unopenable, write_reference
 from local.training.finetuning import Tuning, finetune
 from local.training.folder import run_folder
 from local.training.inputs import Inputs, describe_data, describe_training, load_inputs, move_to_device
@@ -69,6 +69,7 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
     write_unreadable(list(selection.unreadable.items()), folder / UNREADABLE_FILE)
     bank = selection.select()
     export_run(folder, inputs, tuning, plan, bank)
+    write_reference(plan, selection.embed_reference(bank.settings), folder / REFERENCE_FILE)
     metrics = {
         "validation": bank.scores,
         "validation_of_the_chosen_settings": bank.optimistic_scores,

@@ -19,12 +19,13 @@ from local.banks.ensemble import read_predictions
 from local.banks.search import evaluate_predictions
 from local.base.metrics import GUESSES, METRIC_NAMES, interval_of
 from local.data.competition import read_competition
+from local.data.observations import names_of
 from local.evaluate import describe_scores, report
 from local.recipes.recipe import make_recipe
 from local.report import page
 from local.report.advice import advise
 from local.report.closeup import Closeup
-from local.report.evidence import Rank, evaluate_answers, name_ranks, names_of, read_evidence
+from local.report.evidence import Rank, evaluate_answers, name_ranks, read_evidence
 from local.report.failures import (
     confuse_groups,
     find_classes,

@@ -1,0 +1,1 @@
+"""What runs say of photos of one's own."""

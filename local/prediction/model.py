@@ -1,0 +1,169 @@
+"""Predict photos with runs or a bundle, by the kernel's own code: the same classes in the same order."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kernel.bank import Bank, classify, rank, read_banks
+from kernel.embeddings import embed_observations
+from kernel.encoders import Encoder, open_encoder, pick_devices
+from kernel.inputs import InputError
+from kernel.manifest import Member, Weights
+from kernel.observations import Observation
+from local.base.run_folder import REFERENCE_FILE
+from local.bundling.weights import check_same_task, choose_members
+
+CHUNK, GPU_CHUNK = 64, 1024  # observations predicted at once
+
+
+@dataclass(frozen=True)
+class Guess:
+    class_id: str
+    name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is said of an observation.
+
+    Attributes:
+        guesses: the best first; none if no photo could be read.
+        reference: the photo of the most similar observation of the first class in the bank; None if it is not known.
+        unreadable: path and cause of each photo that could not be read.
+    """
+
+    observation: Observation
+    guesses: list[Guess]
+    reference: Path | None
+    unreadable: list[tuple[Path, str]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The observations of a bank; see `local.training.export.write_reference`.
+
+    Attributes:
+        embeddings: (observations, features) float32, of length 1 after centring.
+        centre: (features,) the mean that centring subtracts.
+    """
+
+    embeddings: torch.Tensor
+    centre: torch.Tensor
+    labels: torch.Tensor
+    photos: list[str]
+    names: list[str]
+
+    def nearest(self, embedding: torch.Tensor, label: int) -> Path | None:
+        """The photo of the most similar observation of a class."""
+        own = torch.nonzero(self.labels == label)[:, 0]
+        if not len(own):
+            return None
+        return Path(self.photos[own[(self.embeddings[own] @ (embedding - self.centre)).argmax()]])
+
+
+def read_reference(path: Path) -> Reference | None:
+    """The reference beside a run's or a bundle's weights; None if there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = file.metadata()
+            embeddings, labels = file.get_tensor("embeddings").float(), file.get_tensor("labels")
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}): train or bundle again") from error
+    centre = embeddings[embeddings.norm(dim=1) > 0].mean(dim=0)
+    centred = torch.nn.functional.normalize(embeddings - centre, dim=1)
+    return Reference(centred, centre, labels, json.loads(notes["photos"]), json.loads(notes["names"]))
+
+
+@dataclass(frozen=True)
+class OpenMember:
+    member: Member
+    weight: float
+    encoder: Encoder
+    banks: list[Bank]
+
+
+class Model:
+    """One or several runs, or a bundle, ready to predict.
+
+    Args:
+        weights: of runs, which become an ensemble as in a bundle; or of one bundle.
+
+    Raises:
+        InputError: a file is damaged, or the runs predict different classes.
+    """
+
+    def __init__(self, weights: Sequence[Weights]):
+        check_same_task(weights)
+        chosen = choose_members(weights) if len(weights) > 1 else [(weights[0], 1.0)]
+        devices = pick_devices()
+        self.class_ids, self.members = weights[0].manifest.class_ids, []
+        for run, weight in chosen:
+            for member in run.manifest.members:
+                encoder = open_encoder(run.file(member.encoder.file), member.encoder, devices)
+                banks = read_banks(run.file(member.bank))
+                self.members.append(OpenMember(member, weight * member.weight, encoder, banks))
+        folder = chosen[0][0].folder
+        beside = folder.parent if folder.name == "weights" else folder
+        self.reference = read_reference(beside / REFERENCE_FILE)
+
+    @property
+    def is_transductive(self) -> bool:
+        """Whether all observations must be predicted at once, because they change each other's predictions."""
+        return any(bank.transduction for member in self.members for bank in member.banks)
+
+    @property
+    def chunk(self) -> int:
+        """How many observations are predicted at once where they are independent."""
+        return CHUNK if self.members[0].encoder.device.type == "cpu" else GPU_CHUNK
+
+    def predict(self, observations: Sequence[Observation], top: int) -> Iterator[list[Prediction]]:
+        """Predictions of the observations, in parts as soon as each is known.
+
+        Args:
+            top: guesses of each.
+        """
+        chunk, parts = self.chunk, []
+        for first in range(0, len(observations), chunk):
+            part = observations[first : first + chunk]
+            embedded = [
+                embed_observations(one.encoder, part, one.member.views, one.member.pooling) for one in self.members
+            ]
+            parts.append((part, [one.values.cpu() for one in embedded], dict(embedded[0].unreadable)))
+            if self.is_transductive:
+                yield []  # of these photos nothing is known yet
+            else:
+                yield self._rank(*parts.pop(), top)
+        if parts:
+            values = [torch.cat(own) for own in zip(*(values for _, values, _ in parts), strict=True)]
+            unreadable = {path: cause for _, _, own in parts for path, cause in own.items()}
+            yield self._rank(observations, values, unreadable, top)
+
+    def _rank(
+        self, observations: Sequence[Observation], values: list[torch.Tensor], unreadable: dict[Path, str], top: int
+    ) -> list[Prediction]:
+        """The predictions of observations by their embeddings with each member, as `kernel.bank.rank` ranks them."""
+        banks, weights = [one.banks for one in self.members], [one.weight for one in self.members]
+        best = rank(banks, weights, values, top).tolist()
+        parts = zip(weights, banks, values, strict=True)
+        probabilities = sum(weight * torch.cat(list(classify(own, of))) for weight, own, of in parts).softmax(dim=1)
+        is_readable = torch.stack([own.norm(dim=1) > 0 for own in values]).all(dim=0).tolist()
+        names = self.reference.names if self.reference else self.class_ids
+        found = []
+        for row, observation in enumerate(observations):
+            labels = best[row] if is_readable[row] else []
+            guesses = [Guess(self.class_ids[label], names[label], float(probabilities[row, label])) for label in labels]
+            nearest = self.reference.nearest(values[0][row], labels[0]) if self.reference and labels else None
+            failed = [(path, unreadable[path]) for path in observation.photos if path in unreadable]
+            found.append(Prediction(observation, guesses, nearest, failed))
+        return found
