@@ -27,7 +27,7 @@ from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, Weights, read_weights
 from kernel.observations import Observation
 from kernel.tables import describe_left_out
-from local.base.console import Progress, command_parser, run, say
+from local.base.console import Progress, command_parser, counted, run, say
 from local.base.files import refuse_unwritable_file, write_text
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def predict(paths: Sequence[Path], top: int, table: Path | None, page: Path | No
 
         write_text(render(shown), page)
     for path in filter(None, (table, page)):
-        say(f"{path}: {len(observations):,} observations")
+        say(f"{path}: {counted(len(observations), 'observation')}")
 
 
 def parse_options() -> argparse.Namespace:
