@@ -104,7 +104,9 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
     is_weighted = not np.allclose(evidence.weights, 1)
     sections = {
         "headline": lambda: scores.score_headline(evidence),
-        "unweighted": lambda: scores.score_answers(evidence.truth, evidence.outcome) if is_weighted else None,
+        "unweighted": lambda: (
+            scores.score_answers(evidence.truth, evidence.outcome, evidence.classes) if is_weighted else None
+        ),
         "against": lambda: [scores.compare_with(evidence, run) for run in others],
         "leaderboard": lambda: scores.predict_leaderboard(
             evidence, computed["against"], computed["headline"][metric].value

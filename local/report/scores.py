@@ -85,17 +85,27 @@ class GroupRecalls:
 
 def score_headline(evidence: Evidence) -> Scores:
     """All scores of a run, weighted; those that training printed are the same numbers, with the same intervals."""
-    computed = score_answers(evidence.truth, evidence.outcome, evidence.weights, evidence.is_macro)
+    computed = score_answers(evidence.truth, evidence.outcome, evidence.classes, evidence.weights, evidence.is_macro)
     printed = evidence.manifest.members[0].validation
     return computed | {name: Estimate(**metrics.interval_of(printed, name)) for name in METRIC_NAMES}
 
 
 def score_answers(
-    truth: np.ndarray, outcome: Evaluation, weights: np.ndarray | None = None, is_macro: bool = False
+    truth: np.ndarray,
+    outcome: Evaluation,
+    classes: Sequence[str],
+    weights: np.ndarray | None = None,
+    is_macro: bool = False,
 ) -> Scores:
-    """All scores of a run; `weights` and `is_macro` are those of `held_out_scores`."""
-    top = outcome.top
-    scores = metrics.score(truth, top) if weights is None else metrics.held_out_scores(truth, top, weights, is_macro)
+    """All scores of a run.
+
+    Args:
+        classes: the class ids, in whose order training too resamples them.
+        weights, is_macro: those of `held_out_scores`.
+    """
+    top, ids = outcome.top, np.array(classes)
+    own = ids[truth], ids[top]
+    scores = metrics.score(*own) if weights is None else metrics.held_out_scores(*own, weights, is_macro)
     return {name: Estimate(**metrics.interval_of(scores, name)) for name in METRIC_NAMES} | {
         "weighted_f1": estimate(*weighted_f1(truth, top[:, 0], weights)),
         "log_loss": mean_loss(outcome.losses, weights),
@@ -155,7 +165,7 @@ def compare_with(evidence: Evidence, other: Path) -> Comparison:
     Raises:
         InputError: there are no such observations.
     """
-    rows, own, others = common_answers(evidence, other)
+    rows, classes, own, others = common_answers(evidence, other)
     truth, weights, is_macro = evidence.truth[rows], evidence.weights[rows], evidence.is_macro
     weights = weights if weights.any() else np.ones(len(rows))
     new, old = evaluate_answers(own, truth), evaluate_answers(others, truth)
@@ -168,18 +178,18 @@ def compare_with(evidence: Evidence, other: Path) -> Comparison:
         path=str(other),
         observations=len(truth),
         is_evidence=len(truth) >= metrics.MIN_OBSERVATIONS,
-        scores=score_answers(truth, old, weights, is_macro),
+        scores=score_answers(truth, old, classes, weights, is_macro),
         gain=score_gains(truth, new, old, weights, is_macro),
         ensemble_gain={name: gain_in(name, truth, both, better, weights, is_macro) for name in METRIC_NAMES},
     )
 
 
-def common_answers(evidence: Evidence, other: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def common_answers(evidence: Evidence, other: Path) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
     """Which queries the other run held out too, and both runs' log-probabilities of them.
 
     Returns:
-        Indices of queries, and twice (these queries, classes): the classes of the evidence, then those that only the
-        other run has; minus infinity for a class that a run lacks.
+        Indices of queries; ids of the classes of the evidence, then of those that only the other run has; and twice
+        (these queries, classes), minus infinity for a class that a run lacks.
     """
     answers = read_predictions(other)
     bank = answers.classes
@@ -194,7 +204,7 @@ def common_answers(evidence: Evidence, other: Path) -> tuple[np.ndarray, np.ndar
     others = own.copy()
     own[:, : len(evidence.classes)] = evidence.log_probabilities[rows]
     others[:, encode_labels(bank, classes)] = answers.log_probabilities.numpy()[other_rows[rows]]
-    return rows, own, others
+    return rows, classes, own, others
 
 
 def predict_leaderboard(evidence: Evidence, others: Sequence[Comparison], value: float) -> list[Board]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from local.base.console import Progress
 from local.recipes.recipe import Recipe
 from local.training.checks import check_start, named
 
@@ -22,9 +23,10 @@ def train_run(recipe: Recipe, data: Path, out: Path, uses_val: bool = True, resu
     """
     out = named(out)
     check_start(recipe, data, out, resumes)
-    # Imported here: torch takes seconds, and mistakes must be answered immediately.
-    from local.base import distributed
-    from local.training.pipeline import make_run
+    with Progress("loading torch and the other libraries"):
+        # Imported here: torch takes seconds, and mistakes must be answered immediately.
+        from local.base import distributed
+        from local.training.pipeline import make_run
 
     with distributed.process_group():
         make_run(recipe, data, out, uses_val, resumes)
