@@ -154,15 +154,20 @@ class Model:
     ) -> list[Prediction]:
         """The predictions of observations by their embeddings with each member, as `kernel.bank.rank` ranks them."""
         banks, weights = [one.banks for one in self.members], [one.weight for one in self.members]
-        best = rank(banks, weights, values, top).tolist()
-        parts = zip(weights, banks, values, strict=True)
-        probabilities = sum(weight * torch.cat(list(classify(own, of))) for weight, own, of in parts).softmax(dim=1)
+        best = rank(banks, weights, values, top, device=self.members[0].encoder.device)
+        chunks = zip(*map(classify, banks, values), strict=True)
+        totals = (sum(weight * part for weight, part in zip(weights, chunk, strict=True)) for chunk in chunks)
+        probabilities, first = [], 0
+        for total in totals:
+            probabilities += total.softmax(dim=1).gather(1, best[first : first + len(total)]).tolist()
+            first += len(total)
         is_readable = torch.stack([own.norm(dim=1) > 0 for own in values]).all(dim=0).tolist()
         names = self.reference.names if self.reference else self.class_ids
         found = []
         for row, observation in enumerate(observations):
-            labels = best[row] if is_readable[row] else []
-            guesses = [Guess(self.class_ids[label], names[label], float(probabilities[row, label])) for label in labels]
+            labels = best[row].tolist() if is_readable[row] else []
+            pairs = zip(labels, probabilities[row], strict=bool(labels))
+            guesses = [Guess(self.class_ids[label], names[label], probability) for label, probability in pairs]
             nearest = self.reference.nearest(values[0][row], labels[0]) if self.reference and labels else None
             failed = [(path, unreadable[path]) for path in observation.photos if path in unreadable]
             found.append(Prediction(observation, guesses, nearest, failed))

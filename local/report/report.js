@@ -80,7 +80,7 @@ const percent = (value) => (value < 0.01 ? "< 1 %" : value > 0.99 ? "> 99 %" : `
 const counted = (values) => [...values.reduce((counts, value) => counts.set(value, (counts.get(value) ?? 0) + 1), new Map())];
 const poisonous = (one, other) => (row) => row.one.poisonous === one && row.other.poisonous === other;
 const ERROR_FILTERS = [
-  ["confusion", counted(errors.map((row) => row.pair)).sort((one, other) => other[1] - one[1])
+  ["confusion", counted(errors.map((row) => row.pair)).sort((one, other) => other[1] - one[1]).slice(0, 200)
     .map(([name, count]) => [`${name} (${count})`, (row) => row.pair === name])],
   ["rank of the true class", [["2 to 5", 2, 5], ["6 to 10", 6, 10], ["more than 10", 11, Infinity]]
     .map(([text, low, high]) => [text, (row) => row.position >= low && row.position <= high])],
