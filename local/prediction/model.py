@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernel.bank import Bank, classify, rank, read_banks
-from kernel.embeddings import embed_observations
+from kernel.embeddings import concatenate, embed_observations
 from kernel.encoders import Encoder, open_encoder, pick_devices
 from kernel.inputs import InputError
 from kernel.manifest import Member, Weights
@@ -89,8 +89,14 @@ def read_reference(path: Path) -> Reference | None:
 class OpenMember:
     member: Member
     weight: float
-    encoder: Encoder
+    encoders: list[Encoder]
     banks: list[Bank]
+
+    def embed(self, observations: Sequence[Observation]) -> tuple[torch.Tensor, dict[Path, str]]:
+        """(observations, features), and the cause of each photo that could not be read."""
+        found = [embed_observations(one, observations, self.member.views, self.member.pooling) for one in self.encoders]
+        causes = {path: cause for one in found for path, cause in one.unreadable}
+        return concatenate([one.pooled for one in found], self.member.encoder_weights), causes
 
 
 class Model:
@@ -110,9 +116,10 @@ class Model:
         self.class_ids, self.members = weights[0].manifest.class_ids, []
         for run, weight in chosen:
             for member in run.manifest.members:
-                encoder = open_encoder(run.file(member.encoder.file), member.encoder, devices)
-                banks = read_banks(run.file(member.bank))
-                self.members.append(OpenMember(member, weight * member.weight, encoder, banks))
+                encoders = [open_encoder(run.file(spec.file), spec, devices) for spec in member.encoders]
+                banks = read_banks(run.file(member.banks[-1]))
+                self.members.append(OpenMember(member, weight * member.weight, encoders, banks))
+        self.device = self.members[0].encoders[0].device
         folder = chosen[0][0].folder
         beside = folder.parent if folder.name == "weights" else folder
         self.reference = read_reference(beside / REFERENCE_FILE)
@@ -125,7 +132,7 @@ class Model:
     @property
     def chunk(self) -> int:
         """How many observations are predicted at once where they are independent."""
-        return CHUNK if self.members[0].encoder.device.type == "cpu" else GPU_CHUNK
+        return CHUNK if self.device.type == "cpu" else GPU_CHUNK
 
     def predict(self, observations: Sequence[Observation], top: int) -> Iterator[list[Prediction]]:
         """Predictions of the observations, in parts as soon as each is known.
@@ -136,10 +143,8 @@ class Model:
         chunk, parts = self.chunk, []
         for first in range(0, len(observations), chunk):
             part = observations[first : first + chunk]
-            embedded = [
-                embed_observations(one.encoder, part, one.member.views, one.member.pooling) for one in self.members
-            ]
-            parts.append((part, [one.values.cpu() for one in embedded], dict(embedded[0].unreadable)))
+            embedded = [one.embed(part) for one in self.members]
+            parts.append((part, [values for values, _ in embedded], embedded[0][1]))
             if self.is_transductive:
                 yield []  # of these photos nothing is known yet
             else:
@@ -154,7 +159,7 @@ class Model:
     ) -> list[Prediction]:
         """The predictions of observations by their embeddings with each member, as `kernel.bank.rank` ranks them."""
         banks, weights = [one.banks for one in self.members], [one.weight for one in self.members]
-        best = rank(banks, weights, values, top, device=self.members[0].encoder.device)
+        best = rank(banks, weights, values, top, device=self.device)
         chunks = zip(*map(classify, banks, values), strict=True)
         totals = (sum(weight * part for weight, part in zip(weights, chunk, strict=True)) for chunk in chunks)
         probabilities, first = [], 0

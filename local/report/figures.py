@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from kernel.manifest import EncoderSpec
 from local.base.console import progress
 from local.base.files import read_json
 from local.report import closeup, failures, scores
@@ -20,16 +21,12 @@ class Measured:
     """What was measured.
 
     Attributes:
-        encoder: its architecture.
-        size: side of its input, in pixels.
+        encoders: in words.
         reference: the competition's splits that the bank is made of.
         folds: whether the held-out observations are in the bank, and were held out in turn.
     """
 
-    encoder: str
-    library: str
-    size: int
-    resize_mode: str
+    encoders: tuple[str, ...]
     views: tuple[str, ...]
     reference: str
     reference_observations: int
@@ -144,14 +141,17 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
     return replace(figures, advice=advise(evidence, figures))
 
 
+def describe_encoder(spec: EncoderSpec) -> str:
+    """An encoder in words: `vit_base_patch16_224 (timm), 224 × 224 pixels (crop)`."""
+    size = spec.preprocessing.size
+    return f"{spec.architecture} ({spec.library}), {size} × {size} pixels ({spec.preprocessing.resize_mode})"
+
+
 def describe_measured(evidence: Evidence) -> Measured:
-    encoder, bank = evidence.manifest.members[0].encoder, evidence.recipe.bank
+    encoders, bank = evidence.manifest.members[0].encoders, evidence.recipe.bank
     reference = evidence.labelled.in_splits(*bank.reference.split("+"))
     return Measured(
-        encoder=encoder.architecture,
-        library=encoder.library,
-        size=encoder.preprocessing.size,
-        resize_mode=encoder.preprocessing.resize_mode,
+        encoders=tuple(map(describe_encoder, encoders)),
         views=tuple(bank.views),
         reference=bank.reference,
         reference_observations=len(reference),

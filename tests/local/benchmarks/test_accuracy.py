@@ -91,8 +91,9 @@ def test_an_exported_encoder_has_the_preprocessing_of_its_run(trained, tmp_path,
     shutil.copytree(trained, tmp_path / "run")
     manifest = read_manifest(trained / MANIFEST)
     member = manifest.members[0]
-    preprocessing = replace(member.encoder.preprocessing, resize_mode=resize_mode)
-    encoder = replace(member.encoder, preprocessing=preprocessing)
+    [encoder] = member.encoders
+    preprocessing = replace(encoder.preprocessing, resize_mode=resize_mode)
+    encoder = replace(encoder, preprocessing=preprocessing)
     changed = replace(manifest, members=(replace(member, encoders=(encoder,)),))
     write_manifest(changed, tmp_path / "run" / MANIFEST)
     _, described = load_encoder(export_encoder(tmp_path / "run", tmp_path / "exported"))
