@@ -6,6 +6,11 @@ python local/publish.py --submit     also submit that version, and wait for the 
 
 If it is interrupted, run the same command again: it continues where it stopped. Everything is private unless --public.
 
+Before a push it looks at the week's GPU quota, the sessions that run and the submissions left today. If something is
+missing, it says so and sends no kernel; with --wait it waits. The kernel's log is printed as it comes. A kernel that
+crashed but that Kaggle goes on billing is deleted if it has no earlier version; otherwise the message says where to
+cancel it. After Ctrl-C you are asked whether to end it.
+
 Before anything is sent, it checks that
 - kernel-metadata.json follows Kaggle's rules;
 - script and weights are complete and belong together;
@@ -34,7 +39,6 @@ from pathlib import Path
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from kernel.inputs import InputError
 from local.base.console import command_parser, counted, run, say
 from local.bundling.metadata import PLACEHOLDER, has_owner, write_metadata
 from local.publishing.ledger import LEDGER
@@ -48,6 +52,7 @@ def publish(
     submits: bool = False,
     is_public: bool = False,
     is_dry: bool = False,
+    waits: bool = False,
     metadata: Path = METADATA,
     ledger: Path = LEDGER,
     **kaggle,
@@ -56,6 +61,7 @@ def publish(
 
     Args:
         is_dry: only print what would be sent.
+        waits: wait until there is GPU quota, a session can start, and a submission is left.
         metadata: kernel-metadata.json.
         kaggle: arguments of `local.publishing.client.Kaggle`.
 
@@ -74,15 +80,13 @@ def publish(
 
     user = Kaggle(credentials.source, **kaggle)
     bundle = inspected.owned_by(user.name)
-    check_owner(bundle, user.name, credentials.source)
-    if not has_owner(bundle.metadata):
-        raise InputError(f"Kaggle does not say who owns the credentials in {credentials.source}: set KAGGLE_USERNAME")
+    check_owner(bundle.metadata, user.name, credentials.source)
     write_metadata(build, bundle.metadata)
     publication = Publication(bundle, user, is_public)
-    kernel = publication.push_kernel(publication.send_weights())
+    kernel = publication.push_kernel(publication.send_weights(), submits, waits)
     output = publication.collect_output(kernel.version)
     if submits:
-        publication.submit(output, kernel.version, ledger)
+        publication.submit(output, kernel.version, ledger, waits)
     else:
         say("run again with --submit to submit this version")
 
@@ -110,8 +114,9 @@ def main() -> None:
     parser.add_argument("--submit", action="store_true", help="submit to the competition, and wait for the score")
     parser.add_argument("--dry-run", action="store_true", help="only print what would be sent")
     parser.add_argument("--public", action="store_true", help="make the kernel, and a new dataset, public")
+    parser.add_argument("--wait", action="store_true", help="wait for GPU quota, a free session and a submission")
     options = parser.parse_args()
-    publish(options.build, options.submit, options.public, options.dry_run)
+    publish(options.build, options.submit, options.public, options.dry_run, options.wait)
 
 
 if __name__ == "__main__":

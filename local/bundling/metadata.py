@@ -14,6 +14,12 @@ from local.base.files import read_json, write_json
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[a-z0-9][a-z0-9-]{4,}")  # owner/slug
 PLACEHOLDER = "your-kaggle-username"  # the owner in the repository's file; replaced by the owner of the credentials
+# A T4 machine has two T4; the others are open to some competitions only. Kaggle accepts the retired P100, too, on which
+# the torch of its image fails.
+MACHINES = (
+    *("NvidiaTeslaT4", "NvidiaTeslaT4Highmem", "NvidiaL4", "NvidiaL4X1", "NvidiaTeslaA100", "NvidiaH100"),
+    "NvidiaRtxPro6000",
+)
 KERNEL_METADATA, DATASET_METADATA = "kernel-metadata.json", "dataset-metadata.json"
 
 
@@ -40,6 +46,10 @@ def read_kernel_metadata(path: Path) -> dict:
     need(metadata.get("is_private") is True, "is_private", "true: local/publish.py --public publishes")
     need(metadata.get("enable_gpu") is True, "enable_gpu", "true")
     need(metadata.get("enable_internet") is False, "enable_internet", "false; without the key it would be on")
+    machine = metadata.get("machine_shape", MACHINES[0])
+    need(
+        machine in MACHINES, "machine_shape", f"{MACHINES[0]}, which is two T4, or another of {', '.join(MACHINES[1:])}"
+    )
     datasets, competitions = metadata.get("dataset_sources"), metadata.get("competition_sources")
     is_list = isinstance(datasets, list) and bool(datasets) and all(REFERENCE.fullmatch(str(name)) for name in datasets)
     need(is_list, "dataset_sources", "a list of owner/slug, the weights first")

@@ -1,23 +1,28 @@
-"""Kaggle's own client, made strict: what it only prints becomes an error. Called by publication.py.
+"""Kaggle's own client, made strict: what it only prints becomes an error. Called by all that talks to Kaggle.
 
 Importing this module imports the client, which signs in immediately: import it only when something is to be sent.
 """
 
+import io
 import json
+import math
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kaggle.api.kaggle_api_extended import KaggleApi, ResumableUploadResult
 from kagglesdk.competitions.types.competition_api_service import ApiGetCompetitionRequest
-from requests import HTTPError, RequestException, Response
+from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
+from requests import HTTPError, PreparedRequest, RequestException, Response
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import HTTPError as TransportError
 
 from kernel.inputs import InputError, shorten
 from kernel.progress import clock_time
@@ -28,8 +33,14 @@ from local.publishing.credentials import TOKENS
 ATTEMPTS = 6
 FIRST_DELAY, MAX_DELAY = 2.0, 120.0  # seconds between attempts; each delay is twice the one before
 REQUEST_TIMEOUT = 300.0  # seconds without any data after which a connection is closed
+LOG_TIMEOUT = 30.0  # the same for a log, of which a run may write nothing for a while
 REPEAT_LINE = 600  # seconds after which an unchanged state is printed again, if the output is not a terminal
 AGAIN_LATER = "run the same command again later"
+MAX_SESSION, MAX_QUEUE = 12 * 3600 - 60, 24 * 3600  # seconds that a session may run; that one may wait to start
+LIVE = ("QUEUED", "RUNNING")  # states of a run that is not over
+LATEST = 10  # kernels that are asked whether they run; each costs a request
+WHEN_BUSY = "wait until a session ends, stop one at https://www.kaggle.com/code, or give --wait"
+ALL_RUN = re.compile("maximum batch|session count|quota", re.IGNORECASE)  # of the refusals that pass
 
 
 @dataclass(frozen=True)
@@ -47,8 +58,32 @@ class DatasetStatus(NamedTuple):
     version: int
 
 
+class KernelVersion(NamedTuple):
+    """The current version of a kernel: its number, its script, and whether it runs on a GPU."""
+
+    number: int
+    script: str
+    uses_gpu: bool
+
+
+class GpuQuota(NamedTuple):
+    """The GPU time of this week in seconds: what is left, what is allowed; and when it is renewed, in words."""
+
+    left: float
+    allowed: float
+    renewed: str
+
+
 class NotFound(InputError):
     """Kaggle does not have it, or does not show it to this user."""
+
+
+class Unavailable(InputError):
+    """Kaggle did not answer, or answered with an error that passes."""
+
+
+class Busy(InputError):
+    """As many sessions run as Kaggle permits at once, or the week's quota is spent."""
 
 
 class Interrupted(RequestException):
@@ -58,8 +93,11 @@ class Interrupted(RequestException):
 def with_timeout(send: Callable[..., Response]) -> Callable[..., Response]:
     """Give every request a timeout: the client sets none, and would wait forever for a connection that has died."""
 
-    def send_with_timeout(adapter: HTTPAdapter, *args: Any, timeout: Any = None, **kwargs: Any) -> Response:
-        return send(adapter, *args, timeout=timeout or REQUEST_TIMEOUT, **kwargs)
+    def send_with_timeout(
+        adapter: HTTPAdapter, request: PreparedRequest, *args: Any, timeout: Any = None, **kwargs: Any
+    ) -> Response:
+        is_log = "text/event-stream" in request.headers.get("Accept", "")
+        return send(adapter, request, *args, timeout=timeout or (LOG_TIMEOUT if is_log else REQUEST_TIMEOUT), **kwargs)
 
     return send_with_timeout
 
@@ -126,8 +164,18 @@ class Kaggle:
         except SystemExit as stop:  # after a page of the client's own advice
             raise self._unauthorized() from stop
         self.name = self.api.get_config_value("username")
+        if not self.name:
+            raise InputError(f"Kaggle does not say who owns the credentials in {source}: set KAGGLE_USERNAME")
 
-    def call(self, what: str, function: Callable, *args: Any, forbidden: str | None = "", **kwargs: Any) -> Any:
+    def call(
+        self,
+        what: str,
+        function: Callable,
+        *args: Any,
+        forbidden: str | None = "",
+        attempts: int = ATTEMPTS,
+        **kwargs: Any,
+    ) -> Any:
         """Call a function of the client; repeat it after network failures and the status codes 408, 429 and 5xx.
 
         Args:
@@ -139,16 +187,17 @@ class Kaggle:
 
         Raises:
             NotFound: it does not exist.
-            InputError: any other failure that is not temporary, or one that lasted for all attempts.
+            Unavailable: a temporary failure lasted for all attempts.
+            InputError: any other failure.
         """
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in range(1, attempts + 1):
             try:
                 return function(*args, **kwargs)
             except (RequestException, json.JSONDecodeError) as error:
                 code, reason = explain(error)
                 if code and code not in (408, 429) and code < 500:
                     raise self._permanent(what, code, reason, forbidden) from error
-                if attempt < ATTEMPTS:
+                if attempt < attempts:
                     delay = min(max(FIRST_DELAY * 2 ** (attempt - 1), get_retry_after(error)), MAX_DELAY)
                     say(f"{what}: {reason}; next attempt in {delay:.0f} s")
                     self.clock.sleep(delay)
@@ -156,7 +205,8 @@ class Kaggle:
                 raise InputError(f"{what}: kaggle does not know {error}: pip install --upgrade kaggle") from error
             except ValueError as error:  # the client itself refuses something
                 raise InputError(f"{what}: {shorten(error)}") from error
-        raise InputError(f"{what} failed {ATTEMPTS} times, the last time with {reason}: {AGAIN_LATER}")
+        times = f"{attempts} times, the last time with {reason}" if attempts > 1 else reason
+        raise Unavailable(f"{what} failed {times}: {AGAIN_LATER}")
 
     def _permanent(self, what: str, code: int, reason: str, forbidden: str | None) -> InputError:
         """The error for a status code that no repetition changes."""
@@ -164,6 +214,8 @@ class Kaggle:
             return self._unauthorized()
         if code == 404 or (code == 403 and forbidden is None):
             return NotFound(f"{what}: Kaggle does not find it ({reason})")
+        if code == 412:
+            return Busy(f"{what}: Kaggle cannot do it now ({reason}): {WHEN_BUSY}")
         if code == 403:
             return InputError(f"{what}: Kaggle does not permit it ({reason}){forbidden and ': ' + forbidden}")
         return InputError(f"{what}: Kaggle refuses it ({reason})")
@@ -172,7 +224,8 @@ class Kaggle:
         """Poll until there is an answer, and show the state.
 
         Args:
-            poll: returns the answer, or None if there is none yet, and the state in a word.
+            poll: returns the answer, or None if there is none yet, and the state. What follows a comma in it is
+                printed, but is no other state.
             interval: seconds between two polls.
             limit: seconds after which to give up.
 
@@ -186,9 +239,9 @@ class Kaggle:
             if sys.stdout.isatty():
                 line = f"{what}: {state}, {clock_time(waited)}"
                 print(f"\r{line:<79}", end="" if answer is None else "\n", flush=True)
-            elif state != printed or waited - printed_at >= REPEAT_LINE:
+            elif state.partition(",")[0] != printed or waited - printed_at >= REPEAT_LINE:
                 say(f"{what}: {state}, {clock_time(waited)}")
-                printed, printed_at = state, waited
+                printed, printed_at = state.partition(",")[0], waited
             if answer is not None:
                 return answer
             if waited >= limit:
@@ -229,36 +282,138 @@ class Kaggle:
         self.call(what, attempt, forbidden=forbidden)
         return (before or 0) + 1
 
-    def push(self, metadata: dict, script: Path) -> tuple[int, str]:
+    def push(self, metadata: dict, script: Path, session_limit: float) -> tuple[int, str]:
         """Push a kernel, which starts its run; returns the number of its version and its URL.
+
+        A push that failed may have arrived all the same. So each further attempt first looks for a version that was not
+        there before and has this script.
 
         Args:
             metadata: as in kernel-metadata.json; its code_file is ignored.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / script.name).write_bytes(script.read_bytes())
-            text = json.dumps({**metadata, "code_file": script.name})
-            (Path(folder) / "kernel-metadata.json").write_text(text, encoding="utf-8")
-            forbidden = "a kernel needs a verified phone number, your own name as its owner, and the rules accepted"
-            result = self.call(f"pushing {metadata['id']}", self.api.kernels_push, folder, forbidden=forbidden)
-        check_answer(f"pushing {metadata['id']}", result)
-        if not result.version_number:
-            where = result.url or "its page"
-            raise InputError(f"pushing {metadata['id']}: Kaggle did not give a version number: look at {where}")
-        return result.version_number, result.url
+            session_limit: seconds after which Kaggle ends the run.
 
-    def kernel_status(self, reference: str) -> tuple[str, str]:
-        """The state of a kernel's latest run, such as RUNNING, and the message of its failure."""
-        answer = self.call(f"asking for {reference}", self.api.kernels_status, reference)
+        Raises:
+            Busy: no further session can run now.
+            InputError: Kaggle refuses the kernel, or one of its sources.
+        """
+        kernel, text = metadata["id"], script.read_text(encoding="utf-8")
+        forbidden = "a kernel needs a verified phone number, your own name as its owner, and the rules accepted"
+        what, is_first = f"pushing {kernel}", True
+        try:
+            before: float = self.kernel_version(kernel).number
+        except NotFound:
+            before = 0
+        except Unavailable:
+            before = math.inf  # then a version that is found later proves nothing
+
+        def attempt() -> tuple[int, str]:
+            nonlocal is_first
+            if not is_first:
+                with suppress(NotFound):
+                    now = self.kernel_version(kernel)
+                    if now.number > before and now.script == text:
+                        say(f"{what}: it had arrived, as version {now.number}")
+                        return now.number, kernel_page(kernel)
+            is_first = False
+            result = self.api.kernels_push(folder, timeout=str(int(session_limit)))
+            check_answer(what, result)
+            if not result.version_number:
+                where = result.url or "its page"
+                raise InputError(f"{what}: Kaggle did not give a version number: look at {where}")
+            return result.version_number, result.url
+
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / script.name).write_text(text, encoding="utf-8")
+            described = json.dumps({**metadata, "code_file": script.name})
+            (Path(folder) / "kernel-metadata.json").write_text(described, encoding="utf-8")
+            return self.call(what, attempt, forbidden=forbidden)
+
+    def kernel_version(self, reference: str) -> KernelVersion:
+        """The current version of a kernel.
+
+        Raises:
+            NotFound: the user has none of that name.
+        """
+        request = ApiGetKernelRequest()
+        request.user_name, _, request.kernel_slug = reference.partition("/")
+
+        def request_kernel() -> Any:
+            with self.api.build_kaggle_client() as client:
+                return client.kernels.kernels_api_client.get_kernel(request)
+
+        answer = self.call(f"asking for the kernel {reference}", request_kernel, forbidden=None)
+        found = answer.metadata
+        uses_gpu = found.enable_gpu or found.machine_shape.startswith("Nvidia")
+        return KernelVersion(found.current_version_number, answer.blob.source, uses_gpu)
+
+    def kernel_status(self, reference: str, attempts: int = ATTEMPTS) -> tuple[str, str]:
+        """The state of a run, such as RUNNING, and the message of its failure.
+
+        Args:
+            reference: owner/slug for the latest run of a kernel, owner/slug/version for that of a version.
+        """
+        answer = self.call(f"asking for {reference}", self.api.kernels_status, reference, attempts=attempts)
         return answer.status.name, answer.failure_message or ""
+
+    def delete_kernel(self, reference: str) -> None:
+        """Delete a kernel with all its versions and their output, which also ends the session that it runs.
+
+        Kaggle cancels a session by an id that its public API does not tell.
+        """
+        with suppress(NotFound):
+            what, delete = f"deleting {reference}", self.api.kernels_delete
+            self.call(what, silently, delete, reference, no_confirm=True, forbidden="is it yours?")
+
+    def log_events(self, reference: str) -> Iterator[str]:
+        """The log of a run from its beginning, piece by piece, until it ends.
+
+        Raises:
+            Unavailable: there is no log yet, the connection was cut, or nothing came for `LOG_TIMEOUT`.
+        """
+        try:
+            for event in self.api.kernels_logs_stream(reference):
+                if event.get("data"):
+                    yield as_utf8(str(event["data"]))
+        except (RequestException, TransportError, ValueError) as error:
+            raise Unavailable(f"reading the log of {reference}: {shorten(error)}") from error
+
+    def gpu_quota(self) -> GpuQuota | None:
+        """The GPU time of this week; None if Kaggle does not say."""
+        answer = self.call("asking for the GPU quota", self.api.quota_view)
+        quota = answer.gpu_quota
+        if quota is None or quota.total_time_allowed is None:
+            return None
+        used = quota.time_used.total_seconds() if quota.time_used else 0.0
+        reserved = quota.time_reserved.total_seconds() if quota.time_reserved else 0.0
+        allowed, renewed = quota.total_time_allowed.total_seconds(), answer.quota_refresh_time
+        when = f"on {renewed:%Y-%m-%d at %H:%M} UTC" if renewed else "weekly"
+        return GpuQuota(max(0.0, allowed - used - reserved), allowed, when)
+
+    def running_kernels(self) -> list[str]:
+        """Those of the user's kernels that run, or are queued to run, on a GPU; of the `LATEST` that ran last."""
+        what = "asking for your kernels"
+        listed = self.call(what, self.api.kernels_list, mine=True, sort_by="dateRun", page_size=LATEST) or ()
+        now, running = datetime.now(UTC).replace(tzinfo=None), []
+        for reference in [
+            kernel.ref
+            for kernel in listed
+            if not kernel.last_run_time or (now - kernel.last_run_time).total_seconds() < MAX_QUEUE + MAX_SESSION
+        ]:
+            with suppress(NotFound):
+                if self.kernel_status(reference)[0] in LIVE and self.kernel_version(reference).uses_gpu:
+                    running.append(reference)
+        return running
 
     def download_output(self, reference: str, name: str, folder: Path) -> tuple[Path | None, str]:
         """Download one file of a run's output, and the log; earlier ones are replaced.
 
+        Args:
+            reference: owner/slug, or owner/slug/version.
+
         Returns:
             The file's path, or None if the run wrote no such file; and the text of the log.
         """
-        what, log = f"downloading the output of {reference}", f"{reference.partition('/')[2]}.log"
+        what, log = f"downloading the output of {reference}", f"{reference.split('/')[1]}.log"
         folder.mkdir(parents=True, exist_ok=True)
         for old in (name, log):
             (folder / old).unlink(missing_ok=True)
@@ -340,8 +495,11 @@ def check_answer(what: str, answer: Any) -> None:
     """Check an answer of status 200, which may still contain an error, or sources that Kaggle ignored.
 
     Raises:
+        Busy: no further session can run now.
         InputError: it does.
     """
+    if ALL_RUN.search(answer.error or ""):
+        raise Busy(f"{what}: Kaggle answers {shorten(answer.error)!r}: nothing was started; {WHEN_BUSY}")
     if answer.error or str(getattr(answer, "status", "ok") or "ok").lower() == "error":
         raise InputError(f"{what}: Kaggle answers {shorten(answer.error or 'error')!r}: nothing runs; fix it first")
     ignored = [
@@ -360,6 +518,24 @@ def read_log(path: Path) -> str:
         return "".join(piece["data"] for piece in json.loads(text))
     except (ValueError, KeyError, TypeError):
         return text
+
+
+def silently(function: Callable, *args: Any, **kwargs: Any) -> None:
+    """Call a function of the client without what it prints."""
+    with redirect_stdout(io.StringIO()):
+        function(*args, **kwargs)
+
+
+def as_utf8(text: str) -> str:
+    """Text whose UTF-8 was read as Latin-1: `requests` does so with a stream that does not name its encoding."""
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def kernel_page(reference: str) -> str:
+    return f"https://www.kaggle.com/code/{reference}"
 
 
 def accept_rules(competition: str) -> str:

@@ -4,18 +4,21 @@ Nothing here imports Kaggle's client, which signs in when it is imported.
 """
 
 import mmap
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernel.competitions import COMPETITIONS, competition_named
+from kernel.competitions.competition import Competition
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Manifest, read_weights
 from kernel.observations import Observation, TestTable
 from kernel.submission import check_submission
 from local.base.console import say
 from local.base.files import read_json
-from local.bundling.metadata import DATASET_METADATA, PLACEHOLDER, read_kernel_metadata, with_owner
+from local.bundling.metadata import DATASET_METADATA, KERNEL_METADATA, PLACEHOLDER, read_kernel_metadata, with_owner
 from local.bundling.record import PLAIN, RehearsalRecord, check_bundle, read_record
 from local.bundling.weights import warn_of_few_classes
 from local.publishing.credentials import Credentials, find_credentials, find_owner
@@ -104,12 +107,8 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
     manifest = check_weights(build / "weights", metadata)
     check_script(build / "kernel.py", sha256(build / "weights" / MANIFEST))
     record = read_record(build)
-    competition, attached = competition_named(manifest.competition.name), metadata["competition_sources"][0]
-    if next((one for one in COMPETITIONS if one.slug == attached), competition) != competition:
-        raise InputError(
-            f"{metadata_path} attaches {attached}, but the run was trained on {competition.name}: "
-            "correct competition_sources"
-        )
+    competition = competition_named(manifest.competition.name)
+    check_attached(metadata, competition, f"the run was trained on {competition.name}")
     rows = competition.read_submission(build / PLAIN)
     if not rows:
         raise InputError(f"{build / PLAIN} has no observations: rehearse on a competition that has its test set")
@@ -118,6 +117,17 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
     if warning := warn_of_few_classes(manifest):
         say(warning)
     return Bundle(build, metadata, manifest, table, record)
+
+
+def check_attached(metadata: dict, competition: Competition, reason: str) -> None:
+    """Check that a kernel attaches the right competition, as far as its slug is known.
+
+    Raises:
+        InputError: it attaches another one; `reason` says why that is wrong.
+    """
+    attached = metadata["competition_sources"][0]
+    if next((one for one in COMPETITIONS if one.slug == attached), competition) != competition:
+        raise InputError(f"{KERNEL_METADATA} attaches {attached}, but {reason}: correct competition_sources")
 
 
 def check_weights(folder: Path, metadata: dict) -> Manifest:
@@ -168,12 +178,12 @@ def check_credentials(bundle: Bundle) -> tuple[Bundle, Credentials]:
     """
     credentials = find_credentials()
     owned = bundle.owned_by(find_owner())
-    check_owner(owned, credentials.owner, credentials.source)
-    find_secret(owned, credentials)
+    check_owner(owned.metadata, credentials.owner, credentials.source)
+    find_secret(owned.files, credentials)
     return owned, credentials
 
 
-def check_owner(bundle: Bundle, owner: str | None, source: str) -> None:
+def check_owner(metadata: dict, owner: str | None, source: str) -> None:
     """Check that the kernel is pushed under the user's own name.
 
     Args:
@@ -183,7 +193,7 @@ def check_owner(bundle: Bundle, owner: str | None, source: str) -> None:
     Raises:
         InputError: kernel-metadata.json names somebody else.
     """
-    named = bundle.metadata["id"].partition("/")[0]
+    named = metadata["id"].partition("/")[0]
     if owner and owner.lower() != named.lower():
         raise InputError(
             f"kernel-metadata.json names {named} as the owner, but the credentials in {source} belong to {owner}: "
@@ -191,14 +201,14 @@ def check_owner(bundle: Bundle, owner: str | None, source: str) -> None:
         )
 
 
-def find_secret(bundle: Bundle, credentials: Credentials) -> None:
-    """Search all files that would be sent for the user's credentials, and for what looks like anybody's.
+def find_secret(files: Iterable[Path], credentials: Credentials, fix: str = "bundle again") -> None:
+    """Search files that would be sent for the user's credentials, and for what looks like anybody's.
 
     Raises:
         InputError: a secret was found; the message gives its file and line only.
     """
     own = [secret.encode() for secret in credentials.secrets if len(secret) >= 8]
-    for path in bundle.files:
+    for path in filter(os.path.getsize, files):  # an empty file cannot be mapped
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             offsets = [content.find(secret) for secret in own]
             # Weights are text only in their JSON header, whose length is in the first eight bytes.
@@ -207,4 +217,4 @@ def find_secret(bundle: Bundle, credentials: Credentials) -> None:
             first = min((offset for offset in offsets if offset >= 0), default=None)
             if first is not None:
                 line = content[:first].count(b"\n") + 1
-                raise InputError(f"{path} has what looks like a secret in line {line}: remove it, then bundle again")
+                raise InputError(f"{path} has what looks like a secret in line {line}: remove it, then {fix}")

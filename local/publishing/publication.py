@@ -12,28 +12,20 @@ from kernel.inputs import InputError, shorten
 from kernel.observations import TestTable
 from kernel.submission import check_submission
 from local.base.console import counted, say
-from local.base.files import write_json
-from local.publishing.client import DatasetStatus, Kaggle, accept_rules
+from local.base.files import write_json, write_text
+from local.publishing.client import MAX_SESSION, Kaggle, accept_rules
 from local.publishing.ledger import make_submission, save_submission
 from local.publishing.preflight import Bundle
+from local.publishing.session import LAST_LINES, STOPPED, STUCK, Watch, start_session
+from local.publishing.uploads import SentFiles, Upload, send
 
 OUTPUT = "submission.csv"  # that the kernel writes
 STATE = Path("kaggle", "state.json")
 POLL_SECONDS = 30
-MAX_PROCESSING, MAX_QUEUE, MAX_SCORING = 3600, 24 * 3600, 24 * 3600  # seconds to wait at most
-BROKEN = ("failed", "deleted")  # states of a dataset that will not become ready
-ENDED = ("COMPLETE", "ERROR", "CANCEL_REQUESTED", "CANCEL_ACKNOWLEDGED")
-LOG_LINES = 20  # of a failed run's log that are printed
+SUBMISSION_SECONDS = 600  # between two looks whether a submission is left
+MAX_SCORING = 24 * 3600  # seconds to wait at most
+SESSION_MARGIN = 600  # seconds that a session may take beyond the kernel's budget, for its start and its end
 MIN_AGREEMENT = 0.5  # of the first guesses with the rehearsal's; half precision on a GPU gives nearly 1
-
-
-@dataclass(frozen=True)
-class SentWeights:
-    """Weights that are on Kaggle: their dataset, the SHA-256 of their manifest, and the dataset's version."""
-
-    dataset: str
-    manifest: str
-    version: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class SentKernel:
 
     metadata: dict
     script: str
-    weights: SentWeights
+    weights: SentFiles
     version: int
     url: str
 
@@ -51,7 +43,7 @@ class SentKernel:
 class State:
     """What was sent already; None where it was not, or has to be sent again."""
 
-    weights: SentWeights | None = None
+    weights: SentFiles | None = None
     kernel: SentKernel | None = None
 
 
@@ -61,8 +53,8 @@ def read_state(path: Path) -> State:
         values = json.loads(path.read_text(encoding="utf-8"))
         weights, kernel = values["weights"], values["kernel"]
         return State(
-            weights and SentWeights(**weights),
-            kernel and SentKernel(**{**kernel, "weights": SentWeights(**kernel["weights"])}),
+            weights and SentFiles(**weights),
+            kernel and SentKernel(**{**kernel, "weights": SentFiles(**kernel["weights"])}),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return State()
@@ -84,47 +76,46 @@ class Publication:
         if not self.competition.user_has_entered:
             say(f"Kaggle does not list you in {bundle.competition}: {accept_rules(bundle.competition)}")
 
-    def send_weights(self) -> SentWeights:
+    def send_weights(self) -> SentFiles:
         """Upload the weights, unless Kaggle has them already, and wait until they are processed.
 
         Raises:
             InputError: they cannot be sent, or are not ready in time.
         """
-        dataset, manifest, sent = self.bundle.dataset, self.bundle.record.bundle.manifest, self.state.weights
-        current = self.kaggle.dataset_status(dataset)
-        is_usable = current is not None and current.status not in BROKEN
-        is_same = sent is not None and (sent.dataset, sent.manifest) == (dataset, manifest)
-        # A version newer than the stored one was made by somebody else, and may contain anything.
-        if is_usable and is_same and current.version <= sent.version:
-            say(f"{dataset}: version {sent.version} has these weights already")
-        else:
-            if is_usable:
-                self._wait_for_dataset(current.version)  # Kaggle refuses a version while it processes another
-            before = self.kaggle.dataset_status(dataset).version if current else None
-            note = f"manifest {manifest}, runs {', '.join(self.bundle.runs)}"
-            version = self.kaggle.send_dataset(self.bundle.weights, dataset, before, note, self.is_public)
-            sent = SentWeights(dataset, manifest, version)
-            self._save(weights=sent)
-            say(f"{dataset}: version {version} sent")
-        self._wait_for_dataset(sent.version)
-        return sent
+        bundle, digest = self.bundle, self.bundle.record.bundle.manifest
+        note = f"manifest {digest}, runs {', '.join(bundle.runs)}"
+        upload = Upload(bundle.weights, bundle.dataset, digest, note, self.is_public)
+        return send(self.kaggle, upload, self.state.weights, lambda sent: self._save(weights=sent))
 
-    def push_kernel(self, weights: SentWeights) -> SentKernel:
+    @property
+    def session_limit(self) -> float:
+        """Seconds after which Kaggle is to end the run: the kernel's budget and a margin."""
+        return min(self.bundle.manifest.competition.time_limit + SESSION_MARGIN, MAX_SESSION)
+
+    def push_kernel(self, weights: SentFiles, submits: bool, waits: bool) -> SentKernel:
         """Push the kernel, which starts its run, unless this version was pushed already.
 
+        Args:
+            submits: whether its output is to be submitted; then a submission must be left today.
+            waits: wait until there is quota, a session can start and a submission is left.
+
         Raises:
-            InputError: Kaggle refuses the kernel, or one of its sources.
+            Busy: no session can start now.
+            InputError: no submission is left, or Kaggle refuses the kernel or one of its sources.
         """
         metadata = {**self.bundle.metadata, "is_private": not self.is_public}
         script, pushed = self.bundle.record.bundle.kernel, self.state.kernel
         if pushed and (pushed.metadata, pushed.script, pushed.weights) == (metadata, script, weights):
             say(f"{metadata['id']}: version {pushed.version} is this script already, {pushed.url}")
             return pushed
-        version, url = self.kaggle.push(metadata, self.bundle.script)
+        if submits:
+            self._wait_for_submission(waits)
+        version, url = start_session(
+            self.kaggle, waits, lambda _: self.kaggle.push(metadata, self.bundle.script, self.session_limit)
+        )
         pushed = SentKernel(metadata, script, weights, version, url)
         self._save(kernel=pushed)
         say(f"{metadata['id']}: version {version} pushed, {url}")
-        self.kaggle.clock.sleep(POLL_SECONDS)  # for a moment, Kaggle's latest run is still the one before
         return pushed
 
     def collect_output(self, version: int) -> Path:
@@ -134,7 +125,7 @@ class Publication:
             InputError: the run failed, or its output does not fit the rehearsal.
         """
         what = f"{self.bundle.metadata['id']}, version {version}"
-        log = self._wait_for_run(what)
+        log = self._wait_for_run(what, version)
         output = self.path.parent / OUTPUT
         if self.bundle.record.bundle.manifest not in log:
             raise InputError(f"{what}: the log is of a run with other weights: run the same command again in a minute")
@@ -149,27 +140,29 @@ class Publication:
             )
         return output
 
-    def _wait_for_run(self, what: str) -> str:
+    def _wait_for_run(self, what: str, version: int) -> str:
         """Wait for the run, and download its output; returns its log."""
         kernel = self.bundle.metadata["id"]
-
-        def poll() -> tuple[tuple[str, str] | None, str]:
-            state, failure = self.kaggle.kernel_status(kernel)
-            return (state, failure) if state in ENDED else None, state.lower()
-
-        limit = MAX_QUEUE + self.bundle.manifest.competition.time_limit
-        state, failure = self.kaggle.wait(what, poll, POLL_SECONDS, limit)
-        output, log = self.kaggle.download_output(kernel, OUTPUT, self.path.parent)
+        # Earlier versions may have been submitted: a kernel with any is not deleted.
+        watch = Watch(self.kaggle, kernel, version, self.session_limit, can_delete=version == 1)
+        state, reason = watch.wait()
+        if state in (STUCK, STOPPED):
+            self._save(kernel=None)
+            write_text(
+                "".join(f"{line}\n" for line in watch.lines), self.path.parent / f"{kernel.partition('/')[2]}.log"
+            )
+            raise InputError(f"{what}: {reason}; the same command starts it again")
+        output, log = self.kaggle.download_output(watch.reference, OUTPUT, self.path.parent)
         is_complete = state == "COMPLETE" and output is not None
-        for line in [line for line in log.splitlines() if line.strip()][-1 if is_complete else -LOG_LINES :]:
-            say(f"  | {line}")
+        if not watch.lines:  # the log did not come while it ran
+            watch.show(watch.add(log)[-LAST_LINES:])
         if not is_complete:
             self._save(kernel=None)  # so that the next command pushes it again
-            reason = f"ended with {state.lower()}" if state != "COMPLETE" else f"wrote no {OUTPUT}"
-            raise InputError(f"{what} {reason}{failure and f' ({failure})'}: see its log in {self.path.parent}")
+            problem = f"ended with {state.lower()}" if state != "COMPLETE" else f"wrote no {OUTPUT}"
+            raise InputError(f"{what} {problem}{reason and f' ({reason})'}: see its log in {self.path.parent}")
         return log
 
-    def submit(self, output: Path, version: int, ledger: Path) -> None:
+    def submit(self, output: Path, version: int, ledger: Path, waits: bool) -> None:
         """Submit the kernel, or the CSV if the competition takes CSV files; wait for the score; update the ledger.
 
         Raises:
@@ -182,9 +175,7 @@ class Publication:
             f"{shorten(submission.runs, 100)}, {kernel} version {version}, manifest {submission.manifest[:16]}"
         )
         if not self.kaggle.find_submission(name, description):
-            left = self.kaggle.submissions_left(name)
-            if left < 1:
-                raise InputError(f"{name} allows no more submissions today: run the same command after midnight UTC")
+            left = self._wait_for_submission(waits)
             say(f"{name}: {counted(left, 'submission')} left today, this one included")
             takes_kernels = self.competition.is_kernels_submissions_only
             self.kaggle.submit(name, description, output, kernel if takes_kernels else None, version)
@@ -204,22 +195,20 @@ class Publication:
             raise InputError(f"{name} could not score version {version} ({reason}): fix it, then bundle again")
         say(f"{name}: public score {public or 'not shown'}, private score {private or 'not shown'}")
 
-    def _wait_for_dataset(self, version: int) -> None:
-        """Wait until a version of the weights, or a later one, is ready."""
-        dataset = self.bundle.dataset
+    def _wait_for_submission(self, waits: bool) -> int:
+        """How many submissions are left today; waits for the first, or raises an InputError if there is none."""
+        name = self.bundle.competition
 
-        def poll() -> tuple[bool | None, str]:
-            found = self.kaggle.dataset_status(dataset) or DatasetStatus("not there yet", 0)
-            if found.status in BROKEN:
-                self._save(weights=None)
-                raise InputError(f"{dataset}: its processing {found.status}: run the same command to send it again")
-            if found.status != "ready":
-                return None, found.status
-            if 0 < found.version < version:
-                return None, f"ready, but still version {found.version}"
-            return True, found.status
+        def poll() -> tuple[int | None, str]:
+            left = self.kaggle.submissions_left(name)
+            if left < 1 and not waits:
+                raise InputError(
+                    f"{name} allows no more submissions today: run the same command after midnight UTC, or give --wait"
+                )
+            return left or None, counted(left, "submission")
 
-        self.kaggle.wait(dataset, poll, POLL_SECONDS, MAX_PROCESSING)
+        left, _ = poll()
+        return left or self.kaggle.wait(f"submissions left for {name}", poll, SUBMISSION_SECONDS, MAX_SCORING)
 
     def _save(self, **changes: object) -> None:
         self.state = replace(self.state, **changes)

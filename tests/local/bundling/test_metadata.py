@@ -79,6 +79,7 @@ def test_the_metadata_that_kaggles_client_reads_is_written_into_the_bundle(tmp_p
         {"dataset_sources": ["ann/weight", "bob/data5"]},
         {"dataset_sources": [f"ann/{'w' * 50}"]},
         {"competition_sources": ["herbarium-2020-fgvc7"]},
+        {"machine_shape": "NvidiaL4X1"},
         {"enable_tpu": ABSENT, "machine_shape": ABSENT, "kernel_sources": ABSENT, "model_sources": ABSENT},
     ],
 )
@@ -99,6 +100,7 @@ WRONG = {
     "is_private": [ABSENT, False, "true"],
     "enable_gpu": [ABSENT, False, 1],
     "enable_internet": [ABSENT, True, "false"],
+    "machine_shape": ["NvidiaTeslaP100", "TpuV5E8", "nvidiateslat4", "", None],
     "dataset_sources": [
         ABSENT, [], "ann/weights", ["weights"], [5], ["ann/weights", "data"], ["ann/five5"], [f"ann/{'w' * 51}"],
     ],

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,23 +104,12 @@ class World:
 
 
 @pytest.fixture
-def world(rehearsed, tmp_path, monkeypatch):
+def world(rehearsed, kaggle, tmp_path):
     shutil.copytree(rehearsed, tmp_path / "competitor")
-    with Loopback() as kaggle:
-        (tmp_path / "home").mkdir()
-        for name in ("KAGGLE_API_TOKEN", "KAGGLE_KERNEL_RUN_TYPE"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in kaggle.environment(tmp_path / "home").items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(tempfile, "tempdir", None)  # so that TMPDIR is read again
-        from kaggle.api.kaggle_api_extended import KaggleApi
-
-        monkeypatch.setattr(KaggleApi, "args", ["--local"])  # it reads the environment only when it is imported
-        plain = tmp_path / "competitor" / "build" / PLAIN
-        kaggle.output["submission.csv"] = plain.read_bytes()
-        kaggle.log = plain.with_name("kernel.log").read_text(encoding="utf-8")
-        yield World(tmp_path / "competitor", kaggle)
-        assert not kaggle.foreign
+    plain = tmp_path / "competitor" / "build" / PLAIN
+    kaggle.output["submission.csv"] = plain.read_bytes()
+    kaggle.log = plain.with_name("kernel.log").read_text(encoding="utf-8")
+    return World(tmp_path / "competitor", kaggle)
 
 
 def set_credentials(monkeypatch, **environment: str) -> None:

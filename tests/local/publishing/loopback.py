@@ -9,6 +9,7 @@ import threading
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,8 +20,8 @@ OWNER, KEY, TOKEN = "tester", "5" * 32, "KGAT_" + "0123456789abcdef" * 2  # a ke
 class Refusal(Exception):
     """An HTTP error to answer with."""
 
-    def __init__(self, code: int, message: str = "as the test demands"):
-        self.code, self.message = code, message
+    def __init__(self, code: int, message: str = "as the test demands", is_html: bool = False):
+        self.code, self.message, self.is_html = code, message, is_html
 
 
 class Loopback:
@@ -37,6 +38,12 @@ class Loopback:
         scoring: the same for a submission.
         output: files that a run writes, by name.
         limits: submissions that are left today.
+        kernels: bodies of the pushes of each kernel, by reference; deleting a kernel removes it.
+        live: pieces of the log that each connection to a running session gets; the last list stays. After a list ending
+            with None the connection breaks, otherwise the log ends. Without any, there is no log until the run ends.
+        hours: GPU hours used this week.
+        others: states of the user's other kernels, by reference.
+        on_push: called with the body of each push; may run the script, and set `running`, `log` and `output`.
     """
 
     def __init__(self) -> None:
@@ -50,7 +57,12 @@ class Loopback:
         self.scoring = ["PENDING", "COMPLETE"]
         self.output: dict[str, bytes] = {}
         self.log = ""
-        self.versions, self.submitted, self.limits = 0, [], 5
+        self.submitted, self.limits = [], 5
+        self.kernels: dict[str, list[dict]] = {}
+        self.live: list[list[str | None]] = []
+        self.state, self.hours = "QUEUED", 12.5
+        self.others: dict[str, str] = {}
+        self.on_push: Callable[[dict], None] = lambda body: None
         self.competition = {"id": 1, "ref": "c", "userHasEntered": True, "isKernelsSubmissionsOnly": True}
         self.faults: dict[str, list[Callable[[dict], dict | None]]] = defaultdict(list)
         self._lock = threading.Lock()
@@ -134,16 +146,58 @@ class Loopback:
         return {"status": "ok", "url": f"https://www.kaggle.com/datasets/{reference}", "error": ""}
 
     def _SaveKernel(self, body: dict) -> dict:
-        self.versions += 1
-        return {"ref": body["slug"], "url": "https://www.kaggle.com/code/it", "versionNumber": self.versions}
+        versions = self.kernels.setdefault(body["slug"], [])
+        versions.append(body)
+        self.on_push(body)
+        return {"ref": body["slug"], "url": "https://www.kaggle.com/code/it", "versionNumber": len(versions)}
+
+    def _GetKernel(self, body: dict) -> dict:
+        reference = f"{body['userName']}/{body['kernelSlug']}"
+        if reference in self.others:
+            return {"metadata": {"ref": reference, "enableGpu": True}, "blob": {"source": "another"}}
+        versions = self._versions(body)
+        metadata = {"ref": reference, "currentVersionNumber": len(versions), "enableGpu": True}
+        return {"metadata": metadata, "blob": {"source": versions[-1]["text"]}}
+
+    def _versions(self, body: dict) -> list[dict]:
+        """The versions of a kernel."""
+        reference = f"{body['userName']}/{body['kernelSlug']}"
+        if reference not in self.kernels:
+            raise Refusal(404, "no such kernel")
+        return self.kernels[reference]
+
+    def _DeleteKernel(self, body: dict) -> dict:
+        self._versions(body)
+        del self.kernels[f"{body['userName']}/{body['kernelSlug']}"]
+        return {}
+
+    def _ListKernels(self, body: dict) -> dict:
+        mine = [*self.kernels, *self.others]
+        return {"kernels": [{"ref": one, "lastRunTime": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S}Z"} for one in mine]}
+
+    def _GetAcceleratorQuotaStatistics(self, body: dict) -> dict:
+        quota = {"timeUsed": f"{round(self.hours * 3600)}s", "totalTimeAllowed": f"{30 * 3600}s"}
+        return {"quotaRefreshTime": "2026-11-28T00:00:00Z", "gpuQuota": quota}
 
     def _GetKernelSessionStatus(self, body: dict) -> dict:
-        state = next_state(self.running)
-        return {"status": state, **({"failureMessage": "out of memory"} if state == "ERROR" else {})}
+        other = self.others.get(f"{body['userName']}/{body['kernelSlug']}")
+        if other:
+            return {"status": other}
+        versions, label = self._versions(body), body.get("versionLabel")
+        if label not in (None, *(f"v{number}" for number in range(1, len(versions) + 1))):
+            raise Refusal(404, "no such version")
+        if label is None or label != f"v{len(versions)}":
+            return {"status": "COMPLETE"}  # of an earlier version
+        self.state = next_state(self.running)
+        return {"status": self.state, **({"failureMessage": "out of memory"} if self.state == "ERROR" else {})}
 
     def _ListKernelSessionOutput(self, body: dict) -> dict:
-        files = [{"fileName": name, "url": f"{self.address}/output/{name}"} for name in self.output]
-        return {"files": files, "log": self.log}
+        """One file on each page."""
+        self._versions(body)
+        names, page = list(self.output), int(body.get("pageToken") or 0)
+        files = [{"fileName": name, "url": f"{self.address}/output/{name}"} for name in names[page : page + 1]]
+        more = {"nextPageToken": str(page + 1)} if page + 1 < len(names) else {}
+        return {"files": files, "log": self.log, **more}
 
     def _IntrospectToken(self, body: dict) -> dict:
         return {"active": body["token"] == TOKEN, "username": OWNER}
@@ -176,11 +230,11 @@ def next_state(states: list[str]) -> str:
     return states.pop(0) if len(states) > 1 else states[0]
 
 
-def http(code: int, message: str = "as the test demands") -> Callable[[dict], dict]:
-    """A fault that answers with an HTTP error."""
+def http(code: int, message: str = "as the test demands", is_html: bool = False) -> Callable[[dict], dict]:
+    """A fault that answers with an HTTP error, or a page of HTML with any code."""
 
     def refuse(body: dict) -> dict:
-        raise Refusal(code, message)
+        raise Refusal(code, message, is_html)
 
     return refuse
 
@@ -205,6 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Refusal(401, "Unauthenticated")
             answer = self.kaggle.answer(urlsplit(self.path).path.rpartition("/")[2], body)
         except Refusal as refusal:
+            if refusal.is_html:
+                self._reply(refusal.code, f"<html>{refusal.message}</html>".encode(), kind="text/html")
+                return
             self._reply(refusal.code, json.dumps({"code": refusal.code, "message": refusal.message}).encode())
         except ConnectionAbortedError:  # a fault that hangs up
             self.close_connection = True
@@ -237,9 +294,37 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(308, b"", **({"Range": f"bytes=0-{len(content) - 1}"} if content else {}))
 
     def do_GET(self) -> None:
-        if self._is_for_this_server():
+        if not self._is_for_this_server():
+            return
+        if "/logs/stream/" in self.path:
+            self._stream_log()
+        else:
             self.kaggle.requests.append("GET")
             self._reply(200, self.kaggle.output[self.path.rpartition("/")[2]], kind="text/csv")
+
+    def _stream_log(self) -> None:
+        """The log of a run: while it runs, events one by one; afterwards all at once."""
+        kaggle = self.kaggle
+        kaggle.requests.append("log")
+        if kaggle.state != "RUNNING":
+            self._reply(200, kaggle.log.encode(), kind="text/plain")
+            return
+        if not kaggle.live:
+            self._reply(404, b"{}")
+            return
+        pieces = kaggle.live.pop(0) if len(kaggle.live) > 1 else kaggle.live[0]
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        events = [json.dumps({"stream_name": "stdout", "time": 1.0, "data": piece}) for piece in pieces if piece]
+        for event in [*events, *([] if None in pieces else ["END_OF_LOG"])]:
+            content = f"data: {event}\n\n".encode()
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(content), content))
+        if None in pieces:
+            self.close_connection = True  # without the last chunk
+        else:
+            self.wfile.write(b"0\r\n\r\n")
 
     def do_CONNECT(self) -> None:
         self.kaggle.foreign.append(self.path)

@@ -40,9 +40,7 @@ def be_slow(body: dict) -> None:
     time.sleep(0.2)
 
 
-@pytest.mark.parametrize(
-    "method", ["GetCompetition", "SaveKernel", "GetKernelSessionStatus", "ListKernelSessionOutput"]
-)
+@pytest.mark.parametrize("method", ["GetCompetition", "SaveKernel", "ListKernelSessionOutput"])
 def test_a_request_is_repeated_while_the_network_fails(world, method, capsys):
     world.kaggle.fail(method, http(500), http(429), hang_up, http(503), be_slow)
     world.publish()

@@ -171,12 +171,8 @@ def test_the_log_of_an_earlier_run_is_not_accepted(world):
 def test_on_a_terminal_the_wait_is_one_line(world, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     world.publish()
-    [line] = [line for line in capsys.readouterr().out.split("\n") if "running" in line]
-    assert [re.search("queued|running|complete", part).group() for part in line.split("\r")[1:]] == [
-        "queued",
-        "running",
-        "complete",
-    ]
+    states = re.findall(r"\r\S+, version 1: (\w+)", capsys.readouterr().out)
+    assert states == ["queued", "running", "complete"]
 
 
 def reverse_guesses(text: str) -> str:
