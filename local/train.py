@@ -33,6 +33,12 @@ Under torchrun, every process trains on a part of each batch and embeds a part o
 --exclude leaves out the observations that a CSV lists in its column "observation", such as the marks of mislabelled
   and duplicate photos that a report saves. The run keeps their ids in its recipe.
 
+--on kaggle trains with the same arguments on Kaggle's GPUs. It sends this code as a private dataset, pushes a private
+  kernel with the competition of kernel-metadata.json, and prints the log as it comes. Then the run folder is put in
+  place here, with its part of the embedding cache. --data is not needed. An encoder that is a path is sent too. With
+  --set epochs=0 Kaggle only embeds, and banks can be chosen here. If this command is interrupted, or the session ends
+  at its limit, run it again with --resume. --wait waits until there is GPU quota and one of two sessions is free.
+
 A run folder keeps its recipe, the versions, the digest of the data, log.csv, the training curve, and TensorBoard's
 events (tensorboard --logdir runs). Of the seconds of an epoch, log.csv gives those spent on waiting for photos, on
 validation and on writing checkpoints; the rest are forward and backward passes and optimizer steps. local/runs.py lists
@@ -48,6 +54,7 @@ if not __package__:  # run as a script
 
 from local.base.console import command_parser, run, say
 from local.recipes.recipe import Given, build_recipe, explain, list_recipes, read_excluded, read_given
+from local.remote.order import Order, train_on_kaggle
 from local.training.checks import is_restarted
 from local.training.run import train_run
 
@@ -73,9 +80,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--explain", action="store_true", help="print every setting, its value and meaning; no training"
     )
+    parser.add_argument("--on", choices=["kaggle"], help="train on Kaggle's GPUs, and bring the run back")
+    parser.add_argument("--wait", action="store_true", help="with --on kaggle: wait for GPU quota and a free session")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     options = parser.parse_args()
-    if not options.data and not options.explain:
+    if not options.data and not options.explain and not options.on:
         parser.error("the following arguments are required: --data")
     return options
 
@@ -90,6 +99,10 @@ def main() -> None:
         return
     recipe = build_recipe(given)
     out = options.out or Path("runs") / Path(options.recipe).stem
+    if options.on:
+        order = Order(options.recipe, tuple(options.set), options.encoder, recipe, options.data, out)
+        train_on_kaggle(order, options.resume, options.wait)
+        return
     train_run(recipe, options.data, out, resumes=options.resume or is_restarted())
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,3 +90,13 @@ def make_partial(path: Path) -> Path:
     """A hidden file beside `path` to write to first; creates its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.partial")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file to another path, or copy it if the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source = source.resolve()  # a relative link would lead nowhere from another folder
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

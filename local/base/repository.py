@@ -1,10 +1,13 @@
 """Which code made a file: the commit of this repository, and the versions of the packages."""
 
+import json
 import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+KIT_FILE = "kit.json"  # in a copy of this repository that has no git, on Kaggle: which commit it was made from
 PACKAGES = ("torch", "timm", "numpy", "pandas", "pillow", "scikit-learn", "safetensors")  # what computes
 
 
@@ -19,7 +22,9 @@ def commit(*parts: str) -> str:
     Args:
         parts: folders of the repository; none stands for `kernel` and `local`, all that computes anything.
     """
-    git = ["git", "-C", str(Path(__file__).resolve().parents[2])]
+    if (ROOT / KIT_FILE).is_file():
+        return json.loads((ROOT / KIT_FILE).read_text(encoding="utf-8"))["commit"]
+    git = ["git", "-C", str(ROOT)]
     options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 60}
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], **options)

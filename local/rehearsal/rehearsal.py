@@ -17,12 +17,13 @@ from kernel.manifest import CompetitionSpec, read_weights
 from kernel.observations import TestTable, find_test_table, recognise
 from kernel.submission import check_submission, fallback_guesses
 from local.base.console import Progress, say
+from local.base.files import link_or_copy
 from local.bundling.metadata import read_kernel_metadata
 from local.bundling.record import ScenarioResult, check_bundle
 from local.data.folder import find_competition
 from local.data.solution import read_solution
 from local.rehearsal.sandbox import Controller, Outcome, Sandbox, find_isolation, run_isolated
-from local.rehearsal.staging import Mounts, fingerprint, link_or_copy, stage_bundle, stage_competition
+from local.rehearsal.staging import Mounts, fingerprint, stage_bundle, stage_competition
 from local.rehearsal.variations import keep_observations
 
 ROOT = Path(__file__).resolve().parents[2]

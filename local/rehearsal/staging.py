@@ -4,11 +4,11 @@ The files may be hard links to the user's own. So none is ever written to: it is
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from local.base.files import link_or_copy
 from local.data.folder import find_competition
 
 
@@ -59,16 +59,6 @@ def stage_bundle(build: Path, weights: Path, source: Path) -> None:
         if file.is_file():
             link_or_copy(file, weights / file.relative_to(build / "weights"))
     link_or_copy(build / "kernel.py", source / "script.py")
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link a file to another path, or copy it if the file system has no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()  # a relative link would lead nowhere from another folder
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def replace_file(path: Path, content: bytes) -> None:

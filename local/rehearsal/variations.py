@@ -15,8 +15,9 @@ from PIL import Image
 from kernel.competitions.competition import CompetitionFolder, PhotoRow
 from kernel.manifest import MANIFEST, read_manifest, write_manifest
 from kernel.observations import TestTable, read_rows
+from local.base.files import link_or_copy
 from local.data.folder import find_competition
-from local.rehearsal.staging import link_or_copy, replace_file
+from local.rehearsal.staging import replace_file
 
 
 def write_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> None:

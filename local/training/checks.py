@@ -16,10 +16,11 @@ from local.recipes.recipe import Recipe
 CHECKPOINTS = "checkpoints"
 
 
-def check_start(recipe: Recipe, data: Path, out: Path, resumes: bool = False) -> None:
+def check_start(recipe: Recipe, data: Path | None, out: Path, resumes: bool = False) -> None:
     """Check the folders and names that a training is given. Nothing is left behind.
 
     Args:
+        data: None if the competition is on Kaggle alone.
         out: as `named` gives it.
 
     Raises:
@@ -34,7 +35,8 @@ def check_start(recipe: Recipe, data: Path, out: Path, resumes: bool = False) ->
         refuse_unwritable(out)
     if has_checkpoint(partial_of(out) / CHECKPOINTS) and not resumes:
         raise InputError(f"{out} was interrupted: continue with --resume, or remove {partial_of(out)}")
-    find_competition(data)
+    if data:
+        find_competition(data)
     for one in recipe.encoder.each:
         find_source(one.name, recipe.encoder.pretrained)
 

@@ -1,0 +1,45 @@
+"""Use embeddings that Kaggle has made: an embedding's key has the device and the versions, which differ here.
+
+A kernel computes on Kaggle's GPUs, so these embeddings are nearer to what it will compute than those made here.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from kernel.encoders import Encoder, open_encoder, pick_devices
+from kernel.manifest import read_weights
+from local.base.files import link_or_copy
+from local.data.cache import EmbeddingCache
+from local.recipes.settings import CANDIDATES
+
+
+def cache_keys(run: Path) -> dict[str, str]:
+    """For each resize mode, the name of the folder in which this machine caches embeddings by a run's encoder."""
+    weights = read_weights(run)
+    spec = weights.manifest.members[0].encoder
+    encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
+    keys = {}
+    for mode in CANDIDATES["resize_mode"]:
+        preprocessing = replace(encoder.preprocessing, resize_mode=mode)
+        changed = Encoder(encoder.module, preprocessing, encoder.features, encoder.devices)
+        keys[mode] = EmbeddingCache(Path(), changed).folder.name
+    return keys
+
+
+def adopt_embeddings(run: Path, cache: Path, theirs: dict[str, str]) -> int:
+    """Add Kaggle's embeddings by a run's encoder to those of this machine; returns how many files were added.
+
+    Args:
+        theirs: `cache_keys` of the same run on Kaggle.
+    """
+    added = 0
+    for mode, key in cache_keys(run).items():
+        source = cache / theirs.get(mode, key)
+        if source.name == key or not source.is_dir():
+            continue
+        for path in source.rglob("*"):
+            target = cache / key / path.relative_to(source)
+            if path.is_file() and not target.exists():
+                link_or_copy(path, target)
+                added += 1
+    return added

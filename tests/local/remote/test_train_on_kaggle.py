@@ -1,0 +1,330 @@
+"""A run is trained on Kaggle as it would be here: Kaggle's own client sends it, and the pushed script really runs.
+
+A local Kaggle receives the datasets and the script. It runs the script as Kaggle would: alone in a folder, with the
+datasets and the competition mounted read-only, without network.
+"""
+
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from kernel.encoders import Encoder
+from kernel.inputs import InputError, sha256
+from kernel.manifest import MANIFEST, read_manifest, read_weights
+from local.base.files import link_or_copy
+from local.base.run_folder import CACHE
+from local.data.cache import embed_with_run
+from local.data.competition import read_competition
+from local.data.observations import select_observations
+from local.recipes.recipe import read_recipe
+from local.rehearsal.sandbox import Sandbox, find_isolation, run_isolated
+from local.remote.adoption import adopt_embeddings, cache_keys
+from local.remote.on_kaggle import OUTPUT
+from local.remote.order import Order, train_on_kaggle
+from local.remote.parcel import files_of, pack
+from local.training.checkpoints import read_notes
+from local.training.checks import CHECKPOINTS, partial_of
+from tests.conftest import kernel_metadata, photo
+from tests.local.publishing.loopback import KEY, OWNER, Loopback, Refusal, http
+
+KIT, KERNEL = f"{OWNER}/few-shot-species-kit", f"{OWNER}/few-shot-species-train-remote"
+TINY = ("encoder=timm:test_resnet", "pretrained=false", "image_size=64", "reference=train", 'views=["plain"]')
+# Sends SIGTERM to the script as soon as there is a checkpoint.
+STOP_AFTER_CHECKPOINT = """
+import os, signal, sys, threading, time
+from pathlib import Path
+def stop():
+    while not any(Path.cwd().glob("runs/.*.partial/checkpoints/*.safetensors")):
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=stop, daemon=True).start()
+"""
+
+
+class Machine:
+    """What runs the pushed script."""
+
+    def __init__(self, kaggle: Loopback, competition: Path, folder: Path):
+        self.kaggle, self.competition, self.folder = kaggle, competition, folder
+        self.bootstrap, self.unpacks, self.sessions = "", True, 0
+        self.isolation = find_isolation(folder)
+
+    def run(self, body: dict) -> None:
+        """Run a script that was pushed, until it ends."""
+        self.sessions += 1
+        folder = self.folder / str(self.sessions)
+        inputs, working, source = (folder / name for name in ("input", "working", "src"))
+        for made in (working, source):
+            made.mkdir(parents=True)
+        for reference in body["datasetDataSources"]:
+            for name, content in self.kaggle.stored(reference).items():
+                self.mount(inputs / "datasets" / reference, name, content)
+        [slug] = body["competitionDataSources"]
+        target = inputs / "competitions" / slug
+        shutil.copytree(self.competition, target, copy_function=lambda a, b: link_or_copy(Path(a), Path(b)))
+        (source / "script.py").write_text(body["text"], encoding="utf-8")
+        lines: list[str] = []
+        sandbox = Sandbox(working, (inputs, source), self.isolation, bootstrap=self.bootstrap)
+        arguments = ["--input", str(inputs), "--working", str(working)]
+        outcome = run_isolated(source / "script.py", arguments, sandbox, 300, lines.append)
+        self.kaggle.log = "\n".join(lines)
+        self.kaggle.running = ["RUNNING", "ERROR" if outcome.code else "COMPLETE"]
+        self.kaggle.output = {path.name: path.read_bytes() for path in working.iterdir() if path.is_file()}
+
+    def mount(self, folder: Path, name: str, content: bytes) -> None:
+        """A file of a dataset; Kaggle unpacks a zip."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".zip") and self.unpacks:
+            zipfile.ZipFile(io.BytesIO(content)).extractall(folder / name.removesuffix(".zip"))
+        else:
+            (folder / name).write_bytes(content)
+
+
+@pytest.fixture
+def machine(kaggle, drawn, tmp_path):
+    (tmp_path / "machine").mkdir()
+    machine = Machine(kaggle, drawn.competition, tmp_path / "machine")
+    kaggle.on_push = machine.run
+    return machine
+
+
+class Home:
+    """A competitor's folder, and a clock that does not wait."""
+
+    def __init__(self, folder: Path, data: Path):
+        self.folder, self.data, self.slept = folder, data, []
+        self.out = folder / "runs" / "remote"
+        folder.mkdir()
+
+    def train(
+        self, *settings: str, data: bool = True, encoder: str | None = None, recipe: str = "demo", **options
+    ) -> None:
+        """What the command does."""
+        from local.publishing.client import Clock
+
+        settings = (*TINY, *(("pretrained=true", "image_size=0") if encoder else ()), *settings)
+        metadata = kernel_metadata(self.folder / "kernel-metadata.json")
+        built = read_recipe(recipe, settings, encoder)
+        order = Order(recipe, settings, encoder, built, self.data if data else None, self.out)
+        train_on_kaggle(order, metadata=metadata, clock=Clock(lambda: sum(self.slept), self.slept.append), **options)
+
+    def refusal(self, *settings: str, **options) -> str:
+        """The error that the command ends with: one line."""
+        with pytest.raises(InputError) as refused:
+            self.train(*settings, **options)
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+
+@pytest.fixture
+def home(tmp_path, drawn):
+    return Home(tmp_path / "competitor", drawn.competition)
+
+
+def test_a_run_is_trained_on_kaggle_and_put_in_place_here(home, machine, capfd):
+    home.train("epochs=1")
+    run = read_weights(home.out)
+    for name in run.manifest.files:
+        run.file(name)
+    said = capfd.readouterr()
+    assert run.manifest.members[0].validation
+    [pushed] = machine.kaggle.bodies["SaveKernel"]
+    assert pushed["slug"] == KERNEL
+    assert pushed["isPrivate"] is True
+    assert pushed["enableInternet"] is True
+    assert pushed["competitionDataSources"] == ["fungi-clef-2025"]
+    assert pushed["sessionTimeoutSeconds"] == 12 * 3600 - 60
+    assert all(body["isPrivate"] for body in machine.kaggle.bodies["CreateDataset"])
+    assert list(machine.kaggle.datasets) == pushed["datasetDataSources"] == [KIT]
+    assert KEY not in said.out + said.err + pushed["text"]
+    assert "done after" in said.out
+    home.train("epochs=1", resumes=True)
+    assert "is done already" in capfd.readouterr().out
+    assert machine.sessions == 1
+    assert any((home.out.parent / CACHE).rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+def test_a_stopped_training_goes_on_in_the_next_session(home, machine):
+    machine.bootstrap = STOP_AFTER_CHECKPOINT
+    message = home.refusal("epochs=1000")
+    assert "was stopped at the session's limit" in message
+    trained = read_notes(partial_of(home.out) / CHECKPOINTS)["trained"]
+    machine.bootstrap, machine.unpacks = "", False
+    home.train(f"epochs={max(1, trained + 1)}", resumes=True)
+    assert "continuing from" in machine.kaggle.log
+    assert read_manifest(home.out / MANIFEST)
+    assert not partial_of(home.out).exists()
+    assert machine.kaggle.count("CreateDataset") == 2  # the kit was not sent again
+
+
+@pytest.mark.slow
+def test_an_encoder_here_is_sent_and_the_embeddings_come_back(home, machine, trained):
+    home.train("epochs=0", encoder=str(trained), data=False)
+    [pushed] = machine.kaggle.bodies["SaveKernel"]
+    [_, encoder] = pushed["datasetDataSources"]
+    assert set(machine.kaggle.stored(encoder)) == {MANIFEST, "encoder.safetensors"}
+    assert str(trained) not in pushed["text"]
+    parts = list((home.out.parent / CACHE).rglob("*.safetensors"))
+    assert sum(len(load_file(part)["photos"]) for part in parts) > 0
+    assert json.loads((home.out / "metrics.json").read_text(encoding="utf-8"))["validation"]
+
+
+# Faults. The machine does not run the script here: its output is a parcel of a run that was trained before.
+
+
+@pytest.fixture
+def arrived(kaggle, trained, tmp_path):
+    """A local Kaggle whose sessions leave the output of a finished training."""
+    cache = tmp_path / "cache" / "0123" / "plain" / "part.safetensors"
+    cache.parent.mkdir(parents=True)
+    cache.write_bytes(b"embeddings")
+    deliver(kaggle, tmp_path, {**dict(files_of(trained, "run")), "embeddings/0123/plain/part.safetensors": cache})
+    return kaggle
+
+
+def deliver(kaggle: Loopback, folder: Path, files: dict[str, Path], **said) -> None:
+    """Make a parcel the output of the next sessions."""
+    pack(folder / OUTPUT, files, **said)
+    kaggle.output = {"other.txt": b"x", OUTPUT: (folder / OUTPUT).read_bytes()}
+    kaggle.log = "done after 1:00"
+
+
+def test_the_local_process_may_die_while_kaggle_trains(home, arrived, trained):
+    def die(body: dict) -> None:
+        raise Refusal(400, "the local process died")
+
+    arrived.fail("GetKernelSessionStatus", die)
+    home.refusal("epochs=1")
+    assert "is being trained on Kaggle" in home.refusal("epochs=1")
+    assert "with another recipe, encoder or --set" in home.refusal("epochs=2", resumes=True)
+    home.train("epochs=1", resumes=True)
+    assert arrived.count("SaveKernel") == 1
+    assert sha256(home.out / MANIFEST) == sha256(trained / MANIFEST)
+
+
+def test_the_local_process_may_die_between_the_push_and_its_answer(home, arrived):
+    arrived.fail("SaveKernel", lambda body: (arrived._SaveKernel(body), http(400)(body)))
+    home.refusal("epochs=1")
+    home.train("epochs=1", resumes=True)
+    assert arrived.count("SaveKernel") == 1
+    assert home.out.is_dir()
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "empty", "html"])
+def test_a_run_that_was_damaged_on_the_way_is_downloaded_again(home, arrived, damage):
+    whole = arrived.output[OUTPUT]
+    middle = len(whole) // 2
+    arrived.output[OUTPUT] = {
+        "cut": whole[:middle],
+        "changed": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "empty": b"",
+        "html": b"<html>try again</html>",
+    }[damage]
+    message = home.refusal("epochs=1")
+    assert "run.zip is damaged" in message
+    assert "--resume" in message
+    assert not home.out.exists()
+    arrived.output[OUTPUT] = whole
+    home.train("epochs=1", resumes=True)
+    assert arrived.count("SaveKernel") == 1
+    assert read_weights(home.out).file("encoder.safetensors")
+    assert (home.out.parent / CACHE / "0123" / "plain" / "part.safetensors").read_bytes() == b"embeddings"
+    assert sorted(path.name for path in home.out.parent.iterdir()) == [CACHE, ".kaggle", "remote"]
+
+
+def test_a_path_that_leads_out_of_the_parcel_is_refused(home, arrived, trained, tmp_path):
+    deliver(arrived, tmp_path, {"run/../../../evil": trained / MANIFEST})
+    assert "is damaged" in home.refusal("epochs=1")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_a_training_that_fails_on_kaggle_is_reported_with_its_last_line(home, kaggle, tmp_path):
+    said = {"code": 2, "last_line": "error: the GPU is out of memory while training: choose a smaller batch"}
+    deliver(kaggle, tmp_path, {}, **said)
+    kaggle.running = ["RUNNING", "ERROR"]
+    message = home.refusal("epochs=1")
+    assert "exit code 2 (the GPU is out of memory while training" in message
+    assert not home.out.exists()
+    assert "1 session" not in home.refusal("epochs=1")  # it is pushed again
+    assert kaggle.count("SaveKernel") == 2
+
+
+def test_a_session_that_crashed_and_stays_running_is_ended(home, kaggle):
+    kaggle.running, kaggle.live = ["RUNNING"], [["Traceback (most recent call last):", "MemoryError", None]]
+    message = home.refusal("epochs=1")
+    assert "it ended (MemoryError)" in message
+    assert f"{KERNEL} was deleted" in message
+    assert kaggle.kernels == {}
+
+
+def test_a_session_without_output_is_reported(home, kaggle):
+    kaggle.running = ["RUNNING", "CANCEL_ACKNOWLEDGED"]
+    assert "ended with cancel_acknowledged and left no run.zip" in home.refusal("epochs=1")
+
+
+def test_the_session_is_no_longer_than_the_quota(home, arrived):
+    arrived.hours = 28
+    home.train("epochs=1")
+    [pushed] = arrived.bodies["SaveKernel"]
+    assert pushed["sessionTimeoutSeconds"] == 2 * 3600
+    assert "seconds=5400" in pushed["text"]
+    arrived.hours = 29.5
+    home.out = home.out.with_name("another")
+    assert "only 30:00 of GPU time are left" in home.refusal("epochs=1")
+
+
+def test_the_same_code_is_not_sent_twice(home, arrived):
+    home.train("epochs=1")
+    home.out = home.out.with_name("another")
+    home.train("epochs=2")
+    assert arrived.count("CreateDataset") == 1
+    assert arrived.count("CreateDatasetVersion") == 0
+    [notes] = [body for body in arrived.bodies["CreateDataset"]]
+    assert notes["isPrivate"] is True
+
+
+def test_an_own_recipe_is_in_the_script_and_its_path_is_not(home, arrived, tmp_path):
+    recipe = tmp_path / "secret-place" / "mine.toml"
+    recipe.parent.mkdir()
+    recipe.write_text('[train]\nepochs = 7\n[encoder]\nencoder = "timm:test_resnet"\n', encoding="utf-8")
+    home.train(recipe=str(recipe))
+    [pushed] = arrived.bodies["SaveKernel"]
+    assert "epochs = 7" in pushed["text"]
+    assert "secret-place" not in pushed["text"]
+
+
+def test_a_secret_in_a_recipe_is_not_pushed(home, arrived, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(f'# {KEY}\n[encoder]\nencoder = "timm:test_resnet"\n', encoding="utf-8")
+    message = home.refusal(recipe=str(recipe))
+    assert "what looks like a secret" in message
+    assert KEY not in message
+    assert arrived.count("SaveKernel") == 0
+
+
+def test_another_competition_than_the_attached_one_is_refused_before_signing_in(home, kaggle, tmp_path):
+    for name in ("amanita", "boletus"):
+        photo(tmp_path / "photos" / "train" / name / "1.png")
+    home.data = tmp_path / "photos"
+    assert "kernel-metadata.json attaches fungi-clef-2025, but" in home.refusal("epochs=1")
+    assert kaggle.requests == []
+
+
+def test_embeddings_from_kaggle_are_used_by_other_devices_and_versions(trained, drawn, tmp_path, monkeypatch):
+    """Their key there has another device and other versions."""
+    labelled = read_competition(drawn.competition)
+    observations = select_observations(labelled, True, 0, 0).observations
+    first = embed_with_run(trained, observations, ("plain",), tmp_path / "cache")
+    [key] = [path.name for path in (tmp_path / "cache").iterdir()]
+    (tmp_path / "cache" / key).rename(tmp_path / "cache" / "made-on-kaggle")
+    [mode] = [mode for mode, name in cache_keys(trained).items() if name == key]
+    assert adopt_embeddings(trained, tmp_path / "cache", {mode: "made-on-kaggle"}) > 0
+    monkeypatch.setattr(Encoder, "embed", lambda *_: pytest.fail("embedded again"))
+    again = embed_with_run(trained, observations, ("plain",), tmp_path / "cache")
+    assert (again.values == first.values).all()
