@@ -1,8 +1,9 @@
 """Publish the bundle: upload the weights as a dataset, push the script as a kernel, collect its output, submit it.
 
-python local/publish.py --dry-run    print what would be sent
+python local/publish.py --dry-run    print what would be sent; needs no credentials
 python local/publish.py              send what is not on Kaggle yet, wait for the run, check its output
 python local/publish.py --submit     also submit that version, and wait for the score
+python local/publish.py --weights model    send the weights as a Kaggle Model, and attach that version of it
 
 If it is interrupted, run the same command again: it continues where it stopped. Everything is private unless --public.
 
@@ -53,6 +54,7 @@ def publish(
     is_public: bool = False,
     is_dry: bool = False,
     waits: bool = False,
+    as_model: bool = False,
     metadata: Path = METADATA,
     ledger: Path = LEDGER,
     **kaggle,
@@ -62,6 +64,7 @@ def publish(
     Args:
         is_dry: only print what would be sent.
         waits: wait until there is GPU quota, a session can start, and a submission is left.
+        as_model: send the weights as a Kaggle Model instead of a dataset.
         metadata: kernel-metadata.json.
         kaggle: arguments of `local.publishing.client.Kaggle`.
 
@@ -69,8 +72,8 @@ def publish(
         InputError: a check or a step failed. Steps that are done will not be repeated.
     """
     inspected = inspect(build, metadata)
-    bundle, credentials = check_credentials(inspected)
-    describe(bundle, is_public)
+    bundle, credentials = check_credentials(inspected, is_optional=is_dry)
+    describe(bundle, is_public, as_model)
     if is_dry:
         say("dry run: nothing was sent")
         return
@@ -83,7 +86,7 @@ def publish(
     check_owner(bundle.metadata, user.name, credentials.source)
     write_metadata(build, bundle.metadata)
     publication = Publication(bundle, user, is_public)
-    kernel = publication.push_kernel(publication.send_weights(), submits, waits)
+    kernel = publication.push_kernel(publication.send_weights(as_model), submits, waits)
     output = publication.collect_output(kernel.version)
     if submits:
         publication.submit(output, kernel.version, ledger, waits)
@@ -91,7 +94,7 @@ def publish(
         say("run again with --submit to submit this version")
 
 
-def describe(bundle: Bundle, is_public: bool) -> None:
+def describe(bundle: Bundle, is_public: bool, as_model: bool) -> None:
     """Print what will be sent, and where to."""
     visibility = "public" if is_public else "private"
     weights = bundle.files[1:]
@@ -99,7 +102,8 @@ def describe(bundle: Bundle, is_public: bool) -> None:
     if not has_owner(bundle.metadata):
         say(f"owner        {PLACEHOLDER} stands for your Kaggle name, which is known after signing in")
     say(f"kernel       {bundle.metadata['id']}, {visibility}: {bundle.script}, {bundle.script.stat().st_size:,} bytes")
-    say(f"dataset      {bundle.dataset}, {visibility}: {counted(len(weights), 'file')}, {size / 1e6:.1f} MB")
+    kind = "model  " if as_model else "dataset"
+    say(f"{kind}      {bundle.dataset}, {visibility}: {counted(len(weights), 'file')}, {size / 1e6:.1f} MB")
     for path in weights:
         say(f"               {path.relative_to(bundle.weights)}, {path.stat().st_size:,} bytes")
     rows = counted(len(bundle.table.observations), "observation")
@@ -115,8 +119,15 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="only print what would be sent")
     parser.add_argument("--public", action="store_true", help="make the kernel, and a new dataset, public")
     parser.add_argument("--wait", action="store_true", help="wait for GPU quota, a free session and a submission")
+    parser.add_argument(
+        "--weights",
+        choices=["dataset", "model"],
+        default="dataset",
+        help="what the weights become (default: %(default)s)",
+    )
     options = parser.parse_args()
-    publish(options.build, options.submit, options.public, options.dry_run, options.wait)
+    as_model = options.weights == "model"
+    publish(options.build, options.submit, options.public, options.dry_run, options.wait, as_model)
 
 
 if __name__ == "__main__":

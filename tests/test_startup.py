@@ -72,7 +72,7 @@ EVALUATE = ("local/evaluate.py", "{folder}/run", "--data", "{data}")
         ((*TRAIN, "{data}", "--out", "{folder}", "--resume"), "it is not a run, manifest.json is missing"),
         ((*TRAIN, "{data}", "--out", "{folder}/file/new"), "cannot be written"),
         ((*TRAIN, "{data}", "--encoder", "{folder}/nowhere", "--set", "pretrained=true"), "no encoder"),
-        ((*TRAIN, "{data}", "--on", "kaggle"), "kernel-metadata.json attaches fungi-clef-2025, but {data} is"),
+        ((*TRAIN, "{data}", "--on", "kaggle"), "kernel-metadata.json attaches fungi-clef-2025, but"),
         ((*TRAIN, "{data}", "--out", "{folder}/run", "--on", "kaggle"), "run exists already"),
         (("local/evaluate.py", "{folder}/run", "--data", "{folder}/nowhere"), "nowhere does not exist"),
         (

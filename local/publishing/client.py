@@ -22,14 +22,17 @@ from kagglesdk.competitions.types.competition_api_service import ApiGetCompetiti
 from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
 from requests import HTTPError, PreparedRequest, RequestException, Response
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import HTTPError as TransportError
 
 from kernel.inputs import InputError, shorten
 from kernel.progress import clock_time
 from local.base.console import counted, say
+from local.base.files import write_json
 from local.bundling.metadata import DATASET_METADATA
 from local.publishing.credentials import TOKENS
 
+MODEL_METADATA = "model-instance-metadata.json"
+# Kaggle's list of licences for models has none for "not said", so the one that permits least.
+MODEL_LICENCE = "Attribution-NonCommercial-NoDerivatives 4.0 International (CC BY-NC-ND 4.0)"
 ATTEMPTS = 6
 FIRST_DELAY, MAX_DELAY = 2.0, 120.0  # seconds between attempts; each delay is twice the one before
 REQUEST_TIMEOUT = 300.0  # seconds without any data after which a connection is closed
@@ -136,7 +139,7 @@ class StrictApi(KaggleApi):
         for path, result in self.incomplete.items():
             if result == ResumableUploadResult.FAILED:  # it cannot be resumed: the next attempt starts it again
                 Path(upload_context.get_upload_info_file_path(path)).unlink(missing_ok=True)
-        expected = sum(path.name != DATASET_METADATA for path in Path(folder).iterdir())
+        expected = sum(path.name not in (DATASET_METADATA, MODEL_METADATA) for path in Path(folder).iterdir())
         if len(request.files) < expected:
             raise Interrupted(f"{expected - len(request.files)} of {counted(expected, 'file')} did not arrive")
 
@@ -282,6 +285,60 @@ class Kaggle:
         self.call(what, attempt, forbidden=forbidden)
         return (before or 0) + 1
 
+    def model_version(self, reference: str) -> int | None:
+        """The current version of a model's variation, owner/model/framework/variation; None if there is no such one."""
+        what = f"asking for the model {reference}"
+        try:
+            return self.call(what, self.api.model_instance_get, reference, forbidden=None).version_number
+        except NotFound:
+            return None
+
+    def send_model(self, folder: Path, reference: str, before: int | None, note: str, is_public: bool) -> int:
+        """Create a model's variation from a folder, and the model if need be, or add a version; returns its number.
+
+        Args:
+            reference: owner/model/framework/variation.
+            before: the variation's current version; None if there is none yet.
+        """
+        what, quiet, path = f"sending {folder}", self.is_quiet, str(folder.resolve())
+        owner, model, framework, variation = reference.split("/")
+        if before is None:
+            self.create_model(owner, model, is_public)
+
+        def attempt() -> None:
+            now = self.model_version(reference)
+            if now is not None and (before is None or now > before):
+                return  # an earlier attempt arrived, only its answer was lost
+            if now is not None:
+                result = self.api.model_instance_version_create(reference, path, note, quiet=quiet, dir_mode="zip")
+            else:
+                result = self.api.model_instance_create(path, quiet=quiet, dir_mode="zip")
+            check_answer(what, result)
+
+        described = {"ownerSlug": owner, "modelSlug": model, "instanceSlug": variation, "framework": framework}
+        write_json({**described, "licenseName": MODEL_LICENCE, "overview": note}, folder / MODEL_METADATA)
+        try:
+            self.call(what, attempt, forbidden="a model needs a verified phone number")
+        finally:
+            (folder / MODEL_METADATA).unlink()
+        return (before or 0) + 1
+
+    def create_model(self, owner: str, model: str, is_public: bool) -> None:
+        """Create a model without variations, unless there is one of this name."""
+        what = f"creating the model {owner}/{model}"
+        described = {"ownerSlug": owner, "slug": model, "title": model.replace("-", " ").capitalize()}
+        described |= {"isPrivate": not is_public, "description": "Weights of a few-shot species classifier."}
+
+        def attempt() -> None:
+            with suppress(NotFound):
+                self.call(what, self.api.model_get, f"{owner}/{model}", forbidden=None)
+                return
+            check_answer(what, self.api.model_create_new(folder))
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(described, Path(folder) / "model-metadata.json")
+            self.call(what, attempt, forbidden="a model needs a verified phone number")
+
     def push(self, metadata: dict, script: Path, session_limit: float) -> tuple[int, str]:
         """Push a kernel, which starts its run; returns the number of its version and its URL.
 
@@ -374,7 +431,7 @@ class Kaggle:
             for event in self.api.kernels_logs_stream(reference):
                 if event.get("data"):
                     yield as_utf8(str(event["data"]))
-        except (RequestException, TransportError, ValueError) as error:
+        except (RequestException, ValueError) as error:
             raise Unavailable(f"reading the log of {reference}: {shorten(error)}") from error
 
     def gpu_quota(self) -> GpuQuota | None:

@@ -11,6 +11,10 @@ from kernel.inputs import InputError
 TOKENS = "https://www.kaggle.com/settings/api"
 
 
+class NoCredentials(InputError):
+    """The user has none."""
+
+
 @dataclass(frozen=True)
 class Credentials:
     """A user's Kaggle credentials.
@@ -30,7 +34,8 @@ def find_credentials() -> Credentials:
     """The credentials that Kaggle's client will use, in its order of precedence.
 
     Raises:
-        InputError: there are none, or the client cannot read the file that contains them.
+        NoCredentials: there are none.
+        InputError: the client cannot read the file that contains them.
     """
     home = Path.home() / ".kaggle"
     token = os.environ.get("KAGGLE_API_TOKEN", "")
@@ -56,7 +61,7 @@ def find_credentials() -> Credentials:
             ) from error
     if read_secret(home / "credentials.json"):
         return Credentials(str(home / "credentials.json"), None, ())
-    raise InputError(f"no Kaggle credentials: make a token at {TOKENS} and put it into {home / 'access_token'}")
+    raise NoCredentials(f"no Kaggle credentials: make a token at {TOKENS} and put it into {home / 'access_token'}")
 
 
 def find_owner() -> str | None:

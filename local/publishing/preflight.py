@@ -21,7 +21,7 @@ from local.base.files import read_json
 from local.bundling.metadata import DATASET_METADATA, KERNEL_METADATA, PLACEHOLDER, read_kernel_metadata, with_owner
 from local.bundling.record import PLAIN, RehearsalRecord, check_bundle, read_record
 from local.bundling.weights import warn_of_few_classes
-from local.publishing.credentials import Credentials, find_credentials, find_owner
+from local.publishing.credentials import Credentials, NoCredentials, find_credentials, find_owner
 
 MAX_BYTES = 1_000_000  # of a script; the server refuses larger ones
 # A token starts at a word boundary: the run's name `multitask-convnext-384` does not contain an OpenAI key.
@@ -167,8 +167,11 @@ def check_script(path: Path, manifest_digest: str) -> None:
         )
 
 
-def check_credentials(bundle: Bundle) -> tuple[Bundle, Credentials]:
+def check_credentials(bundle: Bundle, is_optional: bool = False) -> tuple[Bundle, Credentials]:
     """Find the user's credentials, and check that they fit the bundle and are in none of its files.
+
+    Args:
+        is_optional: without credentials, look for anybody's secrets only.
 
     Returns:
         The bundle with its owner filled in, if that is known without signing in, and the credentials.
@@ -176,7 +179,12 @@ def check_credentials(bundle: Bundle) -> tuple[Bundle, Credentials]:
     Raises:
         InputError: there are no credentials, they belong to somebody else than the kernel, or a file has a secret.
     """
-    credentials = find_credentials()
+    try:
+        credentials = find_credentials()
+    except NoCredentials:
+        if not is_optional:
+            raise
+        credentials = Credentials("none", None, ())
     owned = bundle.owned_by(find_owner())
     check_owner(owned.metadata, credentials.owner, credentials.source)
     find_secret(owned.files, credentials)

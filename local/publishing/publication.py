@@ -13,12 +13,14 @@ from kernel.observations import TestTable
 from kernel.submission import check_submission
 from local.base.console import counted, say
 from local.base.files import write_json, write_text
+from local.bundling.metadata import KERNEL_METADATA
 from local.publishing.client import MAX_SESSION, Kaggle, accept_rules
 from local.publishing.ledger import make_submission, save_submission
 from local.publishing.preflight import Bundle
 from local.publishing.session import LAST_LINES, STOPPED, STUCK, Watch, start_session
-from local.publishing.uploads import SentFiles, Upload, send
+from local.publishing.uploads import SentFiles, Upload, is_model, send
 
+VARIATION = "pyTorch/weights"  # framework and variation of a model
 OUTPUT = "submission.csv"  # that the kernel writes
 STATE = Path("kaggle", "state.json")
 POLL_SECONDS = 30
@@ -60,6 +62,14 @@ def read_state(path: Path) -> State:
         return State()
 
 
+def attach(metadata: dict, weights: SentFiles) -> dict:
+    """Kernel metadata that attach the weights; a model with its version, in the place of the dataset."""
+    if not is_model(weights.reference):
+        return metadata
+    models = [*metadata.get("model_sources", ()), f"{weights.reference}/{weights.version}"]
+    return {**metadata, "dataset_sources": metadata["dataset_sources"][1:], "model_sources": models}
+
+
 class Publication:
     """A bundle that is being published."""
 
@@ -76,15 +86,19 @@ class Publication:
         if not self.competition.user_has_entered:
             say(f"Kaggle does not list you in {bundle.competition}: {accept_rules(bundle.competition)}")
 
-    def send_weights(self) -> SentFiles:
+    def send_weights(self, as_model: bool = False) -> SentFiles:
         """Upload the weights, unless Kaggle has them already, and wait until they are processed.
+
+        Args:
+            as_model: as a Kaggle Model instead of a dataset.
 
         Raises:
             InputError: they cannot be sent, or are not ready in time.
         """
         bundle, digest = self.bundle, self.bundle.record.bundle.manifest
         note = f"manifest {digest}, runs {', '.join(bundle.runs)}"
-        upload = Upload(bundle.weights, bundle.dataset, digest, note, self.is_public)
+        reference = f"{bundle.dataset}/{VARIATION}" if as_model else bundle.dataset
+        upload = Upload(bundle.weights, reference, digest, note, self.is_public)
         return send(self.kaggle, upload, self.state.weights, lambda sent: self._save(weights=sent))
 
     @property
@@ -103,7 +117,8 @@ class Publication:
             Busy: no session can start now.
             InputError: no submission is left, or Kaggle refuses the kernel or one of its sources.
         """
-        metadata = {**self.bundle.metadata, "is_private": not self.is_public}
+        metadata = {**attach(self.bundle.metadata, weights), "is_private": not self.is_public}
+        write_json({**metadata, "code_file": "kernel.py"}, self.bundle.build / KERNEL_METADATA)
         script, pushed = self.bundle.record.bundle.kernel, self.state.kernel
         if pushed and (pushed.metadata, pushed.script, pushed.weights) == (metadata, script, weights):
             say(f"{metadata['id']}: version {pushed.version} is this script already, {pushed.url}")

@@ -1,4 +1,4 @@
-"""Send a folder to Kaggle as a dataset, unless it has that already, and wait until it is processed."""
+"""Send a folder to Kaggle as a dataset or a model, unless it has that already, and wait until it is processed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class SentFiles:
     """Files that are on Kaggle.
 
     Attributes:
-        reference: owner/slug of the dataset.
+        reference: owner/slug of the dataset, or owner/model/framework/variation.
         digest: identifies the files.
-        version: of the dataset.
+        version: of the dataset or the variation.
     """
 
     reference: str
@@ -30,11 +30,11 @@ class SentFiles:
 
 @dataclass(frozen=True)
 class Upload:
-    """A folder that is to be a dataset.
+    """A folder that is to be a dataset or a model.
 
     Attributes:
-        folder: with dataset-metadata.json. An upload that was interrupted is resumed by its path.
-        reference: owner/slug of the dataset.
+        folder: for a dataset with dataset-metadata.json. An upload that was interrupted is resumed by its path.
+        reference: owner/slug of the dataset, or owner/model/framework/variation.
         digest: identifies the content.
         note: of the version, for those who read the dataset's page.
     """
@@ -57,6 +57,8 @@ def send(kaggle: Kaggle, upload: Upload, sent: SentFiles | None, save: Callable[
         InputError: it cannot be sent, or is not ready in time.
     """
     reference = upload.reference
+    if is_model(reference):
+        return send_model(kaggle, upload, sent, save)
     current = kaggle.dataset_status(reference)
     is_usable = current is not None and current.status not in BROKEN
     is_same = sent is not None and (sent.reference, sent.digest) == (reference, upload.digest)
@@ -74,6 +76,33 @@ def send(kaggle: Kaggle, upload: Upload, sent: SentFiles | None, save: Callable[
         save(sent)
         say(f"{reference}: version {version} sent")
     wait_until_ready(kaggle, reference, sent.version, save)
+    return sent
+
+
+def is_model(reference: str) -> bool:
+    return reference.count("/") == 3
+
+
+def send_model(
+    kaggle: Kaggle, upload: Upload, sent: SentFiles | None, save: Callable[[SentFiles | None], None]
+) -> SentFiles:
+    """`send` for a model."""
+    reference, current = upload.reference, kaggle.model_version(upload.reference)
+    is_same = sent is not None and (sent.reference, sent.digest) == (reference, upload.digest)
+    # A kernel names the version, so that a newer one does no harm.
+    if is_same and current is not None and current >= sent.version:
+        say(f"{reference}: version {sent.version} has these files already")
+        return sent
+    version = kaggle.send_model(upload.folder, reference, current, upload.note, upload.is_public)
+    sent = SentFiles(reference, upload.digest, version)
+    save(sent)
+    say(f"{reference}: version {version} sent")
+
+    def poll() -> tuple[bool | None, str]:
+        now = kaggle.model_version(reference) or 0
+        return (True, "ready") if now >= version else (None, "not ready yet")
+
+    kaggle.wait(reference, poll, POLL_SECONDS, MAX_PROCESSING)
     return sent
 
 

@@ -33,6 +33,7 @@ class Loopback:
         foreign: requested addresses that are not this server's.
         blobs: name and received bytes of each upload, by token.
         datasets: versions of each dataset, by reference; a version is the contents of its files by name.
+        models: the same for the one variation of each model.
         processing: states of a dataset, one per question; the last one stays.
         running: the same for a kernel's run.
         scoring: the same for a submission.
@@ -57,6 +58,7 @@ class Loopback:
         self.scoring = ["PENDING", "COMPLETE"]
         self.output: dict[str, bytes] = {}
         self.log = ""
+        self.models: dict[str, list[dict[str, bytes]]] = {}
         self.submitted, self.limits = [], 5
         self.kernels: dict[str, list[dict]] = {}
         self.live: list[list[str | None]] = []
@@ -144,6 +146,30 @@ class Loopback:
         files = dict(self.blobs[file["token"]] for file in files)
         self.datasets.setdefault(reference, []).append({name: bytes(content) for name, content in files.items()})
         return {"status": "ok", "url": f"https://www.kaggle.com/datasets/{reference}", "error": ""}
+
+    def _GetModel(self, body: dict) -> dict:
+        if f"{body['ownerSlug']}/{body['modelSlug']}" not in self.models:
+            raise Refusal(404, "no such model")
+        return {"id": 8, "ref": body["modelSlug"]}
+
+    def _CreateModel(self, body: dict) -> dict:
+        self.models[f"{body['ownerSlug']}/{body['slug']}"] = []
+        return {"id": 8, "ref": body["slug"], "url": "https://www.kaggle.com/models/it"}
+
+    def _GetModelInstance(self, body: dict) -> dict:
+        versions = self.models.get(f"{body['ownerSlug']}/{body['modelSlug']}")
+        if not versions:
+            raise Refusal(404, "no such variation")
+        return {"id": 9, "slug": body["instanceSlug"], "versionNumber": len(versions)}
+
+    def _CreateModelInstance(self, body: dict) -> dict:
+        files = dict(self.blobs[file["token"]] for file in body["body"]["files"])
+        self.models[f"{body['ownerSlug']}/{body['modelSlug']}"].append(
+            {name: bytes(content) for name, content in files.items()}
+        )
+        return {"id": 9, "ref": body["modelSlug"], "url": "https://www.kaggle.com/models/it"}
+
+    _CreateModelInstanceVersion = _CreateModelInstance
 
     def _SaveKernel(self, body: dict) -> dict:
         versions = self.kernels.setdefault(body["slug"], [])

@@ -34,6 +34,17 @@ def test_a_dry_run_does_not_sign_in(world, monkeypatch):
     assert world.kaggle.requests == []
 
 
+def test_a_dry_run_needs_no_credentials(world, monkeypatch, capsys):
+    set_credentials(monkeypatch)
+    world.describe()
+    world.publish(is_dry=True)
+    said = capsys.readouterr().out
+    assert "stands for your Kaggle name" in said
+    assert "nothing was sent" in said
+    world.append("weights/manifest.json", "")
+    assert "no Kaggle credentials" in world.refusal()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
