@@ -470,17 +470,21 @@ class Kaggle:
         Returns:
             The file's path, or None if the run wrote no such file; and the text of the log.
         """
-        what, log = f"downloading the output of {reference}", f"{reference.split('/')[1]}.log"
+        log = f"{reference.split('/')[1]}.log"
         folder.mkdir(parents=True, exist_ok=True)
         for old in (name, log):
             (folder / old).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as partial:
-            pattern = rf"^{re.escape(name)}$"
-            self.call(what, self.api.kernels_output, reference, partial, file_pattern=pattern, force=True)
+            self.download_matching(reference, rf"^{re.escape(name)}$", Path(partial))
             for path in Path(partial).iterdir():
                 path.replace(folder / path.name)
         text = read_log(folder / log) if (folder / log).is_file() else ""
         return folder / name if (folder / name).is_file() else None, text
+
+    def download_matching(self, reference: str, pattern: str, folder: Path) -> None:
+        """Download the files of a run's output whose paths match a regular expression, and the log, into a folder."""
+        what = f"downloading the output of {reference}"
+        self.call(what, self.api.kernels_output, reference, str(folder), file_pattern=pattern, force=True)
 
     def competition(self, name: str) -> Any:
         """Kaggle's description of a competition: `user_has_entered`, `is_kernels_submissions_only` and more."""

@@ -110,6 +110,7 @@ class Watch:
         kernel: owner/slug.
         limit: seconds that the session may take.
         can_delete: whether the kernel has nothing but this run, so that it may be deleted to end the run.
+        again: what to do to wait for it again.
         lines: of the log, as far as it was read.
     """
 
@@ -118,6 +119,7 @@ class Watch:
     version: int
     limit: float
     can_delete: bool
+    again: str = "run the same command again"
     lines: list[str] = field(default_factory=list)
     pieces: int = 0  # of the log
     shown: int = 0  # lines that were printed
@@ -169,7 +171,7 @@ class Watch:
             return self.kaggle.wait(what, poll, POLL_SECONDS, MAX_QUEUE + self.limit)
         except KeyboardInterrupt as interrupt:
             if isinstance(interrupt, Terminated) or not self.ask_whether_to_end():
-                say(f"{self.kernel} goes on, see {kernel_page(self.kernel)}")
+                say(f"{self.kernel} goes on ({kernel_page(self.kernel)}): {self.again} to wait for it")
                 raise
             return RunEnd(STOPPED, self.end())
 

@@ -221,7 +221,7 @@ class RemoteTraining:
             InputError: the training failed, or was stopped before its end; or what it has left cannot be brought back.
         """
         what = f"{session.kernel}, version {session.version}"
-        watch = Watch(self.kaggle, session.kernel, session.version, session.limit, can_delete=True)
+        watch = Watch(self.kaggle, session.kernel, session.version, session.limit, can_delete=True, again=AGAIN)
         state, reason = watch.wait()
         if state in (STUCK, STOPPED):
             write_text("\n".join(watch.lines), self.folder / f"{session.kernel.partition('/')[2]}.log")
@@ -231,16 +231,29 @@ class RemoteTraining:
         if not watch.lines:
             watch.show(watch.add(log)[-LAST_LINES:])
         if archive is None:
-            self.end_session()
-            raise InputError(
-                f"{what} ended with {state.lower()}{reason and f' ({reason})'} and left no {OUTPUT}: "
-                f"see its log in {self.folder}"
-            )
+            self.rescue(watch.reference)
+            problem = f"ended with {state.lower()}{reason and f' ({reason})'} and left no {OUTPUT}"
+            raise InputError(f"{what} {problem}: see its log in {self.folder}; {AGAIN} then")
         try:
             contents = unpack(archive, self.folder / "arrived")
         except InputError as error:
             raise InputError(f"{error}: {AGAIN}, to download it again") from error
         self.put_in_place(contents, archive, what)
+
+    def rescue(self, reference: str) -> None:
+        """Bring back what a session has left that was killed before it could pack: checkpoints and embeddings.
+
+        Both are checked where they are read.
+        """
+        out, raw = self.order.out, self.folder / "arrived"
+        shutil.rmtree(raw, ignore_errors=True)
+        self.kaggle.download_matching(reference, r"^runs/\.", raw)
+        parts = add_embeddings(raw / "runs" / CACHE, out.parent / CACHE)
+        if has_checkpoint(partial_of(raw / "runs" / out.name) / CHECKPOINTS):
+            replace_folder(partial_of(raw / "runs" / out.name), partial_of(out))
+            say(f"{partial_of(out) / CHECKPOINTS}: the checkpoints of the session")
+        shutil.rmtree(raw)
+        self.end_session((*self.state.embeddings, *parts))
 
     def put_in_place(self, contents: Contents, archive: Path, what: str) -> None:
         """Move what has arrived to where a training here would have left it.
@@ -263,7 +276,7 @@ class RemoteTraining:
             replace_folder(arrived / PARTIAL, partial_of(out))
         shutil.rmtree(arrived, ignore_errors=True)
         archive.unlink()
-        self.end_session(() if is_done else tuple(dict.fromkeys((*self.state.embeddings, *parts))))
+        self.end_session(() if is_done else (*self.state.embeddings, *parts))
         if is_done:
             self.adopt(contents, parts)
             say(f"{out}: done")
@@ -287,7 +300,7 @@ class RemoteTraining:
         """Store that there is no session to wait for."""
         (self.folder / "script.py").unlink(missing_ok=True)
         kept = self.state.embeddings if embeddings is None else embeddings
-        self.save(session=None, pushing=None, embeddings=kept)
+        self.save(session=None, pushing=None, embeddings=tuple(dict.fromkeys(kept)))
 
     def save(self, **changes: object) -> None:
         self.state = replace(self.state, **changes)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 OWNER, KEY, TOKEN = "tester", "5" * 32, "KGAT_" + "0123456789abcdef" * 2  # a key and a token in Kaggle's format
 
@@ -326,7 +326,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._stream_log()
         else:
             self.kaggle.requests.append("GET")
-            self._reply(200, self.kaggle.output[self.path.rpartition("/")[2]], kind="text/csv")
+            self._reply(
+                200, self.kaggle.output[unquote(urlsplit(self.path).path).partition("/output/")[2]], kind="text/csv"
+            )
 
     def _stream_log(self) -> None:
         """The log of a run: while it runs, events one by one; afterwards all at once."""

@@ -268,6 +268,24 @@ def test_a_session_without_output_is_reported(home, kaggle):
     assert "ended with cancel_acknowledged and left no run.zip" in home.refusal("epochs=1")
 
 
+def test_what_a_killed_session_has_left_comes_back_and_goes_to_the_next_one(home, kaggle):
+    checkpoint, part = (
+        "runs/.remote.partial/checkpoints/000000.0123456789abcdef.safetensors",
+        "0123/plain/a.safetensors",
+    )
+    kaggle.output = {checkpoint: b"weights", f"runs/.embeddings/{part}": b"embeddings", "other.txt": b"x"}
+    kaggle.running = ["RUNNING", "ERROR"]
+    assert "ended with error (out of memory) and left no run.zip" in home.refusal("epochs=1")
+    assert [path.read_bytes() for path in (partial_of(home.out) / CHECKPOINTS).iterdir()] == [b"weights"]
+    assert (home.out.parent / CACHE / part).read_bytes() == b"embeddings"
+    assert "was interrupted: continue with --resume" in home.refusal("epochs=1")
+    home.refusal("epochs=1", resumes=True)
+    [_, parcel] = kaggle.bodies["SaveKernel"][1]["datasetDataSources"]
+    with zipfile.ZipFile(io.BytesIO(kaggle.stored(parcel)["parcel.zip"])) as sent:
+        assert sent.read(checkpoint.replace("runs/.remote.partial", "partial")) == b"weights"
+        assert sent.read(f"embeddings/{part}") == b"embeddings"
+
+
 def test_the_session_is_no_longer_than_the_quota(home, arrived):
     arrived.hours = 28
     home.train("epochs=1")
