@@ -96,7 +96,7 @@ def train(plan: Plan, inputs: Path, working: Path) -> None:
     files |= files_of(partial_of(out), PARTIAL) if code else files_of(out, RUN)
     keys = {} if code else find_cache_keys(out)
     pack(working / OUTPUT, files, code=code, is_stopped=is_stopped, last_line=last_line, cache_keys=keys)
-    shutil.rmtree(out.parent)  # all of it is in the parcel
+    shutil.rmtree(out.parent, ignore_errors=True)  # all of it is in the parcel
     took = clock_time(time.monotonic() - started)
     if code and not is_stopped:
         sys.exit(f"error: train.py ended with exit code {code} after {took}")
@@ -215,7 +215,7 @@ def run_training(command: list[str], deadline: float) -> tuple[int, str, bool]:
         deadline: of `time.monotonic`.
 
     Returns:
-        The exit code, the last line, and whether the training was stopped.
+        The exit code, the last line or the error, and whether the training was stopped.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     is_stopped = threading.Event()
@@ -234,7 +234,8 @@ def run_training(command: list[str], deadline: float) -> tuple[int, str, bool]:
     last_line = ""
     for line in process.stdout:
         print(line, end="", flush=True)
-        last_line = line.strip() or last_line
+        if line.strip() and not last_line.startswith("error: "):  # torchrun prints more after an error
+            last_line = line.strip()
     code = process.wait()
     timer.cancel()
     killer.cancel()
