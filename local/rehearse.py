@@ -8,6 +8,8 @@ The script runs alone in its own process, without network, with read-only inputs
 are new and old mounts, a larger test set, unreadable and missing photos, a slow disk, a throttled CPU, memory, wrong
 weights, kills at random moments, and the timm of Kaggle's image.
 
+It also estimates how long the test set would take on Kaggle's GPUs.
+
 The last line is `ready to push`, or says why not; then the exit code is 1.
 """
 

@@ -72,4 +72,8 @@ def play_all(rehearsal: Rehearsal, names: Sequence[str]) -> Report:
         scores = score(truth, list(run.guesses.values()))
         say(describe(scores, run.table.competition.guesses))
     speed = run.summary.speed if run.summary else None
+    if run.summary:
+        from local.rehearsal.estimate import estimate_on_t4  # imports torch, which `--help` does not need
+
+        say(estimate_on_t4(rehearsal.manifest, run.photos, rehearsal.limit))
     return Report(tuple(results), scores, speed, round(run.outcome.peak_memory_mb, 1))
