@@ -54,7 +54,6 @@ if not __package__:  # run as a script
 
 from local.base.console import command_parser, run, say
 from local.recipes.recipe import Given, build_recipe, explain, list_recipes, read_excluded, read_given
-from local.remote.order import Order, train_on_kaggle
 from local.training.checks import is_restarted
 from local.training.run import train_run
 
@@ -86,6 +85,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if not options.data and not options.explain and not options.on:
         parser.error("the following arguments are required: --data")
+    if options.wait and not options.on:
+        parser.error("--wait is for --on kaggle only")
     return options
 
 
@@ -100,6 +101,8 @@ def main() -> None:
     recipe = build_recipe(given)
     out = options.out or Path("runs") / Path(options.recipe).stem
     if options.on:
+        from local.remote.order import Order, train_on_kaggle  # imports what a training here does not need
+
         order = Order(options.recipe, tuple(options.set), options.encoder, recipe, options.data, out)
         train_on_kaggle(order, options.resume, options.wait)
         return

@@ -171,7 +171,7 @@ class Watch:
             return self.kaggle.wait(what, poll, POLL_SECONDS, MAX_QUEUE + self.limit)
         except KeyboardInterrupt as interrupt:
             if isinstance(interrupt, Terminated) or not self.ask_whether_to_end():
-                say(f"{self.kernel} goes on ({kernel_page(self.kernel)}): {self.again} to wait for it")
+                say(f"{self.kernel} continues on Kaggle ({kernel_page(self.kernel)}): {self.again} to wait for it")
                 raise
             return RunEnd(STOPPED, self.end())
 
@@ -235,9 +235,11 @@ class Watch:
         """Ask the user whether to end the run on Kaggle; no if nobody can answer."""
         if not sys.stdin.isatty():
             return False
-        cost = f"deletes {self.kernel} with all its versions" if not self.can_delete else f"deletes {self.kernel}"
+        lost = "" if self.can_delete else ", and with it the earlier versions"
         try:
-            answer = input(f"\nIt goes on on Kaggle and uses GPU time. End it there, too, which {cost}? [y/N] ")
+            answer = input(
+                f"\nThe run continues on Kaggle and uses GPU time. Delete {self.kernel} to end it{lost}? [y/N] "
+            )
         except EOFError:
             return False
         if answer.strip().lower() not in ("y", "yes"):

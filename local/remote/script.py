@@ -7,10 +7,10 @@ from local.base.repository import KIT_FILE
 from local.remote.kit import KIT, Kit
 from local.remote.on_kaggle import Plan
 
-SCRIPT = '''"""Train runs/{plan.name} as local/train.py does at home, and pack the run folder.
+SCRIPT = '''"""Train a run as local/train.py does at home, and pack its folder.
 
-`local/train.py --on kaggle` pushed this, waits for it, and puts the run folder in place.
-Kit: commit {kit.commit}
+`local/train.py --on kaggle` pushed this, waits for it, and puts the run folder in place at home.
+The code is that of commit {kit.commit}.
 """
 
 import json

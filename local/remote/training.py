@@ -137,7 +137,7 @@ class RemoteTraining:
         }
 
         def push(quota: GpuQuota | None) -> Session:
-            limit = min(MAX_SESSION, quota.left if quota else MAX_SESSION)
+            limit = int(min(MAX_SESSION, quota.left if quota else MAX_SESSION))
             if limit < 2 * MARGIN:
                 raise Busy(f"only {clock_time(limit)} of GPU time are left this week, renewed {quota.renewed}")
             script = self.folder / "script.py"

@@ -25,6 +25,9 @@ def test_explain_needs_no_data_and_prints_every_table(monkeypatch, capsys) -> No
         (["--recipe", "demo"], "required: --data"),
         (["--recipe", "demo", "--explain", "--set", "epoch=3"], "unknown key 'epoch' (in --set epoch=3)"),
         (["--recipe", "demo", "--data", "nowhere", "--set", "epochs=x"], "expected an int for epochs, got 'x'"),
+        (["--recipe", "demo", "--data", "nowhere", "--wait"], "--wait is for --on kaggle only"),
+        (["--recipe", "demo", "--on", "laptop"], "invalid choice: 'laptop'"),
+        (["--recipe", "absent", "--on", "kaggle"], "no recipe absent"),
         (["--recipe", "absent", "--data", "nowhere"], "no recipe absent"),
     ],
 )

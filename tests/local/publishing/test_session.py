@@ -238,7 +238,7 @@ def test_ctrl_c_asks_whether_to_end_the_run(world, monkeypatch, capsys, answer):
     else:
         with pytest.raises(KeyboardInterrupt):
             world.publish()
-        assert f"{KERNEL} goes on" in capsys.readouterr().out
+        assert f"{KERNEL} continues on Kaggle" in capsys.readouterr().out
     assert (KERNEL in world.kaggle.kernels) == (answer != "y")
 
 
