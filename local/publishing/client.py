@@ -68,6 +68,10 @@ class KernelVersion(NamedTuple):
     script: str
     uses_gpu: bool
 
+    def has_script(self, text: str) -> bool:
+        """Whether this is its script, apart from line ends."""
+        return self.script.strip().splitlines() == text.strip().splitlines()
+
 
 class GpuQuota(NamedTuple):
     """The GPU time of this week in seconds: what is left, what is allowed; and when it is renewed, in words."""
@@ -368,7 +372,7 @@ class Kaggle:
             if not is_first:
                 with suppress(NotFound):
                     now = self.kernel_version(kernel)
-                    if now.number > before and now.script == text:
+                    if now.number > before and now.has_script(text):
                         say(f"{what}: it had arrived, as version {now.number}")
                         return now.number, kernel_page(kernel)
             is_first = False
@@ -399,9 +403,9 @@ class Kaggle:
                 return client.kernels.kernels_api_client.get_kernel(request)
 
         answer = self.call(f"asking for the kernel {reference}", request_kernel, forbidden=None)
-        found = answer.metadata
+        found, script = answer.metadata, answer.blob.source if answer.blob else ""
         uses_gpu = found.enable_gpu or found.machine_shape.startswith("Nvidia")
-        return KernelVersion(found.current_version_number, answer.blob.source, uses_gpu)
+        return KernelVersion(found.current_version_number, script, uses_gpu)
 
     def kernel_status(self, reference: str, attempts: int = ATTEMPTS) -> tuple[str, str]:
         """The state of a run, such as RUNNING, and the message of its failure.

@@ -90,15 +90,17 @@ def find_obstacle(kaggle: Kaggle) -> tuple[GpuQuota | None, str]:
         running = kaggle.running_kernels()
     except InputError as error:
         say(f"warning: {error}; pushing without a look at the quota and the running sessions")
+    left = ""
     if quota:
-        hours = (
+        left = (
             f"{quota.left / 3600:.1f} of {quota.allowed / 3600:.0f} hours of GPU time are left, renewed {quota.renewed}"
         )
         if quota.left < MIN_QUOTA:
-            return quota, f"this week's GPU quota is spent: {hours}"
-        say(f"quota: {hours}")
+            return quota, f"this week's GPU quota is spent: {left}"
     if len(running) >= MAX_SESSIONS:
         return quota, f"{' and '.join(running)} are running, and Kaggle runs {MAX_SESSIONS} sessions at once"
+    if left:
+        say(f"quota: {left}")
     return quota, ""
 
 

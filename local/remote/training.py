@@ -89,7 +89,7 @@ class RemoteTraining:
             found = self.kaggle.kernel_version(pushing.kernel)
         except NotFound:
             return None
-        if found.script != script.read_text(encoding="utf-8"):
+        if not found.has_script(script.read_text(encoding="utf-8")):
             return None
         say(f"{pushing.kernel}: version {found.number} had arrived")
         session = replace(pushing, version=found.number)
