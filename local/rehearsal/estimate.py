@@ -36,9 +36,8 @@ def estimate_on_t4(manifest: Manifest, photos: int, limit: float) -> str:
 def seconds_per_view(member: Member) -> float:
     """Estimated seconds for one view of one photo on both cards."""
     spec = member.encoder
-    operations = count_operations(
-        build_module(spec.library, spec.architecture, spec.arguments), spec.preprocessing.size
-    )
+    module = build_module(spec.library, spec.architecture, spec.arguments, spec.pool)
+    operations = count_operations(module, spec.preprocessing.size)
     return operations / (CARDS * SPEED[spec.precision])
 
 

@@ -177,7 +177,7 @@ class RemoteTraining:
     def send_encoder(self, credentials: Credentials) -> LocalEncoder | None:
         """Send the encoder's files, if --encoder or the recipe names a path here."""
         spec, settings = self.order.built.encoder.encoder, self.order.built.encoder
-        source = find_source(spec, settings.pretrained, settings.image_size)
+        source = find_source(spec, settings.pretrained)
         if source.form not in ("run", "folder", "pair"):
             return None
         path, files = Path(source.name), []
