@@ -34,13 +34,14 @@ from tests.local.publishing.loopback import KEY, OWNER, Loopback, Refusal, http
 
 KIT, KERNEL = f"{OWNER}/few-shot-species-kit", f"{OWNER}/few-shot-species-train-remote"
 TINY = ("encoder=timm:test_resnet", "pretrained=false", "image_size=64", "reference=train", 'views=["plain"]')
-# Sends SIGTERM to the script as soon as there is a checkpoint.
-STOP_AFTER_CHECKPOINT = """
-import os, signal, sys, threading, time
+# Sends SIGTERM to the script some epochs after the training began.
+STOP_WHILE_TRAINING = """
+import os, signal, threading, time
 from pathlib import Path
 def stop():
-    while not any(Path.cwd().glob("runs/.*.partial/checkpoints/*.safetensors")):
+    while not any(Path.cwd().glob("runs/.*.partial/tensorboard/*")):
         time.sleep(0.1)
+    time.sleep(3)
     os.kill(os.getpid(), signal.SIGTERM)
 threading.Thread(target=stop, daemon=True).start()
 """
@@ -151,8 +152,8 @@ def test_a_run_is_trained_on_kaggle_and_put_in_place_here(home, machine, capfd):
 
 @pytest.mark.slow
 def test_a_stopped_training_goes_on_in_the_next_session(home, machine):
-    machine.bootstrap = STOP_AFTER_CHECKPOINT
-    message = home.refusal("epochs=1000")
+    machine.bootstrap = STOP_WHILE_TRAINING
+    message = home.refusal("epochs=1000", "patience=1000")
     assert "was stopped at the session's limit" in message
     trained = read_notes(partial_of(home.out) / CHECKPOINTS)["trained"]
     machine.bootstrap, machine.unpacks = "", False
