@@ -43,7 +43,7 @@ if not __package__:  # run as a script
 from local.base.console import command_parser, counted, run, say
 from local.bundling.metadata import PLACEHOLDER, has_owner, write_metadata
 from local.publishing.ledger import LEDGER
-from local.publishing.preflight import Bundle, check_credentials, check_owner, inspect
+from local.publishing.preflight import Bundle, check_credentials, check_signed_in, inspect
 
 METADATA = Path(__file__).resolve().parents[1] / "kernel-metadata.json"
 
@@ -83,7 +83,7 @@ def publish(
 
     user = Kaggle(credentials.source, **kaggle)
     bundle = inspected.owned_by(user.name)
-    check_owner(bundle.metadata, user.name, credentials.source)
+    check_signed_in(bundle.metadata, user.name, credentials.source)
     write_metadata(build, bundle.metadata)
     publication = Publication(bundle, user, is_public)
     kernel = publication.push_kernel(publication.send_weights(as_model), submits, waits)

@@ -18,7 +18,14 @@ from kernel.observations import Observation, TestTable
 from kernel.submission import check_submission
 from local.base.console import say
 from local.base.files import read_json
-from local.bundling.metadata import DATASET_METADATA, KERNEL_METADATA, PLACEHOLDER, read_kernel_metadata, with_owner
+from local.bundling.metadata import (
+    DATASET_METADATA,
+    KERNEL_METADATA,
+    PLACEHOLDER,
+    has_owner,
+    read_kernel_metadata,
+    with_owner,
+)
 from local.bundling.record import PLAIN, RehearsalRecord, check_bundle, read_record
 from local.bundling.weights import warn_of_few_classes
 from local.publishing.credentials import Credentials, NoCredentials, find_credentials, find_owner
@@ -207,6 +214,13 @@ def check_owner(metadata: dict, owner: str | None, source: str) -> None:
             f"kernel-metadata.json names {named} as the owner, but the credentials in {source} belong to {owner}: "
             f"write {PLACEHOLDER} there, or use the credentials of {named}"
         )
+
+
+def check_signed_in(metadata: dict, owner: str | None, source: str) -> None:
+    """Check, after signing in, that the owner is known, and is the user; see `check_owner`."""
+    check_owner(metadata, owner, source)
+    if not has_owner(metadata):
+        raise InputError(f"Kaggle does not say who owns the credentials in {source}: set KAGGLE_USERNAME")
 
 
 def find_secret(files: Iterable[Path], credentials: Credentials, fix: str = "bundle again") -> None:

@@ -17,7 +17,7 @@ from local.base.repository import ROOT
 from local.bundling.metadata import KERNEL_METADATA, read_kernel_metadata, with_owner
 from local.data.folder import find_competition
 from local.publishing.credentials import find_credentials, find_owner
-from local.publishing.preflight import check_attached, check_owner
+from local.publishing.preflight import check_attached, check_owner, check_signed_in
 from local.recipes.recipe import Recipe, settings_of
 from local.training.checks import check_start, named
 
@@ -118,7 +118,7 @@ def train_on_kaggle(
 
     user = Kaggle(credentials.source, **kaggle)
     owned = with_owner(described, user.name)
-    check_owner(owned, user.name, credentials.source)
+    check_signed_in(owned, user.name, credentials.source)
     training = RemoteTraining(order, state, owned, user)
     training.collect(training.find_session() or training.push(credentials, waits))
 

@@ -233,7 +233,7 @@ class RemoteTraining:
         if archive is None:
             self.rescue(watch.reference)
             problem = f"ended with {state.lower()}{reason and f' ({reason})'} and left no {OUTPUT}"
-            raise InputError(f"{what} {problem}: see its log in {self.folder}; {AGAIN} then")
+            raise InputError(f"{what} {problem}: see its log in {self.folder}, then {AGAIN}")
         try:
             contents = unpack(archive, self.folder / "arrived")
         except InputError as error:
@@ -284,7 +284,9 @@ class RemoteTraining:
             raise InputError(f"{what} was stopped at the session's limit; {out} is not done: {AGAIN}, to go on")
         else:
             reason = contents.last_line.removeprefix("error: ")
-            raise InputError(f"{what}: the training ended with exit code {contents.code} ({reason}): {AGAIN} then")
+            raise InputError(
+                f"{what}: the training ended with exit code {contents.code} ({reason}): fix it, then {AGAIN}"
+            )
 
     def adopt(self, contents: Contents, parts: Sequence[str]) -> None:
         """Make the embeddings that have arrived usable here."""
