@@ -46,6 +46,7 @@ runs with their scores.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def main() -> None:
     if options.on:
         from local.remote.order import Order, train_on_kaggle  # imports what a training here does not need
 
-        order = Order(options.recipe, tuple(options.set), options.encoder, recipe, options.data, out)
+        settings = [*options.set, *([f"exclude={json.dumps(recipe.train.exclude)}"] if options.exclude else [])]
+        order = Order(options.recipe, settings, options.encoder or (), recipe, options.data, out)
         train_on_kaggle(order, options.resume, options.wait)
         return
     train_run(recipe, options.data, out, resumes=options.resume or is_restarted())

@@ -14,27 +14,27 @@ from local.recipes.settings import CANDIDATES
 
 
 def cache_keys(run: Path) -> dict[str, str]:
-    """For each resize mode, the name of the folder in which this machine caches embeddings by a run's encoder."""
+    """For each encoder of a run and each resize mode, the name of the folder with its embeddings on this machine."""
     weights = read_weights(run)
-    spec = weights.manifest.members[0].encoder
-    encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
     keys = {}
-    for mode in CANDIDATES["resize_mode"]:
-        preprocessing = replace(encoder.preprocessing, resize_mode=mode)
-        changed = Encoder(encoder.module, preprocessing, encoder.features, encoder.devices)
-        keys[mode] = EmbeddingCache(Path(), changed).folder.name
+    for spec in weights.manifest.members[0].encoders:
+        encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
+        for mode in CANDIDATES["resize_mode"]:
+            preprocessing = replace(encoder.preprocessing, resize_mode=mode)
+            changed = Encoder(encoder.module, preprocessing, encoder.features, encoder.devices)
+            keys[f"{spec.file} {mode}"] = EmbeddingCache(Path(), changed).folder.name
     return keys
 
 
 def adopt_embeddings(run: Path, cache: Path, theirs: dict[str, str]) -> int:
-    """Add Kaggle's embeddings by a run's encoder to those of this machine; returns how many files were added.
+    """Add Kaggle's embeddings by a run's encoders to those of this machine; returns how many files were added.
 
     Args:
         theirs: `cache_keys` of the same run on Kaggle.
     """
     added = 0
-    for mode, key in cache_keys(run).items():
-        source = cache / theirs.get(mode, key)
+    for name, key in cache_keys(run).items():
+        source = cache / theirs.get(name, key)
         if source.name == key or not source.is_dir():
             continue
         for path in source.rglob("*"):

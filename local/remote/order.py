@@ -30,7 +30,7 @@ class Order:
     """What to train, as given to train.py.
 
     Attributes:
-        recipe: its name or path; `settings` and `encoder` are --set and --encoder.
+        recipe: its name or path; `settings` and `encoders` are --set and --encoder.
         built: the recipe with them.
         data: the competition's folder, if it is here, to check that it is the one that is attached.
         out: the run folder.
@@ -38,7 +38,7 @@ class Order:
 
     recipe: str
     settings: Sequence[str]
-    encoder: str | None
+    encoders: Sequence[str]
     built: Recipe
     data: Path | None
     out: Path
@@ -47,7 +47,7 @@ class Order:
     def digest(self) -> str:
         """SHA-256 by which a session that trains the same is known again."""
         text = Path(self.recipe).read_text(encoding="utf-8") if self.is_own_recipe else self.recipe
-        return hashlib.sha256(json.dumps([text, list(self.settings), self.encoder]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([text, list(self.settings), list(self.encoders)]).encode()).hexdigest()
 
     @property
     def is_own_recipe(self) -> bool:

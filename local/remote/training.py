@@ -112,8 +112,8 @@ class RemoteTraining:
         parcel = self.send_parcel(credentials)
         arguments = [] if order.is_own_recipe else ["--recipe", order.recipe]
         arguments += [part for text in order.settings for part in ("--set", text)]
-        if order.encoder and not encoder:
-            arguments += ["--encoder", order.encoder]
+        if not encoder:
+            arguments += [part for name in order.encoders for part in ("--encoder", name)]
         plan = Plan(
             name=order.out.name,
             arguments=arguments,
@@ -175,14 +175,23 @@ class RemoteTraining:
         send(self.kaggle, Upload(folder, reference, digest, note), sent, save)
 
     def send_encoder(self, credentials: Credentials) -> LocalEncoder | None:
-        """Send the encoder's files, if --encoder or the recipe names a path here."""
-        spec, settings = self.order.built.encoder.encoder, self.order.built.encoder
-        source = find_source(spec, settings.pretrained)
-        if source.form not in ("run", "folder", "pair"):
+        """Send the encoder's files, if --encoder or the recipe names a path here.
+
+        Raises:
+            InputError: it is one of several.
+        """
+        settings = self.order.built.encoder
+        specs = [one.name for one in settings.each]
+        sources = [find_source(spec, settings.pretrained) for spec in specs]
+        local = [one.name for one in sources if one.form in ("run", "folder", "pair")]
+        if not local:
             return None
+        if len(specs) > 1:
+            raise InputError(f"{local[0]} is a path: with several encoders, Kaggle needs each by its name on a hub")
+        [spec], [source] = specs, sources
         path, files = Path(source.name), []
         if source.form == "run":
-            files = [path / MANIFEST, path / read_manifest(path / MANIFEST).members[0].encoder.file]
+            files = [path / MANIFEST, path / read_manifest(path / MANIFEST).members[0].encoders[0].file]
         elif source.form == "folder":
             files = [one for one in sorted(path.iterdir()) if one.name in WEIGHTS or one.name.endswith(SUFFIXES)]
         else:

@@ -111,7 +111,7 @@ class Home:
         settings = (*TINY, *(("pretrained=true", "image_size=0") if encoder else ()), *settings)
         metadata = kernel_metadata(self.folder / "kernel-metadata.json")
         built = read_recipe(recipe, settings, encoder)
-        order = Order(recipe, settings, encoder, built, self.data if data else None, self.out)
+        order = Order(recipe, settings, [encoder] if encoder else [], built, self.data if data else None, self.out)
         train_on_kaggle(order, metadata=metadata, clock=Clock(lambda: sum(self.slept), self.slept.append), **options)
 
     def refusal(self, *settings: str, **options) -> str:
