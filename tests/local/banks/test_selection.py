@@ -115,8 +115,8 @@ def test_the_optimistic_scores_are_those_of_the_selected_settings(encoder, drawn
 
     own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), "train+val", is_tuned=False)
     settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
-    selected = BankSelection(settings, ["whitening"], own, encoder, tmp_path).select()
-    again = BankSelection(selected.settings, [], own, encoder, tmp_path).select()
+    selected = BankSelection(settings, ["whitening"], own, WeightedEncoders((encoder,)), tmp_path).select()
+    again = BankSelection(selected.settings, [], own, WeightedEncoders((encoder,)), tmp_path).select()
     assert selected.optimistic_scores == again.scores
     assert again.optimistic_scores == {}
     hits = evaluate_predictions(selected.predictions.log_probabilities, selected.predictions.truth).ranks < 1

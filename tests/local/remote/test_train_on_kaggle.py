@@ -344,6 +344,6 @@ def test_embeddings_from_kaggle_are_used_by_other_devices_and_versions(trained, 
     (tmp_path / "cache" / key).rename(tmp_path / "cache" / "made-on-kaggle")
     [mode] = [mode for mode, name in cache_keys(trained).items() if name == key]
     assert adopt_embeddings(trained, tmp_path / "cache", {mode: "made-on-kaggle"}) > 0
-    monkeypatch.setattr(Encoder, "embed", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(Encoder, "submit", lambda *_: pytest.fail("embedded again"))
     again = embed_with_run(trained, observations, ("plain",), tmp_path / "cache")
     assert (again.values == first.values).all()
