@@ -28,6 +28,7 @@ class ProjectionEnsemble:
     Every member holds out other observations, one in five and never the only one of a class, and starts from a
     transform fitted without them. It is trained with two losses at one temperature: cross-entropy of the cosines to a
     learned vector per class, initialised with the class mean, and the supervised contrastive loss within the batch.
+    Their weights are learned too (Kendall et al. 2018, https://arxiv.org/abs/1705.07115).
     Each observation of a batch is sampled twice: a random mean of its photos and views, plus the difference between a
     photo of another class and the mean of that class. So classes of one photo get the variation of classes with many,
     and the network cannot memorise the few.
@@ -47,7 +48,6 @@ class ProjectionEnsemble:
             uses.
         variation: factor of the difference that is added to a sample.
         temperature: of both losses.
-        contrast: weight of the contrastive loss.
         dropout: of hidden units.
         learning_rate, weight_decay: of AdamW; the rate rises over a tenth of the steps and falls as a cosine.
         genus, family: of `ClassMeans`, for the prototypes.
@@ -70,7 +70,6 @@ class ProjectionEnsemble:
         draws: int = 16,
         variation: float = 1.0,
         temperature: float = 0.1,
-        contrast: float = 1.0,
         dropout: float = 0.2,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.05,
@@ -81,7 +80,7 @@ class ProjectionEnsemble:
         self.whitening, self.members, self.hidden, self.width, self.seed = whitening, members, hidden, width, seed
         self.epochs, self.steps, self.batch_size = epochs, steps, batch_size
         self.draws, self.variation = draws, variation
-        self.temperature, self.contrast, self.dropout = temperature, contrast, dropout
+        self.temperature, self.dropout = temperature, dropout
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.genus, self.family = genus, family
 
@@ -230,10 +229,12 @@ class ProjectionMember:
         sizes = torch.bincount(reference.labels[self.kept], minlength=len(self.class_vectors))
         self.bias = torch.where(sizes > 0, 0.0, ABSENT)
         self.donors, self.class_means = self.find_donors()
+        self.log_variances = torch.zeros(2, requires_grad=True)  # of the two losses
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": list(self.network.parameters()), "weight_decay": settings.weight_decay},
-                {"params": [self.class_vectors], "weight_decay": 0.0},  # only their directions matter
+                # Only the directions of the class vectors matter.
+                {"params": [self.class_vectors, self.log_variances], "weight_decay": 0.0},
             ],
             lr=settings.learning_rate,
         )
@@ -280,9 +281,8 @@ class ProjectionMember:
         kept_units = torch.rand(len(observations), settings.hidden, generator=self.generator) >= settings.dropout
         projected = self.network(self.sample(observations), kept_units / (1 - settings.dropout))
         logits = projected @ normalize(self.class_vectors, dim=1).T / settings.temperature + self.bias
-        return cross_entropy(logits, labels) + settings.contrast * contrastive_loss(
-            projected, labels, settings.temperature
-        )
+        losses = torch.stack([cross_entropy(logits, labels), contrastive_loss(projected, labels, settings.temperature)])
+        return ((-self.log_variances).exp() * losses + self.log_variances).sum()
 
     def train(self, steps: int) -> None:
         """Train on this many more batches."""

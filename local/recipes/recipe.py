@@ -24,6 +24,7 @@ from local.recipes.settings import (
 )
 
 FOLDER = Path(__file__).parent
+PER_ENCODER = ("image_size", "pool", "encoder_weights")  # settings that may have a value per encoder
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def read_given(name: str, settings: Sequence[str] = (), encoder: str | Sequence[
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     given = _flatten(values, str(path))
+    if encoder:  # a list of values per encoder is about the encoders of the file
+        given = {key: one for key, one in given.items() if key not in PER_ENCODER or not isinstance(one.value, list)}
     for text in settings:
         source = f"--set {shorten(text)}"
         key, equals, value = text.partition("=")
@@ -155,7 +158,7 @@ def _check_combinations(recipe: Recipe, given: Mapping[str, Given]) -> None:
             raise InputError(f"{reason} (in {' and '.join(sources)})")
 
     count = len(recipe.encoder.each)
-    for name in ("image_size", "pool", "encoder_weights"):
+    for name in PER_ENCODER:
         number = len(as_tuple(getattr(recipe.encoder, name)))
         refuse_if(
             number not in ((0, count) if name == "encoder_weights" else (1, count)),

@@ -135,6 +135,14 @@ def test_settings_that_do_not_fit_several_encoders_are_refused(settings, message
         read_recipe("fungiclef-baseline", settings, NAMES)
 
 
+def test_other_encoders_on_the_command_line_do_not_get_the_sizes_of_those_in_the_file():
+    recipe = read_recipe("fungiclef-winner")
+    assert [one.image_size for one in recipe.encoder.each] == [384, 434, 518, 1024]
+    assert [one.image_size for one in read_recipe("fungiclef-winner", [], NAMES).encoder.each] == [0, 0]
+    both = read_recipe("fungiclef-winner", ["image_size=[64,32]"], NAMES).encoder.each
+    assert [(one.name, one.image_size) for one in both] == [(NAMES[0], 64), (NAMES[1], 32)]
+
+
 def test_a_run_of_several_encoders_is_no_single_encoder(run, drawn, tmp_path):
     with pytest.raises(InputError, match="has 2 encoders"):
         train_run(read_recipe("fungiclef-baseline", [], str(run)), drawn.competition, tmp_path / "next")
