@@ -33,6 +33,13 @@ Made from
 """
 
 
+POOLED = {
+    "token": "the class token",
+    "avg": "the mean of the patches",
+    "token+avg": "the class token and the mean of the patches, concatenated",
+}
+
+
 def introduce(weights: Weights, digest: str, commit: str) -> str:
     """The introduction of the script that goes with a bundle's weights.
 
@@ -64,6 +71,8 @@ def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
             "encoder",
             f"{encoder.architecture} of {encoder.library}, {encoder.features:,} features, {precision}{weighted}",
         )
+        if encoder.pool != "auto":
+            yield "tokens", POOLED[encoder.pool]
         yield "photos", f"{size} x {size} pixels, resize_mode {resize_mode}"
     first = ", the most useful first" if len(member.views) > 1 else ""
     yield "views", f"{len(member.views)}{first}: {', '.join(member.views)}"

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from kernel.inputs import InputError
 from kernel.manifest import Weights
 from local.bundling.introduction import introduce
-from tests.manifests import manifest, member
+from tests.manifests import encoder_spec, manifest, member
 
 
 def bank(index: int = 0, layers: int = 1, prototypes: int = 3, **scalars: float) -> dict[str, np.ndarray]:
@@ -39,6 +39,12 @@ def test_a_run_is_its_encoder_views_and_bank(tmp_path):
     ]
     assert "  The classes are ranked by log p(c)." in lines
     assert lines[-2:] == ["  commit       commit", "  manifest     digest"]
+
+
+def test_a_pooling_of_tokens_is_named_if_it_is_not_the_librarys(tmp_path):
+    save_file(bank(), tmp_path / "bank.safetensors")
+    lines = introduction(tmp_path, member(encoder=encoder_spec(pool="token+avg")))
+    assert "  tokens       the class token and the mean of the patches, concatenated" in lines
 
 
 def test_an_ensemble_names_its_members_and_what_it_sums(tmp_path):
