@@ -60,12 +60,14 @@ def check_variant(describe: Callable[[], EncoderSpec], variant: Variant) -> None
     """Refuse before the weights are loaded what `vary` would refuse after that.
 
     Args:
-        describe: describes the encoder without its weights. Its errors are ignored, since loading reports them.
+        describe: describes the encoder without its weights. What is wrong with that is ignored, since loading reports
+            it.
     """
     if not variant.image_size and variant.pool == "auto":
         return
     try:
         described = describe()
+        build_blank(described)
     except Exception:
         return
     vary(described, variant)

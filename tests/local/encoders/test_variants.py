@@ -22,10 +22,12 @@ from local.recipes.recipe import make_recipe
 from local.training.adaptation import group_by_layer, unfreeze
 from local.training.run import train_run
 from tests.local.encoders.models import (
+    CLIP,
     RESNET,
     VISION,
     assert_rebuilds,
     assert_same,
+    change_config,
     embed,
     embed_with_timm,
     randomise,
@@ -123,6 +125,16 @@ def test_a_size_that_an_open_clip_architecture_does_not_accept_is_refused_before
 ):
     message = refusal(f"open_clip:{name}", image_size=size)
     assert message == f"image_size = {size}: open_clip:{name} does not accept photos of {size} pixels: {reason}"
+
+
+@pytest.mark.parametrize("changes", [{"image_size": 96}, {"pool": "token"}])
+def test_a_wrong_configuration_is_refused_as_such_also_for_another_size_or_pooling(tmp_path, changes):
+    write_timm(tmp_path / "timm", VIT, SMALL | {"img_size": 64}, input_size=[3, 64, 64])
+    change_config(tmp_path / "timm" / "config.json", model_args={"no_such_argument": 1})
+    assert "no_such_argument" in refusal(tmp_path / "timm", **changes)
+    clip = write_clip(tmp_path / "clip")
+    change_config(clip / "open_clip_config.json", model_cfg=CLIP | {"vision_cfg": {"no_such_argument": 1}})
+    assert "no_such_argument" in refusal(clip, **changes)
 
 
 @pytest.mark.parametrize(
