@@ -71,7 +71,12 @@ def hub(tmp_path_factory):
     (root / "owner" / "clip" / "open_clip_pytorch_model.bin").write_bytes(b"must not be requested")
     write_clip(root / "owner" / "clip-bin", suffix=".bin")
     write_timm(root / "owner" / "resnet", arguments={"act_layer": "gelu"})
-    for name, config in (("texts", None), ("transformers", {"model_type": "dinov2", "hidden_size": 768})):
+    configs = {
+        "texts": None,
+        "transformers": {"model_type": "dinov2", "hidden_size": 768},
+        "vit": {"architecture": "vit_tiny_patch16_224", "num_classes": 0},
+    }
+    for name, config in configs.items():
         (root / "owner" / name).mkdir()
         (root / "owner" / name / "model.safetensors").write_bytes(b"must not be requested")
         if config:
@@ -102,6 +107,11 @@ def test_a_model_of_the_hub_is_that_of_its_folder_also_offline(hub, monkeypatch,
     requested = len(hub.requests)
     assert load_encoder(spec)[1] == described
     assert len(hub.requests) == requested
+
+
+def test_a_size_that_the_architecture_does_not_accept_is_refused_before_the_weights_are_downloaded(hub):
+    assert "expected a multiple of its patch size, 16" in refusal("hf-hub:owner/vit", image_size=100)
+    assert not [request for request in hub.requests if "owner/vit" in request and "config.json" not in request]
 
 
 @pytest.mark.parametrize("spec", ["hf-hub:owner/clip", "hf-hub:owner/resnet"])
