@@ -43,7 +43,7 @@ def test_a_run_is_its_encoder_views_and_bank(tmp_path):
 
 def test_a_pooling_of_tokens_is_named_if_it_is_not_the_librarys(tmp_path):
     save_file(bank(), tmp_path / "bank.safetensors")
-    lines = introduction(tmp_path, member(encoder=encoder_spec(pool="token+avg")))
+    lines = introduction(tmp_path, member(encoders=(encoder_spec(pool="token+avg"),)))
     assert "  tokens       the class token and the mean of the patches, concatenated" in lines
 
 
