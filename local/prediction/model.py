@@ -93,10 +93,12 @@ class OpenMember:
     banks: list[Bank]
 
     def embed(self, observations: Sequence[Observation]) -> tuple[torch.Tensor, dict[Path, str]]:
-        """(observations, features), and the cause of each photo that could not be read."""
-        found = [embed_observations(one, observations, self.member.views, self.member.pooling) for one in self.encoders]
-        causes = {path: cause for one in found for path, cause in one.unreadable}
-        return concatenate([one.pooled for one in found], self.member.encoder_weights), causes
+        """(observations, features) on the CPU, 0 where an encoder could read no photo; and the cause of each such."""
+        member = self.member
+        found = [embed_observations(one, observations, member.views, member.pooling) for one in self.encoders]
+        values = concatenate([one.pooled.cpu() for one in found], member.encoder_weights)
+        is_readable = torch.stack([one.has_embedding.cpu() for one in found]).all(dim=0)
+        return values * is_readable[:, None], {path: cause for one in found for path, cause in one.unreadable}
 
 
 class Model:
@@ -119,7 +121,6 @@ class Model:
                 encoders = [open_encoder(run.file(spec.file), spec, devices) for spec in member.encoders]
                 banks = read_banks(run.file(member.banks[-1]))
                 self.members.append(OpenMember(member, weight * member.weight, encoders, banks))
-        self.device = self.members[0].encoders[0].device
         folder = chosen[0][0].folder
         beside = folder.parent if folder.name == "weights" else folder
         self.reference = read_reference(beside / REFERENCE_FILE)
@@ -132,7 +133,7 @@ class Model:
     @property
     def chunk(self) -> int:
         """How many observations are predicted at once where they are independent."""
-        return CHUNK if self.device.type == "cpu" else GPU_CHUNK
+        return CHUNK if self.members[0].encoders[0].device.type == "cpu" else GPU_CHUNK
 
     def predict(self, observations: Sequence[Observation], top: int) -> Iterator[list[Prediction]]:
         """Predictions of the observations, in parts as soon as each is known.
@@ -159,7 +160,7 @@ class Model:
     ) -> list[Prediction]:
         """The predictions of observations by their embeddings with each member, as `kernel.bank.rank` ranks them."""
         banks, weights = [one.banks for one in self.members], [one.weight for one in self.members]
-        best = rank(banks, weights, values, top, device=self.device)
+        best = rank(banks, weights, values, top, device=self.members[0].encoders[0].device)
         chunks = zip(*map(classify, banks, values), strict=True)
         totals = (sum(weight * part for weight, part in zip(weights, chunk, strict=True)) for chunk in chunks)
         probabilities, first = [], 0

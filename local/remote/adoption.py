@@ -14,15 +14,18 @@ from local.recipes.settings import CANDIDATES
 
 
 def cache_keys(run: Path) -> dict[str, str]:
-    """For each encoder of a run and each resize mode, the name of the folder with its embeddings on this machine."""
-    weights = read_weights(run)
-    keys = {}
-    for spec in weights.manifest.members[0].encoders:
+    """The names of the folders in which this machine caches embeddings by a run's encoders.
+
+    Returns:
+        By the number of the encoder and the resize mode, such as `0 crop`.
+    """
+    weights, keys = read_weights(run), {}
+    for index, spec in enumerate(weights.manifest.members[0].encoders):
         encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
         for mode in CANDIDATES["resize_mode"]:
             preprocessing = replace(encoder.preprocessing, resize_mode=mode)
             changed = Encoder(encoder.module, preprocessing, encoder.features, encoder.devices)
-            keys[f"{spec.file} {mode}"] = EmbeddingCache(Path(), changed).folder.name
+            keys[f"{index} {mode}"] = EmbeddingCache(Path(), changed).folder.name
     return keys
 
 
@@ -33,8 +36,8 @@ def adopt_embeddings(run: Path, cache: Path, theirs: dict[str, str]) -> int:
         theirs: `cache_keys` of the same run on Kaggle.
     """
     added = 0
-    for name, key in cache_keys(run).items():
-        source = cache / theirs.get(name, key)
+    for which, key in cache_keys(run).items():
+        source = cache / theirs.get(which, key)
         if source.name == key or not source.is_dir():
             continue
         for path in source.rglob("*"):

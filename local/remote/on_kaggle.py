@@ -59,7 +59,7 @@ class Plan:
         is_finetuned: whether the encoder is trained.
         packages: name -> version of the libraries at home; what is missing here or older is installed.
         recipe: the text of a recipe that is not the kit's own; empty otherwise.
-        encoder: None if --encoder names no path.
+        encoders: those of --encoder, of which some may be paths at home; empty for those of the recipe.
         parcel: owner/slug of the dataset to continue from; empty to begin.
     """
 
@@ -70,7 +70,7 @@ class Plan:
     is_finetuned: bool
     packages: dict[str, str] = field(default_factory=dict)
     recipe: str = ""
-    encoder: LocalEncoder | None = None
+    encoders: tuple[str | LocalEncoder, ...] = ()
     parcel: str = ""
 
 
@@ -135,9 +135,11 @@ def make_arguments(plan: Plan, inputs: Path, temporary: Path) -> list[str]:
         recipe = temporary / f"{plan.name}.toml"
         recipe.write_text(plan.recipe, encoding="utf-8")
         arguments += ["--recipe", str(recipe)]
-    if encoder := plan.encoder:
-        folder = find_file(inputs, encoder.dataset, encoder.marker)
-        arguments += ["--encoder", encoder.prefix + str(folder / encoder.stem if encoder.stem else folder)]
+    for encoder in plan.encoders:
+        if isinstance(encoder, LocalEncoder):
+            folder = find_file(inputs, encoder.dataset, encoder.marker)
+            encoder = encoder.prefix + str(folder / encoder.stem if encoder.stem else folder)
+        arguments += ["--encoder", encoder]
     return arguments
 
 

@@ -21,12 +21,13 @@ from local.base.console import counted, say
 from local.base.files import link_or_copy, write_json, write_text
 from local.base.run_folder import CACHE
 from local.bundling.metadata import DATASET_METADATA, dataset_metadata
-from local.encoders.source import SUFFIXES, WEIGHTS, find_source
+from local.encoders.source import SUFFIXES, WEIGHTS, Source, find_source
 from local.publishing.client import MAX_SESSION, Busy, GpuQuota, Kaggle, NotFound
 from local.publishing.credentials import Credentials
 from local.publishing.preflight import find_secret
 from local.publishing.session import LAST_LINES, STOPPED, STUCK, Watch, start_session
 from local.publishing.uploads import SentFiles, Upload, send
+from local.recipes.recipe import PER_ENCODER
 from local.remote.kit import read_kit
 from local.remote.on_kaggle import OUTPUT, PARCEL, LocalEncoder, Plan
 from local.remote.order import Order, Session, State, save_state
@@ -108,12 +109,15 @@ class RemoteTraining:
         kit_reference = self.reference("kit")
         kit.write(folder := self.folder.parent / "kit")
         self.send(credentials, folder, kit_reference, kit.digest, f"commit {kit.commit}")
-        encoder = self.send_encoder(credentials)
+        encoders = self.send_encoders(credentials)
         parcel = self.send_parcel(credentials)
         arguments = [] if order.is_own_recipe else ["--recipe", order.recipe]
         arguments += [part for text in order.settings for part in ("--set", text)]
-        if not encoder:
-            arguments += [part for name in order.encoders for part in ("--encoder", name)]
+        datasets = [one.dataset for one in encoders if isinstance(one, LocalEncoder)]
+        for name in PER_ENCODER:  # --encoder would replace those of the recipe
+            value = getattr(order.built.encoder, name)
+            if isinstance(value, tuple) and value:
+                arguments += ["--set", f"{name}={json.dumps(value)}"]
         plan = Plan(
             name=order.out.name,
             arguments=arguments,
@@ -122,7 +126,7 @@ class RemoteTraining:
             is_finetuned=order.built.train.epochs > 0,
             packages=installed(PACKAGES),
             recipe=Path(order.recipe).read_text(encoding="utf-8") if order.is_own_recipe else "",
-            encoder=encoder,
+            encoders=encoders if datasets or order.encoders else (),
             parcel=parcel,
         )
         metadata = {
@@ -131,7 +135,7 @@ class RemoteTraining:
             "title": self.kernel.partition("/")[2].replace("-", " "),
             "is_private": True,
             "enable_internet": True,  # for the weights of the hub, and for pip
-            "dataset_sources": [kit_reference, *([encoder.dataset] if encoder else []), *([parcel] if parcel else [])],
+            "dataset_sources": [kit_reference, *dict.fromkeys(datasets), *([parcel] if parcel else [])],
             "model_sources": [],
             "kernel_sources": [],
         }
@@ -174,24 +178,21 @@ class RemoteTraining:
             sent = None
         send(self.kaggle, Upload(folder, reference, digest, note), sent, save)
 
-    def send_encoder(self, credentials: Credentials) -> LocalEncoder | None:
-        """Send the encoder's files, if --encoder or the recipe names a path here.
-
-        Raises:
-            InputError: it is one of several.
-        """
+    def send_encoders(self, credentials: Credentials) -> tuple[str | LocalEncoder, ...]:
+        """Send the files of the encoders that are paths here; returns all encoders of the recipe, in their order."""
         settings = self.order.built.encoder
-        specs = [one.name for one in settings.each]
-        sources = [find_source(spec, settings.pretrained) for spec in specs]
-        local = [one.name for one in sources if one.form in ("run", "folder", "pair")]
-        if not local:
-            return None
-        if len(specs) > 1:
-            raise InputError(f"{local[0]} is a path: with several encoders, Kaggle needs each by its name on a hub")
-        [spec], [source] = specs, sources
+        return tuple(
+            self.send_encoder(credentials, one.name, source) if source.form in ("run", "folder", "pair") else one.name
+            for one in settings.each
+            for source in [find_source(one.name, settings.pretrained)]
+        )
+
+    def send_encoder(self, credentials: Credentials, spec: str, source: Source) -> LocalEncoder:
+        """Send the files of an encoder."""
         path, files = Path(source.name), []
         if source.form == "run":
-            files = [path / MANIFEST, path / read_manifest(path / MANIFEST).members[0].encoders[0].file]
+            encoders = read_manifest(path / MANIFEST).members[0].encoders
+            files = [path / name for name in (MANIFEST, *(one.file for one in encoders))]
         elif source.form == "folder":
             files = [one for one in sorted(path.iterdir()) if one.name in WEIGHTS or one.name.endswith(SUFFIXES)]
         else:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from kernel.encoders import Encoder
+from kernel.encoders import Encoder, open_encoder, pick_devices
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, read_manifest, read_weights
 from local.base.files import link_or_copy
 from local.base.run_folder import CACHE
-from local.data.cache import embed_with_run
+from local.data.cache import EmbeddingCache
 from local.data.competition import read_competition
 from local.data.observations import select_observations
 from local.recipes.recipe import read_recipe
@@ -111,7 +111,7 @@ class Home:
         settings = (*TINY, *(("pretrained=true", "image_size=0") if encoder else ()), *settings)
         metadata = kernel_metadata(self.folder / "kernel-metadata.json")
         built = read_recipe(recipe, settings, encoder)
-        order = Order(recipe, settings, [encoder] if encoder else [], built, self.data if data else None, self.out)
+        order = Order(recipe, settings, (encoder,) if encoder else (), built, self.data if data else None, self.out)
         train_on_kaggle(order, metadata=metadata, clock=Clock(lambda: sum(self.slept), self.slept.append), **options)
 
     def refusal(self, *settings: str, **options) -> str:
@@ -339,11 +339,14 @@ def test_embeddings_from_kaggle_are_used_by_other_devices_and_versions(trained, 
     """Their key there has another device and other versions."""
     labelled = read_competition(drawn.competition)
     observations = select_observations(labelled, True, 0, 0).observations
-    first = embed_with_run(trained, observations, ("plain",), tmp_path / "cache")
+    weights = read_weights(trained)
+    [spec] = weights.manifest.members[0].encoders
+    cache = EmbeddingCache(tmp_path / "cache", open_encoder(weights.file(spec.file), spec, pick_devices()))
+    first = cache.embed(observations, ("plain",))
     [key] = [path.name for path in (tmp_path / "cache").iterdir()]
     (tmp_path / "cache" / key).rename(tmp_path / "cache" / "made-on-kaggle")
     [mode] = [mode for mode, name in cache_keys(trained).items() if name == key]
     assert adopt_embeddings(trained, tmp_path / "cache", {mode: "made-on-kaggle"}) > 0
-    monkeypatch.setattr(Encoder, "submit", lambda *_: pytest.fail("embedded again"))
-    again = embed_with_run(trained, observations, ("plain",), tmp_path / "cache")
-    assert (again.values == first.values).all()
+    for name in ("embed", "submit"):
+        monkeypatch.setattr(Encoder, name, lambda *_: pytest.fail("embedded again"))
+    assert (cache.embed(observations, ("plain",)).values == first.values).all()
