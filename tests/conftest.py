@@ -107,6 +107,6 @@ def trained_with(trained: Path, run: Path, timm: str) -> Path:
     """A copy of a run that says that it was trained with another timm."""
     shutil.copytree(trained, run)
     manifest = json.loads((run / MANIFEST).read_text(encoding="utf-8"))
-    manifest["members"][0]["versions"]["timm"] = manifest["members"][0]["encoder"]["packages"]["timm"] = timm
+    manifest["members"][0]["versions"]["timm"] = manifest["members"][0]["encoders"][0]["packages"]["timm"] = timm
     (run / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return run

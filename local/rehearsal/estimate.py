@@ -35,10 +35,11 @@ def estimate_on_t4(manifest: Manifest, photos: int, limit: float) -> str:
 
 def seconds_per_view(member: Member) -> float:
     """Estimated seconds for one view of one photo on both cards."""
-    spec = member.encoder
-    module = build_module(spec.library, spec.architecture, spec.arguments, spec.pool)
-    operations = count_operations(module, spec.preprocessing.size)
-    return operations / (CARDS * SPEED[spec.precision])
+    seconds = 0.0
+    for spec in member.encoders:
+        module = build_module(spec.library, spec.architecture, spec.arguments, spec.pool)
+        seconds += count_operations(module, spec.preprocessing.size) / (CARDS * SPEED[spec.precision])
+    return seconds
 
 
 def count_operations(module: nn.Module, size: int) -> int:

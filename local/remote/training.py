@@ -114,10 +114,6 @@ class RemoteTraining:
         arguments = [] if order.is_own_recipe else ["--recipe", order.recipe]
         arguments += [part for text in order.settings for part in ("--set", text)]
         datasets = [one.dataset for one in encoders if isinstance(one, LocalEncoder)]
-        for name in PER_ENCODER:  # --encoder would replace those of the recipe
-            value = getattr(order.built.encoder, name)
-            if isinstance(value, tuple) and value:
-                arguments += ["--set", f"{name}={json.dumps(value)}"]
         plan = Plan(
             name=order.out.name,
             arguments=arguments,

@@ -30,6 +30,7 @@ def test_the_estimate_is_the_slower_of_decoding_and_forward_passes():
     assert "would take about 1:00; the limit is 12:00:00" in said
     assert "(estimated)" in said
     assert "there is time for 45%; the limit is 0:30" in estimate_on_t4(made, round(DECODED * 60), 30.0)
-    full = replace(one, encoder=replace(one.encoder, precision="full"))
+    [encoder] = one.encoders
+    full = replace(one, encoders=(replace(encoder, precision="full"),))
     assert seconds_per_view(full) == pytest.approx(each * SPEED["half"] / SPEED["full"])
     assert CARDS == 2
