@@ -103,7 +103,7 @@ class Home:
         folder.mkdir()
 
     def train(
-        self, *settings: str, data: bool = True, encoder: str | None = None, recipe: str = "demo", **options
+        self, *settings: str, data: bool = True, encoder: str | list[str] | None = None, recipe: str = "demo", **options
     ) -> None:
         """What the command does."""
         from local.publishing.client import Clock
@@ -111,7 +111,14 @@ class Home:
         settings = (*TINY, *(("pretrained=true", "image_size=0") if encoder else ()), *settings)
         metadata = kernel_metadata(self.folder / "kernel-metadata.json")
         built = read_recipe(recipe, settings, encoder)
-        order = Order(recipe, settings, (encoder,) if encoder else (), built, self.data if data else None, self.out)
+        order = Order(
+            recipe,
+            settings,
+            [encoder] if isinstance(encoder, str) else encoder or [],
+            built,
+            self.data if data else None,
+            self.out,
+        )
         train_on_kaggle(order, metadata=metadata, clock=Clock(lambda: sum(self.slept), self.slept.append), **options)
 
     def refusal(self, *settings: str, **options) -> str:
@@ -316,6 +323,15 @@ def test_an_own_recipe_is_in_the_script_and_its_path_is_not(home, arrived, tmp_p
     [pushed] = arrived.bodies["SaveKernel"]
     assert "epochs = 7" in pushed["text"]
     assert "secret-place" not in pushed["text"]
+
+
+def test_several_encoders_keep_their_order_and_those_that_are_paths_are_sent(home, arrived, trained):
+    home.train("epochs=0", encoder=["timm:test_vit", str(trained), "timm:test_resnet"])
+    [pushed] = arrived.bodies["SaveKernel"]
+    [_, dataset] = pushed["datasetDataSources"]
+    order = [pushed["text"].index(name) for name in ("'timm:test_vit'", f"dataset='{dataset}'", "'timm:test_resnet'")]
+    assert order == sorted(order)
+    assert str(trained) not in pushed["text"]
 
 
 def test_a_secret_in_a_recipe_is_not_pushed(home, arrived, tmp_path):
