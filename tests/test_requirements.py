@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions
 from tests.conftest import ROOT
 
 OWN = {"bundle", "kernel", "local", "tests"}
-OPTIONAL = {"bioclip"}  # measured by local/benchmark.py where it is there
+OPTIONAL = {"bioclip", "faiss"}  # measured by local/benchmark.py where it is there
 
 
 def name_of(requirement: str) -> str:

@@ -27,7 +27,6 @@ from local.publishing.credentials import Credentials
 from local.publishing.preflight import find_secret
 from local.publishing.session import LAST_LINES, STOPPED, STUCK, Watch, start_session
 from local.publishing.uploads import SentFiles, Upload, send
-from local.recipes.recipe import PER_ENCODER
 from local.remote.kit import read_kit
 from local.remote.on_kaggle import OUTPUT, PARCEL, LocalEncoder, Plan
 from local.remote.order import Order, Session, State, save_state

@@ -62,7 +62,7 @@ def test_photos_are_decoded_larger_only_for_a_recipe_with_the_larger_view(drawn,
     train_run(make_recipe({**TINY, "epochs": 0, "views": views}, "the test"), drawn.competition, tmp_path / "run")
     member = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]
     assert member["views"] == views
-    assert member["encoder"]["preprocessing"]["larger_size"] == larger
+    assert member["encoders"][0]["preprocessing"]["larger_size"] == larger
 
 
 @pytest.mark.parametrize(
