@@ -1,5 +1,8 @@
 """Compare methods, from the rule of the public starter notebook to the best recipe, on the same photos and encoders.
 
+Each is scored on all queries, and on sparse test sets: small ones, drawn from the queries, in which most classes do not
+occur. FungiCLEF's test set is sparse, and methods that learn from the test set gain less there.
+
 Called by local/benchmark.py. Nothing may be chosen by these scores: they are of the test set.
 """
 
@@ -10,21 +13,22 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kernel.bank import classify, read_banks
+from kernel.bank import Bank, classify, read_banks
 from kernel.inputs import InputError
-from kernel.manifest import Manifest, read_weights
+from kernel.manifest import Manifest, Member, Weights, read_weights
 from kernel.metadata_prior import weighted_prior
 from kernel.observations import Observation, read_test
 from kernel.tables import RESOLUTIONS
 from local.banks.ensemble import ensemble_weights
 from local.banks.estimators import group_means, l2_normalize, pool
 from local.banks.search import evaluate_predictions
-from local.base.console import counted, say
+from local.base.console import counted, progress, say
 from local.base.files import write_json
 from local.base.metrics import GUESSES, METRIC_NAMES, bounded, gained, hit_matrix, interval_of, score
 from local.base.run_folder import CACHE
@@ -40,6 +44,10 @@ from local.training.run import train_run
 RECIPES = ("fungiclef-baseline", "fungiclef-protonet", "fungiclef-best")
 SPECIES = 60  # of the competition that is drawn without --data
 MOST_SHOTS = 4  # classes with so many reference observations or more are one group
+# Of a sparse test set. FungiCLEF 2025 has 566 of 2,427 classes in its test set, most of them once or twice.
+SPARSE_CLASSES = 0.25  # fraction of the classes of the reference set
+SPARSE_OBSERVATIONS = 2  # of a class at most
+DRAWS = 200  # so that nearly every query is in some draw
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,12 @@ class Task:
     def support(self, resolution: str) -> LabelledObservations:
         return read_competition(self.data, resolution).in_splits(*self.reference.split("+"))
 
+    @cached_property
+    def draws(self) -> list[np.ndarray]:
+        """Of each sparse test set the indices of its queries."""
+        truth = [self.truth[query.id] for query in self.queries(RESOLUTIONS[0])]
+        return draw_sparse(truth, len(self.support(RESOLUTIONS[0]).classes))
+
 
 @dataclass(frozen=True)
 class MethodAnswers:
@@ -75,16 +89,19 @@ class MethodAnswers:
         guesses: for each query, class ids, best first.
         losses: (queries,) log-losses, NaN if there is none; None for a method without probabilities.
         baseline: the answers to compare with.
+        sparse: for each sparse test set the guesses of a method that learns from the test set, when it sees that one
+            alone; None for a method that answers each query as if it were the only one.
     """
 
     name: str
     guesses: list[list[str]]
     losses: np.ndarray | None = None
     baseline: "MethodAnswers | None" = None
+    sparse: list[list[list[str]]] | None = None
 
 
 def accuracy(folders: Sequence[Path], encoders: Sequence[str], reference: str, out: Path | None = None) -> dict:
-    """Print the scores of all methods on every dataset, over all queries and by the number of shots.
+    """Print the scores of all methods on every dataset: over all queries, on sparse test sets, and by shots.
 
     Args:
         folders: competitions as downloaded, with the test labels as `solution.csv`, or else with a val split to score
@@ -113,7 +130,8 @@ def accuracy(folders: Sequence[Path], encoders: Sequence[str], reference: str, o
         for task in tasks:
             answers = run_methods(task, encoders or [read_recipe(RECIPES[0]).encoder.each[0].name], Path(kept))
             reports.append(score_methods(task, answers))
-            say("\n" + "\n".join([*method_table(reports[-1]), "", *shots_table(reports[-1]), ""]))
+            tables = (method_table, sparse_table, shots_table)
+            say("\n" + "\n".join(line for table in tables for line in (*table(reports[-1]), "")))
     return {"datasets": reports}
 
 
@@ -173,6 +191,31 @@ def read_task(data: Path, reference: str) -> Task:
     return Task(data, "val", "train", dict(zip(ids, val.class_ids, strict=True)))
 
 
+def draw_sparse(truth: Sequence[str], classes: int) -> list[np.ndarray]:
+    """Draw test sets like that of FungiCLEF from the queries: few of the classes, one or two observations of each.
+
+    Every class with queries has the same probability to be drawn, and so has each number of observations.
+
+    Args:
+        truth: class id of each query.
+        classes: of the reference set.
+
+    Returns:
+        Of each of DRAWS test sets the indices of its queries, ascending.
+    """
+    rng = np.random.default_rng(0)
+    names, labels = np.unique(np.array(truth, dtype=str), return_inverse=True)
+    members = [np.flatnonzero(labels == label) for label in range(len(names))]
+    present = min(len(names), max(1, round(SPARSE_CLASSES * classes)))
+    draws = []
+    for _ in range(DRAWS):
+        drawn = rng.choice(len(names), present, replace=False)
+        counts = rng.integers(1, SPARSE_OBSERVATIONS, size=present, endpoint=True)
+        own = [rng.permutation(members[label])[:count] for label, count in zip(drawn, counts, strict=True)]
+        draws.append(np.sort(np.concatenate(own)))
+    return draws
+
+
 def label(encoder: str) -> str:
     """A short name of an encoder: the name of its files or on its hub."""
     kind, _, name = encoder.rpartition(":")
@@ -190,14 +233,15 @@ def run_methods(task: Task, encoders: Sequence[str], folder: Path) -> list[Metho
             train_run(recipe, task.data, run, uses_val=task.split != "val")
         answers += match_photos(task, runs[0], cache, of)
         for name, run in zip(RECIPES, runs, strict=True):
-            found = bundle_answers(task, [run], [1.0], cache)
-            answers.append(rank_classes(task, found, name + of, answers[-1]))
+            found = open_bundle(task, [run], [1.0], cache)
+            answers.append(answer_with_bundle(task, found, name + of, answers[-1]))
         best.append((runs[-1], answers[-1]))
     if len(best) > 1:
         runs = [run for run, _ in best]
         weights = ensemble_weights(runs, find_competition(task.data).competition.guesses)
         baseline = best[int(np.argmax(weights))][1]  # of the largest weight by cross-validation, not by these scores
-        answers.append(rank_classes(task, bundle_answers(task, runs, weights, cache), "their ensemble", baseline))
+        found = open_bundle(task, runs, weights, cache)
+        answers.append(answer_with_bundle(task, found, "their ensemble", baseline))
     return answers
 
 
@@ -225,9 +269,8 @@ def match_photos(task: Task, run: Path, cache: Path, of: str) -> list[MethodAnsw
     distances = torch.cdist(torch.tensor(photos), torch.tensor(means)).numpy()
     scores = torch.tensor(-group_means(distances, query_photos.observations, len(queries))[0])
     is_readable = np.isin(np.arange(len(queries)), query_photos.observations)
-    found = BundleAnswers(queries, manifest, scores.log_softmax(dim=1), is_readable)
-    averaged = rank_classes(task, found, "raw photo means" + of, starter)
-    return [starter, averaged]
+    guesses, losses = rank_classes(task, queries, manifest, scores.log_softmax(dim=1), is_readable)
+    return [starter, MethodAnswers("raw photo means" + of, guesses, losses, starter)]
 
 
 def nearest_means(photos: np.ndarray, observations: np.ndarray, means: np.ndarray, count: int) -> list[list[int]]:
@@ -250,48 +293,106 @@ def nearest_means(photos: np.ndarray, observations: np.ndarray, means: np.ndarra
 
 
 @dataclass(frozen=True)
-class BundleAnswers:
-    """A bundle's (queries, classes) log-probabilities of all queries, and whether any photo of each could be read."""
+class OpenMember:
+    """A member of a bundle, and how it sees the queries.
+
+    Attributes:
+        embeddings: (queries, features), zeros where no photo could be read.
+    """
+
+    run: Weights
+    member: Member
+    banks: list[Bank]
+    embeddings: torch.Tensor
+
+
+@dataclass(frozen=True)
+class OpenBundle:
+    """A bundle, and the queries as its members see them.
+
+    Attributes:
+        is_readable: (queries,) bool, whether any photo could be read.
+    """
 
     queries: list[Observation]
     manifest: Manifest
-    log_probabilities: torch.Tensor
+    members: list[OpenMember]
     is_readable: np.ndarray
 
+    @property
+    def is_transductive(self) -> bool:
+        """Whether the answer to a query depends on which other queries there are."""
+        return any(bank.transduction for one in self.members for bank in one.banks)
 
-def bundle_answers(task: Task, runs: Sequence[Path], weights: Sequence[float], cache: Path) -> BundleAnswers:
-    """The answers of the bundle of some runs, each with its weight."""
-    opened = [(run, read_weights(run).manifest, weight) for run, weight in zip(runs, weights, strict=True) if weight]
+    def log_probabilities(self, rows: np.ndarray) -> torch.Tensor:
+        """(rows, classes), of the queries with these indices, as if the test set had no others."""
+        total, queries = 0, [self.queries[row] for row in rows]
+        for one in self.members:
+            total += one.member.weight * torch.cat(list(classify(one.banks, one.embeddings[torch.tensor(rows)])))
+            prior = weighted_prior(one.run, [one.member], queries)
+            total += 0 if prior is None else prior[:]
+        return total.log_softmax(dim=1)
+
+
+def open_bundle(task: Task, runs: Sequence[Path], weights: Sequence[float], cache: Path) -> OpenBundle:
+    """The bundle of some runs, each with its weight, and the embeddings of the queries."""
+    opened = [(run, read_weights(run), weight) for run, weight in zip(runs, weights, strict=True) if weight]
     # All members of a bundle get photos of the largest resolution among them.
-    resolution = max((manifest.competition.resolution for _, manifest, _ in opened), key=RESOLUTIONS.index)
+    resolution = max((own.manifest.competition.resolution for _, own, _ in opened), key=RESOLUTIONS.index)
     queries = task.queries(resolution)
-    total, is_readable = 0, np.ones(len(queries), dtype=bool)
-    for run, manifest, weight in opened:
-        member = manifest.members[0]
+    members, is_readable = [], np.ones(len(queries), dtype=bool)
+    for run, own, weight in opened:
+        member = replace(own.manifest.members[0], weight=weight)
         photos = embed_with_run(run, queries, member.views, cache)
         embeddings = pool(photos.values, photos.observations, len(queries), member.pooling)
-        banks = read_banks(read_weights(run).file(member.banks[-1]))
-        total += weight * torch.cat(list(classify(banks, torch.tensor(embeddings, dtype=torch.float32))))
-        prior = weighted_prior(read_weights(run), [replace(member, weight=weight)], queries)
-        total += 0 if prior is None else prior[:]
+        banks = read_banks(own.file(member.banks[-1]))
+        members.append(OpenMember(own, member, banks, torch.tensor(embeddings, dtype=torch.float32)))
         is_readable &= np.isin(np.arange(len(queries)), photos.observations)
-    return BundleAnswers(queries, opened[0][1], total.log_softmax(dim=1), is_readable)
+    return OpenBundle(queries, opened[0][1].manifest, members, is_readable)
 
 
-def rank_classes(task: Task, found: BundleAnswers, name: str, baseline: MethodAnswers | None) -> MethodAnswers:
-    """The classes in the order of their probability; the fallback of the kernel if no photo could be read."""
-    classes = found.manifest.class_ids
-    truth = encode_labels(np.array([task.truth[query.id] for query in found.queries], dtype=object), classes)
-    outcome = evaluate_predictions(found.log_probabilities, truth)
+def answer_with_bundle(task: Task, bundle: OpenBundle, name: str, baseline: MethodAnswers | None) -> MethodAnswers:
+    """The answers of a bundle to all queries at once, and to each sparse test set where that is not the same."""
+
+    def rank_rows(rows: np.ndarray) -> tuple[list[list[str]], np.ndarray]:
+        queries = [bundle.queries[row] for row in rows]
+        return rank_classes(task, queries, bundle.manifest, bundle.log_probabilities(rows), bundle.is_readable[rows])
+
+    guesses, losses = rank_rows(np.arange(len(bundle.queries)))
+    sparse = None
+    if bundle.is_transductive:
+        sparse = [rank_rows(rows)[0] for rows in progress(task.draws, f"{name} on sparse test sets", unit="draw")]
+    return MethodAnswers(name, guesses, losses, baseline, sparse)
+
+
+def rank_classes(
+    task: Task,
+    queries: Sequence[Observation],
+    manifest: Manifest,
+    log_probabilities: torch.Tensor,
+    is_readable: np.ndarray,
+) -> tuple[list[list[str]], np.ndarray]:
+    """The classes in the order of their probability; the fallback of the kernel if no photo could be read.
+
+    Args:
+        log_probabilities: (queries, classes).
+        is_readable: (queries,) bool.
+
+    Returns:
+        The guesses of each query, and (queries,) log-losses, NaN if there is none.
+    """
+    classes = manifest.class_ids
+    truth = encode_labels(np.array([task.truth[query.id] for query in queries], dtype=object), classes)
+    outcome = evaluate_predictions(log_probabilities, truth)
     guesses = [
-        [classes[label] for label in row] if is_readable else list(found.manifest.fallback_classes)
-        for row, is_readable in zip(outcome.top, found.is_readable, strict=True)
+        [classes[label] for label in row] if readable else list(manifest.fallback_classes)
+        for row, readable in zip(outcome.top, is_readable, strict=True)
     ]
-    return MethodAnswers(name, guesses, np.where(found.is_readable, outcome.losses, np.nan), baseline)
+    return guesses, np.where(is_readable, outcome.losses, np.nan)
 
 
 def score_methods(task: Task, answers: Sequence[MethodAnswers]) -> dict:
-    """The scores of every method with 95% intervals, its gain over its baseline, and recalls by shots."""
+    """The scores of every method with 95% intervals and gains: of all queries, of sparse test sets, and by shots."""
     support = task.support(RESOLUTIONS[0])
     truth = [task.truth[query.id] for query in task.queries(RESOLUTIONS[0])]
     counts = Counter(support.class_ids.tolist())
@@ -313,6 +414,7 @@ def score_methods(task: Task, answers: Sequence[MethodAnswers]) -> dict:
         "reference_observations": len(support),
         "classes": len(counts),
         "methods": rows,
+        "sparse": score_sparse(task.draws, truth, answers),
         "by_shots": [
             {
                 "shots": f"{count} or more" if count == MOST_SHOTS else str(count),
@@ -322,6 +424,47 @@ def score_methods(task: Task, answers: Sequence[MethodAnswers]) -> dict:
             for count in np.unique(shots).tolist()
         ],
     }
+
+
+def score_sparse(draws: Sequence[np.ndarray], truth: Sequence[str], answers: Sequence[MethodAnswers]) -> dict:
+    """The recalls of every method on the sparse test sets, and its gain over its baseline, with 95% intervals.
+
+    The draws share queries, so their spread is not the uncertainty of their mean. Of each query the hits are averaged
+    over the draws that have it; these means, weighted by the number of draws, are bootstrapped over queries.
+
+    Args:
+        draws: of `draw_sparse`.
+        truth: class id of each query.
+    """
+    sizes = [len(rows) for rows in draws]
+    weights = np.bincount(np.concatenate(draws), minlength=len(truth)).astype(float)
+    hits, rows = {one.name: sparse_hits(draws, truth, one) for one in answers}, []
+    for one in answers:
+        row = {"method": one.name}
+        for index, name in enumerate(f"recall_at_{count}" for count in GUESSES):
+            found = bounded(hits[one.name][:, index], weights)
+            row |= {name: found["value"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+        row["gain"] = None
+        if one.baseline:
+            gains = (hits[one.name] - hits[one.baseline.name])[:, GUESSES.index(5)]
+            row["gain"] = {"over": one.baseline.name, **bounded(gains, weights)}
+        rows.append(row)
+    return {
+        "draws": len(draws),
+        "classes": len({truth[row] for row in draws[0]}),
+        "observations": float(np.mean(sizes)),
+        "methods": rows,
+    }
+
+
+def sparse_hits(draws: Sequence[np.ndarray], truth: Sequence[str], answers: MethodAnswers) -> np.ndarray:
+    """(queries, GUESSES) the hits of each query, averaged over the draws that have it; 0 for one that none has."""
+    total, times = np.zeros((len(truth), len(GUESSES))), np.zeros((len(truth), 1))
+    for number, rows in enumerate(draws):
+        guesses = answers.sparse[number] if answers.sparse else [answers.guesses[row] for row in rows]
+        total[rows] += hit_matrix([truth[row] for row in rows], guesses)
+        times[rows] += 1
+    return total / np.maximum(times, 1)
 
 
 def method_table(report: dict) -> list[str]:
@@ -335,6 +478,21 @@ def method_table(report: dict) -> list[str]:
     for row in report["methods"]:
         cells = [cell(interval_of(row, name)) for name in METRIC_NAMES]
         cells += [cell(row["log_loss"]), cell(row["gain"], "+")]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    return lines
+
+
+def sparse_table(report: dict) -> list[str]:
+    sparse, names = report["sparse"], [f"recall_at_{count}" for count in GUESSES]
+    lines = [
+        f"sparse test sets: {sparse['classes']} of {counted(report['classes'], 'class')}, 1 or {SPARSE_OBSERVATIONS} "
+        f"observations of each, {sparse['observations']:.0f} in all; mean of {counted(sparse['draws'], 'draw')}, "
+        "95% intervals",
+        "",
+        *heading("method", *(METRIC_NAMES[name] for name in names), "gain in Recall@5"),
+    ]
+    for row in sparse["methods"]:
+        cells = [*(cell(interval_of(row, name)) for name in names), cell(row["gain"], "+")]
         lines.append(f"| {row['method']} | {' | '.join(cells)} |")
     return lines
 

@@ -10,22 +10,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from bundle import bundle
+from kernel.bank import rank
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, read_manifest, read_weights, write_manifest
 from local import benchmark
-from local.base.metrics import METRIC_NAMES
+from local.base.metrics import METRIC_NAMES, bounded
+from local.base.run_folder import CACHE
 from local.benchmarks import accuracy
 from local.benchmarks.accuracy import (
+    DRAWS,
+    MethodAnswers,
+    answer_with_bundle,
+    draw_sparse,
     export_encoder,
     label,
     method_table,
     nearest_means,
+    open_bundle,
     read_task,
     run_methods,
     score_methods,
+    score_sparse,
     shots_table,
+    sparse_table,
 )
 from local.data.competition import read_competition
 from local.encoders.load import load_encoder
@@ -144,12 +154,70 @@ def test_shots_are_counted_in_the_reference(report, task):
     assert [part["observations"] for part in report["by_shots"] if part["shots"] == "1"] == [len(ones)]
 
 
+def test_a_sparse_test_set_has_a_quarter_of_the_classes_and_one_or_two_observations_of_each():
+    truth = np.repeat([f"{number}" for number in range(20)], [1] * 5 + [9] * 15)
+    draws = draw_sparse(truth, classes=40)
+    assert len(draws) == DRAWS
+    for rows in draws:
+        names, counts = np.unique(truth[rows], return_counts=True)
+        assert len(names) == 10
+        assert set(counts) <= {1, 2}
+        assert len(set(rows)) == len(rows)
+    drawn = np.bincount(np.concatenate(draws), minlength=len(truth))
+    assert drawn.min() > 0  # no query is left out of all draws
+    assert np.mean([len(rows) for rows in draws]) == pytest.approx(10 * (0.25 * 1 + 0.75 * 1.5), rel=0.05)
+
+
+def test_a_sparse_test_set_has_no_more_classes_than_there_are():
+    assert {tuple(rows) for rows in draw_sparse(["a", "b"], classes=100)} == {(0, 1)}
+
+
+def test_transduction_sees_the_queries_of_a_sparse_test_set_alone(task, encoders, runs, answers):
+    run = runs / f"fungi-{label(encoders[1])}-fungiclef-baseline"
+    found = open_bundle(task, [run], [1.0], runs / CACHE)
+    [member] = found.members
+    banks = [replace(bank, transduction=torch.tensor(20.0)) for bank in member.banks]
+    moved = answer_with_bundle(task, replace(found, members=[replace(member, banks=banks)]), "moved", None)
+    classes = found.manifest.class_ids
+    for rows, guesses in zip(task.draws, moved.sparse, strict=True):
+        alone = rank([banks], [1.0], [member.embeddings[torch.tensor(rows)]], 10)
+        assert guesses == [[classes[index] for index in row] for row in alone.tolist()]
+    assert any(
+        guesses != [moved.guesses[row] for row in rows] for rows, guesses in zip(task.draws, moved.sparse, strict=True)
+    )
+    assert answer_with_bundle(task, found, "fixed", None).sparse is None
+
+
+def test_sparse_scores_are_means_over_the_draws():
+    truth = ["a", "b", "c", "d"]
+    draws = [np.array([0, 1]), np.array([0, 2]), np.array([0, 2])]
+    fixed = MethodAnswers("fixed", [["a"], ["x", "b"], ["x"], ["d"]])
+    moved = MethodAnswers("moved", [["x"]] * 4, None, fixed, [[["a"], ["b"]], [["x"], ["c"]], [["x", "a"], ["x"]]])
+    report = score_sparse(draws, truth, [fixed, moved])
+    first, second = report["methods"]
+    assert (report["draws"], report["classes"], report["observations"]) == (3, 2, 2.0)
+    assert (first["recall_at_1"], first["recall_at_5"]) == (pytest.approx(3 / 6), pytest.approx(4 / 6))
+    assert (second["recall_at_1"], second["recall_at_5"]) == (pytest.approx(3 / 6), pytest.approx(4 / 6))
+    gains = np.array([2 / 3 - 1, 0, 1 / 2])  # query by query, over its draws
+    assert second["gain"] == {"over": "fixed", **bounded(gains, np.array([3.0, 1.0, 2.0]))}
+
+
+def test_a_method_that_is_not_transductive_scores_the_same_on_sparse_test_sets_of_all_queries(answers, task):
+    truth = [task.truth[query.id] for query in task.queries("300p")]
+    whole = score_methods(task, answers)["methods"]
+    sparse = score_sparse([np.arange(len(truth))], truth, [one for one in answers if not one.sparse])
+    scores = {row["method"]: row["recall_at_5"] for row in whole}
+    for row in sparse["methods"]:
+        assert row["recall_at_5"] == pytest.approx(scores[row["method"]])
+
+
 def test_the_tables_have_a_row_for_each_method_and_a_dash_for_a_missing_score(report):
-    scores, shots = method_table(report), shots_table(report)
-    columns = {line.count("|") for line in scores if line.startswith("|")}
-    assert len(columns) == 1
-    names = [line.split(" | ")[0].removeprefix("| ") for line in scores[-len(report["methods"]) :]]
-    assert names == [row["method"] for row in report["methods"]]
+    scores, sparse, shots = method_table(report), sparse_table(report), shots_table(report)
+    for table in (scores, sparse):
+        columns = {line.count("|") for line in table if line.startswith("|")}
+        assert len(columns) == 1
+        names = [line.split(" | ")[0].removeprefix("| ") for line in table[-len(report["methods"]) :]]
+        assert names == [row["method"] for row in report["methods"]]
     assert next(line for line in scores if line.startswith("| starter")).endswith("| – | – |")
     assert len({line.count("|") for line in shots if line.startswith("|")}) == 1
 
@@ -193,4 +261,4 @@ def test_the_command_prints_the_tables_and_writes_them(drawn, encoders, tmp_path
     [member] = read_weights(next((tmp_path / "runs").glob("*-fungiclef-baseline"))).manifest.members
     assert member.data_sha256 == read_competition(drawn.competition).in_splits("train").digest()
     printed = capsys.readouterr().out
-    assert all(line in printed for line in (*method_table(dataset), *shots_table(dataset)))
+    assert all(line in printed for line in (*method_table(dataset), *sparse_table(dataset), *shots_table(dataset)))
