@@ -7,8 +7,9 @@ Photos are not embedded again: training has cached the embeddings. The page cont
 number on it is also in metrics.json. It shows
 
 - how good the run is: Recall@1/5/10, macro and weighted F1, and log-loss, with 95% intervals, of predictions by
-  settings that other observations chose; with --against, the paired difference from other runs, the gain of an
-  ensemble, and the probability that the leaderboard shows the better run as the worse one;
+  settings that other observations chose; with and without the observations of which the bank has a near-duplicate,
+  and these pairs of photos; with --against, the paired difference from other runs, the gain of an ensemble, and the
+  probability that the leaderboard shows the better run as the worse one;
 - where it fails: by taxonomic rank, number of observations in the bank, number of photos, habitat and month; confusion
   matrices in taxonomic order; poisonous species taken for edible ones and the reverse, by the costs of FungiCLEF 2024;
   the species of --focus; a table of all classes to search (press /) and sort;
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def describe_scores(figures: dict) -> Iterator[str]:
-    """The headline, and the difference from each other run."""
+    """The headline, the same without near-duplicates if there are any, and the difference from each other run."""
 
     def described(scores: dict, sign: str = "") -> str:
         return "  ".join(
@@ -92,6 +93,11 @@ def describe_scores(figures: dict) -> Iterator[str]:
         )
 
     yield f"{counted(figures['observations'], 'held-out observation')}: {described(figures['headline'])}"
+    found = figures["duplicates"]
+    if found["duplicates"]:
+        what = f"{counted(found['observations'], 'observation')} with near-duplicates in the bank"
+        without = found["without_duplicates"]
+        yield f"without {what}: {described(without) if without else 'none is left'}"
     for other in figures["against"]:
         yield f"minus {other['run']}, on {other['observations']:,}: {described(other['gain'], '+')}"
 

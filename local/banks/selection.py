@@ -16,6 +16,7 @@ from local.banks.metadata_prior import fit_prior
 from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, most_candidates, nested_predictions
 from local.base.console import Progress, counted, say
 from local.base.metrics import GUESSES, describe, held_out_scores
+from local.data.duplicates import NEAR_DUPLICATE, find_near_duplicates, plain_column
 from local.data.embedding import WeightedEncoders
 from local.data.observations import Split, encode_labels, sort_ids
 from local.data.photos import check_readable
@@ -227,6 +228,7 @@ class BankSelection:
         )
         scores = self._score(search, largest(nested.log_probabilities, max(GUESSES)).numpy())
         self._describe(scores, search.weights)
+        self._describe_near_duplicates(settings)
         optimistic = self._score(search, evaluation.top) if self.choose else {}
         banks, prior = self._fit(settings, evaluation.logit_scales)
         return SelectedBank(settings, banks, prior, scores, optimistic, candidates, predictions)
@@ -247,6 +249,19 @@ class BankSelection:
             say(f"{plan.describe_folds()}, {how}: {describe(scores, count)}")
             say(f"the same, unweighted: {describe(scores, count, 'unweighted_')}")
         return scores
+
+    def _describe_near_duplicates(self, settings: BankSettings) -> None:
+        """Print how many held-out photos another observation of the bank has too, if any."""
+        embedded = self.embed(settings.resize_mode)
+        query_mask = np.any([queries for _, queries in self.plan.folds], axis=0)
+        photos = embedded.values[:, plain_column(embedded.views)]
+        found = find_near_duplicates(photos, embedded.observations, embedded.labels, query_mask, self.plan.reference)
+        if len(found.photos):
+            held_out = counted(int(query_mask[embedded.observations].sum()), "held-out photo")
+            say(
+                f"near-duplicates: {len(found.photos):,} of {held_out} with a cosine of {NEAR_DUPLICATE} or more to a "
+                "photo of another observation in the bank, which may raise the scores; local/evaluate.py shows them"
+            )
 
     def _fit(
         self, settings: BankSettings, logit_scales: Sequence[float] = ()

@@ -19,6 +19,7 @@ from local.banks.search import Evaluation, evaluate_predictions
 from local.base.run_folder import CACHE
 from local.base.runs import open_run
 from local.data.competition import read_competition
+from local.data.duplicates import plain_column
 from local.data.embedding import embed_with_run
 from local.data.observations import (
     UNKNOWN_TAXA,
@@ -64,6 +65,9 @@ class Embedded:
         pooled: (observations, features) of length 1, or 0 where no photo is readable.
         classes: (observations,) label.
         is_reference: (observations,) bool.
+        photos: the readable ones.
+        photo_observations: (photos,) int, index of the observation of each.
+        plain: (photos, features) float16, in the plain view, or in the first where there is none; not centred.
     """
 
     observations: list[Observation]
@@ -71,6 +75,9 @@ class Embedded:
     pooled: np.ndarray
     classes: np.ndarray
     is_reference: np.ndarray
+    photos: list[Path]
+    photo_observations: np.ndarray
+    plain: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -255,6 +262,7 @@ def read_embeddings(evidence: Evidence) -> Embedded:
     found = embed_with_run(evidence.run, observations, evidence.recipe.bank.views, evidence.run.parent / CACHE)
     readable = np.bincount(found.observations, minlength=len(observations))
     pooled = pool(found.values, found.observations, len(observations), evidence.recipe.bank.pooling)
+    unreadable = {path for path, _ in found.unreadable}
     mean = pooled[(readable > 0) & is_reference].mean(axis=0)
     return Embedded(
         observations=observations,
@@ -262,4 +270,7 @@ def read_embeddings(evidence: Evidence) -> Embedded:
         pooled=l2_normalize(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),
         classes=encode_labels(known.class_ids, evidence.classes),
         is_reference=is_reference,
+        photos=[path for one in observations for path in one.photos if path not in unreadable],
+        photo_observations=found.observations,
+        plain=found.values[:, plain_column(evidence.recipe.bank.views)].copy(),
     )

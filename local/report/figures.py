@@ -11,6 +11,7 @@ from local.base.console import progress
 from local.base.files import read_json
 from local.report import closeup, failures, scores
 from local.report.advice import Advice, advise
+from local.report.duplicates import DuplicateScores, score_duplicates
 from local.report.evidence import Evidence
 from local.report.origin import Origin, Training, read_training, trace_origin
 from local.report.trust import Trust, measure_trust
@@ -68,6 +69,7 @@ class Figures:
     headline: scores.Scores
     unweighted: scores.Scores | None
     against: list[scores.Comparison]
+    duplicates: DuplicateScores
     leaderboard: list[scores.Board]
     ranks: list[failures.RankScores]
     hierarchy: scores.Scores
@@ -105,6 +107,7 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
             scores.score_answers(evidence.truth, evidence.outcome, evidence.classes) if is_weighted else None
         ),
         "against": lambda: [scores.compare_with(evidence, run) for run in others],
+        "duplicates": lambda: score_duplicates(evidence),
         "leaderboard": lambda: scores.predict_leaderboard(
             evidence, computed["against"], computed["headline"][metric].value
         ),

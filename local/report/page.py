@@ -17,6 +17,7 @@ from kernel.manifest import MANIFEST
 from kernel.photos import read_photo
 from local.base.console import Progress, progress
 from local.base.metrics import METRIC_NAMES
+from local.data.duplicates import MAX_BACKGROUND
 from local.report import pictures
 from local.report.failures import ClassScores, Mistake
 from local.report.figures import Figures
@@ -67,6 +68,7 @@ def render(figures: Figures, folder: Path) -> str:
     environment.filters |= {one.__name__: one for one in (bounds, number, percent, duration, code, breakable)}
     environment.globals |= {name: draw for name, draw in vars(pictures).items() if name.startswith("draw_")}
     environment.globals |= {"metric_names": METRIC_NAMES, "score_names": SCORE_NAMES, "small": SMALL}
+    environment.globals["max_background"] = MAX_BACKGROUND
     environment.globals |= {"map_colours": (*pictures.GROUPS, pictures.OTHERS)}
     album = Album(folder)
     species = {row.label: row for row in figures.species}
