@@ -25,6 +25,7 @@ from local.recipes.recipe import make_recipe
 from local.report import page
 from local.report.advice import advise
 from local.report.closeup import Closeup
+from local.report.duplicates import score_duplicates
 from local.report.evidence import Rank, evaluate_answers, name_ranks, read_evidence
 from local.report.failures import (
     confuse_groups,
@@ -137,6 +138,25 @@ def test_what_training_left_in_the_metrics_stays_there(written, trained):
 @pytest.fixture(scope="module")
 def figures(written, evidence, folded) -> Figures:
     return compute_figures(evidence, [folded], [evidence.names[0]])
+
+
+def test_near_duplicates_are_shown_as_pairs_with_the_scores_without_them(figures, evidence, drawn):
+    plain = np.eye(len(evidence.embedded.photos))
+    owners, copied = evidence.embedded.photo_observations, len(evidence.queries)
+    plain[np.flatnonzero(owners == 0)[0]] = plain[np.flatnonzero(owners == copied)[0]]
+    changed = dataclasses.replace(evidence)
+    changed.__dict__["embedded"] = dataclasses.replace(evidence.embedded, plain=plain)
+    found = dataclasses.replace(figures, duplicates=score_duplicates(changed))
+    html = page.render(found, drawn.competition)
+    assert "1 held-out photo of" in html
+    for observation in (evidence.queries[0], evidence.embedded.observations[copied]):
+        assert f"observation {observation.id}</span>" in html
+    without = found.duplicates.without_duplicates["recall_at_1"]
+    assert f"{without.value:.3f}" in html
+    lines = list(describe_scores(json.loads(json.dumps(dataclasses.asdict(found)))))
+    assert lines[1].startswith("without 1 observation with near-duplicates in the bank: ")
+    assert f"Recall@1 {without.value:.3f}" in lines[1]
+    assert len(list(describe_scores(dataclasses.asdict(figures)))) == len(lines) - 1
 
 
 def test_metrics_json_holds_the_figures_of_the_page(written, figures, drawn):
