@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def describe_scores(figures: dict) -> Iterator[str]:
-    """The headline, the same without near-duplicates if there are any, and the difference from each other run."""
+    """The headline, without weights and without near-duplicates if there are any, and the gain over each other run."""
 
     def described(scores: dict, sign: str = "") -> str:
         return "  ".join(
@@ -93,6 +93,8 @@ def describe_scores(figures: dict) -> Iterator[str]:
         )
 
     yield f"{counted(figures['observations'], 'held-out observation')}: {described(figures['headline'])}"
+    if figures["unweighted"]:
+        yield f"the same, unweighted: {described(figures['unweighted'])}"
     found = figures["duplicates"]
     if found["duplicates"]:
         what = f"{counted(found['observations'], 'observation')} with near-duplicates in the bank"

@@ -1,7 +1,8 @@
 """List the runs of a folder with their validation scores, newest first.
 
 Every held-out observation is predicted with settings that the others chose. The scores are weighted as for the choice
-of a bank; metrics.json has the unweighted ones too, and those of the settings that all of them chose.
+of a bank, and the last column has them without weights. metrics.json also has those of the settings that all of them
+chose.
 
 python local/runs.py            lists runs/
 python local/runs.py FOLDER

@@ -8,6 +8,7 @@ from kernel.manifest import MANIFEST, Weights, read_manifest, read_weights
 
 MAX_LISTED = 8  # runs in a message
 SCORES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
+UNWEIGHTED = "the three unweighted"  # a column
 
 
 def open_run(folder: Path) -> Weights:
@@ -57,6 +58,7 @@ def describe_run(path: Path) -> dict[str, str] | None:
             label: f"{scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]" if scores else "-"
             for name, label in SCORES.items()
         },
+        UNWEIGHTED: " / ".join(f"{scores[f'unweighted_{name}']:.3f}" for name in SCORES) if scores else "-",
     }
 
 

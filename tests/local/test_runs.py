@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from kernel.inputs import InputError
+from kernel.manifest import read_manifest
 from local.base.runs import open_run
 from tests.conftest import command
 
@@ -21,6 +22,10 @@ def test_runs_are_listed_newest_first_with_their_scores(trained, tmp_path):
     assert "2001-09-0" in lines[1]
     assert "test_resnet" in lines[1]
     assert lines[1].count("[") == 3
+    scores = read_manifest(trained / "manifest.json").members[0].validation
+    unweighted = [scores[f"unweighted_{name}"] for name in ("recall_at_1", "recall_at_5", "macro_f1")]
+    assert unweighted[0] != scores["recall_at_1"]
+    assert lines[1].endswith("  " + " / ".join(f"{score:.3f}" for score in unweighted))
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path):
