@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from kernel.bank import largest
 from kernel.encoders import Encoder, is_out_of_memory, open_encoder
 from kernel.inputs import InputError, sha256, shorten
 from kernel.manifest import MANIFEST, CompetitionSpec, EncoderSpec, GivenSettings, Manifest, Member, write_manifest
 from kernel.views import VIEWS
+from local.banks.ensemble import HeldOutPredictions
 from local.banks.estimators import commonest_classes, save_banks
 from local.banks.metadata_prior import write_prior
 from local.banks.selection import BankPlan, SelectedBank
@@ -22,7 +24,7 @@ from local.base.files import write_table, write_tensors
 from local.base.repository import commit, versions
 from local.base.run_folder import VALIDATION_FILE
 from local.data.embedding import preprocessing_in
-from local.data.observations import names_of
+from local.data.observations import LabelledObservations, names_of
 from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, settings_of, write_recipe
 from local.training.finetuning import Tuning
@@ -31,7 +33,8 @@ from local.training.log import log_row
 from local.training.plots import plot_class_distribution, plot_training_curve
 
 PRIOR_FILE = "prior.safetensors"
-CANDIDATES_FILE = "candidates.csv"
+CANDIDATES_FILE, OUT_OF_FOLD_FILE = "candidates.csv", "oof.csv"
+OUT_OF_FOLD_CLASSES = 20  # of each observation
 
 
 def encoder_file(index: int) -> str:
@@ -110,6 +113,7 @@ def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, ban
         write_table(bank.candidates, folder / CANDIDATES_FILE)
     if bank.predictions:
         bank.predictions.write(folder / VALIDATION_FILE)
+        write_out_of_fold(bank.predictions, plan.split.labelled, folder / OUT_OF_FOLD_FILE)
     write_recipe(recipe, folder / "recipe.toml")
     class_ids = plan.split.labelled.class_ids[plan.reference]
     if tuning.log or bank.scores:
@@ -132,6 +136,24 @@ def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, ban
         files={name: sha256(folder / name) for name in files},
     )
     write_manifest(manifest, folder / MANIFEST)
+
+
+def write_out_of_fold(predictions: HeldOutPredictions, labelled: LabelledObservations, path: Path) -> None:
+    """Write the most probable classes of each held-out observation, to be combined with models of other people.
+
+    The columns are `observation`, `class` (the true one, also where the bank lacks it), `class_1`, `probability_1`,
+    `class_2` and so on, the most probable first.
+    """
+    truth, classes = dict(zip(labelled.ids, labelled.class_ids, strict=True)), predictions.classes
+    labels = largest(predictions.log_probabilities, OUT_OF_FOLD_CLASSES)
+    probabilities = predictions.log_probabilities.softmax(dim=1).gather(1, labels).tolist()
+    rows = []
+    for name, own, values in zip(predictions.observations, labels.tolist(), probabilities, strict=True):
+        row = {"observation": name, "class": truth[name]}
+        for number, (label, probability) in enumerate(zip(own, values, strict=True), start=1):
+            row |= {f"class_{number}": classes[label], f"probability_{number}": f"{probability:.6g}"}
+        rows.append(row)
+    write_table(rows, path)
 
 
 def write_reference(plan: BankPlan, embeddings: np.ndarray, path: Path) -> None:
