@@ -3,11 +3,15 @@
 python local/predict.py runs/best photo.jpg more/
 python local/predict.py runs/best runs/second photos/ --csv predictions.csv --html predictions.html
 python local/predict.py build photos/ --together
+python local/predict.py build --data data/fungi-clef-2025 --csv test.csv --top 20
 
 Prints a line for each photo: its best classes with their probabilities, and the photo of the bank that speaks for the
 first. The photos of a sub-folder are one observation and have one line; with --together, all photos are. Photos that
 cannot be read are named. The classes and their order are those of the kernel, without metadata. Several runs are
 weighted as bundle.py weights them. A long list is predicted in parts: the CSV has the rows of all parts that are done.
+
+With --data, the test set of a competition is predicted instead, with its ids and metadata, as the kernel predicts it: a
+table of classes and probabilities to mix with other models. oof.csv in a run is the same for its held-out observations.
 """
 
 import argparse
@@ -25,8 +29,8 @@ if not __package__:  # run as a script
 from kernel.competitions.class_folders import find_photos
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, Weights, read_weights
-from kernel.observations import Observation
-from kernel.tables import describe_left_out
+from kernel.observations import Observation, find_test_table
+from kernel.tables import RESOLUTIONS, describe_left_out
 from local.base.console import Progress, command_parser, counted, run, say
 from local.base.files import refuse_unwritable_file, write_text
 
@@ -34,8 +38,11 @@ if TYPE_CHECKING:
     from local.prediction.model import Prediction
 
 
-def split_paths(paths: Sequence[Path]) -> tuple[list[Weights], list[Path]]:
+def split_paths(paths: Sequence[Path], takes_photos: bool = True) -> tuple[list[Weights], list[Path]]:
     """The weights of the runs, or of the bundle, among some paths, and the photos and folders.
+
+    Args:
+        takes_photos: whether there must be photos, or else must not be.
 
     Raises:
         InputError: a path does not exist, runs or photos are missing, or a bundle is not alone.
@@ -51,7 +58,9 @@ def split_paths(paths: Sequence[Path]) -> tuple[list[Weights], list[Path]]:
             raise InputError(f"{path} does not exist: give runs or a bundle, then photos or folders of photos")
     if not weights:
         raise InputError(f"none of {', '.join(map(str, paths))} is a run or a bundle: give one, such as runs/best")
-    if not photos:
+    if photos and not takes_photos:
+        raise InputError(f"{photos[0]} is not a run or a bundle: give photos, or the test set of --data, not both")
+    if takes_photos and not photos:
         raise InputError("no photo is given: give photos or folders of photos after the runs")
     if len(weights) > 1 and any(len(own.manifest.members) > 1 or own.folder.name == "weights" for own in weights):
         raise InputError("a bundle cannot be combined with other runs: give one bundle, or runs only")
@@ -74,6 +83,17 @@ def group_photos(paths: Sequence[Path], together: bool) -> list[Observation]:
     if not groups:
         raise InputError(f"no photo in {', '.join(map(str, paths))}: give photos or folders of photos")
     return [Observation(str(name), tuple(photos)) for name, photos in groups.items()]
+
+
+def read_test_set(data: Path, weights: Sequence[Weights]) -> list[Observation]:
+    """The test observations of a competition, with photos of the resolution that a bundle of the runs would read.
+
+    Raises:
+        InputError: it is not the competition of the runs, or has no test set.
+    """
+    trained = [own.manifest.competition for own in weights]
+    resolution = max((one.resolution for one in trained), key=RESOLUTIONS.index)
+    return list(find_test_table(data, trained[0].name, resolution).observations)
 
 
 def describe(prediction: "Prediction") -> str:
@@ -100,17 +120,19 @@ def csv_header(top: int) -> list[str]:
     return ["observation", "photos", *guesses, "reference", "unreadable"]
 
 
-def predict(paths: Sequence[Path], top: int, table: Path | None, page: Path | None, together: bool) -> None:
-    """Predict photos; see the module.
+def predict(
+    paths: Sequence[Path], top: int, table: Path | None, page: Path | None, together: bool, data: Path | None = None
+) -> None:
+    """Predict photos, or the test set of the competition `data`; see the module.
 
     Raises:
         InputError: a path is wrong, or a file cannot be written.
     """
-    weights, photos = split_paths(paths)
+    weights, photos = split_paths(paths, takes_photos=not data)
     for path in filter(None, (table, page)):
         refuse_unwritable_file(path)
     top = min(top, len(weights[0].manifest.class_ids))
-    observations, shown = group_photos(photos, together), []
+    observations, shown = read_test_set(data, weights) if data else group_photos(photos, together), []
     with Progress("loading the encoders"):
         from local.prediction.model import Model  # imports torch
 
@@ -142,6 +164,7 @@ def predict(paths: Sequence[Path], top: int, table: Path | None, page: Path | No
 def parse_options() -> argparse.Namespace:
     parser = command_parser(__doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN|PHOTO|DIR", help="runs or a bundle, then photos")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="predict the test set of this competition")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row per observation, and print no lines")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of the photos with their guesses")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of each (default: %(default)s)")
@@ -149,12 +172,14 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.top < 1:
         parser.error(f"expected --top of 1 or more, got {options.top}")
+    if options.data and options.together:
+        parser.error("--together is for photos of your own, not for the test set of --data")
     return options
 
 
 def main() -> None:
     options = parse_options()
-    predict(options.paths, options.top, options.csv, options.html, options.together)
+    predict(options.paths, options.top, options.csv, options.html, options.together, options.data)
 
 
 if __name__ == "__main__":

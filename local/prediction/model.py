@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from kernel.embeddings import concatenate, embed_observations
 from kernel.encoders import Encoder, open_encoder, pick_devices
 from kernel.inputs import InputError
 from kernel.manifest import Member, Weights
+from kernel.metadata_prior import WeightedPrior, weighted_prior
 from kernel.observations import Observation
 from local.base.run_folder import REFERENCE_FILE
 from local.bundling.weights import check_same_task, choose_members
@@ -87,6 +88,7 @@ def read_reference(path: Path) -> Reference | None:
 
 @dataclass(frozen=True)
 class OpenMember:
+    run: Weights
     member: Member
     weight: float
     encoders: list[Encoder]
@@ -120,7 +122,7 @@ class Model:
             for member in run.manifest.members:
                 encoders = [open_encoder(run.file(spec.file), spec, devices) for spec in member.encoders]
                 banks = read_banks(run.file(member.banks[-1]))
-                self.members.append(OpenMember(member, weight * member.weight, encoders, banks))
+                self.members.append(OpenMember(run, member, weight * member.weight, encoders, banks))
         folder = chosen[0][0].folder
         beside = folder.parent if folder.name == "weights" else folder
         self.reference = read_reference(beside / REFERENCE_FILE)
@@ -141,7 +143,7 @@ class Model:
         Args:
             top: guesses of each.
         """
-        chunk, parts = self.chunk, []
+        chunk, parts, prior = self.chunk, [], self._prior(observations)
         for first in range(0, len(observations), chunk):
             part = observations[first : first + chunk]
             embedded = [one.embed(part) for one in self.members]
@@ -149,22 +151,37 @@ class Model:
             if self.is_transductive:
                 yield []  # of these photos nothing is known yet
             else:
-                yield self._rank(*parts.pop(), top)
+                own = None if prior is None else prior[first : first + chunk]
+                yield self._rank(*parts.pop(), top, own)
         if parts:
             values = [torch.cat(own) for own in zip(*(values for _, values, _ in parts), strict=True)]
             unreadable = {path: cause for _, _, own in parts for path, cause in own.items()}
-            yield self._rank(observations, values, unreadable, top)
+            yield self._rank(observations, values, unreadable, top, prior)
+
+    def _prior(self, observations: Sequence[Observation]) -> WeightedPrior | None:
+        """What metadata add to the log-probabilities; None without, as for photos of one's own."""
+        priors = [
+            weighted_prior(one.run, [replace(one.member, weight=one.weight)], observations) for one in self.members
+        ]
+        terms = tuple(term for prior in priors if prior for term in prior.terms)
+        return WeightedPrior(terms) if terms else None
 
     def _rank(
-        self, observations: Sequence[Observation], values: list[torch.Tensor], unreadable: dict[Path, str], top: int
+        self,
+        observations: Sequence[Observation],
+        values: list[torch.Tensor],
+        unreadable: dict[Path, str],
+        top: int,
+        prior: WeightedPrior | torch.Tensor | None,
     ) -> list[Prediction]:
         """The predictions of observations by their embeddings with each member, as `kernel.bank.rank` ranks them."""
         banks, weights = [one.banks for one in self.members], [one.weight for one in self.members]
-        best = rank(banks, weights, values, top, device=self.members[0].encoders[0].device)
+        best = rank(banks, weights, values, top, prior, self.members[0].encoders[0].device)
         chunks = zip(*map(classify, banks, values), strict=True)
         totals = (sum(weight * part for weight, part in zip(weights, chunk, strict=True)) for chunk in chunks)
         probabilities, first = [], 0
         for total in totals:
+            total = total if prior is None else total + prior[first : first + len(total)]
             probabilities += total.softmax(dim=1).gather(1, best[first : first + len(total)]).tolist()
             first += len(total)
         is_readable = torch.stack([own.norm(dim=1) > 0 for own in values]).all(dim=0).tolist()

@@ -13,8 +13,12 @@ from local.report.page import LARGE, SMALL, Album, percent
 def render(predictions: Sequence[Prediction]) -> str:
     """The HTML of the page, in the style of a report."""
     album = Album(Path())
+
+    def add_first(photos: Sequence[Path]) -> int | None:
+        return album.add(str(photos[0]), LARGE) if photos else None
+
     rows = [
-        (one, album.add(str(one.observation.photos[0]), LARGE), one.reference and album.add(str(one.reference), SMALL))
+        (one, add_first(one.observation.photos), one.reference and album.add(str(one.reference), SMALL))
         for one in progress(predictions, "photos of the page", unit="observation")
     ]
     style = (Path(__file__).parents[1] / "report" / "report.css").read_text(encoding="utf-8")

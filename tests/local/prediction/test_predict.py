@@ -53,6 +53,31 @@ def test_a_run_a_bundle_and_the_kernel_give_the_same_classes_in_the_same_order(t
     assert classes(table(tmp_path / "run.csv"), 10) == kernel
 
 
+@pytest.mark.parametrize("transduction", [0.0, 1.0])
+def test_the_test_set_of_a_competition_is_predicted_by_its_ids_with_its_metadata(
+    drawn, photos, tmp_path, monkeypatch, transduction
+):
+    settings = {**TINY, "epochs": 0, "transduction": transduction, "metadata_weight": 0.5}
+    train_run(make_recipe(settings, "the test"), drawn.competition, tmp_path / "run")
+    monkeypatch.setattr("local.prediction.model.CHUNK", 7)
+    predict([tmp_path / "run"], 10, tmp_path / "test.csv", None, together=False, data=drawn.competition)
+    bundle([tmp_path / "run"], tmp_path / "build")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "fungi").symlink_to(drawn.competition)
+    (tmp_path / "input" / "weights").symlink_to(tmp_path / "build" / "weights")
+    done = command(tmp_path / "build" / "kernel.py", "--input", tmp_path / "input", "--working", tmp_path / "working")
+    assert done.returncode == 0, done.stderr
+    kernel = {row["observationId"]: row["predictions"].split() for row in table(tmp_path / "working/submission.csv")}
+    rows = table(tmp_path / "test.csv")
+    assert [row["observation"] for row in rows] == list(kernel)
+    assert classes(rows, 10) == kernel
+    predict([tmp_path / "run", photos], 10, tmp_path / "photos.csv", None, together=False)
+    assert classes(table(tmp_path / "photos.csv"), 10) != kernel  # metadata matter
+    for row in rows:
+        probabilities = [float(row[f"probability_{rank}"]) for rank in range(1, 11)]
+        assert probabilities == sorted(probabilities, reverse=True)
+
+
 def test_classes_have_names_and_probabilities_and_the_first_a_reference_photo(trained, drawn, photos, tmp_path):
     predict([trained, photos], 12, tmp_path / "run.csv", None, together=False)
     labelled = read_competition(drawn.competition)
@@ -130,3 +155,9 @@ def test_a_mistake_is_one_line(trained, tmp_path, paths, says):
     photo(tmp_path / "photos" / "a.png")
     with pytest.raises(InputError, match=says):
         predict([tmp_path / path for path in paths], 5, None, None, together=False)
+
+
+def test_photos_and_a_test_set_are_not_predicted_together(trained, drawn, tmp_path):
+    paths = [trained, photo(tmp_path / "a.png")]
+    with pytest.raises(InputError, match=r"a.png is not a run or a bundle: .* not both"):
+        predict(paths, 5, None, None, together=False, data=drawn.competition)
