@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -29,8 +29,12 @@ from kernel.views import VIEWS, larger, shrink
 
 PHOTOS_PER_THREAD = 8  # that a thread embeds at a time on a CPU: enough to compute at full speed
 SETTING_THREADS = threading.Lock()
-# The wording of CUDA, of its libraries, and of CPU allocators on Linux and Windows.
-OUT_OF_MEMORY = re.compile("out of memory|STATUS_ALLOC_FAILED|can't allocate memory|not enough memory")
+# The wording of CUDA, of its libraries, and of CPU allocators on Linux and Windows. That no engine was found is what
+# torch says where there was no memory for the workspace of any of cuDNN's convolutions.
+OUT_OF_MEMORY = re.compile(
+    "out of memory|STATUS_ALLOC_FAILED|ALLOCATION_FAILED|unable to find an engine|can't allocate memory|"
+    "not enough memory"
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -64,6 +68,7 @@ class Encoder:
         self._constants = {torch.device("cpu"): (1 / (255 * std), mean / std)}  # and on other devices, once needed
         self._copies: dict[torch.device, torch.cuda.Stream] = {}
         self._threads: dict[int, ThreadPoolExecutor] = {}  # by their number; they end with the encoder
+        self._launchers = [ThreadPoolExecutor(1, "launch") for _ in devices]  # used for several devices only
 
     def normalise(self, photos: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Normalise (batch, 3, size, size) uint8 to float32 on the device."""
@@ -124,13 +129,11 @@ class Encoder:
         Returns:
             A list for each batch, of its parts, one on each device.
         """
-        modules, batches = [self.module, *self.replicas[1:]], []
-        start = self._compute if self.device.type == "cpu" else self._queue
+        batches = []
         while len(photos):
             batch = photos[: self.batch_size]
             try:
-                each = zip(batch.chunk(len(modules)), modules, self.devices, strict=False)
-                batches.append([start(part, views, module, device) for part, module, device in each])
+                batches.append(self._start_parts(batch, views))
                 photos = photos[len(batch) :]
                 continue
             except RuntimeError as error:
@@ -142,6 +145,19 @@ class Encoder:
             self.batch_size = (len(batch) + 1) // 2
             print(f"out of memory: continuing with batches of {self.batch_size} photos", flush=True)
         return batches
+
+    def _start_parts(self, photos: torch.Tensor, views: Sequence[Callable]) -> list["Part"]:
+        """Start to embed a part of a batch on each device.
+
+        Each of several devices has a thread. A launch waits while about a thousand kernels are queued on its GPU, which
+        several views of a large batch exceed; in a single thread, the other GPUs would run out of work meanwhile.
+        """
+        start = self._compute if self.device.type == "cpu" else self._queue
+        if len(self.devices) == 1:
+            return [start(photos, views, self.module, self.device)]
+        parts, modules = photos.chunk(len(self.devices)), [self.module, *self.replicas[1:]]
+        each = zip(self._launchers, parts, modules, self.devices, strict=False)  # fewer parts than devices, perhaps
+        return results_of([launcher.submit(start, part, views, *rest) for launcher, part, *rest in each])
 
     def _compute(
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
@@ -169,7 +185,7 @@ class Encoder:
             for task in tasks:
                 task.cancel()
             raise
-        return Part(torch.cat([task.result() for task in tasks]), start, time.perf_counter())
+        return Part(torch.cat(results_of(tasks)), start, time.perf_counter())
 
     @torch.inference_mode()
     def _queue(
@@ -251,6 +267,19 @@ class Submitted:
         return self._embedded
 
 
+def results_of(tasks: list[Future]) -> list:
+    """Wait for all tasks. Returns their results, and empties the list.
+
+    A task that failed holds its error, whose traceback would hold the list. This cycle would keep the tensors of the
+    task alive until Python next looks for cycles: too late to try again with less memory.
+    """
+    wait(tasks)
+    results = []
+    while tasks:
+        results.append(tasks.pop(0).result())
+    return results
+
+
 def use_one_torch_thread() -> None:
     """Make torch compute in the calling thread alone: the initialiser of threads that run side by side.
 
@@ -297,7 +326,7 @@ def pick_devices() -> list[torch.device]:
         try:
             torch.ones(8, device=device).sum().item()
             devices.append(device)
-        except RuntimeError as error:
+        except Exception as error:  # a RuntimeError, or what torch raises where CUDA does not start
             print(f"{device} is not used, because an operation on it failed: {shorten(error)}", flush=True)
     if not devices:
         keep_freed_memory()
@@ -457,6 +486,19 @@ def read_module(path: Path, spec: EncoderSpec) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
+def fitting_dtype(module: nn.Module, device: torch.device, precision: str) -> torch.dtype:
+    """`pick_dtype`, but fp32 for weights that are infinite in fp16.
+
+    Embeddings do not always show them: an infinite running variance makes its channel constant, not infinite.
+    """
+    dtype, largest = pick_dtype(device, precision), torch.finfo(torch.float16).max
+    weights = (value for value in module.state_dict().values() if value.is_floating_point() and value.numel())
+    if dtype != torch.float16 or all(value.abs().max() <= largest for value in weights):
+        return dtype
+    print("weights of this encoder overflow in half precision: using full precision", flush=True)
+    return torch.float32
+
+
 def make_encoder(module: nn.Module, spec: EncoderSpec, devices: Sequence[torch.device]) -> Encoder:
     """Move a module to the devices.
 
@@ -464,7 +506,8 @@ def make_encoder(module: nn.Module, spec: EncoderSpec, devices: Sequence[torch.d
         RuntimeError: a GPU has not enough memory for it and one photo.
     """
     # Weights are cast, because autocast is slow: on a CPU, open_clip under bf16 takes 3.6 times as long as fp32.
-    module.to(devices[0], pick_dtype(devices[0], spec.precision), memory_format=torch.channels_last)
+    dtype = fitting_dtype(module, devices[0], spec.precision)
+    module.to(devices[0], dtype, memory_format=torch.channels_last)
     encoder = Encoder(module, spec.preprocessing, spec.features, devices)
     if encoder.device.type != "cpu":
         encoder.try_one_photo()

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from kernel.encoders import pick_dtype
+from kernel.encoders import fitting_dtype
 from kernel.inputs import InputError
 from kernel.photos import UNREADABLE_FILE, write_unreadable
 from local.banks.estimators import expand_to_classes
@@ -111,5 +111,5 @@ def tune(inputs: Inputs, split: Split, checkpoints: Path) -> tuple[Inputs, Tunin
     if tuning.mix_ratio:
         specs = tuple(dataclasses.replace(spec, learnt_from=spec.learnt_from | {source: part}) for spec in specs)
     for encoder in inputs.encoders:
-        encoder.module.to(pick_dtype(encoder.device, recipe.encoder.precision))
+        encoder.module.to(fitting_dtype(encoder.module, encoder.device, recipe.encoder.precision))
     return dataclasses.replace(inputs, specs=specs), tuning

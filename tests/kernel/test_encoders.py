@@ -1,8 +1,11 @@
 """Encoders are rebuilt from their description alone, exactly, or refused."""
 
+import copy
+import gc
 import itertools
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +21,8 @@ from kernel.encoders import (
     Encoder,
     build_module,
     describe_versions,
+    is_out_of_memory,
+    make_encoder,
     open_encoder,
     pick_devices,
     use_one_torch_thread,
@@ -278,6 +283,53 @@ def test_memory_that_runs_out_in_one_of_several_threads_halves_the_batch_too(enc
     assert "out of memory: continuing with batches of 4" in capsys.readouterr().out
 
 
+class Leaking(Hungry):
+    """The same. Fails when the pixels for which there was no memory are still alive at the next attempt."""
+
+    def __init__(self, inner: torch.nn.Module, holds: int):
+        super().__init__(inner, holds)
+        self.batch_size, self.pixels = 0, []
+
+    def forward(self, photos: torch.Tensor) -> torch.Tensor:
+        if len(photos) != self.batch_size:
+            assert not any(pixels() is not None for pixels in self.pixels)
+            self.batch_size, self.pixels = len(photos), []
+        self.pixels.append(weakref.ref(photos))
+        return super().forward(photos)
+
+    def __deepcopy__(self, memo: dict) -> "Leaking":
+        return self
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_an_attempt_without_memory_has_allocated_is_freed_before_the_next(encoder, two_threads, devices):
+    photos, leaking = torch.zeros(16, 3, 64, 64, dtype=torch.uint8), Leaking(encoder.module, 1)
+    cpus = [torch.device("cpu"), torch.device("cpu", 0)][:devices]
+    hungry = Encoder(leaking, encoder.preprocessing, encoder.features, cpus)
+    gc.collect()
+    gc.disable()
+    try:
+        hungry.embed(photos, [VIEWS["plain"]])
+    finally:
+        gc.enable()
+    assert hungry.batch_size == 2 * devices
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 20.00 MiB.",
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "GET was unable to find an engine to execute this computation",
+    ],
+)
+def test_every_wording_of_a_gpu_without_memory_is_known(message):
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_memory_that_runs_out_while_another_batch_is_queued_costs_neither(encoder, one_thread, capsys):
     first, second = torch.randint(0, 256, (2, 13, 3, 64, 64), dtype=torch.uint8)
     views = [VIEWS["plain"], VIEWS["hflip"]]
@@ -329,6 +381,18 @@ def test_an_encoder_that_overflows_in_half_precision_continues_in_full_precision
     for batch, photos in zip(submitted, batches, strict=True):
         assert torch.allclose(batch.result(), full.embed(photos, views), atol=1e-2 if photos is black else 1e-5)
     assert capsys.readouterr().out.count("overflows") == 1
+
+
+def test_an_encoder_with_a_weight_too_large_for_half_precision_is_used_in_full_precision(monkeypatch, capsys):
+    photos = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    module = build_module("timm", "test_resnet", {}).eval()
+    module.bn1.running_var[0] = 1e5
+    spec = replace(SPEC, precision="full")
+    expected = make_encoder(copy.deepcopy(module), spec, [torch.device("cpu")]).embed(photos, [VIEWS["plain"]])
+    monkeypatch.setattr("kernel.encoders.pick_dtype", lambda device, precision: torch.float16)
+    encoder = make_encoder(module, SPEC, [torch.device("cpu")])
+    assert torch.equal(encoder.embed(photos, [VIEWS["plain"]]), expected)
+    assert "weights of this encoder overflow in half precision" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
