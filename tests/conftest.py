@@ -17,6 +17,12 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
+# The tests run on the CPU, also beside GPUs: they compare numbers in full precision. Those marked `gpu` run in a
+# process that sees the GPUs (tests/test_gpus.py). Processes of pytest-xdist, and those that tests start, inherit this.
+if "GPUS_OF_TESTS" not in os.environ:
+    os.environ["GPUS_OF_TESTS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all") if torch.cuda.device_count() else ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+
 from kernel.encoders import Encoder
 from kernel.manifest import MANIFEST, Preprocessing
 from local.drawing.competition import Generated, generate

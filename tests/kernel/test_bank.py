@@ -11,7 +11,7 @@ from kernel import bank as module
 from kernel.bank import TRANSDUCTION_ROUNDS, Bank, Layer, classify, largest, rank, read_banks
 from kernel.inputs import InputError
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def random_bank(classes=30, features=8, seed=0, **changes):
@@ -219,16 +219,16 @@ def test_a_device_without_memory_for_one_observation_leaves_the_ranking_to_the_c
     assert capsys.readouterr().out == "ranking the classes on the CPU instead of meta: its memory does not suffice\n"
 
 
-def test_products_are_in_full_precision_whatever_the_process_has_set():
+@pytest.mark.parametrize("device", DEVICES)
+def test_products_are_in_full_precision_whatever_the_process_has_set(device):
     direction = normalize(torch.randn(1, 64, generator=torch.Generator().manual_seed(0)))
     # In 8 bits, which some CPUs use for "medium", or the 10 of TF32, these would be equal, and ranked by class.
     bank = random_bank(classes=40, features=64, layers=(), prototypes=direction * torch.linspace(1, 1.001, 40)[:, None])
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        for device in DEVICES:
-            found = rank([[bank]], [1.0], [direction.repeat(300, 1)], 40, None, torch.device(device))
-            assert found.tolist() == [list(range(39, -1, -1))] * 300
+        found = rank([[bank]], [1.0], [direction.repeat(300, 1)], 40, None, torch.device(device))
+        assert found.tolist() == [list(range(39, -1, -1))] * 300
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

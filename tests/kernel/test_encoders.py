@@ -393,15 +393,3 @@ def test_an_encoder_with_a_weight_too_large_for_half_precision_is_used_in_full_p
     encoder = make_encoder(module, SPEC, [torch.device("cpu")])
     assert torch.equal(encoder.embed(photos, [VIEWS["plain"]]), expected)
     assert "weights of this encoder overflow in half precision" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_batches_queued_on_a_gpu_give_the_embeddings_of_the_cpu(tmp_path, encoder):
-    weights = saved(tmp_path, encoder.module)
-    on_cpu, on_gpu = (open_encoder(weights, SPEC, devices) for devices in ([torch.device("cpu")], pick_devices()))
-    photos = torch.randint(0, 256, (4, 33, 64, 64, 3), dtype=torch.uint8).permute(0, 1, 4, 2, 3)
-    submitted = [on_gpu.submit(batch.pin_memory(), VIEWS.values()) for batch in photos]
-    for batch, each in zip(submitted, photos, strict=True):
-        found = batch.result()
-        assert (found.device.type, found.dtype, batch.seconds > 0) == ("cpu", torch.float32, True)
-        assert (torch.cosine_similarity(found, on_cpu.embed(each, VIEWS.values()), dim=-1) > 0.99).all()
