@@ -21,7 +21,7 @@ The model
 {model}
 
 The formula
-  embedding    = normalize(mean over an observation's photos and their views of normalize(encoder(view)))
+  {embedding}
   x            = normalize(layers(embedding))
   score(c)     = logit_scale * max over the prototypes p of class c of <x, p> + bias(c)
   log p(c)     = log_softmax(score)(c)
@@ -33,6 +33,9 @@ Made from
 """
 
 
+EMBEDDING = "embedding    = normalize(mean over an observation's photos and their views of normalize(encoder(view)))"
+CONCATENATED = """mean_e       = mean over an observation's photos and their views of normalize(encoder_e(view))
+  embedding    = normalize(concatenation over the encoders e of a member of weight_e * mean_e)"""
 POOLED = {
     "token": "the class token",
     "avg": "the mean of the patches",
@@ -58,7 +61,11 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
     if any(member.metadata_prior for member in members):
         terms.append("the weighted log p(c | metadata)")
     ranking = f"The classes are ranked by {' + '.join(terms)}."
-    return INTRODUCTION.format(model="\n".join(lines), ranking=ranking, commit=commit, digest=digest)
+    is_single = all(len(member.encoders) == 1 for member in members)
+    embedding = EMBEDDING if is_single else CONCATENATED
+    return INTRODUCTION.format(
+        model="\n".join(lines), embedding=embedding, ranking=ranking, commit=commit, digest=digest
+    )
 
 
 def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
