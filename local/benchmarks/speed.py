@@ -16,13 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms import functional
 
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder, pick_devices, pick_dtype, use_one_torch_thread
+from kernel.encoders import Encoder, gpu_batch_size, make_encoder, pick_devices, use_one_torch_thread
 from kernel.loader import count_cores
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation
@@ -37,6 +38,7 @@ from local.encoders.load import load_encoder
 SIZES = {"300p": ((400, 300), 96), "500p": ((750, 500), 96), "fullsize": ((3000, 2000), 24)}
 REPEATS = 3  # the fastest counts, because any disturbance makes a measurement slower
 WORTH = 0.6  # of the fastest way to do the same: a way that is slower at first is not measured again
+GPU_PHOTOS = 2048  # in a measurement beside a GPU, at least; fewer would be too few batches
 ALL_VIEWS = [name for name in VIEWS if name != "larger"]  # those at one size
 COLUMNS = ("photos", "decode", "forward", "end to end", "of the limit", "plain pipeline", "one by one", "pybioclip")
 
@@ -173,35 +175,55 @@ def ways_to_decode(paths: Sequence[Path], preprocessing: Preprocessing) -> dict[
 
 
 def ways_to_embed(encoder: Encoder) -> dict[str, Work]:
-    """Forward passes alone, at several batch sizes: the fastest is what this device can do."""
-    side, device, module = encoder.preprocessing.size, encoder.device, encoder.module
-    dtype = next(module.parameters()).dtype
-    ways = {}
+    """Forward passes alone, at several batch sizes: the fastest is what this machine's devices can do."""
+    return ways_on_cpu(encoder) if encoder.device.type == "cpu" else ways_on_gpus(encoder)
 
-    @torch.inference_mode()
-    def embed(batches: Sequence[torch.Tensor]) -> None:
-        for batch in batches:
-            module(batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
-    for size in (8, 16, 32) if device.type == "cpu" else (128, 256, 512):
-        batch = torch.randn(size, 3, side, side, device=device, dtype=dtype).contiguous(
-            memory_format=torch.channels_last
-        )
+def random_pixels(size: int, encoder: Encoder, device: torch.device) -> torch.Tensor:
+    """A batch as the encoder's module gets it."""
+    side, dtype = encoder.preprocessing.size, next(encoder.module.parameters()).dtype
+    pixels = torch.randn(size, 3, side, side, device=device, dtype=dtype)
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def pass_forward(module: nn.Module, batch: torch.Tensor, repeats: int) -> None:
+    """Pass a batch forward so many times, and wait until that is done."""
+    for _ in range(repeats):
+        module(batch)
+    if batch.device.type == "cuda":
+        torch.cuda.synchronize(batch.device)
+
+
+def ways_on_cpu(encoder: Encoder) -> dict[str, Work]:
+    """With all threads of torch for each batch, and with a batch in each thread."""
+    ways, cores = {}, torch.get_num_threads()
+    for size in (8, 16, 32):
         repeats = max(2, 96 // size)
-        ways[f"forward, batches of {size}"] = Work(
-            repeats * size, lambda batch=batch, repeats=repeats: embed([batch] * repeats)
+        alone = partial(pass_forward, encoder.module, random_pixels(size, encoder, encoder.device), repeats)
+        threads = ThreadPoolExecutor(cores, initializer=use_one_torch_thread)
+        ways[f"forward, batches of {size}"] = Work(repeats * size, alone)
+        ways[f"forward, batches of {size} in each of {cores} threads"] = Work(
+            cores * repeats * size,
+            lambda alone=alone, threads=threads: list(threads.map(lambda _: alone(), range(cores))),
         )
-        if device.type == "cpu":
-            cores = torch.get_num_threads()
-            threads = ThreadPoolExecutor(cores, initializer=use_one_torch_thread)
-            ways[f"forward, batches of {size} in each of {cores} threads"] = Work(
-                cores * repeats * size,
-                lambda batch=batch, repeats=repeats, threads=threads, cores=cores: list(
-                    threads.map(embed, [[batch] * repeats] * cores)
-                ),
-            )
+    return ways
+
+
+def ways_on_gpus(encoder: Encoder) -> dict[str, Work]:
+    """On all GPUs at once, with a thread for each: around the batch size that the kernel starts with."""
+    ways, usual = {}, gpu_batch_size(encoder.preprocessing)
+    for size in (usual // 2, usual, 2 * usual):
+        repeats = -(-GPU_PHOTOS // size)
+        each = [
+            partial(pass_forward, module, random_pixels(size, encoder, device), repeats)
+            for module, device in zip(encoder.replicas, encoder.devices, strict=True)
+        ]
+        threads = ThreadPoolExecutor(len(each))
+        ways[f"forward, batches of {size}"] = Work(
+            len(each) * repeats * size,
+            lambda each=each, threads=threads: list(threads.map(lambda run: run(), each)),
+        )
     return ways
 
 
@@ -211,7 +233,7 @@ def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
     pybioclip = pybioclip_embedding(encoder)
     for name, (pixels, count) in SIZES.items():
         few = draw_photos(folder, pixels, count)
-        paths = few * (192 // count if on_cpu else 20)  # a short run measures the start, and a GPU needs many batches
+        paths = few * -(-(192 if on_cpu else GPU_PHOTOS) // count)  # a short run measures the start
         others = {"plain_pipeline": plain_pipeline, "one_by_one": one_by_one}
         works = {
             **ways_to_decode(paths, encoder.preprocessing),
@@ -268,9 +290,7 @@ def speed(spec: str) -> dict:
     """The table of speeds for one encoder. timm:NAME gets random weights, which need no download."""
     module, described = load_encoder(spec, pretrained=not spec.startswith("timm:"))
     devices = pick_devices()
-    module.requires_grad_(False).eval()
-    module.to(devices[0], pick_dtype(devices[0]), memory_format=torch.channels_last)
-    encoder = Encoder(module, described.preprocessing, described.features, devices)
+    encoder = make_encoder(module.requires_grad_(False).eval(), described, devices)
     machine = (
         f"{torch.get_num_threads()} cores"
         if devices[0].type == "cpu"

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from kernel.encoders import Encoder
-from local.benchmarks.speed import pybioclip_embedding, speed_row, table_row, ways_to_decode, ways_to_embed
+from local.benchmarks.speed import (
+    pybioclip_embedding,
+    speed_row,
+    table_row,
+    ways_on_gpus,
+    ways_to_decode,
+    ways_to_embed,
+)
 from tests.conftest import photo
 
 
@@ -41,6 +48,29 @@ def test_every_way_to_decode_gives_the_same_photos_and_every_way_to_embed_runs(a
         assert (work.photos, stacked.shape) == (20, (20, 224, 224, 3)), name
     for work in ways_to_embed(at_224).values():
         work.run()
+
+
+def test_the_forward_passes_of_several_gpus_count_together(encoder, monkeypatch):
+    monkeypatch.setattr("local.benchmarks.speed.GPU_PHOTOS", 300)
+    monkeypatch.setattr("local.benchmarks.speed.gpu_batch_size", lambda _: 100)
+    devices, passed = [torch.device("cpu"), torch.device("cpu", 0)], []
+
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, pixels):
+            passed.append(len(pixels))
+
+    ways = ways_on_gpus(Encoder(Counting(), encoder.preprocessing, 1, devices))
+    assert {name: work.photos for name, work in ways.items()} == {
+        "forward, batches of 50": 600,
+        "forward, batches of 100": 600,
+        "forward, batches of 200": 800,
+    }
+    ways["forward, batches of 200"].run()
+    assert passed == [200] * 4
 
 
 def test_pybioclips_code_embeds_every_photo_offline(at_224, tmp_path):
