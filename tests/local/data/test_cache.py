@@ -73,6 +73,75 @@ def test_progress_counts_the_photos_after_each_batch(encoder, observations, pass
     assert progress[embedding] == [(8, 8), (17, 17)]  # and one that cannot be read
 
 
+def test_an_added_view_costs_that_view_alone(encoder, observations, monkeypatch, tmp_path):
+    embedded, submit = [], type(encoder).submit
+    monkeypatch.setattr(
+        type(encoder), "submit", lambda self, photos, views: embedded.append(len(views)) or submit(self, photos, views)
+    )
+    first = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert set(embedded) == {2}
+    embedded.clear()
+    views = ("rotate90", *VIEWS)
+    more = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, views)
+    assert set(embedded) == {1}
+    fresh = EmbeddingCache(tmp_path / "fresh", encoder).embed(observations, views)
+    assert np.array_equal(more.values[:, 1:], first.values)
+    assert np.allclose(more.values, fresh.values, atol=2e-3)
+
+
+def test_an_unchanged_photo_is_not_read_again_and_a_changed_one_is(encoder, observations, monkeypatch, tmp_path):
+    read, digest = [], module.content_digest
+    monkeypatch.setattr(module, "content_digest", lambda path: read.append(path) or digest(path))
+    paths = [path for observation in observations for path in observation.photos]
+    for path in paths:
+        os.utime(path, (1e9, 1e9))
+    first = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert len(read) == 7
+    again = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert len(read) == 7
+    assert np.array_equal(first.values, again.values)
+    size = paths[0].stat().st_size
+    photo(paths[0], 99)
+    paths[0].write_bytes(paths[0].read_bytes().ljust(size, b"\0"))
+    changed = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert read[7:] == [paths[0]]
+    assert not np.array_equal(first.values[0], changed.values[0])
+    assert np.array_equal(first.values[1:], changed.values[1:])
+
+
+def test_a_photo_that_may_still_change_within_its_time_is_read_again(encoder, observations, monkeypatch, tmp_path):
+    path, now = observations[0].photos[0], time.time()
+    os.utime(path, (now, now))
+    first = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    size = path.stat().st_size
+    photo(path, 99)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size])
+    os.utime(path, (now, now))
+    changed = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    assert not np.array_equal(first.values[0], changed.values[0])
+
+
+def test_a_cache_of_an_earlier_format_is_ignored(encoder, observations, passes, monkeypatch, tmp_path):
+    first = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
+    monkeypatch.setattr(module, "FORMAT", 3)
+    again = EmbeddingCache(tmp_path / "cache", encoder)
+    digests = np.array([list(bytes.fromhex("00" * 32))], dtype=np.uint8)
+    (again.folder / "plain").mkdir(parents=True)
+    save_file(
+        {"photos": digests, "values": np.ones((1, encoder.features), np.float16)}, again.folder / "plain/a.safetensors"
+    )
+    assert np.array_equal(again.embed(observations, VIEWS).values, first.values)
+    assert sum(passes) == 14
+
+
+def test_many_parts_become_one_file_per_view(encoder, observations, monkeypatch, tmp_path):
+    whole = EmbeddingCache(tmp_path / "whole", encoder).embed(observations, VIEWS)
+    monkeypatch.setattr(module, "PART", 1)
+    parts = EmbeddingCache(tmp_path / "parts", encoder).embed(observations, VIEWS)
+    assert np.array_equal(whole.values, parts.values)
+    assert len(list((tmp_path / "parts").rglob("plain/*.safetensors"))) == 1
+
+
 def test_other_views_weights_or_preprocessing_are_other_embeddings(encoder, observations, passes, tmp_path):
     import copy
     import dataclasses
@@ -138,8 +207,11 @@ def test_every_unreadable_photo_is_named_with_its_own_cause(encoder, observation
         lambda part: save_file({"other": np.zeros(3)}, part),
         lambda part: save_file(load_file(part) | {"values": load_file(part)["values"][:4]}, part),
         lambda part: save_file(load_file(part) | {"values": load_file(part)["values"][:, :32].copy()}, part),
+        lambda part: save_file(load_file(part) | {"values": load_file(part)["values"].astype(np.float32)}, part),
+        lambda part: part.write_bytes(b""),
+        lambda part: part.write_bytes(b"\xff" * 1000),
     ],
-    ids=["cut off", "other tensors", "too few rows", "too few features"],
+    ids=["cut off", "other tensors", "too few rows", "too few features", "other precision", "empty", "no header"],
 )
 def test_a_damaged_part_is_embedded_again(encoder, observations, passes, tmp_path, damage):
     first = EmbeddingCache(tmp_path / "cache", encoder).embed(observations, VIEWS)
@@ -164,12 +236,12 @@ def test_a_killed_process_loses_only_its_part_and_two_at_once_agree(encoder, pas
     work = {"target": embed_in_parts_of_five, "args": (tmp_path / "photos", tmp_path / "cache")}
     killed, *both = [FORKS.Process(**work) for _ in range(3)]
     killed.start()
-    while not list((tmp_path / "cache").rglob("*.safetensors")) and killed.is_alive():
+    while not list((tmp_path / "cache").rglob("plain/*.safetensors")) and killed.is_alive():
         time.sleep(0.01)
     killed.kill()
     killed.join()
-    done = len(list((tmp_path / "cache").rglob("hflip/*.safetensors"))) * 5
-    assert done < 200
+    written = [len(load_file(part)["keys"]) for part in (tmp_path / "cache").rglob("hflip/*.safetensors")]
+    assert sum(written) < 200
     for process in both:
         process.start()
     for process in both:
