@@ -7,7 +7,7 @@ attributes that end with an underscore. A matcher has `prototypes_`, `prototype_
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from sklearn.linear_model import LogisticRegression
 from kernel.bank import Bank, Layer, apply_layers
 from kernel.inputs import InputError
 from local.base.files import write_tensors
+from local.base.scratch import scratch_array
+from local.data.embeddings import StoredEmbeddings
 from local.data.observations import Taxonomy
 
 LOGIT_SCALE = 16.0  # of cosines, where no held-out observations are there to fit it
@@ -27,6 +29,8 @@ ABSENT = -100.0  # bias of a class without a reference observation
 SHRINKAGE_SAMPLES = 4000  # photos
 INVERSE_PENALTY = 10.0  # of logistic regression, scikit-learn's C
 MAX_LOGITS = 200_000_000  # of logistic regression, observations times classes: 12 bytes of memory each
+ROWS = 4096  # that are in double precision at once
+COLUMNS = 64  # of class means that are shrunk at once
 COVARIANCE_SAMPLES = 40_000  # residuals: enough for the covariance of a thousand features, in seconds
 
 
@@ -51,8 +55,27 @@ def group_means(values: np.ndarray, groups: np.ndarray, count: int) -> tuple[np.
     return members @ values / np.maximum(sizes, 1)[:, None], sizes
 
 
+def in_parts(rows: int) -> Iterator[slice]:
+    """Consecutive slices of at most ROWS rows."""
+    for first in range(0, rows, ROWS):
+        yield slice(first, min(first + ROWS, rows))
+
+
+def add_to_groups(totals: np.ndarray, groups: np.ndarray, values: np.ndarray) -> None:
+    """Add (rows, features) to the totals, (groups, features), of the group of each row, (rows,)."""
+    present, index = np.unique(groups, return_inverse=True)
+    members = csr_array((np.ones(len(groups)), (index, np.arange(len(groups)))), shape=(len(present), len(groups)))
+    totals[present] += members @ values
+
+
+def photo_means(embeddings: np.ndarray | StoredEmbeddings) -> Iterator[tuple[slice, np.ndarray]]:
+    """The means over the views, (photos, features), of one part of the photos after another."""
+    for part in in_parts(len(embeddings)):
+        yield part, np.asarray(embeddings[part]).mean(axis=1, dtype=np.float64)
+
+
 def pool(
-    embeddings: np.ndarray, observations: np.ndarray, count: int | None = None, pooling: str = "mean"
+    embeddings: np.ndarray | StoredEmbeddings, observations: np.ndarray, count: int | None = None, pooling: str = "mean"
 ) -> np.ndarray:
     """Observation embeddings, pooled over views and photos as the kernel does.
 
@@ -63,15 +86,21 @@ def pool(
         pooling: "mean" or "max" over the photos.
 
     Returns:
-        (count, features), rows of length 1; zeros for an observation without a photo.
+        (count, features) float32, rows of length 1; zeros for an observation without a photo.
     """
-    count = observations.max() + 1 if count is None else count
-    photos = embeddings.mean(axis=1, dtype=np.float64)
-    if pooling == "mean":
-        return l2_normalize(group_means(photos, observations, count)[0])
-    largest = np.full((count, photos.shape[1]), -np.inf)
-    np.maximum.at(largest, observations, photos)
-    return l2_normalize(np.where(np.isfinite(largest), largest, 0.0))
+    count = int(observations.max()) + 1 if count is None else count
+    pooled = scratch_array((count, embeddings.shape[2]), np.float32)
+    if pooling == "max":
+        pooled[:] = -np.inf
+    for part, photos in photo_means(embeddings):
+        if pooling == "mean":
+            add_to_groups(pooled, observations[part], photos)  # only the direction matters, not the number of photos
+        else:
+            np.maximum.at(pooled, observations[part], photos.astype(np.float32))
+    for part in in_parts(count):
+        own = pooled[part].astype(np.float64)
+        pooled[part] = l2_normalize(np.where(np.isfinite(own), own, 0.0))
+    return pooled
 
 
 def centre(mean: np.ndarray) -> list[Layer]:
@@ -92,7 +121,7 @@ class Whitening:
             covariance.
     """
 
-    def fit(self, embeddings: np.ndarray, labels: np.ndarray):
+    def fit(self, embeddings: np.ndarray | StoredEmbeddings, labels: np.ndarray):
         """Fit on a reference set.
 
         Args:
@@ -100,20 +129,24 @@ class Whitening:
             labels: (photos,) index of the class of each photo.
         """
         views = embeddings.shape[1]
-        photos = embeddings.mean(axis=1, dtype=np.float64)
-        means, sizes = group_means(photos, labels, labels.max() + 1)
+        sizes = np.bincount(labels)
+        means = scratch_array((len(sizes), embeddings.shape[2]))
+        for part, photos in photo_means(embeddings):
+            add_to_groups(means, labels[part], photos)
+        for part in in_parts(len(means)):
+            means[part] /= np.maximum(sizes[part], 1)[:, None]
         drawn = np.arange(len(embeddings) * views)
         if len(drawn) > COVARIANCE_SAMPLES:
             drawn = np.sort(np.random.default_rng(0).choice(drawn, COVARIANCE_SAMPLES, replace=False))
         covariance = np.zeros((embeddings.shape[2],) * 2)
         for part in np.array_split(drawn, 1 + len(drawn) // 4096):  # in float64, all at once would take gigabytes
             photo, view = np.divmod(part, views)
-            residuals = embeddings[photo, view] - means[labels[photo]]
+            residuals = np.asarray(embeddings[photo])[np.arange(len(photo)), view] - means[labels[photo]]
             covariance += residuals.T @ residuals / len(drawn)
         # The shrinkage is estimated from photos alone: views of one photo are not independent samples.
-        photos -= means[labels]
         usable = np.random.default_rng(0).permutation(np.flatnonzero(sizes[labels] > 1))[:SHRINKAGE_SAMPLES]
-        shrinkage = ledoit_wolf_shrinkage(photos[usable], assume_centered=True) if len(usable) > 1 else 1.0
+        residuals = np.asarray(embeddings[usable]).mean(axis=1, dtype=np.float64) - means[labels[usable]]
+        shrinkage = ledoit_wolf_shrinkage(residuals, assume_centered=True) if len(usable) > 1 else 1.0
         self.variances_, self.directions_ = np.linalg.eigh(shrunk_covariance(covariance, shrinkage))
         return self
 
@@ -147,18 +180,35 @@ class ClassMeans:
             labels: (observations,) index of the class of each.
             taxonomy: of all classes, also those without an observation.
         """
-        count = len(taxonomy.genus)
-        means, sizes = group_means(embeddings, labels, count)
-        present = sizes > 0
-        genus_means, other_classes = other_class_means(means, present, taxonomy.genus)
-        family_means, other_genera = other_genus_means(means, present, taxonomy)
-        genus, family = self.genus * (other_classes > 0), self.family * (other_genera > 0)
-        weight = np.maximum(sizes + genus + family, 1e-9)[:, None]
-        means = (sizes[:, None] * means + genus[:, None] * genus_means + family[:, None] * family_means) / weight
-        self.prototypes_, self.prototype_labels_ = l2_normalize(means), np.arange(count)
-        self.counts_ = sizes * np.linalg.norm(means, axis=1)
+        return self.fit_means(*group_means(embeddings, labels, len(taxonomy.genus)), taxonomy)
+
+    def fit_means(self, means: np.ndarray, sizes: np.ndarray, taxonomy: Taxonomy):
+        """Fit on the mean of each class, (classes, features), and the number of its observations, (classes,)."""
+        present, prototypes = sizes > 0, np.empty(means.shape)
+        for first in range(0, means.shape[1], COLUMNS):  # with 65,000 classes, all at once would take gigabytes
+            columns = slice(first, first + COLUMNS)
+            prototypes[:, columns] = self.shrink(means[:, columns], sizes, taxonomy)
+        norms = np.linalg.norm(prototypes, axis=1)
+        for part in in_parts(len(prototypes)):
+            prototypes[part] = l2_normalize(prototypes[part])
+        self.prototypes_, self.prototype_labels_ = prototypes, np.arange(len(sizes))
+        self.counts_ = sizes * norms
         self.bias_, self.logit_scale_ = np.where(present, 0.0, ABSENT), LOGIT_SCALE
         return self
+
+    def shrink(self, means: np.ndarray, sizes: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
+        """The means after the shrinkage, which treats all features alike."""
+        present = sizes > 0
+        total, weight = sizes[:, None] * means, sizes.astype(float)
+        if self.genus:
+            genus_means, other_classes = other_class_means(means, present, taxonomy.genus)
+            genus = self.genus * (other_classes > 0)
+            total, weight = total + genus[:, None] * genus_means, weight + genus
+        if self.family:
+            family_means, other_genera = other_genus_means(means, present, taxonomy)
+            family = self.family * (other_genera > 0)
+            total, weight = total + family[:, None] * family_means, weight + family
+        return total / np.maximum(weight, 1e-9)[:, None]
 
 
 def other_class_means(values: np.ndarray, present: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -188,8 +238,11 @@ class NearestNeighbour:
     def fit(self, embeddings: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy):
         """See `ClassMeans.fit`."""
         order = np.argsort(labels, kind="stable")
-        self.prototypes_, self.prototype_labels_ = l2_normalize(embeddings[order]), labels[order]
-        self.counts_ = np.linalg.norm(embeddings[order], axis=1)
+        self.prototypes_, self.counts_ = scratch_array(embeddings.shape, np.float32), np.empty(len(order))
+        self.prototype_labels_ = labels[order]
+        for part in in_parts(len(order)):
+            own = embeddings[order[part]].astype(np.float64)
+            self.prototypes_[part], self.counts_[part] = l2_normalize(own), np.linalg.norm(own, axis=1)
         self.bias_ = np.where(np.isin(np.arange(len(taxonomy.genus)), labels), 0.0, ABSENT)
         self.logit_scale_ = LOGIT_SCALE
         return self
@@ -236,7 +289,7 @@ def layer(weight: np.ndarray, bias: np.ndarray) -> Layer:
 
 def to_float32(values: np.ndarray | float) -> torch.Tensor:
     """A tensor in single precision, in which the kernel computes."""
-    return torch.tensor(np.asarray(values), dtype=torch.float32)
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
 
 def make_bank(

@@ -25,10 +25,12 @@ def make_folds(
     """
     rng = np.random.default_rng(seed)
     fold = np.full(len(labels), -1)
-    for label in rng.permutation(np.unique(labels)):
-        own = labels == label
-        queries = rng.permutation(np.flatnonzero(own if query_mask is None else own & query_mask))
-        if len(queries) and own.sum() > 1:
+    distinct, sizes = np.unique(labels, return_counts=True)
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
+    for index in rng.permutation(len(distinct)):
+        own = members[index]
+        queries = rng.permutation(own if query_mask is None else own[query_mask[own]])
+        if len(queries) and len(own) > 1:
             fold[queries] = (np.arange(len(queries)) + rng.integers(FOLDS)) % FOLDS
     limit = max(FOLDS, MAX_SCORES // (labels.max() + 1))
     drawn = np.isin(np.arange(len(fold)), rng.permutation(np.flatnonzero(fold >= 0))[:limit])

@@ -1,6 +1,6 @@
 """Select a bank by cross-validation, without the test set; no query is in the reference set that it is scored with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,7 +12,9 @@ from local.banks.estimators import (
     LinearProbe,
     NearestNeighbour,
     Whitening,
+    add_to_groups,
     centre,
+    in_parts,
     make_bank,
     pool,
     rescale,
@@ -22,6 +24,8 @@ from local.banks.folds import FOLDS, macro_weights, shot_weights
 from local.banks.projection import ProjectionEnsemble
 from local.base.console import progress
 from local.base.metrics import GUESSES, gained, mean_recall
+from local.base.scratch import scratch_array
+from local.data.embeddings import StoredEmbeddings
 from local.data.observations import Taxonomy
 from local.recipes.settings import CANDIDATES, VIEW_GROUPS, BankSettings
 
@@ -35,7 +39,7 @@ class Embedded:
     """Labelled observations as embeddings of their photos.
 
     Attributes:
-        values: (photos, views, features), rows of length 1.
+        values: (photos, views, features), rows of length 1; in memory, or on disk.
         views: the name of each view.
         observations: (photos,) index of the observation of each photo.
         labels: (observations,) index of the class of each; -1 for a class that the bank lacks.
@@ -43,7 +47,7 @@ class Embedded:
         head: the bank that was trained with the encoder, if there is one.
     """
 
-    values: np.ndarray
+    values: np.ndarray | StoredEmbeddings
     views: tuple[str, ...]
     observations: np.ndarray
     labels: np.ndarray
@@ -66,7 +70,7 @@ class Embedded:
 
     def readable(self, mask: np.ndarray) -> np.ndarray:
         """Of the observations in `mask`, (observations,) bool, those with a photo that could be read."""
-        return mask & np.isin(np.arange(len(mask)), self.observations)
+        return mask & (np.bincount(self.observations, minlength=len(mask)) > 0)
 
     def pooled(self, settings: BankSettings) -> np.ndarray:
         """(observations, features), rows of length 1 or 0, over the settings' views; the last two results are kept."""
@@ -92,16 +96,54 @@ class Embedded:
             whitening: fitted on the reference set already; None: fit it if it is needed.
 
         Returns:
-            The layers, and (reference observations, features), rows of length 1.
+            The layers, and (reference observations, features) float32, rows of length 1.
         """
+        layers, kept = self._layers(settings, reference, whitening)
+        if "values" not in kept:
+            values = scratch_array((int(reference.sum()), layers[-1].weight.shape[1]), np.float32)
+            for part, _, own in self._transformed_parts(settings, reference, layers):
+                values[part] = own
+            kept["values"] = values
+        return layers, kept["values"]
+
+    def class_means(
+        self, settings: BankSettings, reference: np.ndarray, whitening: Whitening | None = None
+    ) -> tuple[list[Layer], np.ndarray, np.ndarray]:
+        """The layers as `transformed`, and the mean and the size of each class after them, kept as long.
+
+        Returns:
+            The layers, (classes, features), zeros for a class without an observation, and (classes,).
+        """
+        layers, kept = self._layers(settings, reference, whitening)
+        if "means" not in kept:
+            means = scratch_array((len(self.taxonomy.genus), layers[-1].weight.shape[1]))
+            for _, rows, own in self._transformed_parts(settings, reference, layers):
+                add_to_groups(means, self.labels[rows], own)
+            sizes = np.bincount(self.labels[reference], minlength=len(means))
+            for part in in_parts(len(means)):
+                means[part] /= np.maximum(sizes[part], 1)[:, None]
+            kept["means"] = means, sizes
+        return layers, *kept["means"]
+
+    def _layers(
+        self, settings: BankSettings, reference: np.ndarray, whitening: Whitening | None
+    ) -> tuple[list[Layer], dict]:
+        """The layers before the matcher, and what is kept beside them."""
         key, mask = (settings.views, settings.pooling, settings.whitening), reference.tobytes()
         if key not in self.transform_cache:
             self.transform_cache.clear()
             self.transform_cache[key] = {}
         if mask not in self.transform_cache[key]:
-            layers = fit_layers(settings, self, reference, whitening)
-            self.transform_cache[key][mask] = layers, transform(layers, self.pooled(settings)[reference])
+            self.transform_cache[key][mask] = fit_layers(settings, self, reference, whitening), {}
         return self.transform_cache[key][mask]
+
+    def _transformed_parts(
+        self, settings: BankSettings, reference: np.ndarray, layers: Sequence[Layer]
+    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """One part of the reference set after another: where it is in that, its observations, and their embeddings."""
+        pooled, rows = self.pooled(settings), np.flatnonzero(reference)
+        for part in in_parts(len(rows)):
+            yield part, rows[part], transform(layers, pooled[rows[part]])
 
 
 def fit_whitening(reference: Embedded) -> Whitening:
@@ -137,11 +179,13 @@ def fit_matcher(
         banks = [embedded.head]
     elif settings.matcher == "projection":
         banks = fit_projection(settings, embedded.subset(reference), embedded.pooled(settings)[reference], seed)
-    else:
+    elif settings.matcher == "logistic":
         layers, values = embedded.transformed(settings, reference, whitening)
-        is_linear = settings.matcher == "logistic"
-        matcher = LinearProbe() if is_linear else ClassMeans(settings.genus_weight, settings.family_weight)
-        banks = [make_bank(layers, matcher.fit(values, labels, embedded.taxonomy))]
+        banks = [make_bank(layers, LinearProbe().fit(values, labels, embedded.taxonomy))]
+    else:
+        layers, means, sizes = embedded.class_means(settings, reference, whitening)
+        matcher = ClassMeans(settings.genus_weight, settings.family_weight)
+        banks = [make_bank(layers, matcher.fit_means(means, sizes, embedded.taxonomy))]
     banks = [replace(bank, mixture_weight=bank.mixture_weight * (1 - weight)) for bank in banks]
     if weight:
         layers, values = embedded.transformed(settings, reference, whitening)
@@ -172,7 +216,8 @@ def fit_layers(
     settings: BankSettings, embedded: Embedded, reference: np.ndarray, whitening: Whitening | None
 ) -> list[Layer]:
     """The layers before the matcher; see `Embedded.transformed`."""
-    mean = embedded.pooled(settings)[reference].mean(axis=0)
+    pooled, rows = embedded.pooled(settings), np.flatnonzero(reference)
+    mean = sum(pooled[rows[part]].sum(axis=0, dtype=np.float64) for part in in_parts(len(rows))) / len(rows)
     if not settings.whitening:
         return centre(mean)
     return (whitening or fit_whitening(embedded.subset(reference))).layers(settings.whitening, mean)
@@ -378,9 +423,8 @@ def fit_logit_scale(
         for banks, log_prior, own in zip(folds, log_priors, similarities, strict=True):
             scaled = [rescale(bank, logit_scale) for bank in banks]
             scaled = [replace(bank, bias=bank.bias + log_prior) for bank in scaled]
-            parts.append(
-                torch.stack([bank.log_probabilities(one) for bank, one in zip(scaled, own, strict=True)]).logsumexp(0)
-            )
+            each = [bank.log_probabilities(one) for bank, one in zip(scaled, own, strict=True)]
+            parts.append(each[0] if len(each) == 1 else torch.stack(each).logsumexp(0))
         return torch.nn.functional.nll_loss(torch.cat(parts), torch.tensor(truth)[drawn], ignore_index=-1).item()
 
     return min((float(folds[0][0].logit_scale) * LOGIT_SCALE_FACTORS).tolist(), key=loss)
