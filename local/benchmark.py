@@ -7,6 +7,8 @@ python local/benchmark.py accuracy  # on drawn fungi, with an encoder trained on
 python local/benchmark.py accuracy --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip --out runs
 python local/benchmark.py systems --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
 python local/benchmark.py omniglot --data data/omniglot
+python local/benchmark.py scale  # 65,000 classes and up to a million photos: hours, and 10 GB of disk
+python local/benchmark.py scale --classes 8000 --photos 16000 64000  # in minutes
 """
 
 import argparse
@@ -45,6 +47,12 @@ def parse_options() -> argparse.Namespace:
     one = tables.add_parser("omniglot", help="few-shot accuracy on an alphabet that training has not seen")
     one.add_argument("--data", type=Path, required=True, metavar="DIR", help="of alphabet/character/drawing.png")
     one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the recipe")
+    one = tables.add_parser("scale", help="time and memory of all that follows the encoder, as photos become more")
+    one.add_argument(
+        "--photos", type=int, nargs="+", default=[65_000, 260_000, 1_040_000], metavar="COUNT",
+        help="default: 65000 260000 1040000",
+    )  # fmt: skip
+    one.add_argument("--classes", type=int, default=65_000, metavar="COUNT", help="default: %(default)s")
     for table in tables.choices.values():
         table.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser.parse_args()
@@ -76,6 +84,18 @@ def find_alphabets(folder: Path) -> list[Path]:
     return alphabets
 
 
+def check_sizes(photos: Sequence[int], classes: int) -> None:
+    """Check that there are classes, and at least one photo of each.
+
+    Raises:
+        InputError: there are not.
+    """
+    if classes < 100:
+        raise InputError(f"--classes {classes} is too few: give at least 100")
+    if min(photos) < classes:
+        raise InputError(f"--photos {min(photos)} is fewer than one of each of {classes} classes: give more photos")
+
+
 def main() -> None:
     options = parse_options()
     if options.json:
@@ -98,6 +118,11 @@ def main() -> None:
         from local.benchmarks.systems import systems
 
         report = systems(options.data, options.encoder, options.recipe, options.set)
+    elif options.name == "scale":
+        check_sizes(options.photos, options.classes)
+        from local.benchmarks.scale import scale
+
+        report = scale(options.photos, options.classes)
     else:
         alphabets = find_alphabets(options.data)
         read_recipe("omniglot", options.set)
