@@ -29,6 +29,7 @@ from local.data.embeddings import StoredEmbeddings
 from local.data.observations import Taxonomy
 from local.recipes.settings import CANDIDATES, VIEW_GROUPS, BankSettings
 
+QUERIES = 256  # whose scores are compared at once: with tens of thousands of classes they stay under 100 MB
 LOGIT_SCALE_QUERIES = 1000  # enough for one number
 # Multiples of the logit scale that a matcher was fitted at; 1 comes first, and stays unless another is better.
 LOGIT_SCALE_FACTORS = 2.0 ** np.array(sorted(np.arange(-3, 4.5, 0.5), key=abs))
@@ -259,14 +260,14 @@ def evaluate_predictions(log_probabilities: torch.Tensor, truth: np.ndarray) -> 
 
     Equal log-probabilities are ranked in the order of the classes, as the kernel ranks them.
     """
-    target = torch.tensor(truth)
-    own = log_probabilities.gather(1, target.clamp(min=0)[:, None])
-    earlier = torch.arange(log_probabilities.shape[1]) < target[:, None]
-    ranks = ((log_probabilities > own) | ((log_probabilities == own) & earlier)).sum(dim=1)
-    ranks = torch.where(target < 0, log_probabilities.shape[1], ranks)
-    losses = torch.where(target < 0, torch.nan, -own[:, 0].double())
-    top = largest(log_probabilities, max(GUESSES))
-    return Evaluation(top.numpy(), ranks.numpy(), losses.numpy())
+    classes, parts = torch.arange(log_probabilities.shape[1]), []
+    for scores, target in zip(log_probabilities.split(QUERIES), torch.tensor(truth).split(QUERIES), strict=True):
+        own = scores.gather(1, target.clamp(min=0)[:, None])
+        ranks = ((scores > own) | ((scores == own) & (classes < target[:, None]))).sum(dim=1)
+        ranks = torch.where(target < 0, len(classes), ranks)
+        losses = torch.where(target < 0, torch.nan, -own[:, 0].double())
+        parts.append((largest(scores, max(GUESSES)), ranks, losses))
+    return Evaluation(*(torch.cat(each).numpy() for each in zip(*parts, strict=True)))
 
 
 class Search:
