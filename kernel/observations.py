@@ -54,7 +54,7 @@ def group_photos(rows: Iterable[tuple[str, Path | None, Mapping[str, str | None]
             own[photo] = None
         known = metadata.setdefault(observation, {})
         for column, text in cells.items():
-            if column not in known and (text or "").strip():
+            if text and column not in known and text.strip():
                 known[column] = text
     return [Observation(observation, tuple(paths), metadata[observation]) for observation, paths in photos.items()]
 

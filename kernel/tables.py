@@ -4,7 +4,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
@@ -25,7 +25,14 @@ BLANKS = NULLS | frozenset(
 def read_table(
     path: Path, needed: Iterable[str], filled: Sequence[str] = (), left_out: Counter | None = None
 ) -> list[dict[str, str]]:
-    """Read the rows of a CSV file as dictionaries of strings.
+    """All rows of `iterate_table`."""
+    return list(iterate_table(path, needed, filled, left_out))
+
+
+def iterate_table(
+    path: Path, needed: Iterable[str], filled: Sequence[str] = (), left_out: Counter | None = None
+) -> Iterator[dict[str, str]]:
+    """Read the rows of a CSV file, one after another, as dictionaries of strings.
 
     Args:
         needed: columns that the file must have.
@@ -42,16 +49,15 @@ def read_table(
             if missing:
                 found = ", ".join(reader.fieldnames or ()) or "none"
                 raise InputError(f"{path} lacks the column {missing[0]!r}: it has {found}")
-            rows, row = [], {}
+            row = {}
             for row in reader:
                 blank = next((column for column in filled if is_blank(row[column])), None)
                 if blank is None:
-                    rows.append(row)
+                    yield row
                 elif left_out is not None:
                     left_out[f"rows of {path.name} without {blank}"] += 1
             if any("\n" in str(cell) or "\r" in str(cell) for cell in row.values()):
                 _refuse_open_quote(file, path)
-            return rows
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}") from error
 

@@ -14,7 +14,17 @@ from pathlib import Path
 
 from kernel.competitions.competition import Competition, CompetitionFolder, LabelledPhoto, PhotoRow
 from kernel.inputs import InputError
-from kernel.tables import RESOLUTIONS, TAXONOMY, clean_id, format_table, is_blank, photo_name, read_table, visible
+from kernel.tables import (
+    RESOLUTIONS,
+    TAXONOMY,
+    clean_id,
+    format_table,
+    is_blank,
+    iterate_table,
+    photo_name,
+    read_table,
+    visible,
+)
 
 METADATA = (
     "year", "month", "day", "latitude", "longitude", "elevation", "landcover", "countryCode", "district",
@@ -45,28 +55,36 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
         "train": table.with_name(table.name.replace("-ClosedSet", "").replace("-Test", "-Train")),
         "val": table.with_name(table.name.replace("-Test", "-Val")),
     }
-    photos = []
+    photos: list[LabelledPhoto] = []
+    shared: dict = {}  # equal texts, taxa and metadata are one object each: they repeat in thousands of rows
     for split, path in tables.items():
         if split == "val" and not path.is_file():
             continue
-        folder = found.photo_folder(split, resolution)
-        for row in read_table(path, needed, filled=needed, left_out=left_out):
+        folder, metadata, too_long = found.photo_folder(split, resolution), {}, None
+        for row in iterate_table(path, needed, filled=needed, left_out=left_out):
             if any(row.get(None, ())):  # cells beyond the header, so that the others may be in wrong columns
-                raise InputError(
-                    f"{path}, observation {row['observationID']}: the row has more cells than columns; put quotes "
-                    "around the cell with a comma"
-                )
+                too_long = too_long or row["observationID"]
+            texts = [shared.setdefault(text, text) for text in [row.get(column) or "" for column in METADATA]]
+            if texts != list(metadata.values()):  # photos of one observation follow one another
+                metadata = dict(zip(METADATA, texts, strict=True))
+            taxa, species = tuple(row.get(rank) or "" for rank in TAXONOMY), row.get("species") or ""
+            species, class_id = species or row.get("scientificName") or "", clean_id(row["category_id"])
             photo = LabelledPhoto(
                 split,
                 clean_id(row["observationID"]),
-                clean_id(row["category_id"]),
+                shared.setdefault(class_id, class_id),
                 folder / photo_name(row["filename"]),
-                {column: row.get(column) or "" for column in METADATA},
-                tuple(row.get(rank) or "" for rank in TAXONOMY),
-                row.get("species") or row.get("scientificName") or "",
+                metadata,
+                shared.setdefault(taxa, taxa),
+                shared.setdefault(species, species),
                 row.get("poisonous") or "",
             )
             photos.append(photo)
+        if too_long:
+            raise InputError(
+                f"{path}, observation {too_long}: the row has more cells than columns; put quotes around the cell "
+                "with a comma"
+            )
     return photos
 
 

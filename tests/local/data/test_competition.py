@@ -4,9 +4,11 @@ python -m pytest tests/local/data/test_competition.py
 """
 
 import csv
+import gc
 import json
 import os
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from kernel.inputs import InputError
 from kernel.tables import TAXONOMY
 from local.data.competition import read_competition
+from local.data.folder import find_competition
 from local.data.photos import refuse_missing
 from local.report.evidence import name_ranks, names_of
 from tests import layouts
@@ -446,6 +449,22 @@ def test_a_missing_column_is_refused_with_the_table_and_the_columns_that_it_has(
 def test_a_row_whose_cells_are_shifted_by_a_comma_is_refused_with_its_observation(tmp_path: Path) -> None:
     folder = fungiclef(tmp_path, train=[*TRAIN, ("2021", "72", "Amanita", " muscaria", "0-72.JPG", "9")])
     assert "observation 72: the row has more cells than columns" in refusal(folder)
+
+
+def test_photos_of_one_observation_share_one_metadata_and_others_have_their_own(tmp_path: Path) -> None:
+    layouts.fungiclef(tmp_path)
+    photos = find_competition(tmp_path).competition.read_labelled(find_competition(tmp_path), "300p", Counter())
+    for one, other in combinations(photos, 2):
+        if one.observation == other.observation:
+            assert one.metadata is other.metadata
+        assert one.taxa is other.taxa or one.class_id != other.class_id
+    assert all(photo.metadata["habitat"] == "garden" for photo in photos)
+
+
+def test_reading_the_tables_leaves_the_garbage_collector_as_it_was(tmp_path: Path) -> None:
+    layouts.fungiclef(tmp_path)
+    read_competition(tmp_path)
+    assert gc.isenabled()
 
 
 def test_a_missing_training_table_is_refused_with_its_path(tmp_path: Path) -> None:
