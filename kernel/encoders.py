@@ -149,8 +149,9 @@ class Encoder:
     def _start_parts(self, photos: torch.Tensor, views: Sequence[Callable]) -> list["Part"]:
         """Start to embed a part of a batch on each device.
 
-        Each of several devices has a thread. A launch waits while about a thousand kernels are queued on its GPU, which
-        several views of a large batch exceed; in a single thread, the other GPUs would run out of work meanwhile.
+        Each of several devices has a thread. A launch waits while about a thousand kernels are queued on its GPU
+        (https://stackoverflow.com/q/53970187), which several views of a large batch exceed. In a single thread, the
+        other GPUs would run out of work meanwhile.
         """
         start = self._compute if self.device.type == "cpu" else self._queue
         if len(self.devices) == 1:
