@@ -29,6 +29,7 @@ from local.banks.estimators import l2_normalize, save_banks
 from local.banks.selection import BankSelection, plan_bank
 from local.base.console import counted, progress, say
 from local.data.cache import EmbeddingCache, as_keys
+from local.data.embedding import WeightedEncoders
 from local.data.observations import LabelledObservations, split_for_validation
 from local.recipes.settings import BankSettings
 
@@ -149,13 +150,13 @@ def measure_scale(photos: int, classes: int, features: int, folder: Path) -> lis
         fill_cache(EmbeddingCache(folder, encoder), paths, DrawnEmbeddings(labels, classes, features))
     with measured(rows, photos, classes, "make the folds"):
         plan = plan_bank(split_for_validation(labelled, 0), "train+val", is_tuned=False, is_macro=True)
-    selection = BankSelection(SETTINGS, CHOOSE, plan, encoder, folder)
+    selection = BankSelection(SETTINGS, CHOOSE, plan, WeightedEncoders((encoder,)), folder)
     with measured(rows, photos, classes, "read the cache"):
         selection.embed_all()
     with measured(rows, photos, classes, "choose and fit the bank"):
         bank = selection.select()
     with measured(rows, photos, classes, "save the bank"):
-        save_banks(bank.banks, folder / "bank.safetensors")
+        save_banks(bank.banks[-1], folder / "bank.safetensors")
     del selection, plan
     test = draw_labels(max(classes, photos) // TEST, classes, rng)[: photos // TEST]
     with measured(rows, photos, classes, "read and pool the test set"):

@@ -10,6 +10,7 @@ from kernel.encoders import Encoder, open_encoder, pick_devices
 from kernel.manifest import Preprocessing, read_weights
 from kernel.observations import Observation
 from local.data.cache import EmbeddingCache, PhotoEmbeddings
+from local.data.embeddings import concatenate_features
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class WeightedEncoders:
             values.append((part.values[np.array(is_readable, dtype=bool)] * scale).astype(np.float16))
         readable = [index for index, path in photos if path not in causes]
         unreadable = [(path, causes[path]) for _, path in photos if path in causes]
-        return PhotoEmbeddings(np.concatenate(values, axis=2), np.array(readable, dtype=np.int64), unreadable)
+        return PhotoEmbeddings(concatenate_features(values), np.array(readable, dtype=np.int64), unreadable)
 
 
 def preprocessing_in(resize_mode: str, preprocessing: Preprocessing) -> Preprocessing:

@@ -27,9 +27,8 @@ class Block:
     def read(self, out: np.ndarray) -> None:
         """Read into (photos, views, features)."""
         for column, table in enumerate(self.tables):
-            out[:, column] = table.read(self.rows[:, column])[:, : self.features]
-        if self.weight != 1:
-            out *= self.weight
+            values = table.read(self.rows[:, column])[:, : self.features]
+            out[:, column] = values if self.weight == 1 else values * np.float64(self.weight)
 
 
 class StoredEmbeddings:
@@ -53,8 +52,8 @@ class StoredEmbeddings:
 
     @property
     def dtype(self) -> np.dtype:
-        """float16 as on disk, or float32 if they are weighted."""
-        return np.dtype(np.float16 if all(block.weight == 1 for block in self.blocks) else np.float32)
+        """float16, as on disk."""
+        return np.dtype(np.float16)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -66,9 +65,16 @@ class StoredEmbeddings:
             first += block.features
         return values if dtype is None else values.astype(dtype, copy=False)
 
-    def astype(self, dtype: type) -> np.ndarray:
-        """All of them in memory, in another precision."""
-        return np.asarray(self, dtype=dtype)
+    def astype(self, dtype: type) -> "StoredEmbeddings | np.ndarray":
+        """These, if that is their precision already; otherwise all of them in memory."""
+        return self if np.dtype(dtype) == self.dtype else np.asarray(self, dtype=dtype)
+
+    def __mul__(self, factor: float) -> "StoredEmbeddings":
+        """These times a number, rounded to half precision when they are read."""
+        return StoredEmbeddings([replace(block, weight=block.weight * float(factor)) for block in self.blocks])
+
+    def __truediv__(self, divisor: float) -> "StoredEmbeddings":
+        return self * (1 / float(divisor))
 
     def __getitem__(self, index) -> "StoredEmbeddings | np.ndarray":
         index = index if isinstance(index, tuple) else (index,)
@@ -96,20 +102,11 @@ class StoredEmbeddings:
             left -= block.features
         return StoredEmbeddings(blocks)
 
-    def beside(self, *others: "StoredEmbeddings", weights: Sequence[float] = ()) -> "StoredEmbeddings":
-        """The same photos and views with the features of other encoders after their own, each times its weight.
 
-        Args:
-            weights: one per encoder; empty: all 1.
-        """
-        every = [self, *others]
-        if any(other.shape[:2] != self.shape[:2] for other in others):
-            raise ValueError("expected the same photos and views of each encoder")
-        weights = weights or [1.0] * len(every)
-        return StoredEmbeddings(
-            [
-                replace(block, weight=block.weight * weight)
-                for own, weight in zip(every, weights, strict=True)
-                for block in own.blocks
-            ]
-        )
+def concatenate_features(parts: Sequence[np.ndarray | StoredEmbeddings]) -> np.ndarray | StoredEmbeddings:
+    """The features of several encoders, for the same photos and views; nothing is read if all are on disk."""
+    if not all(isinstance(part, StoredEmbeddings) for part in parts):
+        return np.concatenate([np.asarray(part) for part in parts], axis=2)
+    if len({part.shape[:2] for part in parts}) > 1:
+        raise ValueError("expected the same photos and views of each encoder")
+    return StoredEmbeddings([block for part in parts for block in part.blocks])

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from local.data.embeddings import Block, StoredEmbeddings
+from local.data.embeddings import Block, StoredEmbeddings, concatenate_features
 from local.data.shards import ShardFolder
 
 PHOTOS, VIEWS, FEATURES = 9, 3, 8
@@ -61,19 +61,25 @@ def test_two_arrays_at_once_are_refused_because_numpy_would_pair_them(values, tm
         stored(tmp_path, values)[np.array([0, 1]), [0, 1]]
 
 
-def test_features_of_several_encoders_are_concatenated_with_their_weights(values, tmp_path):
+@pytest.mark.parametrize("factor", [0.6, np.float64(0.8)])
+def test_they_are_scaled_as_in_memory(values, tmp_path, factor):
+    found = stored(tmp_path, values)
+    assert np.array_equal((found * factor).astype(np.float16), (values * np.float64(factor)).astype(np.float16))
+    assert isinstance((found / factor).astype(np.float16), StoredEmbeddings)
+    assert np.allclose(found / factor, values / factor, rtol=1e-3)
+
+
+def test_features_of_several_encoders_are_concatenated(values, tmp_path):
     other = values[:, :, :5] * 2
     first, second = stored(tmp_path / "a", values), stored(tmp_path / "b", other)
-    both = np.concatenate([values, other], axis=2)
-    assert np.array_equal(first.beside(second), both)
-    assert np.array_equal(first.beside(second)[1:, :, :10], both[1:, :, :10])
-    assert np.array_equal(first.beside(second)[:, 0, : FEATURES - 1], both[:, 0, : FEATURES - 1])
-    weighted = first.beside(second, weights=[0.6, 0.8])
-    expected = np.concatenate([values * np.float32(0.6), other * np.float32(0.8)], axis=2)
-    assert weighted.dtype == np.float32
-    assert np.allclose(weighted, expected, rtol=1e-6)
+    both, found = np.concatenate([values, other], axis=2), concatenate_features([first, second])
+    assert isinstance(found, StoredEmbeddings)
+    assert np.array_equal(found, both)
+    assert np.array_equal(found[1:, :, :10], both[1:, :, :10])
+    assert np.array_equal(found[:, 0, : FEATURES - 1], both[:, 0, : FEATURES - 1])
+    assert np.array_equal(concatenate_features([values, second]), both)
 
 
 def test_encoders_with_other_photos_are_refused(values, tmp_path):
     with pytest.raises(ValueError, match="same photos and views"):
-        stored(tmp_path / "a", values).beside(stored(tmp_path / "b", values[1:]))
+        concatenate_features([stored(tmp_path / "a", values), stored(tmp_path / "b", values[1:])])
