@@ -12,6 +12,7 @@ import torch
 
 from kernel.encoders import describe_versions, open_encoder, pick_devices
 from kernel.start import Setup
+from kernel.manifest import EncoderSpec, Member
 from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, describe_unreadable, write_unreadable
 from kernel.loader import PhotoLoader
 from kernel.embeddings import Embeddings, Limits, concatenate, embed_observations, list_photos
@@ -22,18 +23,38 @@ from kernel.submission import fallback_guesses, write_submission
 
 
 def embed_test_set(setup: Setup) -> tuple[list[Embeddings], torch.device]:
-    """Embed the test set with each encoder of each member, the best first, as far as time allows; at least with one.
-
-    In the scored rerun an error costs only what is not embedded yet.
+    """Embed the test set with each encoder of each member.
 
     Returns:
-        The embeddings by each encoder, and the first of the encoders' devices.
+        The embeddings by each encoder that there was time for, and the first of the encoders' devices.
     """
     steps = [(member, spec) for member in setup.weights.manifest.members for spec in member.encoders]
     # The processes of the loaders are forked before CUDA starts, and decode while the first encoder is opened.
-    photos, gpus, embedded = list_photos(setup.table.observations), torch.cuda.device_count(), []
+    photos, gpus = list_photos(setup.table.observations), torch.cuda.device_count()
     loaders = [PhotoLoader.for_gpus(photos, spec.preprocessing, gpus) for _, spec in steps]
-    devices = pick_devices()
+    try:
+        devices = pick_devices()
+        return embed_in_steps(setup, steps, loaders, devices), devices[0]
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def embed_in_steps(
+    setup: Setup,
+    steps: Sequence[tuple[Member, EncoderSpec]],
+    loaders: Sequence[PhotoLoader],
+    devices: Sequence[torch.device],
+) -> list[Embeddings]:
+    """Embed the test set with one encoder after another, the best first, as far as time allows; at least with one.
+
+    In the scored rerun an error costs only what is not embedded yet.
+
+    Args:
+        steps: each encoder with the member that it is of.
+        loaders: of the photos, one for each encoder.
+    """
+    embedded: list[Embeddings] = []
     for index, ((member, spec), loader) in enumerate(zip(steps, loaders, strict=True)):
         name, encoder = spec.architecture, None  # frees the memory of the encoder before
         try:
@@ -60,9 +81,7 @@ def embed_test_set(setup: Setup) -> tuple[list[Embeddings], torch.device]:
         embedded.append(embeddings)
         if embeddings.late:
             break
-    for loader in loaders:
-        loader.close()
-    return embedded, devices[0]
+    return embedded
 
 
 def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torch.device) -> int:

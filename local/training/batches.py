@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -175,6 +176,8 @@ def make_loader(dataset: PhotoDataset, sampler: ObservationBatchSampler, device:
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=count_cores(),
+        # From Python 3.14 on the default is a server, which would outlive a training that is killed.
+        multiprocessing_context="fork" if hasattr(os, "fork") and sys.platform == "linux" else None,
         worker_init_fn=set_up_worker,
         persistent_workers=True,
         pin_memory=device.type == "cuda",
@@ -184,9 +187,8 @@ def make_loader(dataset: PhotoDataset, sampler: ObservationBatchSampler, device:
 
 def set_up_worker(worker: int) -> None:
     """Let a worker live until the training ends, and no longer. torch would notice a kill only once it has started."""
-    if hasattr(os, "setsid"):
-        is_fork = multiprocessing.get_start_method() == "fork"  # otherwise the parent is a server
-        end_with_parent(multiprocessing.parent_process().pid if is_fork else os.getppid())
+    if sys.platform == "linux":
+        end_with_parent(multiprocessing.parent_process().pid)
 
 
 def make_augmentation(preprocessing: Preprocessing, augment: AugmentSettings) -> v2.Compose:
