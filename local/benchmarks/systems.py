@@ -28,12 +28,11 @@ from local.base.console import progress, say
 from local.base.metrics import bounded, describe, gained, hit_matrix, interval_of, score
 from local.base.run_folder import CACHE
 from local.benchmarks.accuracy import (
-    BundleAnswers,
     MethodAnswers,
     Task,
-    bundle_answers,
     cell,
     heading,
+    open_bundle,
     rank_classes,
     read_task,
 )
@@ -242,14 +241,16 @@ def compare_system(task: Task, name: str, spec: str, settings: Sequence[str], fo
         ranks = [groups for groups in groups_by_rank.values() if groups is not None] + ranks
     plain = predict_by_rules(task, rules, read_recipe(name, own, spec), manifest, ranks, queries)
     is_readable = plain[-1].sum(dim=1).numpy() > 0
-    found = BundleAnswers(queries, manifest, (plain[-1] + 1e-12).log(), is_readable)
-    original = rank_classes(task, found, f"{name}: the original's rules", None)
+    ranked = rank_classes(task, queries, manifest, (plain[-1] + 1e-12).log(), is_readable)
+    original = MethodAnswers(f"{name}: the original's rules", *ranked)
     report["rows"].append(scored(original, truth))
     for label, run in runs.items():
-        answers = bundle_answers(task, [run], [1.0], folder / CACHE)
-        report["rows"].append(scored(rank_classes(task, answers, label, original), truth))
+        bundle = open_bundle(task, [run], [1.0], folder / CACHE)
+        log_probabilities = bundle.log_probabilities(np.arange(len(queries)))
+        ranked = rank_classes(task, bundle.queries, bundle.manifest, log_probabilities, bundle.is_readable)
+        report["rows"].append(scored(MethodAnswers(label, *ranked, original), truth))
         if rules.has_ranks:
-            ours, labels = answers.log_probabilities.exp(), encode_labels(truth, classes)
+            ours, labels = log_probabilities.exp(), encode_labels(truth, classes)
             report["ranks"] += [
                 rank_row(label, groups, heads, ours, labels) for groups, heads in zip(ranks, plain, strict=True)
             ]

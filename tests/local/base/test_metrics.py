@@ -167,7 +167,7 @@ def test_a_gain_in_macro_f1_has_the_bootstrap_percentiles_of_scipy(seed: int) ->
     def gain(new_f1, old_f1, in_new, in_old, axis=-1):
         return new_f1.sum(axis=axis) / in_new.sum(axis=axis) - old_f1.sum(axis=axis) / in_old.sum(axis=axis)
 
-    found = macro_f1_gain(truth, new, old, seed)
+    found = macro_f1_gain(truth, new, old, seed=seed)
     assert found["value"] == pytest.approx(macro_f1(truth, new) - macro_f1(truth, old), abs=1e-12)
     assert (found["low"], found["high"]) == percentiles((*f1, *counted), gain, seed)
     assert macro_f1_gain(truth, new, new) == {"value": 0, "low": 0, "high": 0}

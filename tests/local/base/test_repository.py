@@ -31,7 +31,7 @@ def test_only_changes_of_the_code_mark_a_commit(tmp_path, monkeypatch):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
 
-    monkeypatch.setattr(repository, "__file__", str(tmp_path / "local" / "base" / "repository.py"))
+    monkeypatch.setattr(repository, "ROOT", tmp_path)
     git("init")
     for path in ("kernel-metadata.json", "kernel/a.py", "local/b.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ def opening(architecture, out, size=64, **arguments):
     module, spec = load_encoder(f"timm:{architecture}", pretrained=False, image_size=size)
     encoder = Encoder(module, spec.preprocessing, spec.features, [torch.device("cpu")])
     recipe, spec = make_recipe(TINY, "the test"), replace(spec, arguments=arguments)
-    refuse_unopenable(Inputs(recipe, recipe, encoder, spec, make_labelled([], []), "", ""), out)
+    refuse_unopenable(Inputs(recipe, recipe, (encoder,), (spec,), make_labelled([], []), "", ""), out)
 
 
 def test_weights_that_layers_share_are_saved_and_opened_again(tmp_path):
