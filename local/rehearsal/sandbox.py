@@ -183,7 +183,7 @@ def make_command(script: Path, arguments: Sequence[str], sandbox: Sandbox) -> li
 
 def make_environment(sandbox: Sandbox) -> dict[str, str]:
     """The environment of the process: a few of the user's variables, none of which is a secret."""
-    kept = ("PATH", "LANG", "LC_ALL", "TMPDIR", "SYSTEMROOT", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
+    kept = ("PATH", "LANG", "LC_ALL", "SYSTEMROOT", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
     kept += ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how torch shares the cores with others
     # With its own home the script cannot use files that were downloaded before and that the bundle lacks.
     own = {"HOME": str(sandbox.working), "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
