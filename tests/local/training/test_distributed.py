@@ -36,7 +36,7 @@ def torchrun(processes, *arguments):
 
 @pytest.mark.slow
 def test_two_processes_give_the_metrics_of_one(drawn, alone, tmp_path):
-    done = torchrun(2, *train(tmp_path / "run", drawn, "--encoder", ENCODER, **SETTINGS))
+    done = torchrun(2, *train(tmp_path / "run", drawn, **SETTINGS, encoder=ENCODER))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nepoch 1:") == 1  # only rank 0 prints
     one, two = (json.loads((run / "metrics.json").read_text())["validation"] for run in (alone, tmp_path / "run"))
@@ -70,7 +70,7 @@ def test_when_one_process_dies_both_are_restarted_and_the_run_is_finished(drawn,
         "    return forward_backward(self, *given)",
         "Trainer.forward_backward = fragile",
     )
-    _, *arguments = train(tmp_path / "run", drawn, "--encoder", ENCODER, **SETTINGS)
+    _, *arguments = train(tmp_path / "run", drawn, **SETTINGS, encoder=ENCODER)
     done = torchrun(2, "--max-restarts", "1", str(script), *arguments)
     assert done.returncode == 0, done.stderr
     assert "RuntimeError: this device is lost" in done.stderr

@@ -45,7 +45,7 @@ def train(out, drawn, *more, **settings):
     chosen = [
         argument for pair in pairs for argument in ("--set", pair.replace("True", "true").replace("False", "false"))
     ]
-    data = ["--data", drawn.competition, "--out", out, "--encoder", SETTINGS["encoder"]]
+    data = ["--data", drawn.competition, "--out", out, "--encoder", (SETTINGS | settings)["encoder"]]
     return ["local/train.py", "--recipe", "demo", *map(str, data), *chosen, *more]
 
 
