@@ -139,14 +139,14 @@ def embed_observations(
         loader: of all photos of the observations, in order, if it has been started already. It is closed at the end.
     """
     limits = limits or Limits()
-    owners = [index for index, observation in enumerate(observations) for _ in observation.photos]
+    observation_index = [index for index, observation in enumerate(observations) for _ in observation.photos]
     loader = loader or PhotoLoader.for_encoder(list_photos(observations), encoder)
     pool, schedule = Pool(len(observations), encoder.features, pooling), Schedule(encoder, loader, views, limits, name)
     photos_by_views, end = Counter(), 0
     try:
-        with loader, Progress(name, len(owners), "photo") as progress:
+        with loader, Progress(name, len(observation_index), "photo") as progress:
             for batch, embedded in embed_batches(encoder, schedule.batches(), schedule.pace):
-                pool.add([owners[photo] for photo in batch.photos], embedded.mean(dim=1))
+                pool.add([observation_index[photo] for photo in batch.photos], embedded.mean(dim=1))
                 photos_by_views[len(batch.views)] += len(batch.photos)
                 end = batch.photos[-1] + 1
                 progress.advance(len(batch.photos), f"{len(batch.views)} of {len(views)} views")
@@ -154,8 +154,8 @@ def embed_observations(
         if not (limits.tolerates_errors and end):
             raise
         traceback.print_exc()
-    is_complete = photos_by_views.total() + len(loader.unreadable) == len(owners)
-    late = 0 if is_complete else pool.drop_from(owners[end])
+    is_complete = photos_by_views.total() + len(loader.unreadable) == len(observation_index)
+    late = 0 if is_complete else pool.drop_from(observation_index[end])
     return Embeddings(pool.pooled(), pool.counts, loader.unreadable, late, photos_by_views)
 
 
@@ -227,13 +227,13 @@ class Schedule:
     def batches(self) -> Iterator[Batch]:
         """The batches of the loader with their views, until the budget is spent."""
         budget, pace, encoder, total = self.limits.budget, self.pace, self.encoder, len(self.loader.paths)
-        asked = arrived = budget.elapsed()
-        deadline = asked + budget.remaining() * self.limits.fraction
+        requested = arrived = budget.elapsed()
+        deadline = requested + budget.remaining() * self.limits.fraction
         queued = 0  # photos of which the forward passes may not have ended
         is_first = 0 < budget.remaining() < math.inf
         for photos, pixels in self.loader.batches(encoder, budget.remaining):
             before, arrived = arrived, budget.elapsed()
-            pace.record_decode(len(photos), arrived - asked, arrived - before)
+            pace.record_decode(len(photos), arrived - requested, arrived - before)
             if is_first:
                 is_first = False
                 pace.record_forward(len(photos), 1, time_one_view(encoder, pixels, self.views[0], budget))
@@ -248,7 +248,7 @@ class Schedule:
                 return
             yield Batch(photos, pixels, self.views[:count])
             queued = len(photos) * encoder.queued
-            asked = budget.elapsed()
+            requested = budget.elapsed()
 
 
 def time_one_view(encoder: Encoder, pixels: torch.Tensor, view: str, budget: Budget) -> float:

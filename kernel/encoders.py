@@ -50,7 +50,7 @@ class Encoder:
         preprocessing: how photos become these pixels.
         features: length of an embedding.
         batch_size: photos per forward pass on all devices together; halved when memory runs out.
-        queued: batches that may be submitted before the result of the first one is asked for, so that a GPU never
+        queued: batches that may be submitted before the result of the first one is requested, so that a GPU never
             waits. On a CPU none, because `submit` returns when the batch is embedded.
         replicas: the module on each of `devices`.
     """

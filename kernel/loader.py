@@ -33,11 +33,11 @@ from kernel.photos import decode
 
 FIRST_BATCH = 8  # photos by which the time is planned; few, since on a slow machine the first pass is the slowest
 AHEAD = 2  # batches that are decoded ahead beside a GPU
-FEW_PHOTOS = 24  # up to so many are decoded in threads, which start faster than processes
+FEW_PHOTOS = 64  # up to so many are decoded in threads, which start faster than processes
 PHOTO_SECONDS = 60.0  # without a decoded photo, after which those that are being decoded are given up
 CHECK_SECONDS = 0.2  # between two looks at whether the workers live, while no photo arrives
 REPLACEMENTS = 64  # workers that may be replaced; more are no accident
-CAUSE_BYTES = 48  # of the name of an error, which takes the place of the pixels
+CAUSE_BYTES = 48  # of the name of an error, which is written instead of the pixels
 STOP = (-1, -1)  # the task that ends a thread
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
 
@@ -49,12 +49,12 @@ class PhotoLoader:
         paths: of the photos.
         preprocessing: of the encoder.
         batch_size: of the largest batch.
-        ahead: photos to decode beyond the batch that is asked for. Beside a GPU they are decoded while it computes. On
+        ahead: photos to decode beyond the requested batch. Beside a GPU they are decoded while it computes. On
             a CPU they would take the cores from the forward passes.
 
     Attributes:
         unreadable: path and cause of every photo so far that could not be read.
-        taken: number of photos that have been asked for so far.
+        taken: number of photos that have been requested so far.
     """
 
     def __init__(self, paths: Sequence[Path], preprocessing: Preprocessing, batch_size: int, ahead: int) -> None:
@@ -73,7 +73,7 @@ class PhotoLoader:
         self._causes: dict[int, str] = {}  # photo -> why it could not be read
         self._uses_processes = len(paths) > FEW_PHOTOS and sys.platform == "linux" and hasattr(os, "fork")
         self._tasks, self._results = (RecordPipe() if self._uses_processes else queue.SimpleQueue() for _ in range(2))
-        self._workers: list[WorkerProcess | WorkerThread | None] = []  # None in the place of one that was replaced
+        self._workers: list[WorkerProcess | WorkerThread | None] = []  # None for one that was replaced
         for _ in range(workers):
             self._start_worker()
         self._give_out(ahead)
@@ -105,7 +105,7 @@ class PhotoLoader:
             remaining: seconds that a batch may take. When it takes longer, as when a disk hangs, no more batches come.
 
         Raises:
-            InputError: too many workers had to be replaced, and there is no limit of time after which to go on.
+            InputError: too many workers had to be replaced, and no time limit ends the waiting.
         """
         self.ahead *= encoder.queued
         size = FIRST_BATCH
@@ -144,7 +144,7 @@ class PhotoLoader:
         return indices, photos.permute(0, 3, 1, 2)
 
     def close(self) -> None:
-        """End the workers. A thread that hangs goes on waiting, and ends with the process."""
+        """End the workers. A thread that hangs waits until the process ends."""
         workers = [worker for worker in self._workers if worker]
         if not self._uses_processes:
             with suppress(queue.Empty):

@@ -161,10 +161,10 @@ def load_batches(
     encoder: Encoder, observations: Sequence[Observation], what: str
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Batches of photos, each with the indices of their observations."""
-    owners = [index for index, observation in enumerate(observations) for _ in observation.photos]
+    observation_index = [index for index, observation in enumerate(observations) for _ in observation.photos]
     with PhotoLoader.for_encoder(list_photos(observations), encoder) as loader:
         for photos, pixels in progress(loader.batches(encoder), what, unit="batch"):
-            yield [owners[photo] for photo in photos], pixels
+            yield [observation_index[photo] for photo in photos], pixels
 
 
 def embed_batch(encoder: Encoder, photos: torch.Tensor) -> torch.Tensor:

@@ -39,17 +39,22 @@ def classes(rows: list[dict[str, str]], count: int) -> dict[str, list[str]]:
     return {Path(row["observation"]).name: [row[f"class_{rank}"] for rank in range(1, count + 1)] for row in rows}
 
 
+def kernel_predictions(drawn, folder) -> dict[str, list[str]]:
+    """What the script of the bundle in `folder` predicts for the drawn competition."""
+    (folder / "input").mkdir()
+    (folder / "input" / "fungi").symlink_to(drawn.competition)
+    (folder / "input" / "weights").symlink_to(folder / "build" / "weights")
+    done = command(folder / "build" / "kernel.py", "--input", folder / "input", "--working", folder / "working")
+    assert done.returncode == 0, done.stderr
+    return {row["observationId"]: row["predictions"].split() for row in table(folder / "working/submission.csv")}
+
+
 def test_a_run_a_bundle_and_the_kernel_give_the_same_classes_in_the_same_order(trained, drawn, photos, tmp_path):
     predict([trained, photos], 10, tmp_path / "run.csv", None, together=False)
     bundle([trained], tmp_path / "build")
     predict([tmp_path / "build", photos], 10, tmp_path / "build.csv", None, together=False)
     assert (tmp_path / "run.csv").read_bytes() == (tmp_path / "build.csv").read_bytes()
-    (tmp_path / "input").mkdir()
-    (tmp_path / "input" / "fungi").symlink_to(drawn.competition)
-    (tmp_path / "input" / "weights").symlink_to(tmp_path / "build" / "weights")
-    done = command(tmp_path / "build" / "kernel.py", "--input", tmp_path / "input", "--working", tmp_path / "working")
-    assert done.returncode == 0, done.stderr
-    kernel = {row["observationId"]: row["predictions"].split() for row in table(tmp_path / "working/submission.csv")}
+    kernel = kernel_predictions(drawn, tmp_path)
     assert classes(table(tmp_path / "run.csv"), 10) == kernel
 
 
@@ -62,12 +67,7 @@ def test_the_test_set_of_a_competition_is_predicted_by_its_ids_with_its_metadata
     monkeypatch.setattr("local.prediction.model.CHUNK", 7)
     predict([tmp_path / "run"], 10, tmp_path / "test.csv", None, together=False, data=drawn.competition)
     bundle([tmp_path / "run"], tmp_path / "build")
-    (tmp_path / "input").mkdir()
-    (tmp_path / "input" / "fungi").symlink_to(drawn.competition)
-    (tmp_path / "input" / "weights").symlink_to(tmp_path / "build" / "weights")
-    done = command(tmp_path / "build" / "kernel.py", "--input", tmp_path / "input", "--working", tmp_path / "working")
-    assert done.returncode == 0, done.stderr
-    kernel = {row["observationId"]: row["predictions"].split() for row in table(tmp_path / "working/submission.csv")}
+    kernel = kernel_predictions(drawn, tmp_path)
     rows = table(tmp_path / "test.csv")
     assert [row["observation"] for row in rows] == list(kernel)
     assert classes(rows, 10) == kernel

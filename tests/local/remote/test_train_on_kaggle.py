@@ -179,7 +179,7 @@ def test_an_encoder_here_is_sent_and_the_embeddings_come_back(home, machine, tra
     assert set(machine.kaggle.stored(encoder)) == {MANIFEST, "encoder.safetensors"}
     assert str(trained) not in pushed["text"]
     parts = list((home.out.parent / CACHE).rglob("*.safetensors"))
-    assert sum(len(load_file(part)["photos"]) for part in parts) > 0
+    assert sum(len(load_file(part)["keys"]) for part in parts) > 0
     assert json.loads((home.out / "metrics.json").read_text(encoding="utf-8"))["validation"]
 
 
