@@ -36,8 +36,11 @@ def parse_options() -> argparse.Namespace:
     one.add_argument("--encoder", default="timm:mobilenetv2_100", metavar="SPEC", help="default: %(default)s")
     one = tables.add_parser("accuracy", help="methods from the public starter notebook to the best recipe")
     one.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="competitions (default: draw one)")
-    one.add_argument("--encoder", nargs="+", default=[], metavar="SPEC", help="of several, also the ensemble")
+    one.add_argument(
+        "--encoder", nargs="+", default=[], metavar="SPEC", help="of several, also the ensemble, and all in one run"
+    )
     one.add_argument("--reference", choices=("train", "train+val"), default="train", help="default: %(default)s")
+    one.add_argument("--recipe", nargs="+", default=[], metavar="NAME", help="of the runs (default: all)")
     one.add_argument("--out", type=Path, metavar="DIR", help="keep the runs there")
     one = tables.add_parser("systems", help="recipes, compared with the published systems that they come from")
     one.add_argument("--data", type=Path, nargs="+", required=True, metavar="DIR", help="competitions")
@@ -108,9 +111,11 @@ def main() -> None:
         report = speed(options.encoder)
     elif options.name == "accuracy":
         check_each(options.data, options.encoder)
+        for name in options.recipe:
+            read_recipe(name)
         from local.benchmarks.accuracy import accuracy
 
-        report = accuracy(options.data, options.encoder, options.reference, options.out)
+        report = accuracy(options.data, options.encoder, options.reference, options.out, options.recipe)
     elif options.name == "systems":
         check_each(options.data, [options.encoder])
         for name in options.recipe or ["fungiclef-protonet"]:

@@ -8,6 +8,7 @@ import torch
 
 from kernel.bank import Bank, Layer, classify, largest, refine_transductively
 from local.banks.estimators import (
+    HUBNESS_SAMPLES,
     ClassMeans,
     LinearProbe,
     NearestNeighbour,
@@ -17,6 +18,7 @@ from local.banks.estimators import (
     in_parts,
     make_bank,
     pool,
+    reduce_hubness,
     rescale,
     transform,
 )
@@ -186,7 +188,14 @@ def fit_matcher(
     else:
         layers, means, sizes = embedded.class_means(settings, reference, whitening)
         matcher = ClassMeans(settings.genus_weight, settings.family_weight)
-        banks = [make_bank(layers, matcher.fit_means(means, sizes, embedded.taxonomy))]
+        bank = make_bank(layers, matcher.fit_means(means, sizes, embedded.taxonomy))
+        if settings.hubness_weight:
+            rows = np.flatnonzero(reference)
+            if len(rows) > HUBNESS_SAMPLES:
+                rows = np.sort(np.random.default_rng(seed).choice(rows, HUBNESS_SAMPLES, replace=False))
+            values = transform(layers, embedded.pooled(settings)[rows])
+            bank = reduce_hubness(bank, values, embedded.labels[rows], settings.hubness_weight)
+        banks = [bank]
     banks = [replace(bank, mixture_weight=bank.mixture_weight * (1 - weight)) for bank in banks]
     if weight:
         layers, values = embedded.transformed(settings, reference, whitening)

@@ -41,7 +41,8 @@ from local.drawing.competition import generate
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run
 
-RECIPES = ("fungiclef-baseline", "fungiclef-protonet", "fungiclef-best")
+RECIPES = ("fungiclef-baseline", "fungiclef-protonet", "fungiclef-best")  # with each encoder
+TOGETHER = ("fungiclef-best", "fungiclef-winner")  # with all encoders in one run
 SPECIES = 60  # of the competition that is drawn without --data
 MOST_SHOTS = 4  # classes with so many reference observations or more are one group
 # Of a sparse test set. FungiCLEF 2025 has 566 of 2,427 classes in its test set, most of them once or twice.
@@ -100,15 +101,22 @@ class MethodAnswers:
     sparse: list[list[list[str]]] | None = None
 
 
-def accuracy(folders: Sequence[Path], encoders: Sequence[str], reference: str, out: Path | None = None) -> dict:
+def accuracy(
+    folders: Sequence[Path],
+    encoders: Sequence[str],
+    reference: str,
+    out: Path | None = None,
+    recipes: Sequence[str] = (),
+) -> dict:
     """Print the scores of all methods on every dataset: over all queries, on sparse test sets, and by shots.
 
     Args:
         folders: competitions as downloaded, with the test labels as `solution.csv`, or else with a val split to score
             on. Without folders, a competition is drawn.
-        encoders: as in `--encoder`; several are also scored as an ensemble. The default is the encoder of the recipes,
-            or for a drawn competition one that is trained on other drawn fungi.
+        encoders: as in `--encoder`; several are also scored as an ensemble, and together in one run. The default is the
+            encoder of the recipes, or for a drawn competition one that is trained on other drawn fungi.
         reference: "train" or "train+val".
+        recipes: of the runs; empty: all of RECIPES and TOGETHER.
         out: the folder in which to keep runs and embeddings; None keeps none.
 
     Returns:
@@ -128,7 +136,8 @@ def accuracy(folders: Sequence[Path], encoders: Sequence[str], reference: str, o
         tasks = [read_task(data.resolve(), reference) for data in folders]
         reports = []
         for task in tasks:
-            answers = run_methods(task, encoders or [read_recipe(RECIPES[0]).encoder.each[0].name], Path(kept))
+            every = encoders or [read_recipe(RECIPES[0]).encoder.each[0].name]
+            answers = run_methods(task, every, Path(kept), recipes or (*RECIPES, *TOGETHER))
             reports.append(score_methods(task, answers))
             tables = (method_table, sparse_table, shots_table)
             say("\n" + "\n".join(line for table in tables for line in (*table(reports[-1]), "")))
@@ -222,26 +231,49 @@ def label(encoder: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name if kind else Path(encoder).name)
 
 
-def run_methods(task: Task, encoders: Sequence[str], folder: Path) -> list[MethodAnswers]:
-    """The answers of all methods with every encoder, then of the ensemble of their best runs; trains under `folder`."""
-    answers, best, cache = [], [], folder / CACHE
+def run_methods(
+    task: Task, encoders: Sequence[str], folder: Path, recipes: Sequence[str] = (*RECIPES, *TOGETHER)
+) -> list[MethodAnswers]:
+    """The answers of all methods; trains under `folder`.
+
+    Every encoder alone comes first, then the ensemble of the runs of each one's last recipe, then all of them in one
+    run. The first run of several encoders is compared with that of one, by the same recipe; the others with the one
+    before.
+
+    Args:
+        recipes: those of RECIPES are run with each encoder, one at least, and those of TOGETHER with all.
+    """
+    answers, last, cache = [], [], folder / CACHE
+    alone = [name for name in RECIPES if name in recipes] or [RECIPES[0]]
+
+    def answer(run: Path, name: str, baseline: MethodAnswers) -> MethodAnswers:
+        return answer_with_bundle(task, open_bundle(task, [run], [1.0], cache), name, baseline)
+
+    def train(name: str, spec: str | Sequence[str], label: str) -> Path:
+        run = folder / f"{task.data.name}-{label}-{name}"
+        recipe = read_recipe(name, [f"reference={task.reference}"], spec)
+        train_run(recipe, task.data, run, uses_val=task.split != "val")
+        return run
+
     for spec in encoders:
         of = f", {label(spec)}" if len(encoders) > 1 else ""
-        runs = [folder / f"{task.data.name}-{label(spec)}-{name}" for name in RECIPES]
-        for name, run in zip(RECIPES, runs, strict=True):
-            recipe = read_recipe(name, [f"reference={task.reference}"], spec)
-            train_run(recipe, task.data, run, uses_val=task.split != "val")
+        runs = [train(name, spec, label(spec)) for name in alone]
         answers += match_photos(task, runs[0], cache, of)
-        for name, run in zip(RECIPES, runs, strict=True):
-            found = open_bundle(task, [run], [1.0], cache)
-            answers.append(answer_with_bundle(task, found, name + of, answers[-1]))
-        best.append((runs[-1], answers[-1]))
-    if len(best) > 1:
-        runs = [run for run, _ in best]
+        for name, run in zip(alone, runs, strict=True):
+            answers.append(answer(run, name + of, answers[-1]))
+        last.append((runs[-1], answers[-1]))
+    baseline = answers[-1]
+    if len(last) > 1:
+        runs = [run for run, _ in last]
         weights = ensemble_weights(runs, find_competition(task.data).competition.guesses)
-        baseline = best[int(np.argmax(weights))][1]  # of the largest weight by cross-validation, not by these scores
+        baseline = last[int(np.argmax(weights))][1]  # of the largest weight by cross-validation, not by these scores
         found = open_bundle(task, runs, weights, cache)
         answers.append(answer_with_bundle(task, found, "their ensemble", baseline))
+    for name in TOGETHER:
+        if name in recipes and (len(encoders) > 1 or name not in alone):
+            of = ", together" if len(encoders) > 1 else ""
+            run = train(name, list(encoders), "together" if of else label(encoders[0]))
+            answers.append(baseline := answer(run, name + of, baseline))
     return answers
 
 

@@ -254,6 +254,12 @@ class BankSettings:
         most=1,
         candidates=(0.0, 0.2, 0.4),
     )
+    hubness_weight: float = setting(
+        0.0,
+        "Weight of a correction for prototypes that are near to observations of many other classes.",
+        least=0,
+        candidates=(0.0, 0.25, 0.5),
+    )
     class_prior_exponent: float = setting(
         0.0,
         "The prior probability of a class is its number of observations to this power.",

@@ -31,6 +31,7 @@ from local.banks.estimators import (
     l2_normalize,
     make_bank,
     pool,
+    reduce_hubness,
     rescale,
     save_banks,
     transform,
@@ -351,3 +352,27 @@ def test_the_commonest_classes_come_first_and_equal_ones_in_their_order():
     class_ids = np.array(["5", "2", "5", "9", "2", "5"])
     assert commonest_classes(class_ids, ["2", "5", "9"], 2) == ["5", "2"]
     assert commonest_classes(class_ids, ["1", "9", "0", "2", "5"], 5) == ["5", "2", "9", "1", "0"]
+
+
+def test_the_hubness_of_a_class_is_the_smooth_maximum_of_its_cosines_to_other_classes():
+    reference, labels, _, taxonomy = overlapping()
+    bank = make_bank([], ClassMeans().fit(reference, labels, taxonomy))
+    reduced = reduce_hubness(bank, reference, labels, weight=0.5)
+    for label in np.unique(labels):
+        cosines = reference[labels != label] @ bank.prototypes[label].double().numpy()
+        hubness = np.log(np.exp(8 * cosines).mean()) / 8
+        assert float(reduced.bias[label]) == pytest.approx(float(-0.5 * bank.logit_scale * hubness), abs=1e-5)
+    assert reduced.bias[1] == estimators.ABSENT
+
+
+def test_a_prototype_amid_the_other_classes_takes_their_queries_until_its_hubness_is_reduced():
+    def direction(from_pole: float, around: float) -> list[float]:
+        tilt, turn = np.radians([from_pole, around])
+        return [np.sin(tilt) * np.cos(turn), np.sin(tilt) * np.sin(turn), np.cos(tilt)]
+
+    reference = np.array([direction(70, 0), direction(70, 120), direction(70, 240), direction(0, 0)])
+    bank = make_bank([], ClassMeans().fit(reference, np.arange(4), Taxonomy.unknown(4)))
+    reduced = reduce_hubness(bank, reference, np.arange(4), weight=0.5)
+    query = torch.tensor([direction(33, 0)], dtype=torch.float32)
+    first = [int(torch.cat(list(classify([one], query))).argmax()) for one in (bank, reduced)]
+    assert first == [3, 0]
