@@ -25,7 +25,7 @@ from torch import nn
 
 from kernel.inputs import InputError, shorten
 from kernel.manifest import EncoderSpec, Member, Preprocessing
-from kernel.views import VIEWS, larger, shrink
+from kernel.views import VIEWS, make_view, resize_batch
 
 PHOTOS_PER_THREAD = 8  # that a thread embeds at a time on a CPU: enough to compute at full speed
 SETTING_THREADS = threading.Lock()
@@ -87,7 +87,7 @@ class Encoder:
 
         Args:
             photos: (batch, 3, decoded_size, decoded_size) uint8, on the CPU.
-            views: each maps (batch, 3, size, size) to the same shape. `larger` uses the photos at `decoded_size`.
+            views: of VIEWS.
 
         Returns:
             (batch, views, features) float32, L2-normalised, on the CPU.
@@ -118,9 +118,9 @@ class Encoder:
         self, photos: torch.Tensor, views: Iterable[Callable], module: nn.Module, device: torch.device
     ) -> torch.Tensor:
         """Embed all views of photos on one device. Its local tensors are freed when it raises an error."""
-        decoded = self.normalise(photos, device)
-        pixels = shrink(decoded, self.preprocessing.size)
-        made = (decoded if view is larger else view(pixels) for view in views)
+        decoded, sizes = self.normalise(photos, device), self.preprocessing
+        pixels = resize_batch(decoded, sizes.size)
+        made = (make_view(view, decoded, pixels, sizes.larger_size) for view in views)
         return torch.stack([self.forward(each, module) for each in made], dim=1)
 
     def _start(self, photos: torch.Tensor, views: Sequence[Callable]) -> list[list["Part"]]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from kernel.inputs import InputError, find_folders, sha256, shorten
 
-FORMAT = "few-shot-species/3"  # the manifest's "format"; increase it when older manifests can no longer be read
+FORMAT = "few-shot-species/4"  # the manifest's "format"; increase it when older manifests can no longer be read
 MANIFEST = "manifest.json"
 # The SHA-256 of the only manifest that the script accepts. bundle.py sets it; an empty string accepts any manifest.
 MANIFEST_SHA256 = ""
@@ -31,6 +31,7 @@ class Preprocessing:
         resize_mode: "crop" resizes the shorter side and crops the centre, which loses the margins. "squash" resizes
             both sides, which loses the aspect ratio.
         larger_size: side of the input in the view `larger`, in pixels; 0 if the views do not include it.
+        cropped_size: side of the square from which the views that are crops are cut; 0 if there are none.
     """
 
     size: int
@@ -40,11 +41,12 @@ class Preprocessing:
     crop_pct: float
     resize_mode: Literal["crop", "squash"]
     larger_size: int = 0
+    cropped_size: int = 0
 
     @property
     def decoded_size(self) -> int:
         """Side of the square to which a photo is decoded, in pixels. All views are made from that square."""
-        return max(self.size, self.larger_size)
+        return max(self.size, self.larger_size, self.cropped_size)
 
 
 @dataclass(frozen=True, kw_only=True)

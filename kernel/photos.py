@@ -13,7 +13,7 @@ from torch import nn
 from kernel.manifest import Preprocessing
 
 # Increase it whenever a photo or a view changes in its pixels, so that cached embeddings are computed again.
-PIXELS_VERSION = 1
+PIXELS_VERSION = 2
 UNREADABLE_FILE = "unreadable.csv"  # the photos that could not be read, with their causes
 UNREADABLE_LIMIT = 0.25  # a larger fraction of unreadable photos has a common cause, such as the mount
 DRAFT = 1.75  # at this factor the result differs from the exact one by less than a third of a grey level on average

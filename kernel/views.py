@@ -7,6 +7,8 @@ from functools import cache, partial
 import torch
 from torch import nn
 
+CROP = 0.65  # of the side of a photo; the photo is decoded so large that a crop has the encoder's size
+
 
 def rotate(photos: torch.Tensor, degrees: float) -> torch.Tensor:
     """Rotate (batch, 3, size, size) counter-clockwise about the centre; the corners are filled by reflection."""
@@ -24,35 +26,30 @@ def rotation(degrees: float, dtype: torch.dtype, device: torch.device) -> torch.
 
 
 def crop(photos: torch.Tensor, left: float, top: float) -> torch.Tensor:
-    """Crop a square of 0.8 of the side out of (batch, 3, size, size), and resize it to the original size.
+    """Cut a square of CROP of the side out of (batch, 3, side, side).
 
     Args:
         left, top: position of the square, from 0 (left, top) to 1 (right, bottom).
     """
-    size = photos.shape[-1]
-    side = round(size * 0.8)
-    x, y = round((size - side) * left), round((size - side) * top)
-    cut = photos[:, :, y : y + side, x : x + side]
-    return nn.functional.interpolate(cut, size=(size, size), mode="bilinear", align_corners=False)
+    side = photos.shape[-1]
+    cut = round(side * CROP)
+    x, y = round((side - cut) * left), round((side - cut) * top)
+    return photos[:, :, y : y + cut, x : x + cut]
 
 
-def shrink(photos: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize (batch, 3, side, side) to a smaller size, with antialiasing; photos of that size are returned as is."""
+def resize_batch(photos: torch.Tensor, size: int) -> torch.Tensor:
+    """Resize (batch, 3, side, side) with antialiasing; photos that have the size already are returned as they are."""
     if photos.shape[-1] == size:
         return photos
     return nn.functional.interpolate(photos, size=(size, size), mode="bicubic", antialias=True)
 
 
 def larger(photos: torch.Tensor) -> torch.Tensor:
-    """The photo as decoded, larger than the encoder's own size (Touvron et al. 2019, https://arxiv.org/abs/1906.06423).
-
-    All other views are made of the photo at the encoder's size. `Encoder.embed` recognises this function, and gives it
-    the photo as decoded.
-    """
+    """The photo larger than the encoder's own size (Touvron et al. 2019, https://arxiv.org/abs/1906.06423)."""
     return photos
 
 
-# Each maps (batch, 3, size, size) to the same shape; a recipe names them (`local/recipes/settings.py`).
+# Each maps (batch, 3, side, side) to a square of each photo; a recipe names them (`local/recipes/settings.py`).
 VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "plain": lambda photos: photos,
     "hflip": lambda photos: photos.flip(-1),
@@ -67,3 +64,18 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bottom-right": partial(crop, left=1, top=1),
     "larger": larger,
 }
+CROPS = [VIEWS[name] for name in ("centre", "top-left", "top-right", "bottom-left", "bottom-right")]
+
+
+def make_view(view: Callable, decoded: torch.Tensor, pixels: torch.Tensor, larger_size: int) -> torch.Tensor:
+    """One view of photos, (batch, 3, size, size), or at `larger_size` in the view `larger`.
+
+    Crops are cut from the photo as decoded, which has the most detail.
+
+    Args:
+        view: of VIEWS.
+        decoded, pixels: the photos as decoded, (batch, 3, side, side), and at the size of the encoder.
+    """
+    if view is larger:
+        return resize_batch(decoded, larger_size or pixels.shape[-1])
+    return resize_batch(view(decoded), pixels.shape[-1]) if view in CROPS else view(pixels)

@@ -32,13 +32,13 @@ from kernel.views import VIEWS
 from local.base.console import progress, say
 from local.benchmarks.matching import measure_matching
 from local.drawing.fungi import draw, traits
-from local.encoders.load import load_encoder
+from local.encoders.load import load_encoder, size_for_views
 
 # Name -> (width and height in pixels, number of photos).
 SIZES = {"300p": ((400, 300), 96), "500p": ((750, 500), 96), "fullsize": ((3000, 2000), 24)}
 REPEATS = 3  # the fastest counts, because any disturbance makes a measurement slower
 WORTH = 0.6  # of the fastest way to do the same: a way that is slower at first is not measured again
-GPU_PHOTOS = 2048  # in a measurement beside a GPU, at least; fewer would be too few batches
+CPU_PHOTOS, GPU_PHOTOS = 576, 2048  # in a measurement, at least; fewer would measure how it starts and ends
 ALL_VIEWS = [name for name in VIEWS if name != "larger"]  # those at one size
 COLUMNS = ("photos", "decode", "forward", "end to end", "of the limit", "plain pipeline", "one by one", "pybioclip")
 
@@ -227,19 +227,23 @@ def ways_on_gpus(encoder: Encoder) -> dict[str, Work]:
     return ways
 
 
-def measure_speed(encoder: Encoder, folder: Path) -> list[dict]:
-    """A row per size of photo and number of views: photos per second of the parts, of the whole, and of others."""
+def measure_speed(encoder: Encoder, in_all_views: Encoder, folder: Path) -> list[dict]:
+    """A row per size of photo and number of views: photos per second of the parts, of the whole, and of others.
+
+    Args:
+        in_all_views: the encoder, with photos decoded as large as all views need them.
+    """
     on_cpu, rows = encoder.device.type == "cpu", []
     pybioclip = pybioclip_embedding(encoder)
     for name, (pixels, count) in SIZES.items():
         few = draw_photos(folder, pixels, count)
-        paths = few * -(-(192 if on_cpu else GPU_PHOTOS) // count)  # a short run measures the start
+        paths = few * -(-(CPU_PHOTOS if on_cpu else GPU_PHOTOS) // count)
         others = {"plain_pipeline": plain_pipeline, "one_by_one": one_by_one}
         works = {
             **ways_to_decode(paths, encoder.preprocessing),
             **ways_to_embed(encoder),
             "end_to_end": embedding_work(encoder, paths, ["plain"]),
-            "all_views": embedding_work(encoder, few[:24] if on_cpu else paths, ALL_VIEWS),
+            "all_views": embedding_work(in_all_views, few[:24] if on_cpu else paths, ALL_VIEWS),
             **{key: Work(count, partial(other, few, encoder)) for key, other in others.items()},
             **({"pybioclip": Work(count, partial(pybioclip, few))} if pybioclip else {}),
         }
@@ -291,6 +295,7 @@ def speed(spec: str) -> dict:
     module, described = load_encoder(spec, pretrained=not spec.startswith("timm:"))
     devices = pick_devices()
     encoder = make_encoder(module.requires_grad_(False).eval(), described, devices)
+    in_all_views = make_encoder(*size_for_views(module, described, ALL_VIEWS), devices)
     machine = (
         f"{torch.get_num_threads()} cores"
         if devices[0].type == "cpu"
@@ -300,7 +305,7 @@ def speed(spec: str) -> dict:
     say(f"| {' | '.join(COLUMNS)} |")
     say("|---" * len(COLUMNS) + "|")
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure_speed(encoder, Path(folder))
+        rows = measure_speed(encoder, in_all_views, Path(folder))
     for part in ("decode", "forward"):
         say(f"fastest way of {part}: {', '.join(dict.fromkeys(row['fastest'][part] for row in rows))}")
     return {"encoder": spec, "machine": machine, "rows": rows, "matching": measure_matching(devices[0])}

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from kernel.encoders import build_module, is_out_of_memory, read_module
 from kernel.inputs import InputError, sha256, shorten
 from kernel.manifest import MANIFEST, EncoderSpec, read_manifest, to_json
+from kernel.views import CROP, CROPS, VIEWS
 from local.encoders.from_timm import describe_timm_file, load_timm_files, load_timm_name
 from local.encoders.hub import download, find_readable_format, find_weights_file
 from local.encoders.source import SUFFIXES, TIMM, WEIGHTS, find_source
@@ -116,6 +118,20 @@ def _files_digest(spec: str) -> str:
     return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else ""
 
 
+def size_for_views(module: nn.Module, spec: EncoderSpec, views: Sequence[str]) -> tuple[nn.Module, EncoderSpec]:
+    """The same encoder with photos decoded as large as some views, keys of `kernel.views.VIEWS`, need them.
+
+    Raises:
+        InputError: see `enable_larger_view`.
+    """
+    if "larger" in views:
+        module, spec = enable_larger_view(module, spec)
+    if any(VIEWS[view] in CROPS for view in views):
+        preprocessing = replace(spec.preprocessing, cropped_size=round(spec.preprocessing.size / CROP))
+        spec = replace(spec, preprocessing=preprocessing)
+    return module, spec
+
+
 def enable_larger_view(module: nn.Module, spec: EncoderSpec) -> tuple[nn.Module, EncoderSpec]:
     """The same encoder with an input size for the view `larger`, the first that it accepts.
 
@@ -176,5 +192,5 @@ def _load_run(folder: Path, variant: Variant) -> tuple[nn.Module, EncoderSpec]:
         raise InputError(f"{folder / spec.file} is missing: train again")
     varied = vary(spec, variant)
     module = apply_variant(read_module(folder / spec.file, spec), spec, varied).requires_grad_(True)
-    preprocessing = replace(varied.preprocessing, larger_size=0)
+    preprocessing = replace(varied.preprocessing, larger_size=0, cropped_size=0)
     return module, replace(varied, precision="half", preprocessing=preprocessing, file="")

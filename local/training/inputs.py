@@ -18,7 +18,7 @@ from local.data.competition import read_competition
 from local.data.folder import find_competition
 from local.data.observations import LabelledObservations, Split, select_observations
 from local.data.photos import refuse_missing
-from local.encoders.load import enable_larger_view, load_encoder
+from local.encoders.load import load_encoder, size_for_views
 from local.recipes.recipe import Recipe
 from local.recipes.settings import OneEncoder, TrainSettings
 from local.training.checkpoints import memory_named
@@ -89,8 +89,7 @@ def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -
 def load_described(recipe: Recipe, encoder: OneEncoder) -> tuple[nn.Module, EncoderSpec]:
     """One encoder of a recipe, and its description with the recipe's preprocessing."""
     module, spec = load_encoder(encoder.name, recipe.encoder.pretrained, encoder.image_size, encoder.pool)
-    if "larger" in recipe.bank.views:
-        module, spec = enable_larger_view(module, spec)
+    module, spec = size_for_views(module, spec, recipe.bank.views)
     if recipe.bank.resize_mode != "encoder":
         resized = dataclasses.replace(spec.preprocessing, resize_mode=recipe.bank.resize_mode)
         spec = dataclasses.replace(spec, preprocessing=resized)

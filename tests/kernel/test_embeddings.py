@@ -3,8 +3,10 @@
 import os
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from kernel.budget import Budget
 from kernel.embeddings import Limits, embed_observations
@@ -13,7 +15,7 @@ from kernel.loader import FIRST_BATCH, PhotoLoader
 from kernel.manifest import read_weights
 from kernel.observations import Observation
 from kernel.photos import DRAFT, decode
-from kernel.views import VIEWS
+from kernel.views import CROP, VIEWS
 from local.drawing.fungi import draw, traits
 from tests.conftest import photo
 
@@ -69,11 +71,24 @@ def test_the_larger_view_sees_the_photo_decoded_larger_and_the_others_see_it_at_
     path = photo(tmp_path / "a.jpg", size=(400, 300))
     both, at_96 = encoder_with(larger_size=96), encoder_with(size=96)
     assert torch.allclose(by_hand(both, path, ["larger"]), by_hand(at_96, path), atol=1e-6)
-    for view in ("plain", "rotate90", "top-left"):
+    for view in ("plain", "rotate90"):
         assert by_hand(both, path, [view]) @ by_hand(encoder, path, [view]) > 0.999
     found = embed_observations(both, [Observation("a", (path,))], ["plain", "larger"]).values[0]
     mean = by_hand(both, path) + by_hand(at_96, path)
     assert torch.allclose(found, mean / mean.norm(), atol=1e-6)
+
+
+def test_a_crop_has_the_detail_of_the_photo_and_the_other_views_stay_as_they_are(encoder, tmp_path):
+    preprocessing = replace(encoder.preprocessing, cropped_size=round(64 / CROP))
+    detailed = Encoder(encoder.module, preprocessing, encoder.features, [encoder.device])
+    noise = Image.fromarray(np.random.default_rng(0).integers(256, size=(98, 98, 3), dtype=np.uint8))
+    noise.resize((400, 400), Image.Resampling.BILINEAR).save(path := tmp_path / "a.png")
+    with Image.open(path) as whole:
+        whole.resize((98, 98), Image.Resampling.BILINEAR).crop((0, 0, 64, 64)).save(tmp_path / "cut.png")
+    assert by_hand(detailed, path, ["top-left"]) @ by_hand(encoder, tmp_path / "cut.png") > 0.999
+    assert by_hand(encoder, path, ["top-left"]) @ by_hand(encoder, tmp_path / "cut.png") < 0.998
+    for view in ("plain", "rotate90"):
+        assert by_hand(detailed, path, [view]) @ by_hand(encoder, path, [view]) > 0.999
 
 
 def test_photos_decoded_small_embed_as_if_they_had_been_decoded_whole(trained, tmp_path, monkeypatch):

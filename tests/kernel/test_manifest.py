@@ -85,13 +85,15 @@ def test_optional_keys_that_are_missing_have_their_defaults(tmp_path):
     del content["commit"], content["competition"]["observations_sha256"]
     for one in content["members"]:
         del one["given"], one["encoders"][0]["learnt_from"], one["encoders"][0]["packages"]
-        del one["encoders"][0]["preprocessing"]["larger_size"]
+        for size in ("larger_size", "cropped_size"):
+            del one["encoders"][0]["preprocessing"][size]
     (tmp_path / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
     found = read_manifest(tmp_path / MANIFEST)
     assert (found.commit, found.competition.observations_sha256) == (None, "")
     assert found.members[0].given == GivenSettings(recipe={}, weights="")
     spec = found.members[0].encoders[0]
-    assert (spec.learnt_from, spec.packages, spec.preprocessing.larger_size) == ({}, {}, 0)
+    assert (spec.learnt_from, spec.packages) == ({}, {})
+    assert (spec.preprocessing.larger_size, spec.preprocessing.cropped_size) == (0, 0)
 
 
 def test_unknown_keys_are_ignored(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional
 
-from kernel.views import VIEWS, rotate
+from kernel.views import CROP, CROPS, VIEWS, make_view, resize_batch, rotate
 
 
 @pytest.fixture
@@ -15,11 +15,12 @@ def photos():
 
 
 @pytest.mark.parametrize("name", list(VIEWS))
-def test_a_view_keeps_shape_type_and_range(photos, name):
-    view = VIEWS[name](photos)
+@pytest.mark.parametrize("decoded_size", [64, round(64 / CROP)])
+def test_a_view_keeps_shape_type_and_range(photos, name, decoded_size):
+    view = make_view(VIEWS[name], resize_batch(photos, decoded_size), photos, 0)
     assert (view.shape, view.dtype) == (photos.shape, photos.dtype)
-    assert view.min() >= photos.min() - 1e-5
-    assert view.max() <= photos.max() + 1e-5
+    assert view.min() >= photos.min() - 0.1  # a resize overshoots
+    assert view.max() <= photos.max() + 0.1
     assert name in ("plain", "larger") or not torch.allclose(view, photos, atol=1e-3)
 
 
@@ -39,11 +40,19 @@ def test_the_corners_of_a_turned_photo_are_not_black():
     assert rotate(torch.ones(1, 3, 32, 32), 15).min() > 0.999
 
 
+@pytest.mark.parametrize("size", [32, 224, 227, 260, 299, 336, 384, 434, 448, 518, 1024])
+def test_a_crop_of_a_photo_that_is_decoded_for_it_is_not_resized(size):
+    side = round(size / CROP)
+    decoded = torch.arange(side).expand(1, 1, side, side)
+    assert {view(decoded).shape[-1] for view in CROPS} == {size}
+    assert CROPS[2](decoded)[0, 0, 0, -1] == side - 1  # top-right
+
+
 def test_crops_show_the_part_that_their_name_says():
     ramp = torch.linspace(0, 1, 100).expand(1, 3, 100, 100)  # brighter to the right
     means = {name: VIEWS[name](ramp).mean().item() for name in ("top-left", "centre", "top-right")}
-    assert means["top-left"] == pytest.approx(0.4, abs=0.01)
+    assert means["top-left"] == pytest.approx(CROP / 2, abs=0.01)
     assert means["centre"] == pytest.approx(0.5, abs=0.01)
-    assert means["top-right"] == pytest.approx(0.6, abs=0.01)
+    assert means["top-right"] == pytest.approx(1 - CROP / 2, abs=0.01)
     down = ramp.transpose(-1, -2)
-    assert VIEWS["bottom-left"](down).mean() > 0.59 > 0.41 > VIEWS["top-right"](down).mean()
+    assert VIEWS["bottom-left"](down).mean() > 0.65 > 0.35 > VIEWS["top-right"](down).mean()

@@ -57,12 +57,16 @@ def whole(drawn, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("views", "larger"), [(["plain", "larger"], 96), (["plain", "hflip"], 0)])
-def test_photos_are_decoded_larger_only_for_a_recipe_with_the_larger_view(drawn, tmp_path, views, larger):
+@pytest.mark.parametrize(
+    ("views", "larger", "cropped"),
+    [(["plain", "larger"], 96, 0), (["plain", "hflip"], 0, 0), (["plain", "centre", "larger"], 96, 98)],
+)
+def test_photos_are_decoded_larger_only_for_views_that_need_it(drawn, tmp_path, views, larger, cropped):
     train_run(make_recipe({**TINY, "epochs": 0, "views": views}, "the test"), drawn.competition, tmp_path / "run")
     member = json.loads((tmp_path / "run" / "manifest.json").read_text())["members"][0]
     assert member["views"] == views
-    assert member["encoders"][0]["preprocessing"]["larger_size"] == larger
+    preprocessing = member["encoders"][0]["preprocessing"]
+    assert (preprocessing["larger_size"], preprocessing["cropped_size"]) == (larger, cropped)
 
 
 @pytest.mark.parametrize(
