@@ -297,7 +297,8 @@ def use_one_torch_thread() -> None:
 
 def gpu_batch_size(preprocessing: Preprocessing) -> int:
     """Photos that fill a GPU: 256 of 224 pixels, or as many larger ones as have the same number of pixels."""
-    return max(32, min(256, 256 * 224**2 // preprocessing.decoded_size**2))
+    side = max(preprocessing.size, preprocessing.larger_size)
+    return max(32, min(256, 256 * 224**2 // side**2))
 
 
 def clear_eval_caches(module: nn.Module) -> None:
