@@ -97,6 +97,7 @@ def test_two_bundles_of_one_run_are_byte_identical(built, trained, tmp_path):
     assert all((tmp_path / name).read_bytes() == (built / name).read_bytes() for name in files)
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_a_run_with_itself_predicts_as_the_run_alone(trained, kaggle, tmp_path):
     assert run_script(kaggle).returncode == 0
     bundle([trained, trained], tmp_path / "twice")
@@ -404,6 +405,7 @@ def test_class_folders_with_one_photo_each_go_all_the_way(tmp_path):
     assert "has nothing to validate a training on: there is no val" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fungitastic", "herbarium-2021", "herbarium-2022"])
 def test_other_competitions_go_all_the_way(name, tmp_path, capsys):
     """The photos of a class are alike, so that every answer can be right."""

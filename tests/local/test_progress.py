@@ -1,5 +1,7 @@
 """Every long step of a run and of its report says how far it is, without a terminal too."""
 
+import pytest
+
 from local.evaluate import report
 from local.recipes.recipe import make_recipe
 from local.training.run import train_run
@@ -16,6 +18,7 @@ STEPS = (
 )
 
 
+@pytest.mark.slow
 def test_every_long_step_of_a_run_and_of_its_report_prints_lines(drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("kernel.progress.LINE_SECONDS", 0.001)
     settings = {**TINY, **LEARNING, "views": ["plain", "hflip"], "choose": ["whitening"]}

@@ -28,6 +28,7 @@ def alphabets(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_last_alphabet_is_held_out_and_the_others_are_trained_on(alphabets):
     report = omniglot(find_alphabets(alphabets), QUICK)
     assert (report["training"], report["held_out"]) == (["A", "B"], "C")

@@ -19,6 +19,7 @@ def answered(drawn, tmp_path_factory):
     return data
 
 
+@pytest.mark.slow
 def test_a_system_and_its_recipe_are_scored_on_the_same_observations(answered, trained, tmp_path, capsys):
     spec = export_encoder(trained, tmp_path / "encoder")
     report = systems([answered], spec, ["fungitastic-multitask", "fungiclef-protonet"], ["epochs=1"])["datasets"][0]
