@@ -347,7 +347,7 @@ def memory(rehearsal: Rehearsal) -> str:
     rehearsal.runs["memory"] = [small, large]
     check_scored(small, large)
     more = (ENLARGED - 1) * small.photos
-    side = max(spec.preprocessing.size for member in rehearsal.manifest.members for spec in member.encoders)
+    side = max(spec.preprocessing.decoded_size for member in rehearsal.manifest.members for spec in member.encoders)
     allowed = MEMORY_NOISE + min(more, QUEUED) * 3 * side**2 / 1e6
     before, after = small.outcome.peak_memory_mb, large.outcome.peak_memory_mb
     note = f"{before:.0f} MB, with {counted(more, 'more photo')} {after:.0f} MB; {allowed:.0f} MB more are allowed"
