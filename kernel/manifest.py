@@ -161,6 +161,8 @@ class Manifest:
         class_ids: ids of all classes, in the order of the banks.
         fallback_classes: ids of the most common classes, predicted for an observation without a readable photo.
         members: the best first, because a kernel that is short of time skips the last.
+        validation: scores of an ensemble on held-out observations; None for one member, which has its own, and where
+            they are not known.
         files: name -> SHA-256 of every other file in the folder.
     """
 
@@ -170,6 +172,7 @@ class Manifest:
     class_ids: tuple[str, ...]
     fallback_classes: tuple[str, ...]
     members: tuple[Member, ...]
+    validation: dict[str, float] | None = None
     files: dict[str, str]
 
 

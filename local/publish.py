@@ -42,7 +42,7 @@ if not __package__:  # run as a script
 
 from local.base.console import command_parser, counted, run, say
 from local.bundling.metadata import PLACEHOLDER, has_owner, write_metadata
-from local.publishing.ledger import LEDGER
+from local.publishing.ledger import LEDGER, read_ledger
 from local.publishing.preflight import Bundle, check_credentials, check_signed_in, inspect
 
 METADATA = Path(__file__).resolve().parents[1] / "kernel-metadata.json"
@@ -77,6 +77,8 @@ def publish(
     if is_dry:
         say("dry run: nothing was sent")
         return
+    if submits:
+        read_ledger(ledger)  # a file that is no ledger must not be noticed after the submission
     # Kaggle's client signs in when it is imported, so it is imported after the checks.
     from local.publishing.client import Kaggle
     from local.publishing.publication import Publication

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kernel.bank import largest
 from kernel.inputs import InputError
+from local.banks.folds import FOLDS
 from local.banks.search import evaluate_predictions
-from local.base.console import progress, say
+from local.base.console import Progress, progress, say
 from local.base.files import write_tensors
-from local.base.metrics import MIN_OBSERVATIONS, gained, mean_recall
+from local.base.metrics import GUESSES, MIN_OBSERVATIONS, gained, held_out_scores, mean_recall
 from local.base.run_folder import VALIDATION_FILE
 
 STEPS = 20  # weights are multiples of one twentieth
@@ -75,8 +77,102 @@ def read_predictions(run: Path) -> HeldOutPredictions | None:
         raise InputError(f"{path} is damaged or of an earlier version ({error}): train the run again") from error
 
 
-def ensemble_weights(runs: Sequence[Path], guesses: int) -> list[float]:
-    """Weights of the runs' log-probabilities, summing to 1; 0 for a run that does not help.
+@dataclass(frozen=True, eq=False)
+class Blend:
+    """Sums of the log-probabilities of runs, with how often each run counts as the candidates.
+
+    Attributes:
+        predictions: of each run, of the same observations and classes.
+        guesses: in a row of the submission.
+        known: the recalls of candidates, which several folds compare.
+    """
+
+    predictions: Sequence[HeldOutPredictions]
+    guesses: int
+    known: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
+
+    @property
+    def single(self) -> list[tuple[int, ...]]:
+        """Each run alone."""
+        return [tuple(row) for row in np.eye(len(self.predictions), dtype=int).tolist()]
+
+    def log_probabilities(self, counts: Sequence[int]) -> torch.Tensor:
+        """(observations, classes) the sum, not normalised."""
+        pairs = zip(counts, self.predictions, strict=True)
+        return sum(count * one.log_probabilities for count, one in pairs if count)
+
+    def recalls(self, counts: tuple[int, ...]) -> np.ndarray:
+        """(observations,) the weighted mean recall of each."""
+        if counts not in self.known:
+            first = self.predictions[0]
+            ranks = evaluate_predictions(self.log_probabilities(counts), first.truth).ranks
+            self.known[counts] = first.weights * mean_recall(ranks, self.guesses)
+        return self.known[counts]
+
+    def choose(self, rows: np.ndarray) -> tuple[tuple[int, ...], dict[str, float]]:
+        """The best counts on some of the observations, and their gain over the best run there.
+
+        Args:
+            rows: (observations,) bool.
+        """
+
+        def mean(counts: tuple[int, ...]) -> float:
+            return self.recalls(counts)[rows].mean()
+
+        counts = best = best_single = max(self.single, key=mean)
+        for _ in range(STEPS - 1):
+            counts = max((tuple(np.add(counts, one).tolist()) for one in self.single), key=mean)
+            best = max(best, counts, key=mean)
+        gain = gained(self.recalls(best)[rows], self.recalls(best_single)[rows])
+        return (best if gain["low"] > 0 else best_single), gain
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Runs with weights.
+
+    Attributes:
+        weights: of the runs' log-probabilities, summing to 1; 0 for a run that does not help.
+        blend: None where the runs cannot be compared.
+    """
+
+    weights: list[float]
+    blend: Blend | None = None
+
+    def scores(self, is_macro: bool, seed: int) -> dict[str, float]:
+        """The scores of the ensemble on the held-out observations, as `held_out_scores` gives those of a run.
+
+        The same observations choose the weights. So each fifth of them is predicted with the weights that the others
+        choose.
+
+        Args:
+            is_macro: see `held_out_scores`.
+            seed: of the fifths.
+
+        Returns:
+            Empty if the runs were not evaluated on the same observations; without macro-F1 if some observations are of
+            classes that the bank lacks, since the runs do not say which.
+        """
+        if self.blend is None:
+            return {}
+        first, blend = self.blend.predictions[0], self.blend
+        part = np.random.default_rng(seed).permutation(len(first.truth)) % FOLDS
+        guesses: list[list[str]] = [[]] * len(part)
+        for number in progress(range(FOLDS), "evaluating the ensemble", unit="part"):
+            counts, _ = blend.choose(part != number)
+            rows = np.flatnonzero(part == number)
+            found = largest(blend.log_probabilities(counts)[torch.tensor(rows)], max(GUESSES))
+            for row, labels in zip(rows, found.tolist(), strict=True):
+                guesses[row] = [first.classes[label] for label in labels]
+        truth = [first.classes[label] if label >= 0 else "" for label in first.truth]
+        scores = held_out_scores(truth, guesses, first.weights, is_macro, seed)
+        if (first.truth < 0).any():
+            scores = {name: value for name, value in scores.items() if "macro_f1" not in name}
+        return scores
+
+
+def weigh_runs(runs: Sequence[Path], guesses: int) -> Ensemble:
+    """Weight runs by their predictions of held-out observations.
 
     Greedy selection (Caruana et al. 2004, https://doi.org/10.1145/1015330.1015432): start with the best run, and in
     each step add the run that helps most, the same one again if it does. The ensemble is used only if its gain over the
@@ -87,35 +183,17 @@ def ensemble_weights(runs: Sequence[Path], guesses: int) -> list[float]:
     """
     predictions = [read_predictions(run) for run in runs]
     if len(runs) == 1:
-        return [1.0]
+        return Ensemble([1.0])
     if None in predictions or not all(predictions[0].is_comparable(one) for one in predictions):
         say("the runs were not evaluated on the same held-out observations: they get equal weights")
-        return [1 / len(runs)] * len(runs)
-    logs, first = [one.log_probabilities for one in predictions], predictions[0]
-
-    def recalls(counts: Sequence[int]) -> np.ndarray:
-        total = sum(count * log for count, log in zip(counts, logs, strict=True) if count)
-        return first.weights * mean_recall(evaluate_predictions(total, first.truth).ranks, guesses)
-
-    single = np.eye(len(runs), dtype=int).tolist()
-    best_single = max(single, key=lambda counts: recalls(counts).mean())
-    counts = best = best_single
-    for _ in progress(range(STEPS - 1), "weighting the runs"):
-        counts = max(
-            ([count + more for count, more in zip(counts, one, strict=True)] for one in single),
-            key=lambda candidate: recalls(candidate).mean(),
-        )
-        best = max(best, counts, key=lambda candidate: recalls(candidate).mean())
-    gain = gained(recalls(best), recalls(best_single))
-    if not gain["low"] > 0:
-        best = best_single
-    for run, count in zip(runs, best, strict=True):
-        say(f"{run}: weight {count / sum(best):.2f}" + ("" if count else ", it is left out"))
+        return Ensemble([1 / len(runs)] * len(runs))
+    blend, count = Blend(predictions, guesses), len(predictions[0].truth)
+    with Progress("weighting the runs"):
+        best, gain = blend.choose(np.ones(count, dtype=bool))
+    for run, times in zip(runs, best, strict=True):
+        say(f"{run}: weight {times / sum(best):.2f}" + ("" if times else ", it is left out"))
     interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
-    if len(first.truth) < MIN_OBSERVATIONS:
-        interval = (
-            f"(no evidence: an interval needs {MIN_OBSERVATIONS} held-out observations, the runs have "
-            f"{len(first.truth)})"
-        )
+    if count < MIN_OBSERVATIONS:
+        interval = f"(no evidence: an interval needs {MIN_OBSERVATIONS} held-out observations, the runs have {count})"
     say(f"the ensemble gains {gain['value']:+.3f} {interval} over its best run")
-    return [count / sum(best) for count in best]
+    return Ensemble([times / sum(best) for times in best], blend)

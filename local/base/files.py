@@ -59,7 +59,7 @@ def write_table(rows: Sequence[dict], path: Path, columns: Sequence[str] = ()) -
         columns: to write; empty for the keys of the first row.
     """
     partial = make_partial(path)
-    with partial.open("w", encoding="utf-8", newline="") as file:
+    with partial.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:  # names may be no UTF-8
         writer = csv.DictWriter(file, columns or rows[0], extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

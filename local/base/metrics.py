@@ -190,4 +190,5 @@ def describe(scores: dict[str, float], guesses: int = max(GUESSES), prefix: str 
     return "  ".join(
         f"{label} {scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]"
         for name, label in ((prefix + name, label) for name, label in names.items())
+        if name in scores  # macro-F1 is not always known
     )

@@ -1,14 +1,45 @@
 """Find the runs in a folder, and describe them."""
 
-from datetime import datetime
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kernel.inputs import InputError
-from kernel.manifest import MANIFEST, Weights, read_manifest, read_weights
+from kernel.manifest import MANIFEST, Manifest, Member, Weights, read_manifest, read_weights
+from local.base.files import write_text
+from local.base.run_folder import NOTE_FILE
 
 MAX_LISTED = 8  # runs in a message
-SCORES = {"recall_at_1": "Recall@1", "recall_at_5": "Recall@5", "macro_f1": "macro-F1"}
-UNWEIGHTED = "the three unweighted"  # a column
+
+
+class Score(NamedTuple):
+    """A score and the bounds of its 95% interval, if they are known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}{interval}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run in a folder.
+
+    Attributes:
+        changed: when its manifest was written, in seconds since 1970.
+        manifest: None if it cannot be read.
+        problem: why not.
+    """
+
+    folder: Path
+    changed: float
+    manifest: Manifest | None
+    problem: str = ""
 
 
 def open_run(folder: Path) -> Weights:
@@ -27,41 +58,48 @@ def open_run(folder: Path) -> Weights:
     raise InputError(f"{problem}; there are {', '.join(runs[:MAX_LISTED])}{more}")
 
 
-def list_runs(folder: Path) -> list[dict[str, str]]:
-    """One row of the table of runs for each, newest first.
+def find_runs(folder: Path) -> Iterator[Found]:
+    """The finished runs of a folder, in any order; also those of other versions, and damaged ones."""
+    for path in folder.glob(f"[!.]*/{MANIFEST}"):
+        try:
+            manifest, problem = read_manifest(path), ""
+        except InputError as error:
+            manifest, problem = None, str(error)
+        yield Found(path.parent, path.stat().st_mtime, manifest, problem)
 
-    Raises:
-        InputError: there is no run.
+
+def scores_of(manifest: Manifest) -> Mapping[str, float]:
+    """The scores of a run or a bundle on held-out observations; empty if they are not known.
+
+    The score of an ensemble is its own, never that of one of its runs.
     """
-    manifests = sorted(folder.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    rows = [row for row in map(describe_run, manifests) if row]
-    if not rows:
-        raise InputError(f"{folder} holds no run: train one with local/train.py, or give another folder")
-    return rows
+    return (manifest.validation or {}) if len(manifest.members) > 1 else manifest.members[0].validation
 
 
-def describe_run(path: Path) -> dict[str, str] | None:
-    """The row of one run, by column; None if its manifest cannot be read. Without held-out data it has no scores."""
+def score_in(scores: Mapping[str, float], name: str) -> Score | None:
+    """One of the scores of `local.base.metrics.held_out_scores`; None if it is not there."""
+    return Score(scores[name], scores.get(f"{name}_low"), scores.get(f"{name}_high")) if name in scores else None
+
+
+def files_digest(manifest: Manifest, member: Member) -> str:
+    """A digest of a member's files, the same in its run and in a bundle, where they have other names."""
+    names = [*(encoder.file for encoder in member.encoders), *member.banks]
+    names += [member.metadata_prior] if member.metadata_prior else []
+    return hashlib.sha256(" ".join(manifest.files.get(name, "") for name in names).encode()).hexdigest()[:16]
+
+
+def read_note(run: Path) -> str:
+    """What the user has noted about a run; an empty string if there is nothing."""
     try:
-        manifest = read_manifest(path)
-    except InputError:
-        return None
-    member = manifest.members[0]
-    scores, recipe = member.validation, member.recipe
-    return {
-        "run": path.parent.name,
-        "trained": datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M"),
-        "data": f"{manifest.competition.name} {member.data_sha256[:6]}",
-        "encoder": " + ".join(Path(name).name for name in encoder_names(recipe["encoder"])),
-        "reference": recipe["reference"],
-        **{
-            label: f"{scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]" if scores else "-"
-            for name, label in SCORES.items()
-        },
-        UNWEIGHTED: " / ".join(f"{scores[f'unweighted_{name}']:.3f}" for name in SCORES) if scores else "-",
-    }
+        return (run / NOTE_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
-def encoder_names(encoder: str | list[str]) -> list[str]:
-    """The setting `encoder` of a run's recipe as a list, also where the run has one encoder."""
-    return [encoder] if isinstance(encoder, str) else encoder
+def write_note(run: Path, text: str) -> None:
+    """Note something about a run, in the place of what was noted before; an empty text removes the note."""
+    text = text.encode("utf-8", "replace").decode("utf-8").strip()  # an argument may have bytes that are not UTF-8
+    if text:
+        write_text(f"{text}\n", run / NOTE_FILE)
+    else:
+        (run / NOTE_FILE).unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from kernel.manifest import Manifest, Member, Weights, read_weights
 from kernel.metadata_prior import weighted_prior
 from kernel.observations import Observation, read_test
 from kernel.tables import RESOLUTIONS
-from local.banks.ensemble import ensemble_weights
+from local.banks.ensemble import weigh_runs
 from local.banks.estimators import group_means, l2_normalize, pool
 from local.banks.search import evaluate_predictions
 from local.base.console import counted, progress, say
@@ -265,7 +265,7 @@ def run_methods(
     baseline = answers[-1]
     if len(last) > 1:
         runs = [run for run, _ in last]
-        weights = ensemble_weights(runs, find_competition(task.data).competition.guesses)
+        weights = weigh_runs(runs, find_competition(task.data).competition.guesses).weights
         baseline = last[int(np.argmax(weights))][1]  # of the largest weight by cross-validation, not by these scores
         found = open_bundle(task, runs, weights, cache)
         answers.append(answer_with_bundle(task, found, "their ensemble", baseline))

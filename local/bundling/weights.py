@@ -4,14 +4,19 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kernel.competitions import competition_named
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Manifest, Member, Weights, write_manifest
 from kernel.tables import RESOLUTIONS
 from local.base.console import say
+from local.base.metrics import describe
 from local.base.runs import open_run
 from local.bundling.wheels import make_wheel, needed_wheels
+
+if TYPE_CHECKING:
+    from local.banks.ensemble import Ensemble
 
 RECALLS = ("recall_at_1", "recall_at_5", "recall_at_10")
 
@@ -36,7 +41,9 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     needed_wheels(opened)  # fails, if it does, before the slow weighting of the runs
     if warning := warn_of_few_classes(first):
         say(warning)
-    members = choose_members(opened)
+    ensemble = weigh_runs(opened) if len(opened) > 1 else None
+    members = in_order(opened, ensemble.weights if ensemble else [1.0])
+    validation = score_ensemble(ensemble, members[0][0].manifest.members[0]) if len(members) > 1 else None
     opened = [run for run, _ in members]
     wheels = needed_wheels(opened)
     if wheels:
@@ -55,6 +62,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         class_ids=first.class_ids,
         fallback_classes=first.fallback_classes,
         members=tuple(copied),
+        validation=validation,
         files={path.relative_to(folder).as_posix(): sha256(path) for path in files},
     )
     write_manifest(manifest, folder / MANIFEST)
@@ -62,14 +70,36 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
 
 
 def choose_members(runs: Sequence[Weights]) -> list[tuple[Weights, float]]:
-    """The runs of an ensemble and their weights, the best run first; without those that do not help.
+    """The runs of an ensemble and their weights, the best run first; without those that do not help."""
+    return in_order(runs, weigh_runs(runs).weights)
 
-    A kernel that is short of time drops the last ones.
-    """
-    guesses = competition_named(runs[0].manifest.competition.name).guesses
-    weights = weigh_runs([run.folder for run in runs], guesses)
+
+def in_order(runs: Sequence[Weights], weights: Sequence[float]) -> list[tuple[Weights, float]]:
+    """Runs that have a weight, with it, the best run first: a kernel that is short of time drops the last ones."""
     order = sorted(range(len(runs)), key=lambda index: -sum_of_recalls(runs[index]))
     return [(runs[index], weights[index]) for index in order if weights[index]]
+
+
+def weigh_runs(runs: Sequence[Weights]) -> "Ensemble":
+    """The weights of several runs."""
+    from local.banks import ensemble  # imports torch, which a bundle of one run does not need
+
+    guesses = competition_named(runs[0].manifest.competition.name).guesses
+    return ensemble.weigh_runs([run.folder for run in runs], guesses)
+
+
+def score_ensemble(ensemble: "Ensemble", best: Member) -> dict[str, float] | None:
+    """The scores of an ensemble on held-out observations; None if they are not known.
+
+    Args:
+        best: its best member, for the settings of the evaluation.
+    """
+    scores = ensemble.scores(best.recipe.get("monitor") == "macro_f1", int(best.recipe.get("seed", 0)))
+    if scores:
+        say(f"held-out observations, predicted with the weights that the others choose: {describe(scores)}")
+    else:
+        say("the score of the ensemble is not known before the leaderboard")
+    return scores or None
 
 
 def check_same_task(runs: Sequence[Weights]) -> None:
@@ -98,15 +128,6 @@ def warn_of_few_classes(manifest: Manifest) -> str:
         f"warning: a row of the submission has room for {guesses} classes, and the run was trained on {classes}: "
         "every row lists all of them"
     )
-
-
-def weigh_runs(runs: Sequence[Path], guesses: int) -> list[float]:
-    """The weight of each run in the ensemble."""
-    if len(runs) == 1:
-        return [1.0]
-    from local.banks.ensemble import ensemble_weights  # imports torch, which a bundle of one run does not need
-
-    return ensemble_weights(runs, guesses)
 
 
 def sum_of_recalls(run: Weights) -> float:

@@ -43,6 +43,7 @@ MAX_SESSION, MAX_QUEUE = 12 * 3600 - 60, 24 * 3600  # seconds that a session may
 LIVE = ("QUEUED", "RUNNING")  # states of a run that is not over
 LATEST = 10  # kernels that are asked whether they run; each costs a request
 WHEN_BUSY = "wait until a session ends, stop one at https://www.kaggle.com/code, or give --wait"
+DONE = re.compile(r"^done: .* views, ([0-9.]+) s, ", re.MULTILINE)  # the last line of the kernel
 ALL_RUN = re.compile("maximum batch|session count|quota", re.IGNORECASE)  # of the refusals that pass
 
 
@@ -79,6 +80,10 @@ class GpuQuota(NamedTuple):
     left: float
     allowed: float
     renewed: str
+
+    def __str__(self) -> str:
+        hours = f"{self.left / 3600:.1f} of {self.allowed / 3600:.0f} hours of GPU time"
+        return f"{hours} are left, renewed {self.renewed}"
 
 
 class NotFound(InputError):
@@ -155,16 +160,17 @@ class Kaggle:
         name: the user's name on Kaggle.
     """
 
-    def __init__(self, source: str, clock: Clock = Clock()):
+    def __init__(self, source: str, clock: Clock = Clock(), attempts: int = ATTEMPTS):
         """Sign in.
 
         Args:
             source: where the credentials are, for messages.
+            attempts: of a request that fails for a temporary reason.
 
         Raises:
             InputError: Kaggle does not accept the credentials.
         """
-        self.api, self.clock, self.source = StrictApi(), clock, source
+        self.api, self.clock, self.source, self.attempts = StrictApi(), clock, source, attempts
         self.is_quiet = not sys.stderr.isatty()
         try:
             self.call("signing in", self.api.authenticate)
@@ -178,7 +184,7 @@ class Kaggle:
         function: Callable,
         *args: Any,
         forbidden: str | None = "",
-        attempts: int = ATTEMPTS,
+        attempts: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Call a function of the client; repeat it after network failures and the status codes 408, 429 and 5xx.
@@ -186,6 +192,7 @@ class Kaggle:
         Args:
             what: description for messages, such as "sending the weights".
             forbidden: what to do when Kaggle answers 403; None if 403, like 404, means that it does not exist.
+            attempts: None for the user's.
 
         Returns:
             What the function returns.
@@ -195,6 +202,7 @@ class Kaggle:
             Unavailable: a temporary failure lasted for all attempts.
             InputError: any other failure.
         """
+        attempts = attempts or self.attempts
         for attempt in range(1, attempts + 1):
             try:
                 return function(*args, **kwargs)
@@ -405,7 +413,7 @@ class Kaggle:
         uses_gpu = found.enable_gpu or found.machine_shape.startswith("Nvidia")
         return KernelVersion(found.current_version_number, script, uses_gpu)
 
-    def kernel_status(self, reference: str, attempts: int = ATTEMPTS) -> tuple[str, str]:
+    def kernel_status(self, reference: str, attempts: int | None = None) -> tuple[str, str]:
         """The state of a run, such as RUNNING, and the message of its failure.
 
         Args:
@@ -581,6 +589,18 @@ def read_log(path: Path) -> str:
         return "".join(piece["data"] for piece in json.loads(text))
     except (ValueError, KeyError, TypeError):
         return text
+
+
+def read_seconds(path: Path) -> float | None:
+    """How long a kernel ran, from its log: the time of its last piece, or what its last line says; None if unknown."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        return max(float(piece["time"]) for piece in json.loads(text))
+    found = DONE.search(text)
+    return float(found[1]) if found else None
 
 
 def silently(function: Callable, *args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from kernel.submission import check_submission
 from local.base.console import counted, say
 from local.base.files import write_json, write_text
 from local.bundling.metadata import KERNEL_METADATA
-from local.publishing.client import MAX_SESSION, Kaggle, accept_rules
+from local.publishing.client import MAX_SESSION, Kaggle, accept_rules, read_seconds
 from local.publishing.ledger import make_submission, save_submission
 from local.publishing.preflight import Bundle
 from local.publishing.session import LAST_LINES, STOPPED, STUCK, Watch, start_session
@@ -184,7 +184,8 @@ class Publication:
             InputError: no submission is left today, or Kaggle refuses or cannot score this one.
         """
         name, kernel = self.bundle.competition, self.bundle.metadata["id"]
-        submission = make_submission(self.bundle, version)
+        log = self.path.parent / f"{kernel.partition('/')[2]}.log"
+        submission = make_submission(self.bundle, version, read_seconds(log))
         # The submission is found again by its description.
         description = (
             f"{shorten(submission.runs, 100)}, {kernel} version {version}, manifest {submission.manifest[:16]}"

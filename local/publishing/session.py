@@ -90,17 +90,12 @@ def find_obstacle(kaggle: Kaggle) -> tuple[GpuQuota | None, str]:
         running = kaggle.running_kernels()
     except InputError as error:
         say(f"warning: {error}; pushing without a look at the quota and the running sessions")
-    left = ""
-    if quota:
-        left = (
-            f"{quota.left / 3600:.1f} of {quota.allowed / 3600:.0f} hours of GPU time are left, renewed {quota.renewed}"
-        )
-        if quota.left < MIN_QUOTA:
-            return quota, f"this week's GPU quota is spent: {left}"
+    if quota and quota.left < MIN_QUOTA:
+        return quota, f"this week's GPU quota is spent: {quota}"
     if len(running) >= MAX_SESSIONS:
         return quota, f"{' and '.join(running)} are running, and Kaggle runs {MAX_SESSIONS} sessions at once"
-    if left:
-        say(f"quota: {left}")
+    if quota:
+        say(f"quota: {quota}")
     return quota, ""
 
 

@@ -1,7 +1,9 @@
 """Recipes say how to train. A recipe is a TOML file of differences from the defaults in `settings.py`."""
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import textwrap
@@ -318,6 +320,34 @@ def differences(was: Mapping, now: Mapping, weights: tuple[str, str] = ("", ""))
     elif "encoder" in found and _resolve_paths(was["encoder"]) == _resolve_paths(now["encoder"]):
         del found["encoder"]  # the same paths, written in two ways
     return found
+
+
+def describe_settings(settings: Mapping) -> str:
+    """A run's settings as the nearest of the kit's recipes, and what is other than there: `demo, epochs = 3`.
+
+    Args:
+        settings: by name (see `settings_of`). One that is newer than the run had its default; one that this version
+            does not have is not compared.
+    """
+    own = settings_of(Recipe()) | dict(settings)
+    changes = {
+        name: {key: own[key] for key, value in recipe.items() if own[key] != value}
+        for name, recipe in _kit_recipes().items()
+    }
+    if not settings or not changes:
+        return ""
+    name = min(changes, key=lambda name: len(changes[name]))
+    return ", ".join([name, *(f"{key} = {shorten(_dumps(value), 60)}" for key, value in changes[name].items())])
+
+
+@functools.cache
+def _kit_recipes() -> dict[str, dict]:
+    """The settings of each recipe of the kit."""
+    recipes = {}
+    for path in sorted(FOLDER.glob("*.toml")):
+        with contextlib.suppress(InputError):  # one that its user is writing
+            recipes[path.stem] = settings_of(read_recipe(path.stem))
+    return recipes
 
 
 def _resolve_paths(encoder: str | Sequence[str]) -> list[Path]:

@@ -19,7 +19,7 @@ from kernel.manifest import MANIFEST, read_manifest, read_weights
 from kernel.progress import clock_time
 from local.base.console import counted, say
 from local.base.files import link_or_copy, write_json, write_text
-from local.base.run_folder import CACHE
+from local.base.run_folder import CACHE, keep_note
 from local.bundling.metadata import DATASET_METADATA, dataset_metadata
 from local.encoders.source import SUFFIXES, WEIGHTS, Source, find_source
 from local.publishing.client import MAX_SESSION, Busy, GpuQuota, Kaggle, NotFound
@@ -275,6 +275,8 @@ class RemoteTraining:
             weights = read_weights(arrived / RUN)
             for name in weights.manifest.files:
                 weights.file(name)
+            keep_note(partial_of(out), arrived / RUN)
+            keep_note(out, arrived / RUN)
             replace_folder(arrived / RUN, out)
             shutil.rmtree(partial_of(out), ignore_errors=True)
         elif has_checkpoint(arrived / PARTIAL / CHECKPOINTS):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from local.base import distributed
 from local.base.console import say
+from local.base.run_folder import NOTE_FILE, keep_note
 from local.training.checkpoints import full_disk_named, memory_named, tidy
 from local.training.checks import CHECKPOINTS, has_checkpoint, is_first, partial_of
 
@@ -38,10 +39,10 @@ def run_folder(out: Path) -> Iterator[Path]:
 
 
 def prepare(partial: Path, out: Path) -> None:
-    """Make the folder that is to become `out`, with the checkpoints to continue from and nothing else."""
+    """Make the folder that is to become `out`, with the checkpoints to continue from, and a note of the user's."""
     if has_checkpoint(partial / CHECKPOINTS):  # where they are: a disk that was full has no room for a copy
         for path in partial.iterdir():
-            if path.name not in (CHECKPOINTS, EVENTS):
+            if path.name not in (CHECKPOINTS, EVENTS, NOTE_FILE):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return
     shutil.rmtree(partial, ignore_errors=True)
@@ -64,6 +65,7 @@ def put_in_place(partial: Path, out: Path) -> None:
     tidy(partial / CHECKPOINTS)
     before = out.with_name(f".{out.name}.before")
     if out.exists():
+        keep_note(out, partial)
         os.replace(out, before)
     os.replace(partial, out)
     shutil.rmtree(before, ignore_errors=True)

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from kernel.inputs import InputError
-from local.banks.ensemble import STEPS, HeldOutPredictions, ensemble_weights, read_predictions
+from local.banks.ensemble import STEPS, HeldOutPredictions, read_predictions, weigh_runs
 from local.banks.search import evaluate_predictions
 from local.base.metrics import gained, mean_recall
 from local.base.run_folder import VALIDATION_FILE
 
 QUERIES, CLASSES = 400, 30
+ENDS = ("", "_low", "_high")
 
 
 def write_run(folder, logits, truth, weights=None, observations="the same"):
@@ -55,7 +56,7 @@ def test_weights_sum_to_one_and_never_score_below_the_best_single_run(seed, gues
         noisy_run(tmp_path / str(number), rng.uniform(0.5, 4), 10 * seed + number, truth, weights=weights)
         for number in range(rng.integers(2, 5))
     ]
-    found = ensemble_weights(runs, guesses)
+    found = weigh_runs(runs, guesses).weights
     assert sum(found) == pytest.approx(1)
     assert all(0 <= weight <= 1 for weight in found)
     single = [recalls_of(runs, one, guesses).mean() for one in np.eye(len(runs))]
@@ -78,18 +79,18 @@ def test_two_runs_get_the_first_best_weights_of_the_greedy_path(seed, tmp_path):
     best = max(path, key=recall)
     if not gained(recalls_of(runs, best, 10), recalls_of(runs, best_single, 10))["low"] > 0:
         best = best_single
-    assert ensemble_weights(runs, 10) == pytest.approx(np.array(best) / sum(best))
+    assert weigh_runs(runs, 10).weights == pytest.approx(np.array(best) / sum(best))
 
 
 def test_runs_that_err_differently_all_get_weight(truth, tmp_path, capsys):
     runs = [noisy_run(tmp_path / str(seed), 1.6, seed, truth) for seed in range(3)]
-    assert min(ensemble_weights(runs, 10)) > 0.15
+    assert min(weigh_runs(runs, 10).weights) > 0.15
     assert "gains +" in capsys.readouterr().out
 
 
 def test_a_run_of_random_predictions_is_left_out(truth, tmp_path, capsys):
     runs = [noisy_run(tmp_path / "good", 1.2, 1, truth), noisy_run(tmp_path / "random", 1000.0, 2, truth)]
-    assert ensemble_weights(runs, 10) == [1.0, 0.0]
+    assert weigh_runs(runs, 10).weights == [1.0, 0.0]
     assert "left out" in capsys.readouterr().out
 
 
@@ -101,23 +102,54 @@ def test_an_ensemble_is_not_used_on_the_evidence_of_too_few_observations(count, 
         logits = torch.zeros(count, CLASSES)
         logits[:, 0], logits[:, 1 + number] = 3.0, 4.0
         runs.append(write_run(tmp_path / str(number), logits, torch.zeros(count, dtype=torch.int64)))
-    assert sorted(ensemble_weights(runs, 1)) == [0.0, 1.0]
+    assert sorted(weigh_runs(runs, 1).weights) == [0.0, 1.0]
     assert "no evidence" in capsys.readouterr().out
 
 
 def test_the_same_predictions_twice_are_no_ensemble(truth, tmp_path):
     runs = [noisy_run(tmp_path / name, 1.5, 1, truth) for name in ("a", "b")]
-    assert sorted(ensemble_weights(runs, 10)) == [0.0, 1.0]
+    assert sorted(weigh_runs(runs, 10).weights) == [0.0, 1.0]
 
 
 def test_runs_with_different_held_out_observations_get_equal_weights(truth, tmp_path, capsys):
     runs = [noisy_run(tmp_path / "a", 1.5, 1, truth), noisy_run(tmp_path / "b", 1.5, 2, truth, observations="another")]
-    assert ensemble_weights(runs, 10) == [0.5, 0.5]
+    assert weigh_runs(runs, 10).weights == [0.5, 0.5]
     assert "equal weights" in capsys.readouterr().out
+
+
+def test_an_ensemble_is_scored_with_weights_that_other_observations_choose(tmp_path, truth):
+    runs = [noisy_run(tmp_path / str(seed), 1.6 + 0.3 * seed, seed, truth) for seed in range(3)]
+    scores = weigh_runs(runs, 10).scores(is_macro=False, seed=5)
+    part, hits = np.random.default_rng(5).permutation(QUERIES) % 5, np.zeros(QUERIES)
+    for number in range(5):
+        others, own = torch.tensor(np.flatnonzero(part != number)), torch.tensor(np.flatnonzero(part == number))
+        logs = [read_predictions(run).log_probabilities for run in runs]
+        parts = [write_run(tmp_path / f"{number}-{at}", log[others], truth[others]) for at, log in enumerate(logs)]
+        total = sum(weight * log for weight, log in zip(weigh_runs(parts, 10).weights, logs, strict=True))
+        hits[own.numpy()] = (total[own].argmax(dim=1) == truth[own]).numpy()
+    assert scores["recall_at_1"] == scores["unweighted_recall_at_1"] == pytest.approx(hits.mean())
+    assert scores["unweighted_recall_at_1_low"] < hits.mean() < scores["unweighted_recall_at_1_high"]
+    assert scores["recall_at_1"] not in [pytest.approx(recalls_of([run], [1.0], 1).mean()) for run in runs]
+
+
+def test_the_score_of_an_ensemble_of_runs_that_cannot_be_compared_is_not_known(tmp_path, truth):
+    runs = [noisy_run(tmp_path / name, 1.5, 1, truth, observations=name) for name in ("a", "b")]
+    assert weigh_runs(runs, 10).scores(is_macro=False, seed=0) == {}
+
+
+def test_without_the_classes_that_the_bank_lacks_the_macro_f1_of_an_ensemble_is_not_known(tmp_path, truth):
+    runs = [noisy_run(tmp_path / str(seed), 1.6, seed, truth) for seed in range(2)]
+    logs = [read_predictions(run).log_probabilities for run in runs]
+    lacking = torch.where(torch.arange(QUERIES) < 3, -1, truth)
+    runs = [write_run(tmp_path / f"lacking-{at}", log, lacking) for at, log in enumerate(logs)]
+    scores = weigh_runs(runs, 10).scores(is_macro=False, seed=0)
+    assert set(scores) == {
+        f"{kind}recall_at_{count}{end}" for kind in ("", "unweighted_") for count in (1, 5, 10) for end in ENDS
+    }
 
 
 def test_damaged_predictions_are_a_mistake_in_one_line(truth, tmp_path):
     runs = [noisy_run(tmp_path / name, 1.5, 1, truth) for name in ("a", "b")]
     (runs[1] / VALIDATION_FILE).write_bytes(b"no tensors")
     with pytest.raises(InputError, match="train the run again"):
-        ensemble_weights(runs, 10)
+        weigh_runs(runs, 10)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from kernel.inputs import sha256
-from kernel.manifest import MANIFEST
+from kernel.manifest import MANIFEST, read_manifest
 from local.bundling.metadata import PLACEHOLDER
 from local.bundling.record import PLAIN
 from tests.conftest import command
@@ -38,7 +38,15 @@ def test_the_bundle_is_sent_privately_and_its_score_gets_into_the_ledger(world, 
     assert (row["status"], row["public"], row["private"], row["observations"]) == ("complete", "0.5310", "", str(rows))
     assert (row["runs"], row["version"], row["metric"]) == ("tiny", "1", "recall_at_5")
     assert row["manifest"] == sha256(build / "weights" / MANIFEST)
-    assert float(row["low"]) <= float(row["local"]) <= float(row["high"])
+    scores = read_manifest(build / "weights" / MANIFEST).members[0].validation
+    for column, name in (
+        ("local", "recall_at_5"),
+        ("unweighted", "unweighted_recall_at_5"),
+        ("low", "recall_at_5_low"),
+    ):
+        assert float(row[column]) == pytest.approx(scores[name], abs=5e-5)
+    assert float(row["gpu_seconds"]) > 0  # the last line of the kernel says it
+    assert json.loads(row["members"])[0]["recipe"]["seed"] == 0
     said = capfd.readouterr()
     assert "public score 0.5310" in said.out
     assert "| done: " in said.out  # the last line of the log
@@ -212,6 +220,23 @@ def test_no_submission_is_made_when_none_is_left_today(world):
     world.kaggle.limits = 1
     world.publish(submits=True)
     assert len(world.kaggle.submitted) == 1
+
+
+def test_the_gpu_time_is_that_of_the_last_piece_of_the_log(world):
+    text = world.kaggle.log
+    pieces = [{"stream_name": "stdout", "time": 61.5 * number, "data": f"{line}\n"}
+              for number, line in enumerate(text.splitlines(), start=1)]  # fmt: skip
+    world.kaggle.log = json.dumps(pieces)
+    world.publish(submits=True)
+    assert [row["gpu_seconds"] for row in world.ledger] == [f"{61.5 * len(pieces):.0f}"]
+
+
+def test_a_ledger_that_is_none_is_refused_before_anything_is_sent(world):
+    ledger = world.folder / "runs" / "submissions.csv"
+    ledger.write_text("a;b\n1;2\n")
+    assert "is not a ledger" in world.refusal(submits=True)
+    assert world.kaggle.requests == []
+    assert ledger.read_text() == "a;b\n1;2\n"
 
 
 def test_a_submission_that_cannot_be_scored_is_in_the_ledger_and_its_reason_is_reported(world):

@@ -1,0 +1,53 @@
+"""A bundle of several runs has the ensemble's own score."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kernel.manifest import MANIFEST, read_manifest
+from local.banks.ensemble import HeldOutPredictions, weigh_runs
+from local.base.run_folder import VALIDATION_FILE
+from local.base.runs import scores_of
+from local.bundling.weights import gather_weights
+from local.bundling.wheels import IMAGE
+from tests.conftest import trained_with
+
+QUERIES = 300
+
+
+def runs_that_err_differently(trained: Path, folder: Path) -> list[Path]:
+    """Copies of a run, each with predictions of its own for the same held-out observations."""
+    runs = [trained_with(trained, folder / name, IMAGE["timm"]) for name in ("a", "b")]
+    classes = list(read_manifest(trained / MANIFEST).class_ids)
+    truth = torch.tensor(np.random.default_rng(0).integers(0, len(classes), QUERIES))
+    for seed, run in enumerate(runs):
+        noise = torch.randn(QUERIES, len(classes), generator=torch.Generator().manual_seed(seed))
+        logs = (3.0 * torch.nn.functional.one_hot(truth, len(classes)) + 1.6 * noise).log_softmax(dim=1)
+        names = [str(number) for number in range(QUERIES)]
+        HeldOutPredictions(names, classes, logs, truth.numpy(), np.ones(QUERIES)).write(run / VALIDATION_FILE)
+    return runs
+
+
+def test_an_ensemble_is_scored_by_its_own_predictions(trained, tmp_path, capsys):
+    runs = runs_that_err_differently(trained, tmp_path)
+    (tmp_path / "weights").mkdir()
+    manifest = read_manifest(gather_weights(runs, tmp_path / "weights"))
+    assert len(manifest.members) == 2
+    assert manifest.validation == weigh_runs(runs, 10).scores(is_macro=False, seed=0)
+    assert scores_of(manifest) == manifest.validation
+    assert manifest.validation["recall_at_1"] > max(member.validation["recall_at_1"] for member in manifest.members)
+    assert "predicted with the weights that the others choose: Recall@1 " in capsys.readouterr().out
+
+
+def test_the_score_of_runs_that_cannot_be_compared_is_not_that_of_one_of_them(trained, tmp_path, capsys):
+    runs = runs_that_err_differently(trained, tmp_path)
+    shutil.copyfile(trained / VALIDATION_FILE, runs[1] / VALIDATION_FILE)
+    (tmp_path / "weights").mkdir()
+    manifest = read_manifest(gather_weights(runs, tmp_path / "weights"))
+    assert len(manifest.members) == 2
+    assert scores_of(manifest) == {}
+    assert "the score of the ensemble is not known" in capsys.readouterr().out
+    assert scores_of(dataclasses.replace(manifest, members=manifest.members[:1])) == manifest.members[0].validation
