@@ -217,7 +217,9 @@ class Kaggle:
             except KeyError as error:  # a state that this version of the client does not know
                 raise InputError(f"{what}: kaggle does not know {error}: pip install --upgrade kaggle") from error
             except ValueError as error:  # the client itself refuses something
-                raise InputError(f"{what}: {shorten(error)}") from error
+                raise InputError(f"{what}: {in_short(error)}") from error
+            except OSError as error:  # of a file; the client does not always say which one
+                raise InputError(f"{what}: {shorten(error)}: check the disk and its permissions") from error
         times = f"{attempts} times, the last time with {reason}" if attempts > 1 else reason
         raise Unavailable(f"{what} failed {times}: {AGAIN_LATER}")
 
@@ -442,7 +444,7 @@ class Kaggle:
                 if event.get("data"):
                     yield as_utf8(str(event["data"]))
         except (RequestException, ValueError) as error:
-            raise Unavailable(f"reading the log of {reference}: {shorten(error)}") from error
+            raise Unavailable(f"reading the log of {reference}: {in_short(error)}") from error
 
     def gpu_quota(self) -> GpuQuota | None:
         """The GPU time of this week; None if Kaggle does not say."""
@@ -494,7 +496,9 @@ class Kaggle:
     def download_matching(self, reference: str, pattern: str, folder: Path) -> None:
         """Download the files of a run's output whose paths match a regular expression, and the log, into a folder."""
         what = f"downloading the output of {reference}"
-        self.call(what, self.api.kernels_output, reference, str(folder), file_pattern=pattern, force=True)
+        output = self.api.kernels_output
+        # Kaggle also answers 403 for the address of a file when that has expired.
+        self.call(what, output, reference, str(folder), file_pattern=pattern, force=True, forbidden=AGAIN_LATER)
 
     def competition(self, name: str) -> Any:
         """Kaggle's description of a competition: `user_has_entered`, `is_kernels_submissions_only` and more."""
@@ -546,11 +550,16 @@ def explain(error: Exception) -> tuple[int | None, str]:
     """The HTTP status of an answer, or None if there was no answer, and the reason in one line."""
     response = getattr(error, "response", None)
     if not isinstance(error, HTTPError) or response is None:
-        return None, "an answer that is not JSON" if isinstance(error, ValueError) else shorten(error)
+        return None, "an answer that is not JSON" if isinstance(error, ValueError) else in_short(error)
     code = response.status_code
     with suppress(ValueError, KeyError, TypeError):
         code = int(response.json()["code"])
-    return code, f"{code}: {shorten(error)}"
+    return code, f"{code}: {in_short(error)}"
+
+
+def in_short(error: Exception) -> str:
+    """A message in one line, without the queries of addresses: with its signature anybody can open an uploaded file."""
+    return re.sub(r"\?[^\s?'\")]*=[^\s'\")]*", "?…", shorten(error))
 
 
 def get_retry_after(error: Exception) -> float:

@@ -14,7 +14,7 @@ from kernel.submission import check_submission
 from local.base.console import counted, say
 from local.base.files import write_json, write_text
 from local.bundling.metadata import KERNEL_METADATA
-from local.publishing.client import MAX_SESSION, Kaggle, accept_rules, read_seconds
+from local.publishing.client import MAX_SESSION, Kaggle, NotFound, accept_rules, read_seconds
 from local.publishing.ledger import make_submission, save_submission
 from local.publishing.preflight import Bundle
 from local.publishing.session import LAST_LINES, STOPPED, STUCK, Watch, start_session
@@ -160,7 +160,11 @@ class Publication:
         kernel = self.bundle.metadata["id"]
         # Earlier versions may have been submitted: a kernel with any is not deleted.
         watch = Watch(self.kaggle, kernel, version, self.session_limit, can_delete=version == 1)
-        state, reason = watch.wait()
+        try:
+            state, reason = watch.wait()
+        except NotFound as gone:
+            self._save(kernel=None)
+            raise InputError(f"{gone}; the same command starts it again") from gone
         if state in (STUCK, STOPPED):
             self._save(kernel=None)
             write_text(

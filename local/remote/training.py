@@ -227,7 +227,11 @@ class RemoteTraining:
         """
         what = f"{session.kernel}, version {session.version}"
         watch = Watch(self.kaggle, session.kernel, session.version, session.limit, can_delete=True, again=AGAIN)
-        state, reason = watch.wait()
+        try:
+            state, reason = watch.wait()
+        except NotFound as gone:
+            self.end_session()
+            raise InputError(f"{gone}; {AGAIN}, to start it again") from gone
         if state in (STUCK, STOPPED):
             write_text("\n".join(watch.lines), self.folder / f"{session.kernel.partition('/')[2]}.log")
             self.end_session()
@@ -272,9 +276,7 @@ class RemoteTraining:
             say(f"{out.parent / CACHE}: {counted(len(parts), 'file')} of embeddings")
         is_done = contents.code == 0
         if is_done:
-            weights = read_weights(arrived / RUN)
-            for name in weights.manifest.files:
-                weights.file(name)
+            self.check_run(arrived / RUN, archive, what, parts)
             keep_note(partial_of(out), arrived / RUN)
             keep_note(out, arrived / RUN)
             replace_folder(arrived / RUN, out)
@@ -294,6 +296,22 @@ class RemoteTraining:
             raise InputError(
                 f"{what}: the training ended with exit code {contents.code} ({reason}): fix it, then {AGAIN}"
             )
+
+    def check_run(self, run: Path, archive: Path, what: str, parts: Sequence[str]) -> None:
+        """Check a run that arrived as Kaggle packed it. If it is damaged, downloading it again does not help.
+
+        Args:
+            parts: of the embedding cache, that came with it.
+        """
+        try:
+            weights = read_weights(run)
+            for name in weights.manifest.files:
+                weights.file(name)
+        except InputError as error:
+            shutil.rmtree(run.parent, ignore_errors=True)
+            archive.unlink()
+            self.end_session((*self.state.embeddings, *parts))
+            raise InputError(f"{what} has left a damaged run ({error}): {AGAIN}, to train it again") from error
 
     def adopt(self, contents: Contents, parts: Sequence[str]) -> None:
         """Make the embeddings that have arrived usable here."""

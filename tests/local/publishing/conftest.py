@@ -17,7 +17,7 @@ from local.bundling.wheels import IMAGE
 from local.publish import publish
 from local.rehearsal.report import rehearse
 from tests.conftest import kernel_metadata, trained_with
-from tests.local.publishing.loopback import KEY, OWNER, TOKEN, Loopback
+from tests.local.publishing.loopback import OWNER, SECRETS, Loopback
 
 DATASET, KERNEL = f"{OWNER}/few-shot-species-weights", f"{OWNER}/few-shot-species"
 
@@ -69,8 +69,7 @@ class World:
             self.publish(**options)
         message = str(refused.value)
         assert "\n" not in message
-        assert KEY not in message
-        assert TOKEN not in message
+        assert not any(secret in message for secret in SECRETS)
         return message
 
     def append(self, name: str, text: str) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 OWNER, KEY, TOKEN = "tester", "5" * 32, "KGAT_" + "0123456789abcdef" * 2  # a key and a token in Kaggle's format
+SIGNATURE = "X-Goog-Signature=0123abcd"  # of addresses for uploads and downloads, which open the file for anybody
+SECRETS = (KEY, TOKEN, SIGNATURE)  # what no message may contain
 
 
 class Refusal(Exception):
@@ -28,7 +30,7 @@ class Loopback:
     """The state of this Kaggle.
 
     Attributes:
-        requests: names of the methods called, in order; "PUT" for uploads, "GET" for downloads.
+        requests: names of the methods called, in order; "PUT" for uploads, "GET" for downloads, which may fail too.
         bodies: the bodies sent to each method, in order.
         foreign: requested addresses that are not this server's.
         blobs: name and received bytes of each upload, by token.
@@ -123,7 +125,7 @@ class Loopback:
         token = f"token-{len(self.blobs)}"
         self.blobs[token] = body.get("name") or body["fileName"], bytearray()
         self.sizes[token] = body["contentLength"]
-        return {"token": token, "createUrl": f"{self.address}/upload/{token}"}
+        return {"token": token, "createUrl": f"{self.address}/upload/{token}?{SIGNATURE}"}
 
     _StartSubmissionUpload = _StartBlobUpload
 
@@ -221,7 +223,9 @@ class Loopback:
         """One file on each page."""
         self._versions(body)
         names, page = list(self.output), int(body.get("pageToken") or 0)
-        files = [{"fileName": name, "url": f"{self.address}/output/{name}"} for name in names[page : page + 1]]
+        files = [
+            {"fileName": name, "url": f"{self.address}/output/{name}?{SIGNATURE}"} for name in names[page : page + 1]
+        ]
         more = {"nextPageToken": str(page + 1)} if page + 1 < len(names) else {}
         return {"files": files, "log": self.log, **more}
 
@@ -265,6 +269,11 @@ def http(code: int, message: str = "as the test demands", is_html: bool = False)
     return refuse
 
 
+def hang_up(body: dict) -> None:
+    """A fault that closes the connection without an answer."""
+    raise ConnectionAbortedError
+
+
 def saying(**answer: object) -> Callable[[dict], dict]:
     """A fault that answers 200 with another body."""
     return lambda body: answer
@@ -296,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         """Receive a part of an upload; or, with `Content-Range: bytes */SIZE`, say how much has arrived."""
-        token, sent = self.path.rpartition("/")[2], self.rfile.read(int(self.headers["Content-Length"]))
+        token, sent = urlsplit(self.path).path.rpartition("/")[2], self.rfile.read(int(self.headers["Content-Length"]))
         kaggle, (name, content) = self.kaggle, self.kaggle.blobs[token]
         is_question = self.headers.get("Content-Range", "").startswith("bytes */")
         kaggle.requests.append("size question" if is_question else "PUT")
@@ -325,10 +334,24 @@ class _Handler(BaseHTTPRequestHandler):
         if "/logs/stream/" in self.path:
             self._stream_log()
         else:
-            self.kaggle.requests.append("GET")
-            self._reply(
-                200, self.kaggle.output[unquote(urlsplit(self.path).path).partition("/output/")[2]], kind="text/csv"
-            )
+            self._send_output(self.kaggle.output[unquote(urlsplit(self.path).path).partition("/output/")[2]])
+
+    def _send_output(self, content: bytes) -> None:
+        """A file of a run's output, of which a fault that hangs up lets half arrive."""
+        self.kaggle.requests.append("GET")
+        fault = self.kaggle.faults["GET"].pop(0) if self.kaggle.faults["GET"] else lambda body: None
+        try:
+            fault({})
+        except Refusal as refusal:
+            self._reply(refusal.code, b"{}")
+        except ConnectionAbortedError:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+        else:
+            self._reply(200, content, kind="text/csv")
 
     def _stream_log(self) -> None:
         """The log of a run: while it runs, events one by one; afterwards all at once."""

@@ -133,7 +133,7 @@ def test_the_kernel_is_pushed_when_the_dataset_is_ready(world, capsys):
 
 
 def test_a_dataset_that_is_not_ready_in_time_is_not_sent_again(world, monkeypatch):
-    monkeypatch.setattr("local.publishing.publication.POLL_SECONDS", 600)  # fewer questions
+    monkeypatch.setattr("local.publishing.uploads.POLL_SECONDS", 600)  # fewer questions
     world.kaggle.processing = ["BLOBS_RECEIVED"]
     assert "still blobs_received after 1:00:00" in world.refusal()
     assert world.kaggle.count("SaveKernel") == 0

@@ -6,15 +6,11 @@ import pytest
 
 from local.base.console import Terminated
 from tests.local.publishing.conftest import KERNEL
-from tests.local.publishing.loopback import http, saying
+from tests.local.publishing.loopback import hang_up, http, saying
 
 OTHERS = {"tester/one-kernel": "RUNNING", "tester/two-kernel": "QUEUED"}
 FULL = {"error": "Maximum batch GPU session count of 2 reached."}
 CRASH = ["embedding: 16 of 18 photos\n", "Traceback (most recent call last):\n", "ValueError: no\n"]
-
-
-def hang_up(body: dict) -> None:
-    raise ConnectionAbortedError
 
 
 def log_lines(text: str) -> list[str]:
@@ -198,6 +194,23 @@ def test_a_run_that_kaggle_does_not_end_at_its_limit_is_ended(world, monkeypatch
     world.kaggle.running = ["RUNNING"]
     assert "Kaggle did not end it at its limit of 11:59:00" in world.refusal()
     assert KERNEL not in world.kaggle.kernels
+
+
+def test_a_run_that_somebody_deleted_is_started_again_by_the_next_command(world):
+    world.kaggle.fail("GetKernelSessionStatus", lambda body: world.kaggle.kernels.clear())
+    assert "Kaggle does not find it (404: no such kernel); the same command starts it again" in world.refusal()
+    world.publish()
+    assert len(world.kaggle.kernels[KERNEL]) == 1
+
+
+def test_a_full_disk_is_one_line(world, monkeypatch):
+    from kaggle.api.kaggle_api_extended import KaggleApi
+
+    def fill(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(KaggleApi, "kernels_output", fill)
+    assert "No space left on device: check the disk" in world.refusal()
 
 
 def test_a_quiet_run_without_a_crash_goes_on(world):

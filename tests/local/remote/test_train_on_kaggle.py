@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from kernel.encoders import Encoder, open_encoder, pick_devices
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, read_manifest, read_weights
+from local.base.console import Terminated
 from local.base.files import link_or_copy
 from local.base.run_folder import CACHE
 from local.data.cache import EmbeddingCache
@@ -30,7 +31,8 @@ from local.remote.parcel import files_of, pack
 from local.training.checkpoints import read_notes
 from local.training.checks import CHECKPOINTS, partial_of
 from tests.conftest import kernel_metadata, photo
-from tests.local.publishing.loopback import KEY, OWNER, Loopback, Refusal, http
+from tests.local.publishing.conftest import set_credentials
+from tests.local.publishing.loopback import KEY, OWNER, SECRETS, TOKEN, Loopback, Refusal, hang_up, http
 
 KIT, KERNEL = f"{OWNER}/few-shot-species-kit", f"{OWNER}/few-shot-species-train-remote"
 TINY = ("encoder=timm:test_resnet", "pretrained=false", "image_size=64", "reference=train", 'views=["plain"]')
@@ -125,13 +127,17 @@ class Home:
         """The error that the command ends with: one line."""
         with pytest.raises(InputError) as refused:
             self.train(*settings, **options)
-        assert "\n" not in str(refused.value)
-        return str(refused.value)
+        message = str(refused.value)
+        assert "\n" not in message
+        assert not any(secret in message for secret in SECRETS)
+        return message
 
 
 @pytest.fixture
-def home(tmp_path, drawn):
-    return Home(tmp_path / "competitor", drawn.competition)
+def home(tmp_path, drawn, kaggle):
+    yield Home(tmp_path / "competitor", drawn.competition)
+    for method in ("CreateDataset", "SaveKernel"):
+        assert all(body["isPrivate"] is True for body in kaggle.bodies[method])
 
 
 def test_a_run_is_trained_on_kaggle_and_put_in_place_here(home, machine, capfd):
@@ -261,6 +267,142 @@ def test_a_training_that_fails_on_kaggle_is_reported_with_its_last_line(home, ka
     assert not home.out.exists()
     assert "1 session" not in home.refusal("epochs=1")  # it is pushed again
     assert kaggle.count("SaveKernel") == 2
+
+
+def test_a_training_that_was_stopped_at_the_limit_continues_in_the_next_session(home, arrived, trained, tmp_path):
+    checkpoint, part = tmp_path / "checkpoint", tmp_path / "part"
+    checkpoint.write_bytes(b"weights")
+    part.write_bytes(b"embeddings")
+    name = f"{CHECKPOINTS}/000001.0123456789abcdef.safetensors"
+    whole = arrived.output
+    left = {f"partial/{name}": checkpoint, "embeddings/4567/plain/part.safetensors": part}
+    deliver(arrived, tmp_path, left, code=143, is_stopped=True, last_line="terminated")
+    assert "was stopped at the session's limit" in home.refusal("epochs=1")
+    assert (partial_of(home.out) / name).read_bytes() == b"weights"
+    arrived.output = whole
+    home.train("epochs=1", resumes=True)
+    [_, parcel] = arrived.bodies["SaveKernel"][1]["datasetDataSources"]
+    with zipfile.ZipFile(io.BytesIO(arrived.stored(parcel)["parcel.zip"])) as sent:
+        assert {f"partial/{name}", "embeddings/4567/plain/part.safetensors"} <= set(sent.namelist())
+    assert read_weights(home.out).file("encoder.safetensors")
+    assert not partial_of(home.out).exists()
+
+
+def test_no_training_starts_without_quota_or_while_two_sessions_run(home, arrived):
+    arrived.hours = 29.9
+    assert "this week's GPU quota is spent: 0.1 of 30 hours" in home.refusal("epochs=1")
+    arrived.hours, arrived.others = 0, {"tester/one-kernel": "RUNNING", "tester/two-kernel": "QUEUED"}
+    assert "tester/one-kernel and tester/two-kernel are running" in home.refusal("epochs=1")
+    assert arrived.count("SaveKernel") == 0
+    arrived.others["tester/one-kernel"] = "COMPLETE"
+    home.train("epochs=1")
+    assert home.out.is_dir()
+
+
+def test_wait_starts_the_training_when_a_session_ends(home, arrived, capsys):
+    def end_one(body: dict) -> None:
+        arrived.others["tester/one-kernel"] = "ERROR"
+
+    arrived.others = {"tester/one-kernel": "RUNNING", "tester/two-kernel": "RUNNING"}
+    arrived.fail("GetAcceleratorQuotaStatistics", lambda body: None, end_one)
+    home.train("epochs=1", waits=True)
+    assert "waiting for a session: tester/one-kernel and tester/two-kernel are running" in capsys.readouterr().out
+    assert home.out.is_dir()
+
+
+def test_a_push_that_arrived_although_it_timed_out_is_not_repeated(home, arrived, capsys):
+    def arrive(body: dict) -> None:
+        arrived._SaveKernel(body)
+        raise ConnectionAbortedError
+
+    arrived.fail("SaveKernel", arrive)
+    home.train("epochs=1")
+    assert arrived.count("SaveKernel") == 1
+    assert "it had arrived, as version 1" in capsys.readouterr().out
+    assert home.out.is_dir()
+
+
+def test_a_log_that_is_cut_is_continued_and_no_line_is_printed_twice(home, arrived, capsys):
+    lines = [f"epoch {number}: loss 0.5" for number in range(4)]
+    arrived.live = [[*lines[:2], None], [lines[0], None], lines]
+    arrived.running = ["RUNNING"] * 3 + ["COMPLETE"]
+    home.train("epochs=1")
+    printed = [line[4:] for line in capsys.readouterr().out.splitlines() if line.startswith("  | epoch")]
+    assert printed == lines
+
+
+def test_a_run_is_found_on_any_page_of_the_output(home, arrived):
+    arrived.output = {**{f"{number}.txt": b"x" for number in range(5)}, **arrived.output, "z.txt": b"x"}
+    home.train("epochs=1")
+    assert arrived.count("ListKernelSessionOutput") == 8
+    assert home.out.is_dir()
+
+
+def test_a_download_that_is_cut_is_repeated(home, arrived, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # of the client
+    arrived.fail("GET", hang_up, hang_up)
+    home.train("epochs=1")
+    assert arrived.count("GET") == 3
+    assert read_weights(home.out).file("encoder.safetensors")
+
+
+def test_a_download_whose_address_has_expired_is_tried_again_by_the_next_command(home, arrived):
+    arrived.fail("GET", http(403))
+    assert "run the same command again" in home.refusal("epochs=1")
+    home.train("epochs=1", resumes=True)
+    assert arrived.count("SaveKernel") == 1
+    assert home.out.is_dir()
+
+
+def test_a_run_that_was_damaged_before_it_was_packed_is_trained_again(home, arrived, trained, tmp_path):
+    whole, damaged = arrived.output, tmp_path / "encoder.safetensors"
+    damaged.write_bytes(b"damaged")
+    deliver(arrived, tmp_path, {**dict(files_of(trained, "run")), "run/encoder.safetensors": damaged})
+    message = home.refusal("epochs=1")
+    assert "has left a damaged run" in message
+    assert "to train it again" in message
+    assert not home.out.exists()
+    arrived.output = whole
+    home.train("epochs=1", resumes=True)
+    assert arrived.count("SaveKernel") == 2
+    assert home.out.is_dir()
+
+
+def test_a_session_that_somebody_deleted_is_started_again_by_the_next_command(home, arrived):
+    arrived.fail("GetKernelSessionStatus", lambda body: arrived.kernels.clear())
+    message = home.refusal("epochs=1")
+    assert f"asking for {KERNEL}/1: Kaggle does not find it" in message
+    assert "to start it again" in message
+    home.train("epochs=1", resumes=True)
+    assert home.out.is_dir()
+
+
+def test_when_the_local_process_is_ended_the_session_goes_on(home, arrived, capsys):
+    class Ended(list):
+        def append(self, seconds: float) -> None:
+            raise Terminated("terminated")
+
+    arrived.running, home.slept = ["RUNNING", "COMPLETE"], Ended()
+    with pytest.raises(Terminated):
+        home.train("epochs=1")
+    assert f"{KERNEL} continues on Kaggle" in capsys.readouterr().out
+    home.slept = []
+    home.train("epochs=1", resumes=True)
+    assert arrived.count("SaveKernel") == 1
+    assert home.out.is_dir()
+
+
+def test_no_token_is_printed_sent_or_stored(home, arrived, monkeypatch, capfd):
+    set_credentials(monkeypatch, KAGGLE_API_TOKEN=TOKEN)
+    arrived.live = [["done after 1:00"]]
+    home.train("epochs=1")
+    said = capfd.readouterr()
+    sent = json.dumps([arrived.bodies[name] for name in ("SaveKernel", "CreateDataset", "StartBlobUpload")])
+    stored = [path.read_bytes() for path in home.folder.rglob("*") if path.is_file()]
+    stored += [content for versions in arrived.datasets.values() for content in versions[-1].values()]
+    for secret in SECRETS:
+        assert secret not in said.out + said.err + sent
+        assert not any(secret.encode() in content for content in stored)
 
 
 def test_a_session_that_crashed_and_stays_running_is_ended(home, kaggle):
