@@ -42,7 +42,7 @@ Under torchrun, every process trains on a part of each batch and embeds a part o
 A run folder keeps its recipe, the versions, the digest of the data, log.csv, the training curve, and TensorBoard's
 events (tensorboard --logdir runs). Of the seconds of an epoch, log.csv gives those spent on waiting for photos, on
 validation and on writing checkpoints; the rest are forward and backward passes and optimizer steps. oof.csv has the
-held-out predictions, to mix with those of other models. local/runs.py lists runs with their scores.
+held-out predictions, to mix with those of other models. local/runs.py lists runs with their scores and your notes.
 """
 
 import argparse

@@ -92,6 +92,8 @@ EVALUATE = ("local/evaluate.py", "{folder}/run", "--data", "{data}")
         (("local/rehearse.py", "--data", "{data}", "--solution", "{folder}/lost.csv"), "lost.csv"),
         (("local/demo.py", "--out", "{folder}/run"), "run exists"),
         (("local/publish.py", "--build", "{folder}/nowhere"), "nowhere"),
+        (("local/runs.py", "{folder}/run", "--sort", "R@3"), "--sort R@3: no such column"),
+        (("local/submissions.py", "{folder}/file/ledger.csv"), "ledger.csv cannot be read"),
         (("local/benchmark.py", "accuracy", "--data", "{folder}/nowhere"), "nowhere does not exist"),
         (("local/benchmark.py", "omniglot", "--data", "{folder}/empty"), "holds 0 alphabets"),
         ((*KERNEL, "--input", "{folder}/empty", "--working", "{folder}/out"), "no weights under"),
