@@ -57,21 +57,30 @@ def list_rows(folder: Path) -> list[Row]:
     Raises:
         InputError: there is neither a run nor a submission.
     """
-    found = list(find_runs(folder))
-    left = {id(row): row for row in read_ledger(folder / LEDGER.name)}
-    rows = []
-    for one in found:
-        own = [row for row in left.values() if is_of(row, one)]
-        for row in own:
-            del left[id(row)]
-        rows.append(describe_run(one) | (describe_scores(own[-1]) if own else {}))
+    found, own, others = list(find_runs(folder)), {}, []
+    for row in read_submissions(folder / LEDGER.name):
+        matches = [one.folder for one in found if is_of(row, one)]
+        if matches:  # a copy under another name has the same files
+            own[min(matches, key=lambda path: path.name != row.runs)] = row
+        else:
+            others.append(row)
+    rows = [describe_run(one) | (describe_scores(own[one.folder]) if one.folder in own else {}) for one in found]
     names = {one.folder.name for one in found}
     rows += [describe_unfinished(path) for path in folder.glob(".*.partial") if name_of(path) not in names]
     rows += [row for row in describe_remote(folder / FOLDER) if row["run"] not in {known["run"] for known in rows}]
-    rows += [describe_submission(row) for row in left.values()]
+    rows += [describe_submission(row) for row in others]
     if not rows:
         raise InputError(f"{folder} holds no run: train one with local/train.py, or give another folder")
     return sort_rows(rows, "trained")
+
+
+def read_submissions(ledger: Path) -> list[Submission]:
+    """The submissions; prints a line if there is a file that is no ledger, which costs no run its row."""
+    try:
+        return read_ledger(ledger)
+    except InputError as error:
+        say(f"warning: {error}")
+        return []
 
 
 def is_of(row: Submission, found: Found) -> bool:

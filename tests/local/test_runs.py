@@ -132,6 +132,7 @@ def test_interrupted_runs_and_those_on_kaggle_are_listed(trained, tmp_path):
 
 def test_a_submission_is_in_the_row_of_the_run_that_was_submitted(trained, tmp_path):
     """A run that was trained again under its name is another one; an ensemble has a row of its own."""
+    copy_run(trained, tmp_path / "a-copy")
     run = copy_run(trained, tmp_path / "best")
     manifest = read_manifest(run / MANIFEST)
     again = dataclasses.replace(manifest, files=manifest.files | {"encoder.safetensors": "0" * 64})
@@ -147,6 +148,7 @@ def test_a_submission_is_in_the_row_of_the_run_that_was_submitted(trained, tmp_p
         ("best", "done", "0.5310", "0.5200"),
         ("earlier", "submitted, then removed or trained again", "0.3", ""),
         ("best + other", "ensemble", "pending", ""),
+        ("a-copy", "done", "", ""),
     ]
     assert (rows[3]["recall_at_5"], rows[3]["unweighted_recall_at_5"]) == ("0.7", "0.65")
     assert rows[1]["recall_at_5"] != "0.7"
@@ -161,6 +163,10 @@ def test_a_damaged_ledger_costs_no_run(trained, tmp_path):
     warning, _, line = done.stdout.splitlines()
     assert "line 3 is left out (it has 1 cell, expected 20)" in warning
     assert "0.5310" in line
+    (tmp_path / "submissions.csv").write_text("a,b\n")
+    warning, _, line = command("local/runs.py", tmp_path).stdout.splitlines()
+    assert "is not a ledger" in warning
+    assert line.startswith("best ")
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path):
