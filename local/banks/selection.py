@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kernel.bank import Bank, largest
-from kernel.metadata_prior import MetadataPrior
+from kernel.metadata_prior import MetadataPrior, WeightedPrior, has_known_value
 from local.banks.ensemble import HeldOutPredictions
-from local.banks.folds import make_folds
+from local.banks.folds import draw_queries, make_folds
 from local.banks.metadata_prior import fit_prior
 from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, most_candidates, nested_predictions
 from local.base.console import Progress, counted, say
@@ -75,7 +74,6 @@ class BankPlan:
         left_out = {
             "kept for training": 0 if self.query_mask.all() else train,
             f"alone in {'its' if alone == 1 else 'their'} class": alone,
-            "not drawn": int(self.query_mask.sum()) - alone - held_out,
         }
         why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
         folds = f"in {counted(len(self.folds), 'fold')} over " if self.folds else "of "
@@ -193,16 +191,15 @@ class BankSelection:
             open_settings = f", and cannot choose {', '.join(self.choose)}" if self.choose else ""
             say(f"{plan.describe_folds()}: this run has no score{open_settings}")
             return SelectedBank(self.settings, *self._fit(self.settings))
-        search = Search(
-            self.embed,
-            self.settings.resize_mode,
-            plan.folds,
-            self.labelled.competition.guesses,
-            plan.reference,
-            self._metadata_log_probabilities,
-            plan.is_macro,
-            plan.seed,
-        )
+        search = whole = self._search(plan.folds)
+        drawn = draw_queries(plan.folds, len(plan.classes), plan.seed)
+        if drawn is not plan.folds:
+            search = self._search(drawn)
+            say(
+                f"{'chosen and reported' if self.choose else 'reported'} on {len(search.truth):,} of the "
+                f"{counted(len(whole.truth), 'held-out observation')}, drawn at random, since there are "
+                f"{counted(len(plan.classes), 'class')}; the scores below are those of all"
+            )
         settings, candidates = self.settings, []
         if self.choose:
             with Progress("selecting the bank", most_candidates(settings, self.choose), "candidate") as bar:
@@ -226,12 +223,32 @@ class BankSelection:
             search.weights,
             nested.view_votes,
         )
-        scores = self._score(search, largest(nested.log_probabilities, max(GUESSES)).numpy())
-        self._describe(scores, search.weights)
-        self._describe_near_duplicates(settings)
+        top = largest(nested.log_probabilities, max(GUESSES)).numpy()
+        if search is not whole:  # the other observations had no part in the choice
+            with Progress("evaluating the bank on all held-out observations"):
+                every = whole.evaluate(settings, evaluation.logit_scales).top
+            every[np.isin(whole.queries, search.queries)] = top
+            top = every
+        scores = self._score(whole, top)
+        self._describe(scores, whole.weights)
+        self._describe_near_duplicates(settings, search.queries)
         optimistic = self._score(search, evaluation.top) if self.choose else {}
         banks, prior = self._fit(settings, evaluation.logit_scales)
         return SelectedBank(settings, banks, prior, scores, optimistic, candidates, predictions)
+
+    def _search(self, folds: Sequence[tuple[np.ndarray, np.ndarray]]) -> Search:
+        """A search over some folds."""
+        plan = self.plan
+        return Search(
+            self.embed,
+            self.settings.resize_mode,
+            folds,
+            self.labelled.competition.guesses,
+            plan.reference,
+            self._metadata_prior,
+            plan.is_macro,
+            plan.seed,
+        )
 
     def _score(self, search: Search, top: np.ndarray) -> dict[str, float]:
         """The scores of (held-out observations, guesses) class indices, best first."""
@@ -250,10 +267,10 @@ class BankSelection:
             say(f"the same, unweighted: {describe(scores, count, 'unweighted_')}")
         return scores
 
-    def _describe_near_duplicates(self, settings: BankSettings) -> None:
-        """Print how many held-out photos another observation of the bank has too, if any."""
+    def _describe_near_duplicates(self, settings: BankSettings, queries: np.ndarray) -> None:
+        """Print how many photos of some held-out observations another observation of the bank has too, if any."""
         embedded = self.embed(settings.resize_mode)
-        query_mask = np.any([queries for _, queries in self.plan.folds], axis=0)
+        query_mask = np.isin(np.arange(len(embedded.labels)), queries)
         photos = embedded.values[:, plain_column(embedded.views)]
         found = find_near_duplicates(photos, embedded.observations, embedded.labels, query_mask, self.plan.reference)
         if len(found.photos):
@@ -286,11 +303,13 @@ class BankSelection:
         """What the metadata of some of the observations say of the classes."""
         return fit_prior(self.labelled.subset(reference), self.plan.classes)
 
-    def _metadata_log_probabilities(self, reference: np.ndarray, queries: np.ndarray) -> torch.Tensor | None:
-        """(queries, classes), by the metadata alone; None where the tables have none."""
+    def _metadata_prior(self, reference: np.ndarray, queries: np.ndarray) -> WeightedPrior | None:
+        """(queries, classes) log-probabilities by the metadata alone; None where the queries have none."""
         if not self.labelled.has_metadata:
             return None
-        return self._fit_prior(reference).log_probabilities(self.labelled.subset(queries).observations)
+        prior = self._fit_prior(reference)
+        rows = prior.rows(self.labelled.subset(queries).observations)
+        return WeightedPrior(((1.0, prior, rows),)) if has_known_value(rows) else None
 
 
 def describe_candidate(row: dict) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from local.banks import folds
-from local.banks.folds import FOLDS, macro_weights, make_folds, shot_weights
+from local.banks.folds import FOLDS, draw_queries, macro_weights, make_folds, shot_weights
 
 
 def random_labels(seed: int) -> np.ndarray:
@@ -54,8 +54,9 @@ def test_folds_depend_on_the_seed_alone():
 def test_with_many_classes_fewer_queries_are_drawn_and_the_others_stay_out_of_the_reference_set(monkeypatch):
     labels = random_labels(0)
     every = make_folds(labels, 0)
+    assert draw_queries(every, 25, 0) is every
     monkeypatch.setattr(folds, "MAX_SCORES", 25 * 30)
-    drawn = make_folds(labels, 0)
+    drawn = draw_queries(every, 25, 0)
     assert sum(queries.sum() for _, queries in drawn) == 30
     for (reference, queries), (whole_reference, whole_queries) in zip(drawn, every, strict=True):
         assert (reference == whole_reference).all()

@@ -63,13 +63,30 @@ def test_val_that_is_kept_out_of_the_bank_is_all_that_evaluates_it():
     assert lacking.labels[-2:].tolist() == [-1, -1]
 
 
-def test_queries_that_are_not_drawn_are_counted(monkeypatch):
-    monkeypatch.setattr(folds, "MAX_SCORES", 5 * 10)
-    own = plan(TRAIN + VAL)
-    line = own.describe_folds()
-    assert line.startswith("10 held-out observations")
-    assert "not drawn" in line
-    assert 10 + sum(numbers(line.partition("left out")[2])) == len(TRAIN + VAL)
+@pytest.mark.parametrize("reference", ["train", "train+val"])
+def test_with_many_classes_some_observations_choose_and_all_are_scored(
+    reference, encoder, drawn, tmp_path, monkeypatch, capsys
+):
+    from local.data.competition import read_competition
+
+    own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), reference, is_tuned=False)
+    settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
+    encoders = WeightedEncoders((encoder,))
+    every = BankSelection(settings, [], own, encoders, tmp_path).select()
+    capsys.readouterr()
+    monkeypatch.setattr(folds, "MAX_SCORES", 10 * len(own.classes))
+    some = BankSelection(settings, [], own, encoders, tmp_path).select()
+    assert f"reported on 10 of the {len(every.predictions.truth)} held-out observations" in capsys.readouterr().out
+    assert some.scores == every.scores
+    assert set(some.predictions.observations) < set(every.predictions.observations)
+    assert len(some.predictions.observations) == 10
+    chosen = BankSelection(settings, ["whitening"], own, encoders, tmp_path).select()
+    other = BankSelection(chosen.settings, [], own, encoders, tmp_path).select()
+    # The ten are predicted with the settings that the others of the ten choose, all the rest with those of all ten.
+    differing = (other.scores["unweighted_recall_at_1"] - chosen.scores["unweighted_recall_at_1"]) * len(
+        every.predictions.truth
+    )
+    assert abs(differing) <= 10
 
 
 def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(encoder, drawn, tmp_path, capsys):
