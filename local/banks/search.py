@@ -324,10 +324,10 @@ class Search:
         self.whitenings: dict[tuple[str, int], Whitening] = {}
         self.evaluations: dict[BankSettings, Evaluation] = {}
 
-    def evaluate(self, settings: BankSettings, logit_scales: tuple[float, ...] = ()) -> Evaluation:
-        """The evaluation of one candidate on all queries, fold after fold; for `logit_scales` see `fit_folds`."""
+    def evaluate(self, settings: BankSettings) -> Evaluation:
+        """The evaluation of one candidate on all queries, fold after fold."""
         if settings not in self.evaluations:
-            folds, logit_scales = self.fit_folds(settings, logit_scales)
+            folds, logit_scales = self.fit_folds(settings)
             evaluation = evaluate_predictions(self.predict(settings, folds), self.truth)
             self.evaluations[settings] = replace(evaluation, logit_scales=logit_scales)
         return self.evaluations[settings]

@@ -1,20 +1,31 @@
 """Select the bank of an encoder: which observations it is made of, which settings it has, and how good it is."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from kernel.bank import Bank, largest
 from kernel.metadata_prior import MetadataPrior, WeightedPrior, has_known_value
 from local.banks.ensemble import HeldOutPredictions
+from local.banks.estimators import TRAINED_MATCHERS, in_parts, refuse_large
 from local.banks.folds import draw_queries, make_folds
 from local.banks.metadata_prior import fit_prior
-from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, most_candidates, nested_predictions
+from local.banks.search import (
+    Embedded,
+    Search,
+    coordinate_ascent,
+    evaluate_predictions,
+    fit_banks,
+    most_candidates,
+    nested_predictions,
+)
 from local.base.console import Progress, counted, say
 from local.base.metrics import GUESSES, describe, held_out_scores
+from local.base.scratch import scratch_array
 from local.data.duplicates import NEAR_DUPLICATE, find_near_duplicates, plain_column
 from local.data.embedding import WeightedEncoders
 from local.data.observations import Split, encode_labels, sort_ids
@@ -109,7 +120,7 @@ class SelectedBank:
         banks: over the embeddings of the first encoder, of the first two, and so on: each a list of banks whose
             probabilities are averaged.
         metadata_prior: None where the settings give it no weight.
-        scores: see `local.base.metrics.held_out_scores`; empty where nothing could be held out. Where settings were
+        scores: see `BankSelection._score`; empty where nothing could be held out. Where settings were
             selected, each observation is predicted with those that the others select.
         optimistic_scores: of the selected settings on the same observations that selected them; empty without any.
         candidates: the rows of the table of all settings that were compared.
@@ -172,16 +183,25 @@ class BankSelection:
         """Embed in every resize mode that may be selected. Under torchrun, every process embeds a part.
 
         Raises:
-            InputError: too many photos cannot be read.
+            InputError: a matcher that may be selected does not fit in memory, or too many photos cannot be read.
         """
+        is_chosen = "matcher" in self.choose and self.settings.matcher != "head"
+        features = sum(encoder.features for encoder in self.encoders.encoders)
+        values = len(self.labelled.photos) * len(self.settings.views) * features
+        for matcher in {self.settings.matcher, *(CANDIDATES["matcher"] if is_chosen else ())} & TRAINED_MATCHERS:
+            refuse_large(matcher, len(self.plan.labels), len(self.plan.classes), values)
         modes = CANDIDATES["resize_mode"] if "resize_mode" in self.choose else (self.settings.resize_mode,)
         for index, resize_mode in enumerate(modes):
             self.embed(resize_mode, len(modes) - index)
         check_readable(list(self.unreadable.items()), len(self.labelled.photos))
 
     def embed_reference(self, settings: BankSettings) -> np.ndarray:
-        """(reference observations, features), rows of length 1, or 0 where no photo could be read."""
-        return self.embed(settings.resize_mode).pooled(settings)[self.plan.reference]
+        """(reference observations, features) float16, rows of length 1, or 0 where no photo could be read."""
+        pooled, rows = self.embed(settings.resize_mode).pooled(settings), np.flatnonzero(self.plan.reference)
+        values = scratch_array((len(rows), pooled.shape[1]), np.float16)
+        for part in in_parts(len(rows)):
+            values[part] = pooled[rows[part]]
+        return values
 
     def select(self) -> SelectedBank:
         """Select the settings in `choose`, evaluate them on observations that had no part in it, and fit the bank."""
@@ -196,9 +216,9 @@ class BankSelection:
         if drawn is not plan.folds:
             search = self._search(drawn)
             say(
-                f"{'chosen and reported' if self.choose else 'reported'} on {len(search.truth):,} of the "
-                f"{counted(len(whole.truth), 'held-out observation')}, drawn at random, since there are "
-                f"{counted(len(plan.classes), 'class')}; the scores below are those of all"
+                f"{'settings are chosen and predictions kept' if self.choose else 'predictions are kept'} for "
+                f"{len(search.truth):,} of the {counted(len(whole.truth), 'held-out observation')}, drawn at random, "
+                f"since there are {counted(len(plan.classes), 'class')}; the final scores are of all"
             )
         settings, candidates = self.settings, []
         if self.choose:
@@ -225,10 +245,8 @@ class BankSelection:
         )
         top = largest(nested.log_probabilities, max(GUESSES)).numpy()
         if search is not whole:  # the other observations had no part in the choice
-            with Progress("evaluating the bank on all held-out observations"):
-                every = whole.evaluate(settings, evaluation.logit_scales).top
-            every[np.isin(whole.queries, search.queries)] = top
-            top = every
+            drawn_top, top = top, self._rank_all(whole, settings, evaluation.logit_scales)
+            top[np.isin(whole.queries, search.queries)] = drawn_top
         scores = self._score(whole, top)
         self._describe(scores, whole.weights)
         self._describe_near_duplicates(settings, search.queries)
@@ -250,11 +268,24 @@ class BankSelection:
             plan.seed,
         )
 
+    def _rank_all(self, search: Search, settings: BankSettings, logit_scales: tuple[float, ...]) -> np.ndarray:
+        """(queries, guesses) class indices, best first."""
+        with Progress("evaluating all held-out observations", len(search.truth), "observation") as bar:
+
+            def shown(chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+                for chunk in chunks:
+                    yield chunk
+                    bar.advance(len(chunk))
+
+            folds, _ = search.fit_folds(settings, logit_scales)
+            return evaluate_predictions(shown(search.predict(settings, folds)), search.truth).top
+
     def _score(self, search: Search, top: np.ndarray) -> dict[str, float]:
-        """The scores of (held-out observations, guesses) class indices, best first."""
+        """The scores of (held-out observations, guesses) class indices, best first, and their number `observations`."""
         plan, guesses = self.plan, [[self.plan.classes[index] for index in row] for row in top]
         truth = self.labelled.class_ids[search.queries]
-        return held_out_scores(truth, guesses, search.weights, plan.is_macro, plan.seed)
+        scores = held_out_scores(truth, guesses, search.weights, plan.is_macro, plan.seed)
+        return scores | {"observations": float(len(truth))}
 
     def _describe(self, scores: dict[str, float], weights: np.ndarray) -> None:
         """Print the scores of the held-out observations, weighted and not."""
@@ -271,7 +302,7 @@ class BankSelection:
         """Print how many photos of some held-out observations another observation of the bank has too, if any."""
         embedded = self.embed(settings.resize_mode)
         query_mask = np.isin(np.arange(len(embedded.labels)), queries)
-        photos = embedded.values[:, plain_column(embedded.views)]
+        photos = embedded.values[:, [plain_column(embedded.views)]]
         found = find_near_duplicates(photos, embedded.observations, embedded.labels, query_mask, self.plan.reference)
         if len(found.photos):
             held_out = counted(int(query_mask[embedded.observations].sum()), "held-out photo")

@@ -1,12 +1,14 @@
 """The observations of a run add up: those of its bank, those it is evaluated on, and those left out."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from local.banks import folds
+from kernel.inputs import InputError
+from local.banks import estimators, folds
 from local.banks.search import evaluate_predictions
 from local.banks.selection import BankSelection, plan_bank
 from local.data.embedding import WeightedEncoders
@@ -76,7 +78,10 @@ def test_with_many_classes_some_observations_choose_and_all_are_scored(
     capsys.readouterr()
     monkeypatch.setattr(folds, "MAX_SCORES", 10 * len(own.classes))
     some = BankSelection(settings, [], own, encoders, tmp_path).select()
-    assert f"reported on 10 of the {len(every.predictions.truth)} held-out observations" in capsys.readouterr().out
+    assert (
+        f"predictions are kept for 10 of the {len(every.predictions.truth)} held-out observations"
+        in capsys.readouterr().out
+    )
     assert some.scores == every.scores
     assert set(some.predictions.observations) < set(every.predictions.observations)
     assert len(some.predictions.observations) == 10
@@ -87,6 +92,30 @@ def test_with_many_classes_some_observations_choose_and_all_are_scored(
         every.predictions.truth
     )
     assert abs(differing) <= 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "choose", "limit", "refused"),
+    [
+        (BankSettings(matcher="logistic"), [], "MAX_LOGITS", "logistic"),
+        (BankSettings(), ["matcher"], "MAX_LOGITS", "logistic"),
+        (BankSettings(matcher="projection"), [], "MAX_LOGITS", ""),
+        (BankSettings(matcher="projection"), [], "MAX_VALUES", "projection"),
+        (BankSettings(), ["whitening"], "MAX_LOGITS", ""),
+        (BankSettings(matcher="head"), ["matcher"], "MAX_LOGITS", ""),
+    ],
+)
+def test_a_matcher_that_does_not_fit_in_memory_is_refused_before_photos_are_embedded(
+    settings, choose, limit, refused, encoder, tmp_path, monkeypatch
+):
+    embedded: list[int] = []
+    monkeypatch.setattr(estimators, limit, 1)
+    selection = BankSelection(settings, choose, plan(TRAIN), WeightedEncoders((encoder,)), tmp_path)
+    monkeypatch.setattr(selection, "embed", lambda *_: embedded.append(1))
+    expected = pytest.raises(InputError, match=f"{refused} needs too much memory for 31 observations of 5 classes")
+    with expected if refused else nullcontext():
+        selection.embed_all()
+    assert bool(embedded) == (not refused)
 
 
 def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(encoder, drawn, tmp_path, capsys):
