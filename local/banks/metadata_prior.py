@@ -27,6 +27,7 @@ CONCENTRATIONS = (50.0, 20.0, 5.0, 0.5)
 MEMORY = 2.0  # years after which an observation counts 1/e in the recency of its class
 ORIGINS = 5  # how many of the last years are folds
 RIDGE = 1e-3  # penalty of the squared weights, in nats per query: it decides only what the queries leave open
+MAX_SCORES = 10_000_000  # queries of a fold times classes, of which each term has one: thousands of queries are enough
 INITIAL_WEIGHT = 0.3  # of every term, and the final one if there are no queries
 KM_PER_DEGREE = 111.2
 
@@ -188,11 +189,12 @@ def choose_weights(reference: LabelledObservations) -> dict[str, float]:
     # Without metadata there are no weights to choose, and with 32,000 classes the folds would not fit in memory.
     for past, queries in rolling_origin_folds(years, ORIGINS) if reference.has_metadata else ():
         known = sorted(set(reference.class_ids[past]))
-        queries = queries & np.isin(reference.class_ids, known)
-        if queries.any():
+        rows = np.flatnonzero(queries & np.isin(reference.class_ids, known))
+        if len(rows):
+            drawn = np.sort(np.random.default_rng(0).permutation(rows)[: max(1, MAX_SCORES // len(known))])
             values, tables = unweighted_terms(reference.subset(past), known)
-            design = design_matrix(values, tables, terms, reference.subset(queries).observations)
-            designs.append((design, np.searchsorted(known, reference.class_ids[queries].astype(str))))
+            design = design_matrix(values, tables, terms, reference.subset(drawn).observations)
+            designs.append((design, np.searchsorted(known, reference.class_ids[drawn].astype(str))))
     # The folds cannot weight the shots: few-shot data omit the frequent classes, so that a class of four seems
     # never to return. Probabilities are proportional to counts, which is a weight of 1.
     return dict(zip(terms, conditional_logit(designs, len(terms)).tolist(), strict=True)) | {SHOTS: 1.0}

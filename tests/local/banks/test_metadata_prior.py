@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from kernel.metadata_prior import MetadataPrior, read_prior
 from kernel.observations import Observation
+from local.banks import metadata_prior
 from local.banks.metadata_prior import (
     FEATURES,
     KM_PER_DEGREE,
@@ -83,6 +84,15 @@ def test_an_informative_feature_gets_a_weight_and_a_random_one_almost_none():
     assert weights["habitat"] > 0.7
     assert weights["substrate"] < 0.2
     assert set(fit_prior(reference, classes).tables) <= {"habitat", "substrate"}
+
+
+def test_of_many_observations_some_choose_about_the_same_weights(monkeypatch):
+    reference, _ = grown(shots=12)
+    whole = choose_weights(reference)
+    monkeypatch.setattr(metadata_prior, "MAX_SCORES", 20 * 25)
+    some = choose_weights(reference)
+    assert some != whole
+    assert some["habitat"] == pytest.approx(whole["habitat"], abs=0.3)
 
 
 def test_a_habitat_raises_the_classes_that_live_there(fitted):
