@@ -166,6 +166,7 @@ class BankSelection:
         self.taxonomy = self.labelled.taxonomy(plan.classes)
         self.unreadable: dict[Path, str] = {}
         self._embedded: dict[str, Embedded] = {}
+        self._priors: dict[bytes, MetadataPrior] = {}
 
     def embed(self, resize_mode: str, rounds: int = 1) -> Embedded:
         """All labelled observations in all views that may be used; for `rounds` see EmbeddingCache."""
@@ -331,8 +332,11 @@ class BankSelection:
         return dataclasses.replace(embedded, values=values, pooled_cache={}, transform_cache={})
 
     def _fit_prior(self, reference: np.ndarray) -> MetadataPrior:
-        """What the metadata of some of the observations say of the classes."""
-        return fit_prior(self.labelled.subset(reference), self.plan.classes)
+        """What the metadata of some of the observations say of the classes, fitted once."""
+        key = reference.tobytes()
+        if key not in self._priors:
+            self._priors[key] = fit_prior(self.labelled.subset(reference), self.plan.classes)
+        return self._priors[key]
 
     def _metadata_prior(self, reference: np.ndarray, queries: np.ndarray) -> WeightedPrior | None:
         """(queries, classes) log-probabilities by the metadata alone; None where the queries have none."""
