@@ -7,6 +7,7 @@ import numpy as np
 FOLDS = 5
 MAX_SHOTS = 4  # so many shots or more are one number
 MAX_SCORES = 50_000_000  # queries times classes of a search, and of the predictions that a run keeps
+MAX_FINAL_SCORES = 100_000_000_000  # queries times prototypes of the final evaluation: an hour on one core
 
 
 def make_folds(
@@ -38,10 +39,10 @@ def make_folds(
 
 
 def draw_queries(
-    folds: Sequence[tuple[np.ndarray, np.ndarray]], classes: int, seed: int
+    folds: Sequence[tuple[np.ndarray, np.ndarray]], limit: int, seed: int
 ) -> Sequence[tuple[np.ndarray, np.ndarray]]:
-    """The folds with fewer queries, drawn at random, if those of all queries would be more than MAX_SCORES."""
-    queries, limit = np.any([queries for _, queries in folds], axis=0), max(FOLDS, MAX_SCORES // classes)
+    """The folds with at most `limit` queries, drawn at random; those of a lower limit are among those of a higher."""
+    queries, limit = np.any([queries for _, queries in folds], axis=0), max(FOLDS, limit)
     if queries.sum() <= limit:
         return folds
     drawn = np.zeros_like(queries)

@@ -12,7 +12,7 @@ from kernel.bank import Bank, largest
 from kernel.metadata_prior import MetadataPrior, WeightedPrior, has_known_value
 from local.banks.ensemble import HeldOutPredictions
 from local.banks.estimators import TRAINED_MATCHERS, in_parts, refuse_large
-from local.banks.folds import draw_queries, make_folds
+from local.banks.folds import MAX_FINAL_SCORES, MAX_SCORES, draw_queries, make_folds
 from local.banks.metadata_prior import fit_prior
 from local.banks.search import (
     Embedded,
@@ -212,14 +212,13 @@ class BankSelection:
             open_settings = f", and cannot choose {', '.join(self.choose)}" if self.choose else ""
             say(f"{plan.describe_folds()}: this run has no score{open_settings}")
             return SelectedBank(self.settings, *self._fit(self.settings))
-        search = whole = self._search(plan.folds)
-        drawn = draw_queries(plan.folds, len(plan.classes), plan.seed)
-        if drawn is not plan.folds:
-            search = self._search(drawn)
+        held_out = sum(int(queries.sum()) for _, queries in plan.folds)
+        search = self._search(MAX_SCORES // len(plan.classes))
+        if len(search.truth) < held_out:
             say(
                 f"{'settings are chosen and predictions kept' if self.choose else 'predictions are kept'} for "
-                f"{len(search.truth):,} of the {counted(len(whole.truth), 'held-out observation')}, drawn at random, "
-                f"since there are {counted(len(plan.classes), 'class')}; the final scores are of all"
+                f"{len(search.truth):,} of the {counted(held_out, 'held-out observation')}, drawn at random, "
+                f"since there are {counted(len(plan.classes), 'class')}"
             )
         settings, candidates = self.settings, []
         if self.choose:
@@ -244,24 +243,28 @@ class BankSelection:
             search.weights,
             nested.view_votes,
         )
-        top = largest(nested.log_probabilities, max(GUESSES)).numpy()
-        if search is not whole:  # the other observations had no part in the choice
-            drawn_top, top = top, self._rank_all(whole, settings, evaluation.logit_scales)
-            top[np.isin(whole.queries, search.queries)] = drawn_top
-        scores = self._score(whole, top)
-        self._describe(scores, whole.weights)
+        top, scored = largest(nested.log_probabilities, max(GUESSES)).numpy(), search
+        if len(search.truth) < held_out:  # the other observations had no part in the choice
+            prototypes = len(plan.labels) if settings.nearest_neighbour_weight else len(plan.classes)
+            scored = self._search(MAX_FINAL_SCORES // prototypes)
+            drawn_top, top = top, self._rank_all(scored, settings, evaluation.logit_scales)
+            top[np.isin(scored.queries, search.queries)] = drawn_top
+        scores = self._score(scored, top)
+        if len(scored.truth) < held_out:
+            say(f"scored on {counted(len(scored.truth), 'held-out observation')}, drawn at random")
+        self._describe(scores, scored.weights)
         self._describe_near_duplicates(settings, search.queries)
         optimistic = self._score(search, evaluation.top) if self.choose else {}
         banks, prior = self._fit(settings, evaluation.logit_scales)
         return SelectedBank(settings, banks, prior, scores, optimistic, candidates, predictions)
 
-    def _search(self, folds: Sequence[tuple[np.ndarray, np.ndarray]]) -> Search:
-        """A search over some folds."""
+    def _search(self, limit: int) -> Search:
+        """A search with at most so many queries."""
         plan = self.plan
         return Search(
             self.embed,
             self.settings.resize_mode,
-            folds,
+            draw_queries(plan.folds, limit, plan.seed),
             self.labelled.competition.guesses,
             plan.reference,
             self._metadata_prior,
@@ -278,8 +281,8 @@ class BankSelection:
                     yield chunk
                     bar.advance(len(chunk))
 
-            folds, _ = search.fit_folds(settings, logit_scales)
-            return evaluate_predictions(shown(search.predict(settings, folds)), search.truth).top
+            banks, _ = search.fit_folds(settings, logit_scales)
+            return evaluate_predictions(shown(search.predict(settings, banks)), search.truth).top
 
     def _score(self, search: Search, top: np.ndarray) -> dict[str, float]:
         """The scores of (held-out observations, guesses) class indices, best first, and their number `observations`."""

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from kernel.inputs import InputError
-from local.banks import estimators, folds
+from local.banks import estimators
+from local.banks import selection as selection_module
 from local.banks.search import evaluate_predictions
 from local.banks.selection import BankSelection, plan_bank
 from local.data.embedding import WeightedEncoders
@@ -76,7 +77,7 @@ def test_with_many_classes_some_observations_choose_and_all_are_scored(
     encoders = WeightedEncoders((encoder,))
     every = BankSelection(settings, [], own, encoders, tmp_path).select()
     capsys.readouterr()
-    monkeypatch.setattr(folds, "MAX_SCORES", 10 * len(own.classes))
+    monkeypatch.setattr(selection_module, "MAX_SCORES", 10 * len(own.classes))
     some = BankSelection(settings, [], own, encoders, tmp_path).select()
     assert (
         f"predictions are kept for 10 of the {len(every.predictions.truth)} held-out observations"
@@ -85,6 +86,11 @@ def test_with_many_classes_some_observations_choose_and_all_are_scored(
     assert some.scores == every.scores
     assert set(some.predictions.observations) < set(every.predictions.observations)
     assert len(some.predictions.observations) == 10
+    monkeypatch.setattr(selection_module, "MAX_FINAL_SCORES", 15 * len(own.classes))
+    assert BankSelection(settings, [], own, encoders, tmp_path).select().scores["observations"] == 15
+    assert "scored on 15 held-out observations, drawn at random" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(selection_module, "MAX_SCORES", 10 * len(own.classes))
     chosen = BankSelection(settings, ["whitening"], own, encoders, tmp_path).select()
     other = BankSelection(chosen.settings, [], own, encoders, tmp_path).select()
     # The ten are predicted with the settings that the others of the ten choose, all the rest with those of all ten.
