@@ -92,7 +92,7 @@ def describe_scores(figures: dict) -> Iterator[str]:
             for one in [scores[name]]
         )
 
-    yield f"{counted(figures['observations'], 'held-out observation')}: {described(figures['headline'])}"
+    yield f"{counted(figures['measured']['scored'], 'held-out observation')}: {described(figures['headline'])}"
     if figures["unweighted"]:
         yield f"the same, unweighted: {described(figures['unweighted'])}"
     found = figures["duplicates"]

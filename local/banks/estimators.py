@@ -1,4 +1,4 @@
-"""Fit banks: from the embeddings of a reference set to what the kernel classifies with. In float64, on the CPU.
+"""Fit banks: from the embeddings of a reference set to what the kernel classifies with. On the CPU, sums in float64.
 
 The estimators follow scikit-learn: parameters go to the constructor, `fit` returns self, and what was learned is in
 attributes that end with an underscore. A matcher has `prototypes_`, `prototype_labels_`, `counts_`, `bias_` and
@@ -19,16 +19,19 @@ from sklearn.linear_model import LogisticRegression
 
 from kernel.bank import Bank, Layer, apply_layers
 from kernel.inputs import InputError
+from local.banks.folds import FOLDS
 from local.base.files import write_tensors
 from local.base.scratch import scratch_array
 from local.data.embeddings import StoredEmbeddings
 from local.data.observations import Taxonomy
 
 LOGIT_SCALE = 16.0  # of cosines, where no held-out observations are there to fit it
+TRAINED_MATCHERS = {"logistic", "projection"}
 ABSENT = -100.0  # bias of a class without a reference observation
 SHRINKAGE_SAMPLES = 4000  # photos
 INVERSE_PENALTY = 10.0  # of logistic regression, scikit-learn's C
 MAX_LOGITS = 200_000_000  # of logistic regression, observations times classes: 12 bytes of memory each
+MAX_VALUES = 1_000_000_000  # of a projection, embeddings in all views and held-out scores: 8 bytes each or more
 ROWS = 4096  # that are in double precision at once
 COLUMNS = 64  # of class means that are shrunk at once
 COVARIANCE_SAMPLES = 40_000  # residuals: enough for the covariance of a thousand features, in seconds
@@ -274,6 +277,23 @@ class NearestNeighbour:
         return self
 
 
+def refuse_large(matcher: str, observations: int, classes: int, values: int) -> None:
+    """Check that a matcher that is trained fits in memory; the others read the embeddings part by part.
+
+    Args:
+        values: photos in all views times features.
+
+    Raises:
+        InputError: it does not.
+    """
+    scores = observations * classes
+    if scores > MAX_LOGITS if matcher == "logistic" else values + scores // FOLDS > MAX_VALUES:
+        raise InputError(
+            f"the matcher {matcher} needs too much memory for {observations:,} observations of {classes:,} classes: "
+            'set matcher = "means", and leave matcher out of choose'
+        )
+
+
 class LinearProbe:
     """Multinomial logistic regression with balanced classes.
 
@@ -282,17 +302,8 @@ class LinearProbe:
     """
 
     def fit(self, embeddings: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy):
-        """See `ClassMeans.fit`.
-
-        Raises:
-            InputError: there are too many observations and classes for the memory.
-        """
+        """See `ClassMeans.fit`."""
         count = len(taxonomy.genus)
-        if len(labels) * count > MAX_LOGITS:
-            raise InputError(
-                f"logistic regression on {len(labels):,} observations of {count:,} classes needs too much memory: set "
-                'matcher = "means", and leave matcher out of choose'
-            )
         model = LogisticRegression(C=INVERSE_PENALTY, class_weight="balanced", max_iter=300, tol=1e-3)
         with warnings.catch_warnings():  # scikit-learn warns of many classes with few observations
             warnings.simplefilter("ignore")
@@ -372,8 +383,11 @@ def class_means_bank(embeddings: np.ndarray, labels: np.ndarray, count: int) -> 
 
 
 def transform(layers: Sequence[Layer], embeddings: np.ndarray) -> np.ndarray:
-    """The kernel's layers in double precision: (rows, features) -> (rows, features out), rows of length 1."""
-    return l2_normalize(apply_layers(layers, torch.tensor(embeddings, dtype=torch.float64)).numpy())
+    """The kernel's layers in its precision: (rows, features) -> (rows, features out) float32, rows of length 1.
+
+    In double precision it would take most of the time of a selection.
+    """
+    return l2_normalize(apply_layers(layers, to_float32(embeddings)).numpy())
 
 
 def save_banks(banks: Sequence[Bank], path: Path) -> None:

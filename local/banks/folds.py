@@ -1,10 +1,13 @@
 """Hold out observations, and weight them: no observation is both in a reference set and a query of it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 FOLDS = 5
 MAX_SHOTS = 4  # so many shots or more are one number
-MAX_SCORES = 50_000_000  # queries times classes; with more classes fewer queries are drawn
+MAX_SCORES = 50_000_000  # queries times classes of a search, and of the predictions that a run keeps
+MAX_FINAL_SCORES = 100_000_000_000  # queries times prototypes of the final evaluation: an hour on one core
 
 
 def make_folds(
@@ -32,9 +35,19 @@ def make_folds(
         queries = rng.permutation(own if query_mask is None else own[query_mask[own]])
         if len(queries) and len(own) > 1:
             fold[queries] = (np.arange(len(queries)) + rng.integers(FOLDS)) % FOLDS
-    limit = max(FOLDS, MAX_SCORES // (labels.max() + 1))
-    drawn = np.isin(np.arange(len(fold)), rng.permutation(np.flatnonzero(fold >= 0))[:limit])
-    return [(fold != number, drawn & (fold == number)) for number in range(FOLDS) if (drawn & (fold == number)).any()]
+    return [(fold != number, fold == number) for number in range(FOLDS) if (fold == number).any()]
+
+
+def draw_queries(
+    folds: Sequence[tuple[np.ndarray, np.ndarray]], limit: int, seed: int
+) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+    """The folds with at most `limit` queries, drawn at random; those of a lower limit are among those of a higher."""
+    queries, limit = np.any([queries for _, queries in folds], axis=0), max(FOLDS, limit)
+    if queries.sum() <= limit:
+        return folds
+    drawn = np.zeros_like(queries)
+    drawn[np.random.default_rng(seed).permutation(np.flatnonzero(queries))[:limit]] = True
+    return [(reference, own & drawn) for reference, own in folds if (own & drawn).any()]
 
 
 def shot_weights(shots: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ CONCENTRATIONS = (50.0, 20.0, 5.0, 0.5)
 MEMORY = 2.0  # years after which an observation counts 1/e in the recency of its class
 ORIGINS = 5  # how many of the last years are folds
 RIDGE = 1e-3  # penalty of the squared weights, in nats per query: it decides only what the queries leave open
+MAX_SCORES = 10_000_000  # queries of a fold times classes, of which each term has one: thousands of queries are enough
 INITIAL_WEIGHT = 0.3  # of every term, and the final one if there are no queries
 KM_PER_DEGREE = 111.2
 
@@ -60,29 +61,35 @@ SMOOTHING_KERNELS: dict[str, Callable[[Sequence[str]], np.ndarray]] = {
 }
 
 
-def smooth(values: Sequence[str | None], known: Sequence[str], feature: str) -> np.ndarray:
-    """Each observation as a distribution over known values: (observations, known); zeros without a value."""
+def smooth(
+    values: Sequence[str | None], known: Sequence[str], feature: str, labels: np.ndarray, classes: int
+) -> np.ndarray:
+    """The sum over each class's observations of their distributions over known values: (classes, known).
+
+    Args:
+        values: (observations,); one without a value has no distribution.
+        labels: (observations,) index of the class of each.
+    """
     kernel = SMOOTHING_KERNELS[feature](known) if feature in SMOOTHING_KERNELS else np.eye(len(known))
     kernel = kernel / kernel.sum(axis=1, keepdims=True)
-    row = {value: number for number, value in enumerate(known)}
-    return np.array([kernel[row[value]] if value in row else np.zeros(len(known)) for value in values])
+    column = {value: number for number, value in enumerate(known)}
+    columns = np.array([column.get(value, -1) for value in values])
+    own = columns >= 0
+    return csr_array((np.ones(own.sum()), (labels[own], columns[own])), shape=(classes, len(known))) @ kernel
 
 
-def taxon_rings(labels: np.ndarray, ancestry: Sequence[tuple[str, ...]], mass: np.ndarray) -> list[np.ndarray]:
+def taxon_rings(own: np.ndarray, ancestry: Sequence[tuple[str, ...]]) -> list[np.ndarray]:
     """Sums over each class's relatives by their closeness, each observation in exactly one ring.
 
     Args:
-        labels: (observations,) index of the class of each.
+        own: (classes, values) sums of the distributions of each class's observations.
         ancestry: of each class the names of its taxa, the widest first; "" for one that is not named.
-        mass: (observations, values) distributions.
 
     Returns:
         From the widest taxon to the class itself (classes, values): sums over the observations that share this taxon
         with the class, but no narrower one. Otherwise the only species of a genus would count twice. A class whose
         taxon is not named has no relatives by it, but may have some by a narrower or wider one.
     """
-    own = np.zeros((len(ancestry), mass.shape[1]))
-    np.add.at(own, labels, mass)
     ranks = [*zip(*ancestry, strict=True)]
 
     def relatives(shared: tuple[int, ...]) -> np.ndarray:
@@ -103,18 +110,19 @@ def taxon_rings(labels: np.ndarray, ancestry: Sequence[tuple[str, ...]], mass: n
     return [*rings, own]
 
 
-def log_ratios(
-    labels: np.ndarray, ancestry: Sequence[tuple[str, ...]], mass: np.ndarray, concentrations: Sequence[float]
-) -> np.ndarray:
+def log_ratios(own: np.ndarray, ancestry: Sequence[tuple[str, ...]], concentrations: Sequence[float]) -> np.ndarray:
     """(classes, values) log p(value | class) / p(value), each ring backing off to the next wider one.
 
     Hierarchical Dirichlet smoothing (MacKay and Peto 1995): each level is the mean of a Dirichlet whose prior is the
     estimate of the wider taxon, with its concentration as pseudo-counts (the m-estimate of Cestnik 1990).
+
+    Args:
+        own, ancestry: see `taxon_rings`.
     """
-    total = mass.sum(axis=0)
+    total = own.sum(axis=0)
     overall = (total + 1 / len(total)) / (total.sum() + 1)
     estimate = overall
-    rings = taxon_rings(labels, ancestry, mass)
+    rings = taxon_rings(own, ancestry)
     for ring, concentration in zip(rings, concentrations, strict=True):
         estimate = (ring + concentration * estimate) / (ring.sum(axis=1, keepdims=True) + concentration)
     return np.log(estimate) - np.log(overall)
@@ -181,11 +189,12 @@ def choose_weights(reference: LabelledObservations) -> dict[str, float]:
     # Without metadata there are no weights to choose, and with 32,000 classes the folds would not fit in memory.
     for past, queries in rolling_origin_folds(years, ORIGINS) if reference.has_metadata else ():
         known = sorted(set(reference.class_ids[past]))
-        queries = queries & np.isin(reference.class_ids, known)
-        if queries.any():
+        rows = np.flatnonzero(queries & np.isin(reference.class_ids, known))
+        if len(rows):
+            drawn = np.sort(np.random.default_rng(0).permutation(rows)[: max(1, MAX_SCORES // len(known))])
             values, tables = unweighted_terms(reference.subset(past), known)
-            design = design_matrix(values, tables, terms, reference.subset(queries).observations)
-            designs.append((design, np.searchsorted(known, reference.class_ids[queries].astype(str))))
+            design = design_matrix(values, tables, terms, reference.subset(drawn).observations)
+            designs.append((design, np.searchsorted(known, reference.class_ids[drawn].astype(str))))
     # The folds cannot weight the shots: few-shot data omit the frequent classes, so that a class of four seems
     # never to return. Probabilities are proportional to counts, which is a weight of 1.
     return dict(zip(terms, conditional_logit(designs, len(terms)).tolist(), strict=True)) | {SHOTS: 1.0}
@@ -204,11 +213,13 @@ def unweighted_terms(
         known = sorted({value for value in read if value is not None})
         if known:
             values[feature] = known
-            tables[feature] = log_ratios(labels, ancestry, smooth(read, known, feature), CONCENTRATIONS).T
+            own = smooth(read, known, feature, labels, len(classes))
+            tables[feature] = log_ratios(own, ancestry, CONCENTRATIONS).T
     years = years_of(reference)
     recent = np.exp((years - np.nanmax(years, initial=-np.inf)) / MEMORY)
-    mass = np.nan_to_num(np.stack([recent, 1 - recent], axis=1))  # zeros for an unknown year
-    tables[RECENCY] = log_ratios(labels, ancestry, mass, CONCENTRATIONS).T[:1]
+    mass = np.nan_to_num(np.stack([recent, 1 - recent]))  # zeros for an unknown year
+    own = np.stack([np.bincount(labels, each, minlength=len(classes)) for each in mass], axis=1)
+    tables[RECENCY] = log_ratios(own, ancestry, CONCENTRATIONS).T[:1]
     tables[SHOTS] = np.log(np.maximum(np.bincount(labels, minlength=len(classes)), 0.5))[None]
     return values, tables
 

@@ -1,12 +1,14 @@
 """Select a bank by cross-validation, without the test set; no query is in the reference set that it is scored with."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import torch
 
 from kernel.bank import Bank, Layer, classify, largest, refine_transductively
+from kernel.metadata_prior import WeightedPrior
 from local.banks.estimators import (
     HUBNESS_SAMPLES,
     ClassMeans,
@@ -22,7 +24,7 @@ from local.banks.estimators import (
     rescale,
     transform,
 )
-from local.banks.folds import FOLDS, macro_weights, shot_weights
+from local.banks.folds import FOLDS, MAX_SCORES, macro_weights, shot_weights
 from local.banks.projection import ProjectionEnsemble
 from local.base.console import progress
 from local.base.metrics import GUESSES, gained, mean_recall
@@ -31,6 +33,7 @@ from local.data.embeddings import StoredEmbeddings
 from local.data.observations import Taxonomy
 from local.recipes.settings import CANDIDATES, VIEW_GROUPS, BankSettings
 
+Prior = torch.Tensor | WeightedPrior  # (queries, classes)
 QUERIES = 256  # whose scores are compared at once: with tens of thousands of classes they stay under 100 MB
 LOGIT_SCALE_QUERIES = 1000  # enough for one number
 # Multiples of the logit scale that a matcher was fitted at; 1 comes first, and stays unless another is better.
@@ -264,15 +267,23 @@ class Evaluation:
     logit_scales: tuple[float, ...] = ()
 
 
-def evaluate_predictions(log_probabilities: torch.Tensor, truth: np.ndarray) -> Evaluation:
-    """Compare (queries, classes) log-probabilities with the (queries,) true classes, -1 for one that the bank lacks.
+def evaluate_predictions(log_probabilities: torch.Tensor | Iterable[torch.Tensor], truth: np.ndarray) -> Evaluation:
+    """Compare log-probabilities with the (queries,) true classes, -1 for one that the bank lacks.
 
     Equal log-probabilities are ranked in the order of the classes, as the kernel ranks them.
+
+    Args:
+        log_probabilities: (queries, classes), or chunks of it, of which only one is in memory at a time.
     """
-    classes, parts = torch.arange(log_probabilities.shape[1]), []
-    for scores, target in zip(log_probabilities.split(QUERIES), torch.tensor(truth).split(QUERIES), strict=True):
-        own = scores.gather(1, target.clamp(min=0)[:, None])
-        ranks = ((scores > own) | ((scores == own) & (classes < target[:, None]))).sum(dim=1)
+    chunks = [log_probabilities] if isinstance(log_probabilities, torch.Tensor) else log_probabilities
+    left, parts = torch.tensor(truth), []
+    for scores in chain.from_iterable(chunk.split(QUERIES) for chunk in chunks):
+        target, left = left[: len(scores)], left[len(scores) :]
+        own, classes = scores.gather(1, target.clamp(min=0)[:, None]), torch.arange(scores.shape[1])
+        is_true = torch.empty_like(scores)  # as numbers, of which torch adds up a row in a tenth of the time
+        ranks = torch.gt(scores, own, out=is_true).sum(dim=1).long()
+        tied = torch.eq(scores, own, out=is_true).sum(dim=1) > 1
+        ranks[tied] += ((scores[tied] == own[tied]) & (classes < target[tied, None])).sum(dim=1)
         ranks = torch.where(target < 0, len(classes), ranks)
         losses = torch.where(target < 0, torch.nan, -own[:, 0].double())
         parts.append((largest(scores, max(GUESSES)), ranks, losses))
@@ -289,7 +300,7 @@ class Search:
         guesses: in a row of the submission.
         reference: (observations,) bool, the reference set of the final bank.
         predict_prior: maps a fold's (reference set, queries) to log-probabilities by the queries' metadata, (queries,
-            classes), or to None.
+            classes), all at once or in slices; or to None.
         is_macro: all classes count the same, as in a macro-F1, rather than all observations.
         seed: of matchers that are trained, and of the parts of `nested_predictions`.
     """
@@ -301,25 +312,26 @@ class Search:
         folds: Sequence[tuple[np.ndarray, np.ndarray]],
         guesses: int,
         reference: np.ndarray,
-        predict_prior: Callable[[np.ndarray, np.ndarray], torch.Tensor | None] = lambda *fold: None,
+        predict_prior: Callable[[np.ndarray, np.ndarray], Prior | None] = lambda *fold: None,
         is_macro: bool = False,
         seed: int = 0,
     ):
         self.embed, self.folds, self.guesses, self.predict_prior, self.seed = embed, folds, guesses, predict_prior, seed
+        self.resize_mode = resize_mode
         labels, count = embed(resize_mode).labels, len(embed(resize_mode).taxonomy.genus)
         self.queries = np.concatenate([np.flatnonzero(queries) for _, queries in folds])
         self.truth = labels[self.queries]
         shots = [np.bincount(labels[fold], minlength=count + 1)[labels[queries]] for fold, queries in folds]
         self.weights = macro_weights(self.truth) if is_macro else shot_weights(np.concatenate(shots), labels[reference])
-        self.priors: dict[int, torch.Tensor | None] = {}
+        self.priors: dict[int, Prior | None] = {}
         self.whitenings: dict[tuple[str, int], Whitening] = {}
         self.evaluations: dict[BankSettings, Evaluation] = {}
 
     def evaluate(self, settings: BankSettings) -> Evaluation:
         """The evaluation of one candidate on all queries, fold after fold."""
         if settings not in self.evaluations:
-            log_probabilities, logit_scales = self.log_probabilities(settings)
-            evaluation = evaluate_predictions(log_probabilities, self.truth)
+            folds, logit_scales = self.fit_folds(settings)
+            evaluation = evaluate_predictions(self.predict(settings, folds), self.truth)
             self.evaluations[settings] = replace(evaluation, logit_scales=logit_scales)
         return self.evaluations[settings]
 
@@ -327,46 +339,55 @@ class Search:
         """(queries,) the weighted `mean_recall`, of which the mean is maximised."""
         return self.weights * mean_recall(self.evaluate(settings).ranks, self.guesses)
 
-    def log_probabilities(self, settings: BankSettings) -> tuple[torch.Tensor, tuple[float, ...]]:
-        """(queries, classes), fold after fold, and the logit scales."""
-        folds, logit_scales = self.fit_folds(settings)
-        parts = [self.predict_fold(settings, number, *fold) for number, fold in enumerate(folds)]
-        return torch.cat(parts), logit_scales
+    def fit_folds(
+        self, settings: BankSettings, logit_scales: tuple[float, ...] = ()
+    ) -> tuple[list[list[Bank]], tuple[float, ...]]:
+        """The banks of each fold, and the logit scales of all folds.
 
-    def fit_folds(self, settings: BankSettings) -> tuple[list[tuple[list[Bank], torch.Tensor]], tuple[float, ...]]:
-        """The banks of each fold with the (queries of the fold, features) that they are asked for; the logit scales."""
-        embedded, fitted, log_priors, pooled = self.embed(settings.resize_mode), [], [], []
-        for number, (reference, queries) in enumerate(self.folds):
+        Args:
+            logit_scales: empty: those with the lowest log-loss.
+        """
+        embedded, fitted, log_priors = self.embed(settings.resize_mode), [], []
+        for number, (reference, _) in enumerate(self.folds):
             key = (settings.resize_mode, number)
             if settings.whitening and key not in self.whitenings:
                 self.whitenings[key] = fit_whitening(embedded.subset(reference))
             readable = embedded.readable(reference)
             fitted.append(fit_matcher(settings, embedded, readable, self.whitenings.get(key), self.seed))
             log_priors.append(class_prior(settings, embedded, readable))
-            pooled.append(torch.tensor(embedded.pooled(settings)[queries], dtype=torch.float32))
-        # One logit scale for all folds, fitted without transduction.
-        logit_scales = tuple(
-            fit_logit_scale([banks[group] for banks in fitted], log_priors, pooled, self.truth)
-            for group in logit_scale_groups(settings)
-        )
+        if not logit_scales:  # one for all folds, fitted without transduction
+            drawn = draw_mask(len(self.truth), LOGIT_SCALE_QUERIES)
+            rows = [np.flatnonzero(queries) for _, queries in self.folds]
+            masks = np.split(drawn, np.cumsum([len(own) for own in rows])[:-1])
+            pooled = [self.pooled(settings, own[mask]) for own, mask in zip(rows, masks, strict=True)]
+            logit_scales = tuple(
+                fit_logit_scale([banks[group] for banks in fitted], log_priors, pooled, self.truth[drawn])
+                for group in logit_scale_groups(settings)
+            )
         banks = [finish(settings, own, prior, logit_scales) for own, prior in zip(fitted, log_priors, strict=True)]
-        return list(zip(banks, pooled, strict=True)), logit_scales
+        return banks, logit_scales
 
-    def predict_fold(
-        self, settings: BankSettings, number: int, banks: Sequence[Bank], queries: torch.Tensor
-    ) -> torch.Tensor:
-        """(queries, classes) log-probabilities of a fold's queries, by their photos and metadata."""
-        predicted = torch.cat(list(classify(banks, queries)))
-        if settings.metadata_weight:
-            by_metadata = self.metadata_prior(number)
-            if by_metadata is not None:
-                predicted = predicted + settings.metadata_weight * by_metadata
-            predicted = predicted.log_softmax(dim=1)
-        return predicted
+    def pooled(self, settings: BankSettings, observations: np.ndarray) -> torch.Tensor:
+        """(observations, features) of some observations, given by their indices or a mask."""
+        return torch.tensor(self.embed(settings.resize_mode).pooled(settings)[observations], dtype=torch.float32)
 
-    def view_votes(
-        self, settings: BankSettings, folds: Sequence[tuple[list[Bank], torch.Tensor]], query_mask: np.ndarray
-    ) -> np.ndarray:
+    def predict(self, settings: BankSettings, folds: Sequence[Sequence[Bank]]) -> Iterator[torch.Tensor]:
+        """Log-probabilities of the queries by their photos and metadata, (queries of a chunk, classes).
+
+        Args:
+            folds: the banks of each.
+        """
+        for number, ((_, queries), banks) in enumerate(zip(self.folds, folds, strict=True)):
+            by_metadata = self.metadata_prior(number) if settings.metadata_weight else None
+            first = 0
+            for predicted in classify(banks, self.pooled(settings, queries)):
+                if by_metadata is not None:
+                    own = by_metadata[first : first + len(predicted)]
+                    predicted = predicted + settings.metadata_weight * own
+                first += len(predicted)
+                yield predicted.log_softmax(dim=1) if settings.metadata_weight else predicted
+
+    def view_votes(self, settings: BankSettings, folds: Sequence[Sequence[Bank]], query_mask: np.ndarray) -> np.ndarray:
         """(rows, 3) int: a query, a class, and how many views of its photos have that class as their first guess.
 
         Each view is classified as its observation is, with the same bank and metadata.
@@ -380,7 +401,8 @@ class Search:
         columns = [embedded.views.index(view) for view in settings.views]
         index = np.full(len(embedded.labels), -1)
         index[self.queries[query_mask]] = np.flatnonzero(query_mask)
-        for number, ((_, queries), (banks, pooled)) in enumerate(zip(self.folds, folds, strict=True)):
+        for number, ((_, queries), banks) in enumerate(zip(self.folds, folds, strict=True)):
+            pooled = self.pooled(settings, queries)
             usable = pooled[pooled.norm(dim=1) > 0]
             refined = [refine_transductively(bank, bank.transform(usable)) for bank in banks]
             fixed = [replace(bank, transduction=torch.tensor(0.0)) for bank in refined]
@@ -399,11 +421,20 @@ class Search:
         cells, votes = np.unique(np.concatenate(parts), return_counts=True)
         return np.stack([cells // count, cells % count, votes], axis=1)
 
-    def metadata_prior(self, number: int) -> torch.Tensor | None:
+    def metadata_prior(self, number: int) -> Prior | None:
         """The log-probabilities by the metadata of a fold's queries, fitted once."""
         if number not in self.priors:
-            self.priors[number] = self.predict_prior(*self.folds[number])
+            prior = self.predict_prior(*self.folds[number])
+            is_small = len(self.truth) * len(self.embed(self.resize_mode).taxonomy.genus) <= MAX_SCORES
+            self.priors[number] = prior[:] if prior is not None and is_small else prior  # used by every candidate
         return self.priors[number]
+
+
+def draw_mask(count: int, drawn: int) -> np.ndarray:
+    """(count,) bool, true for `drawn` at random, or for all if there are fewer."""
+    mask = np.zeros(count, dtype=bool)
+    mask[torch.randperm(count, generator=torch.Generator().manual_seed(0))[:drawn].numpy()] = True
+    return mask
 
 
 def fit_logit_scale(
@@ -420,22 +451,20 @@ def fit_logit_scale(
         queries: (queries of the fold, features) per fold.
         truth: (queries,) fold after fold; -1 for a class that no bank has.
     """
-    drawn = torch.zeros(len(truth), dtype=torch.bool)
-    drawn[torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))[:LOGIT_SCALE_QUERIES]] = True
-    masks = drawn.split([len(own) for own in queries])
     similarities = [
-        [bank.similarities(bank.transform(own[mask])) for bank in banks]
-        for banks, own, mask in zip(folds, queries, masks, strict=True)
+        [bank.similarities(bank.transform(own)) for bank in banks] for banks, own in zip(folds, queries, strict=True)
     ]
+    targets = torch.tensor(truth).split([len(own) for own in queries])
 
     def loss(logit_scale: float) -> float:
         parts = []
-        for banks, log_prior, own in zip(folds, log_priors, similarities, strict=True):
+        for banks, log_prior, own, target in zip(folds, log_priors, similarities, targets, strict=True):
             scaled = [rescale(bank, logit_scale) for bank in banks]
             scaled = [replace(bank, bias=bank.bias + log_prior) for bank in scaled]
             each = [bank.log_probabilities(one) for bank, one in zip(scaled, own, strict=True)]
-            parts.append(each[0] if len(each) == 1 else torch.stack(each).logsumexp(0))
-        return torch.nn.functional.nll_loss(torch.cat(parts), torch.tensor(truth)[drawn], ignore_index=-1).item()
+            mean = each[0] if len(each) == 1 else torch.stack(each).logsumexp(0)
+            parts.append(mean[target >= 0].gather(1, target[target >= 0, None]))
+        return -torch.cat(parts).mean().item()
 
     return min((float(folds[0][0].logit_scale) * LOGIT_SCALE_FACTORS).tolist(), key=loss)
 
@@ -552,12 +581,13 @@ def nested_predictions(search: Search, settings: BankSettings, choose: Sequence[
         part = rng.permutation(count) % FOLDS
         parts = progress(range(FOLDS), "evaluating the selection", unit="part")
         chosen = [coordinate_ascent(search, settings, choose, part != number) for number in parts]
-    predicted, votes = None, []
+    predicted, votes = torch.empty(count, len(search.embed(settings.resize_mode).taxonomy.genus)), []
     for own in progress(list(dict.fromkeys(chosen)), "predicting the held-out observations", unit="choice"):
         folds, _ = search.fit_folds(own)
-        rows = np.isin(part, [number for number, one in enumerate(chosen) if one == own])
-        found = torch.cat([search.predict_fold(own, number, *fold) for number, fold in enumerate(folds)])
-        predicted = found if predicted is None else predicted
-        predicted[torch.tensor(rows)] = found[torch.tensor(rows)]
+        rows, first = np.isin(part, [number for number, one in enumerate(chosen) if one == own]), 0
+        for found in search.predict(own, folds):
+            mask = torch.tensor(rows[first : first + len(found)])
+            predicted[first : first + len(found)][mask] = found[mask]
+            first += len(found)
         votes.append(search.view_votes(own, folds, rows))
     return NestedPredictions(predicted, np.concatenate(votes))

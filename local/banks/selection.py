@@ -1,7 +1,7 @@
 """Select the bank of an encoder: which observations it is made of, which settings it has, and how good it is."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +9,23 @@ import numpy as np
 import torch
 
 from kernel.bank import Bank, largest
-from kernel.metadata_prior import MetadataPrior
+from kernel.metadata_prior import MetadataPrior, WeightedPrior, has_known_value
 from local.banks.ensemble import HeldOutPredictions
-from local.banks.folds import make_folds
+from local.banks.estimators import TRAINED_MATCHERS, in_parts, refuse_large
+from local.banks.folds import MAX_FINAL_SCORES, MAX_SCORES, draw_queries, make_folds
 from local.banks.metadata_prior import fit_prior
-from local.banks.search import Embedded, Search, coordinate_ascent, fit_banks, most_candidates, nested_predictions
+from local.banks.search import (
+    Embedded,
+    Search,
+    coordinate_ascent,
+    evaluate_predictions,
+    fit_banks,
+    most_candidates,
+    nested_predictions,
+)
 from local.base.console import Progress, counted, say
 from local.base.metrics import GUESSES, describe, held_out_scores
+from local.base.scratch import scratch_array
 from local.data.duplicates import NEAR_DUPLICATE, find_near_duplicates, plain_column
 from local.data.embedding import WeightedEncoders
 from local.data.observations import Split, encode_labels, sort_ids
@@ -75,7 +85,6 @@ class BankPlan:
         left_out = {
             "kept for training": 0 if self.query_mask.all() else train,
             f"alone in {'its' if alone == 1 else 'their'} class": alone,
-            "not drawn": int(self.query_mask.sum()) - alone - held_out,
         }
         why = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
         folds = f"in {counted(len(self.folds), 'fold')} over " if self.folds else "of "
@@ -111,7 +120,7 @@ class SelectedBank:
         banks: over the embeddings of the first encoder, of the first two, and so on: each a list of banks whose
             probabilities are averaged.
         metadata_prior: None where the settings give it no weight.
-        scores: see `local.base.metrics.held_out_scores`; empty where nothing could be held out. Where settings were
+        scores: see `BankSelection._score`; empty where nothing could be held out. Where settings were
             selected, each observation is predicted with those that the others select.
         optimistic_scores: of the selected settings on the same observations that selected them; empty without any.
         candidates: the rows of the table of all settings that were compared.
@@ -157,6 +166,7 @@ class BankSelection:
         self.taxonomy = self.labelled.taxonomy(plan.classes)
         self.unreadable: dict[Path, str] = {}
         self._embedded: dict[str, Embedded] = {}
+        self._priors: dict[bytes, MetadataPrior] = {}
 
     def embed(self, resize_mode: str, rounds: int = 1) -> Embedded:
         """All labelled observations in all views that may be used; for `rounds` see EmbeddingCache."""
@@ -174,16 +184,25 @@ class BankSelection:
         """Embed in every resize mode that may be selected. Under torchrun, every process embeds a part.
 
         Raises:
-            InputError: too many photos cannot be read.
+            InputError: a matcher that may be selected does not fit in memory, or too many photos cannot be read.
         """
+        is_chosen = "matcher" in self.choose and self.settings.matcher != "head"
+        features = sum(encoder.features for encoder in self.encoders.encoders)
+        values = len(self.labelled.photos) * len(self.settings.views) * features
+        for matcher in {self.settings.matcher, *(CANDIDATES["matcher"] if is_chosen else ())} & TRAINED_MATCHERS:
+            refuse_large(matcher, len(self.plan.labels), len(self.plan.classes), values)
         modes = CANDIDATES["resize_mode"] if "resize_mode" in self.choose else (self.settings.resize_mode,)
         for index, resize_mode in enumerate(modes):
             self.embed(resize_mode, len(modes) - index)
         check_readable(list(self.unreadable.items()), len(self.labelled.photos))
 
     def embed_reference(self, settings: BankSettings) -> np.ndarray:
-        """(reference observations, features), rows of length 1, or 0 where no photo could be read."""
-        return self.embed(settings.resize_mode).pooled(settings)[self.plan.reference]
+        """(reference observations, features) float16, rows of length 1, or 0 where no photo could be read."""
+        pooled, rows = self.embed(settings.resize_mode).pooled(settings), np.flatnonzero(self.plan.reference)
+        values = scratch_array((len(rows), pooled.shape[1]), np.float16)
+        for part in in_parts(len(rows)):
+            values[part] = pooled[rows[part]]
+        return values
 
     def select(self) -> SelectedBank:
         """Select the settings in `choose`, evaluate them on observations that had no part in it, and fit the bank."""
@@ -193,16 +212,14 @@ class BankSelection:
             open_settings = f", and cannot choose {', '.join(self.choose)}" if self.choose else ""
             say(f"{plan.describe_folds()}: this run has no score{open_settings}")
             return SelectedBank(self.settings, *self._fit(self.settings))
-        search = Search(
-            self.embed,
-            self.settings.resize_mode,
-            plan.folds,
-            self.labelled.competition.guesses,
-            plan.reference,
-            self._metadata_log_probabilities,
-            plan.is_macro,
-            plan.seed,
-        )
+        held_out = sum(int(queries.sum()) for _, queries in plan.folds)
+        search = self._search(MAX_SCORES // len(plan.classes))
+        if len(search.truth) < held_out:
+            say(
+                f"{'settings are chosen and predictions kept' if self.choose else 'predictions are kept'} for "
+                f"{len(search.truth):,} of the {counted(held_out, 'held-out observation')}, drawn at random, "
+                f"since there are {counted(len(plan.classes), 'class')}"
+            )
         settings, candidates = self.settings, []
         if self.choose:
             with Progress("selecting the bank", most_candidates(settings, self.choose), "candidate") as bar:
@@ -226,18 +243,53 @@ class BankSelection:
             search.weights,
             nested.view_votes,
         )
-        scores = self._score(search, largest(nested.log_probabilities, max(GUESSES)).numpy())
-        self._describe(scores, search.weights)
-        self._describe_near_duplicates(settings)
+        top, scored = largest(nested.log_probabilities, max(GUESSES)).numpy(), search
+        if len(search.truth) < held_out:  # the other observations had no part in the choice
+            prototypes = len(plan.labels) if settings.nearest_neighbour_weight else len(plan.classes)
+            scored = self._search(MAX_FINAL_SCORES // prototypes)
+            drawn_top, top = top, self._rank_all(scored, settings, evaluation.logit_scales)
+            top[np.isin(scored.queries, search.queries)] = drawn_top
+        scores = self._score(scored, top)
+        if len(scored.truth) < held_out:
+            say(f"scored on {counted(len(scored.truth), 'held-out observation')}, drawn at random")
+        self._describe(scores, scored.weights)
+        self._describe_near_duplicates(settings, search.queries)
         optimistic = self._score(search, evaluation.top) if self.choose else {}
         banks, prior = self._fit(settings, evaluation.logit_scales)
         return SelectedBank(settings, banks, prior, scores, optimistic, candidates, predictions)
 
+    def _search(self, limit: int) -> Search:
+        """A search with at most so many queries."""
+        plan = self.plan
+        return Search(
+            self.embed,
+            self.settings.resize_mode,
+            draw_queries(plan.folds, limit, plan.seed),
+            self.labelled.competition.guesses,
+            plan.reference,
+            self._metadata_prior,
+            plan.is_macro,
+            plan.seed,
+        )
+
+    def _rank_all(self, search: Search, settings: BankSettings, logit_scales: tuple[float, ...]) -> np.ndarray:
+        """(queries, guesses) class indices, best first."""
+        with Progress("evaluating all held-out observations", len(search.truth), "observation") as bar:
+
+            def shown(chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+                for chunk in chunks:
+                    yield chunk
+                    bar.advance(len(chunk))
+
+            banks, _ = search.fit_folds(settings, logit_scales)
+            return evaluate_predictions(shown(search.predict(settings, banks)), search.truth).top
+
     def _score(self, search: Search, top: np.ndarray) -> dict[str, float]:
-        """The scores of (held-out observations, guesses) class indices, best first."""
+        """The scores of (held-out observations, guesses) class indices, best first, and their number `observations`."""
         plan, guesses = self.plan, [[self.plan.classes[index] for index in row] for row in top]
         truth = self.labelled.class_ids[search.queries]
-        return held_out_scores(truth, guesses, search.weights, plan.is_macro, plan.seed)
+        scores = held_out_scores(truth, guesses, search.weights, plan.is_macro, plan.seed)
+        return scores | {"observations": float(len(truth))}
 
     def _describe(self, scores: dict[str, float], weights: np.ndarray) -> None:
         """Print the scores of the held-out observations, weighted and not."""
@@ -250,11 +302,11 @@ class BankSelection:
             say(f"the same, unweighted: {describe(scores, count, 'unweighted_')}")
         return scores
 
-    def _describe_near_duplicates(self, settings: BankSettings) -> None:
-        """Print how many held-out photos another observation of the bank has too, if any."""
+    def _describe_near_duplicates(self, settings: BankSettings, queries: np.ndarray) -> None:
+        """Print how many photos of some held-out observations another observation of the bank has too, if any."""
         embedded = self.embed(settings.resize_mode)
-        query_mask = np.any([queries for _, queries in self.plan.folds], axis=0)
-        photos = embedded.values[:, plain_column(embedded.views)]
+        query_mask = np.isin(np.arange(len(embedded.labels)), queries)
+        photos = embedded.values[:, [plain_column(embedded.views)]]
         found = find_near_duplicates(photos, embedded.observations, embedded.labels, query_mask, self.plan.reference)
         if len(found.photos):
             held_out = counted(int(query_mask[embedded.observations].sum()), "held-out photo")
@@ -283,14 +335,19 @@ class BankSelection:
         return dataclasses.replace(embedded, values=values, pooled_cache={}, transform_cache={})
 
     def _fit_prior(self, reference: np.ndarray) -> MetadataPrior:
-        """What the metadata of some of the observations say of the classes."""
-        return fit_prior(self.labelled.subset(reference), self.plan.classes)
+        """What the metadata of some of the observations say of the classes, fitted once."""
+        key = reference.tobytes()
+        if key not in self._priors:
+            self._priors[key] = fit_prior(self.labelled.subset(reference), self.plan.classes)
+        return self._priors[key]
 
-    def _metadata_log_probabilities(self, reference: np.ndarray, queries: np.ndarray) -> torch.Tensor | None:
-        """(queries, classes), by the metadata alone; None where the tables have none."""
+    def _metadata_prior(self, reference: np.ndarray, queries: np.ndarray) -> WeightedPrior | None:
+        """(queries, classes) log-probabilities by the metadata alone; None where the queries have none."""
         if not self.labelled.has_metadata:
             return None
-        return self._fit_prior(reference).log_probabilities(self.labelled.subset(queries).observations)
+        prior = self._fit_prior(reference)
+        rows = prior.rows(self.labelled.subset(queries).observations)
+        return WeightedPrior(((1.0, prior, rows),)) if has_known_value(rows) else None
 
 
 def describe_candidate(row: dict) -> str:

@@ -28,16 +28,18 @@ from kernel.submission import write_submission
 from local.banks.estimators import l2_normalize, save_banks
 from local.banks.selection import BankSelection, plan_bank
 from local.base.console import counted, progress, say
+from local.base.run_folder import REFERENCE_FILE
 from local.data.cache import EmbeddingCache, as_keys
 from local.data.embedding import WeightedEncoders
 from local.data.observations import LabelledObservations, split_for_validation
 from local.recipes.settings import BankSettings
+from local.training.export import write_reference
 
 FEATURES = 768  # of a ViT-B
 TEST = 8  # times fewer observations to predict, as in Herbarium
 WRITTEN = 32_768  # photos whose embeddings are drawn at once
 NOISE = 0.9  # of a photo around the centre of its class, of length 1: about half of the queries are right
-SAMPLED = 0.01  # seconds between two readings of the memory
+SAMPLED = 0.05  # seconds between two readings of the memory
 SETTINGS = BankSettings(views=("plain",), resize_mode="crop", genus_weight=0.25, class_prior_exponent=0.25)
 CHOOSE = ("whitening",)  # the slowest to choose; so every size evaluates the same five candidates
 
@@ -70,15 +72,15 @@ class Memory(threading.Thread):
 @contextmanager
 def measured(rows: list[dict], photos: int, classes: int, step: str) -> Iterator[None]:
     """Append a row with the time and the memory of a step, and print it."""
-    memory, start = Memory(), time.perf_counter()
+    memory, start, cpu_start = Memory(), time.perf_counter(), time.process_time()
     memory.start()
     yield
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     memory.ended.set()
     memory.join()
-    row = {"photos": photos, "classes": classes, "step": step, "seconds": seconds, "peak_gb": memory.peak}
-    rows.append(row)
-    say(f"| {photos:,} | {step} | {seconds:.1f} | {memory.peak:.2f} |")
+    row = {"photos": photos, "classes": classes, "step": step, "seconds": seconds, "cpu_seconds": cpu_seconds}
+    rows.append(row | {"peak_gb": memory.peak})
+    say(f"| {photos:,} | {step} | {seconds:.1f} | {cpu_seconds:.1f} | {memory.peak:.2f} |")
 
 
 def draw_labels(photos: int, classes: int, rng: np.random.Generator) -> np.ndarray:
@@ -157,6 +159,7 @@ def measure_scale(photos: int, classes: int, features: int, folder: Path) -> lis
         bank = selection.select()
     with measured(rows, photos, classes, "save the bank"):
         save_banks(bank.banks[-1], folder / "bank.safetensors")
+        write_reference(plan, selection.embed_reference(bank.settings), folder / REFERENCE_FILE)
     del selection, plan
     test = draw_labels(max(classes, photos) // TEST, classes, rng)[: photos // TEST]
     with measured(rows, photos, classes, "read and pool the test set"):
@@ -177,12 +180,13 @@ def scale(photos: Sequence[int], classes: int, features: int = FEATURES) -> dict
     """Measure each number of photos, print the table, and how the steps grow.
 
     Returns:
-        {"rows": [{"photos", "classes", "step", "seconds", "peak_gb"}]}
+        {"rows": [{"photos", "classes", "step", "seconds", "cpu_seconds", "peak_gb"}]}; cpu_seconds are those of the
+        process, all its threads together, without its waiting for other programs and for the disk
     """
     rows: list[dict] = []
     say(f"{counted(classes, 'class')}, embeddings of {features} features")
-    say("| photos | step | seconds | GB of memory beside mapped files |")
-    say("|---|---|---|---|")
+    say("| photos | step | seconds | seconds of CPU | GB of memory beside mapped files |")
+    say("|---|---|---|---|---|")
     for number in progress(photos, "measuring", unit="size"):
         with tempfile.TemporaryDirectory(dir="/var/tmp" if os.access("/var/tmp", os.W_OK) else None) as folder:
             rows += measure_scale(number, classes, features, Path(folder))
@@ -193,9 +197,9 @@ def scale(photos: Sequence[int], classes: int, features: int = FEATURES) -> dict
 
 def describe_growth(rows: Sequence[dict]) -> list[str]:
     """For each step and each size after the first, how many times as long it takes, beside how many more photos."""
-    lines, seconds = [], {(row["photos"], row["step"]): row["seconds"] for row in rows}
+    lines, seconds = [], {(row["photos"], row["step"]): row["cpu_seconds"] for row in rows}
     sizes, steps = list(dict.fromkeys(row["photos"] for row in rows)), list(dict.fromkeys(row["step"] for row in rows))
     for before, size in pairwise(sizes):
         growth = [f"{step} {seconds[size, step] / max(seconds[before, step], 1e-9):.1f}" for step in steps]
-        lines.append(f"{size / before:.1f} times the photos ({size:,}), times the seconds: {', '.join(growth)}")
+        lines.append(f"{size / before:.1f} times the photos ({size:,}), times the seconds of CPU: {', '.join(growth)}")
     return lines

@@ -217,9 +217,11 @@ def own_photo_digests(paths: Sequence[Path], folder: Path) -> np.ndarray:
             return digests
         with Progress("reading new photos", len(unknown), "photo") as bar:
             for part in split(unknown, HASHED):
-                for photo, digest in zip(part, threads.map(content_digest, [paths[one] for one in part]), strict=True):
-                    digests[photo] = np.frombuffer(digest, dtype=np.uint8)
-                    bar.advance()
+                read = []
+                for own in threads.map(content_digests, split([paths[photo] for photo in part], LOOKED_UP)):
+                    read += own
+                    bar.advance(len(own))
+                digests[part] = as_keys(read)
                 settled = part[[is_settled(paths[photo]) for photo in part]]
                 known.add(keys[settled], digests[settled])
     known.join()
@@ -251,6 +253,11 @@ def is_settled(path: Path) -> bool:
         return abs(time.time() - path.stat().st_mtime) > SETTLED
     except (OSError, ValueError):
         return False
+
+
+def content_digests(paths: Sequence[Path]) -> list[bytes]:
+    """`content_digest` of each photo; of many in one thread, because a thread for each would take longer than most."""
+    return [content_digest(path) for path in paths]
 
 
 def content_digest(path: Path) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from local.base.console import progress
+from local.data.embeddings import StoredEmbeddings
 
 # Of the embeddings of single photos in one view: means over views hide near-duplicates. A copy that was resized,
 # compressed again or cropped a little has about this cosine.
@@ -44,7 +45,7 @@ def plain_column(views: Sequence[str]) -> int:
 
 
 def find_near_duplicates(
-    embeddings: np.ndarray,
+    embeddings: np.ndarray | StoredEmbeddings,
     observations: np.ndarray,
     labels: np.ndarray,
     query_mask: np.ndarray,
@@ -57,7 +58,7 @@ def find_near_duplicates(
     number of pairs.
 
     Args:
-        embeddings: (photos, features) of one view, of any precision and length.
+        embeddings: (photos, features), or (photos, 1, features) of one view, of any precision and length.
         observations: (photos,) int, index of the observation of each.
         labels: (observations,) int, the class of each.
         query_mask: (observations,) bool, the held-out ones.
@@ -86,11 +87,11 @@ def find_near_duplicates(
     return NearDuplicates(held_out[found], matches[found], best[found], background)
 
 
-def measure_background(embeddings: np.ndarray, labels: np.ndarray, threshold: float) -> float:
+def measure_background(embeddings: np.ndarray | StoredEmbeddings, labels: np.ndarray, threshold: float) -> float:
     """The fraction of pairs of photos of different classes with a cosine of `threshold` or more, among drawn photos.
 
     Args:
-        embeddings: (photos, features).
+        embeddings: see `find_near_duplicates`.
         labels: (photos,) int, the class of each.
     """
     drawn = np.random.default_rng(0).permutation(len(labels))[:BACKGROUND_PHOTOS]
@@ -99,7 +100,7 @@ def measure_background(embeddings: np.ndarray, labels: np.ndarray, threshold: fl
     return float(((values @ values.T)[differ] >= threshold).mean()) if differ.any() else 0.0
 
 
-def _unit_rows(embeddings: np.ndarray) -> np.ndarray:
-    """Rows of length 1 in float32; rows of zeros stay."""
-    values = embeddings.astype(np.float32)
+def _unit_rows(embeddings: np.ndarray | StoredEmbeddings) -> np.ndarray:
+    """(rows, features) of length 1 in float32; rows of zeros stay."""
+    values = np.asarray(embeddings, dtype=np.float32).reshape(len(embeddings), embeddings.shape[-1])
     return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)

@@ -14,13 +14,14 @@ from kernel.manifest import Manifest
 from kernel.observations import Observation
 from kernel.tables import TAXONOMY
 from local.banks.ensemble import read_predictions
-from local.banks.estimators import l2_normalize, pool
+from local.banks.estimators import in_parts, l2_normalize, pool
 from local.banks.search import Evaluation, evaluate_predictions
 from local.base.run_folder import CACHE
 from local.base.runs import open_run
 from local.data.competition import read_competition
 from local.data.duplicates import plain_column
 from local.data.embedding import embed_with_run
+from local.data.embeddings import StoredEmbeddings
 from local.data.observations import (
     UNKNOWN_TAXA,
     LabelledObservations,
@@ -67,7 +68,7 @@ class Embedded:
         is_reference: (observations,) bool.
         photos: the readable ones.
         photo_observations: (photos,) int, index of the observation of each.
-        plain: (photos, features) float16, in the plain view, or in the first where there is none; not centred.
+        plain: (photos, 1, features) float16, in the plain view, or in the first where there is none; not centred.
     """
 
     observations: list[Observation]
@@ -77,7 +78,7 @@ class Embedded:
     is_reference: np.ndarray
     photos: list[Path]
     photo_observations: np.ndarray
-    plain: np.ndarray
+    plain: np.ndarray | StoredEmbeddings
 
 
 @dataclass(frozen=True)
@@ -263,14 +264,17 @@ def read_embeddings(evidence: Evidence) -> Embedded:
     readable = np.bincount(found.observations, minlength=len(observations))
     pooled = pool(found.values, found.observations, len(observations), evidence.recipe.bank.pooling)
     unreadable = {path for path, _ in found.unreadable}
-    mean = pooled[(readable > 0) & is_reference].mean(axis=0)
+    rows = np.flatnonzero((readable > 0) & is_reference)
+    mean = sum(pooled[rows[part]].sum(axis=0, dtype=np.float64) for part in in_parts(len(rows))) / len(rows)
+    for part in in_parts(len(pooled)):
+        pooled[part] = l2_normalize(np.where(readable[part, None] > 0, pooled[part] - mean, 0.0))
     return Embedded(
         observations=observations,
         readable=readable,
-        pooled=l2_normalize(np.where(readable[:, None] > 0, pooled - mean, 0.0)).astype(np.float32),
+        pooled=pooled,
         classes=encode_labels(known.class_ids, evidence.classes),
         is_reference=is_reference,
         photos=[path for one in observations for path in one.photos if path not in unreadable],
         photo_observations=found.observations,
-        plain=found.values[:, plain_column(evidence.recipe.bank.views)].copy(),
+        plain=found.values[:, [plain_column(evidence.recipe.bank.views)]],
     )

@@ -25,6 +25,7 @@ class Measured:
         encoders: in words.
         reference: the competition's splits that the bank is made of.
         folds: whether the held-out observations are in the bank, and were held out in turn.
+        scored: observations that the headline is of. If they are more, `observations` were drawn from them.
     """
 
     encoders: tuple[str, ...]
@@ -37,6 +38,7 @@ class Measured:
     photos: int
     classes: int
     folds: bool
+    scored: int
 
 
 @dataclass(frozen=True)
@@ -164,4 +166,5 @@ def describe_measured(evidence: Evidence) -> Measured:
         photos=sum(len(query.photos) for query in evidence.queries),
         classes=len(np.unique(evidence.truth)),
         folds=bool(evidence.is_in_bank.any()),
+        scored=int(evidence.manifest.members[0].validation.get("observations", len(evidence.queries))),
     )

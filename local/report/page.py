@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import astuple, fields
 from operator import attrgetter
 from pathlib import Path
@@ -24,8 +25,8 @@ from local.report.figures import Figures
 from local.report.scores import SCORE_NAMES, Estimate
 
 SMALL, LARGE = 96, 208  # pixels of the sides of a photo: in a table, on its own
-MAX_CHARACTERS = 10_000_000  # of photos on a page
-ERRORS_CHARACTERS = 7_000_000  # of these at most, before the photos of the classes are added
+MAX_CHARACTERS = 10_000_000  # of the photos and the table of classes, which a browser opens in a second
+ERRORS_FRACTION = 0.7  # of the characters of photos at most, before the photos of the classes are added
 CLASS_COLUMNS = [field.name for field in fields(ClassScores) if field.name not in ("label", "photo")]
 ERROR_COLUMNS = [field.name for field in fields(Mistake) if field.name not in ("photo", "nearest")]
 
@@ -35,15 +36,16 @@ class Album:
 
     Args:
         folder: of the competition.
+        limit: characters of all photos.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.indices, self.photos, self.size = folder, {}, [], 0
+    def __init__(self, folder: Path, limit: int = MAX_CHARACTERS):
+        self.folder, self.limit, self.indices, self.photos, self.size = folder, limit, {}, [], 0
 
-    def add(self, photo: str, side: int = LARGE, limit: int | None = None) -> int | None:
-        """The index of a photo in `photos`; None if it is unreadable, or if the page has `limit` characters already."""
+    def add(self, photo: str, side: int = LARGE, fraction: float = 1.0) -> int | None:
+        """The index of a photo in `photos`; None if it is unreadable, or this fraction of the limit is used already."""
         if (photo, side) not in self.indices:
-            if self.size >= (MAX_CHARACTERS if limit is None else limit):
+            if self.size >= fraction * self.limit:
                 return None
             encoded = self._encode(self.folder / photo, side)
             self.indices[photo, side] = len(self.photos) if encoded else None
@@ -70,21 +72,37 @@ def render(figures: Figures, folder: Path) -> str:
     environment.globals |= {"metric_names": METRIC_NAMES, "score_names": SCORE_NAMES, "small": SMALL}
     environment.globals["max_background"] = MAX_BACKGROUND
     environment.globals |= {"map_colours": (*pictures.GROUPS, pictures.OTHERS)}
-    album = Album(folder)
+    classes = class_rows(figures)
+    album = Album(folder, MAX_CHARACTERS - len(dump_json(classes)))
     species = {row.label: row for row in figures.species}
     with Progress("drawing the page"), matplotlib.rc_context(pictures.STYLE):
         html = environment.get_template("report.html").render(f=figures, species=species, photo=album.add)
-    data = htmlsafe_json_dumps(table_data(figures, album), ensure_ascii=False, separators=(",", ":"))
-    return html.replace("@DATA@", data)
+    return html.replace("@DATA@", dump_json(table_data(figures, classes, album)))
 
 
-def table_data(figures: Figures, album: Album) -> dict:
+def dump_json(value: dict) -> str:
+    """Compact JSON that is safe inside HTML."""
+    return htmlsafe_json_dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def class_rows(figures: Figures) -> dict[int, list]:
+    """By label, the cells of CLASS_COLUMNS, in the order of the taxonomy."""
+    cells_of = attrgetter(*CLASS_COLUMNS)
+    return {row.label: round_cells(cells_of(row)) for row in figures.species}
+
+
+def round_cells(cells: Sequence) -> list:
+    """The cells of a row, numbers with four digits."""
+    return [round(cell, 4) if isinstance(cell, float) else cell for cell in cells]
+
+
+def table_data(figures: Figures, classes: dict[int, list], album: Album) -> dict:
     """What the script of the page shows: the tables of classes and of errors, and all photos."""
     errors = [
         [
             *attrgetter(*ERROR_COLUMNS)(one),
-            album.add(one.photo, SMALL, ERRORS_CHARACTERS),
-            one.nearest and album.add(one.nearest.photo, SMALL, ERRORS_CHARACTERS),
+            album.add(one.photo, SMALL, ERRORS_FRACTION),
+            one.nearest and album.add(one.nearest.photo, SMALL, ERRORS_FRACTION),
         ]
         for one in progress(figures.mistakes, "photos of the errors", unit="error")
     ]
@@ -95,17 +113,14 @@ def table_data(figures: Figures, album: Album) -> dict:
         for row in progress(order, "photos of the classes", unit="class")
         if row.photo
     }
-    cells = {row.label: attrgetter(*CLASS_COLUMNS)(row) for row in figures.species}
     return {
         "id": figures.origin.digests[MANIFEST],
         "ranks": [rank.rank for rank in figures.ranks[:-1]],
         "columns": CLASS_COLUMNS,
-        "classes": {
-            label: [round(cell, 4) if isinstance(cell, float) else cell for cell in row] for label, row in cells.items()
-        },
-        "order": list(cells),
+        "classes": classes,
+        "order": list(classes),
         "error_columns": [*ERROR_COLUMNS, "photo", "nearest"],
-        "errors": [[round(cell, 4) if isinstance(cell, float) else cell for cell in row] for row in errors],
+        "errors": list(map(round_cells, errors)),
         "photo_of": {label: photo for label, photo in photos.items() if photo is not None},
         "photos": album.photos,
     }

@@ -10,9 +10,10 @@ function make(tag, properties = {}, ...children) {
 }
 
 const classes = new Map(data.order.map((label) => {
-  const row = Object.fromEntries(data.columns.map((column, index) => [column, data.classes[label][index]]));
-  const text = [row.id, row.name, ...row.lineage, row.poisonous ? "poisonous" : ""].join(" ").toLowerCase();
-  return [label, { ...row, label, text }];
+  const row = { label };
+  data.columns.forEach((column, index) => { row[column] = data.classes[label][index]; }); // tens of thousands of rows
+  row.text = `${row.id} ${row.name} ${row.lineage.join(" ")}${row.poisonous ? " poisonous" : ""}`.toLowerCase();
+  return [label, row];
 }));
 const errors = data.errors.map((cells) => {
   const row = Object.fromEntries(data.error_columns.map((column, index) => [column, cells[index]]));

@@ -104,21 +104,14 @@ def score_bank(
         class_ids: (observations,) the true classes, which the bank may lack.
         classes: of the bank.
     """
-    labels, outcomes, first = encode_labels(class_ids, classes), [], 0
-    # In chunks, since the scores of all observations over 32,000 classes would fill the memory.
-    for log_probabilities in classify([bank], queries):
-        last = first + len(log_probabilities)
-        outcomes.append(evaluate_predictions(log_probabilities, labels[first:last]))
-        first = last
-    ranks, losses = (np.concatenate([getattr(one, name) for one in outcomes]) for name in ("ranks", "losses"))
-    top = np.concatenate([one.top[:, 0] for one in outcomes])
-    hits = np.stack([ranks < count for count in GUESSES], axis=1).astype(float)
+    outcome = evaluate_predictions(classify([bank], queries), encode_labels(class_ids, classes))
+    hits = np.stack([outcome.ranks < count for count in GUESSES], axis=1).astype(float)
     # Compared by id: by index, all classes that the bank lacks would be one class, -1.
-    answers = class_ids.tolist(), [classes[label] for label in top]
+    answers = class_ids.tolist(), [classes[label] for label in outcome.top[:, 0]]
     scores = {f"recall_at_{count}": float(recall) for count, recall in zip(GUESSES, hits.mean(axis=0), strict=True)} | {
         "macro_f1": macro_f1(*answers),
         "weighted_f1": float(f1_score(*answers, average="weighted", zero_division=0)),
-        "log_loss": float(np.nanmean(losses)),
+        "log_loss": float(np.nanmean(outcome.losses)),
     }
     return hits, scores
 

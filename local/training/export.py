@@ -160,7 +160,7 @@ def write_reference(plan: BankPlan, embeddings: np.ndarray, path: Path) -> None:
     """Write the observations that a bank is made of: local/predict.py shows the most similar one, and names classes.
 
     Args:
-        embeddings: (reference observations, features), rows of length 1 or 0.
+        embeddings: (reference observations, features) float16, rows of length 1 or 0.
     """
     labelled = plan.split.labelled
     reference = labelled.subset(plan.reference)
@@ -169,7 +169,7 @@ def write_reference(plan: BankPlan, embeddings: np.ndarray, path: Path) -> None:
         "photos": json.dumps([str(one.photos[0].absolute()) for one in reference.observations], ensure_ascii=False),
     }
     labels = torch.tensor(plan.labels[plan.reference])
-    write_tensors({"embeddings": torch.tensor(embeddings).half(), "labels": labels}, path, notes)
+    write_tensors({"embeddings": torch.from_numpy(embeddings), "labels": labels}, path, notes)
 
 
 def describe_member(inputs: Inputs, recipe: Recipe, plan: BankPlan, bank: SelectedBank) -> Member:

@@ -16,7 +16,6 @@ from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import normalize
 
 from kernel.bank import classify, read_banks
-from kernel.inputs import InputError
 from local.banks import estimators
 from local.banks.estimators import (
     ClassMeans,
@@ -293,13 +292,6 @@ def test_logistic_regression_gives_the_log_probabilities_of_scikit_learn(classes
         assert np.allclose(rescaled[:, model.classes_], log_softmax(logit_scale * logits, axis=1), atol=1e-4)
         assert (rescaled.argmax(axis=1) == found.argmax(axis=1)).all()
         assert (rescaled[:, 1] < -50).all()
-
-
-def test_logistic_regression_of_too_many_observations_and_classes_is_refused(monkeypatch):
-    reference, labels, _, taxonomy = overlapping()
-    monkeypatch.setattr(estimators, "MAX_LOGITS", 6 * len(labels) - 1)
-    with pytest.raises(InputError, match=f'on {len(labels)} observations of 6 classes .* set matcher = "means"'):
-        LinearProbe().fit(reference, labels, taxonomy)
 
 
 def test_rescaling_multiplies_all_logits_and_leaves_absent_classes_absent():

@@ -6,8 +6,7 @@ python -m pytest tests/local/banks/test_folds.py
 import numpy as np
 import pytest
 
-from local.banks import folds
-from local.banks.folds import FOLDS, macro_weights, make_folds, shot_weights
+from local.banks.folds import FOLDS, draw_queries, macro_weights, make_folds, shot_weights
 
 
 def random_labels(seed: int) -> np.ndarray:
@@ -51,15 +50,17 @@ def test_folds_depend_on_the_seed_alone():
     assert any((one[1] != two[1]).any() for one, two in zip(same, other, strict=True))
 
 
-def test_with_many_classes_fewer_queries_are_drawn_and_the_others_stay_out_of_the_reference_set(monkeypatch):
+def test_queries_are_drawn_and_the_others_stay_out_of_the_reference_set():
     labels = random_labels(0)
     every = make_folds(labels, 0)
-    monkeypatch.setattr(folds, "MAX_SCORES", 25 * 30)
-    drawn = make_folds(labels, 0)
+    assert draw_queries(every, 1000, 0) is every
+    drawn = draw_queries(every, 30, 0)
     assert sum(queries.sum() for _, queries in drawn) == 30
     for (reference, queries), (whole_reference, whole_queries) in zip(drawn, every, strict=True):
         assert (reference == whole_reference).all()
         assert not (queries & ~whole_queries).any()
+    fewer, more = (np.any([queries for _, queries in draw_queries(every, limit, 0)], axis=0) for limit in (20, 40))
+    assert not (fewer & ~more).any()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from kernel.metadata_prior import MetadataPrior, read_prior
 from kernel.observations import Observation
+from local.banks import metadata_prior
 from local.banks.metadata_prior import (
     FEATURES,
     KM_PER_DEGREE,
@@ -85,6 +86,15 @@ def test_an_informative_feature_gets_a_weight_and_a_random_one_almost_none():
     assert set(fit_prior(reference, classes).tables) <= {"habitat", "substrate"}
 
 
+def test_of_many_observations_some_choose_about_the_same_weights(monkeypatch):
+    reference, _ = grown(shots=12)
+    whole = choose_weights(reference)
+    monkeypatch.setattr(metadata_prior, "MAX_SCORES", 20 * 25)
+    some = choose_weights(reference)
+    assert some != whole
+    assert some["habitat"] == pytest.approx(whole["habitat"], abs=0.3)
+
+
 def test_a_habitat_raises_the_classes_that_live_there(fitted):
     query = Observation("new", (), {"habitat": "BOG"})
     likeliest = fitted[0].log_likelihoods([query])[0].topk(4).indices.tolist()
@@ -123,14 +133,13 @@ def test_a_class_without_an_observation_borrows_the_habitat_of_its_genus():
 
 def test_every_observation_is_in_exactly_one_ring():
     ancestry = [("o", "f", "g"), ("o", "f", "g"), ("o", "f", "h"), ("p", "q", "r")]
-    rings = taxon_rings(np.array([0, 0, 1, 2, 3]), ancestry, np.ones((5, 1)))
+    rings = taxon_rings(np.array([[2.0], [1.0], [1.0], [1.0]]), ancestry)
     assert np.stack(rings)[:, :, 0].T.tolist() == [[0, 1, 1, 2], [0, 1, 2, 1], [0, 3, 0, 1], [0, 0, 0, 1]]
 
 
 def relatives_of(ancestry) -> list[list[set[int]]]:
     """Of each ring, the class itself left out, the relatives of every class."""
-    classes = np.arange(len(ancestry))
-    rings = taxon_rings(classes, ancestry, np.eye(len(ancestry)))
+    rings = taxon_rings(np.eye(len(ancestry)), ancestry)
     return [[set(np.flatnonzero(row > 0.5).tolist()) for row in ring] for ring in rings[:-1]]
 
 
@@ -175,8 +184,8 @@ def test_rings_are_those_of_counting_pair_by_pair():
 def test_ratios_back_off_to_the_nearest_relatives_as_worked_by_hand():
     # Class 0 has no observation; class 1 is of its genus, class 2 of its family, class 3 of another order.
     ancestry = [("o", "f", "g"), ("o", "f", "g"), ("o", "f", "h"), ("p", "q", "r")]
-    mass = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    ratios = log_ratios(np.array([1, 2, 3]), ancestry, mass, (4.0, 3.0, 2.0, 1.0))
+    own = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    ratios = log_ratios(own, ancestry, (4.0, 3.0, 2.0, 1.0))
     overall = (1 + 1 / 2) / (3 + 1)
     # Of the first value; each ring adds its count to so many observations of the wider estimate.
     order = overall  # nobody is in the order alone
@@ -205,10 +214,13 @@ def test_season_elevation_and_location_fade_by_their_formulas():
 
 
 def test_an_observation_is_a_distribution_over_similar_values_and_nothing_without_a_value():
-    found = smooth(["0", None, "2"], ["0", "1", "2"], "elevation")
+    found = smooth(["0", None, "2"], ["0", "1", "2"], "elevation", np.arange(3), 3)
     row = np.exp([0, -0.5, -2])
-    assert np.allclose(found, [row / row.sum(), np.zeros(3), row[::-1] / row.sum()])
-    assert smooth(["oak", None, "birch"], ["birch", "oak"], "substrate").tolist() == [[0, 1], [0, 0], [1, 0]]
+    first, last = row / row.sum(), row[::-1] / row.sum()
+    assert np.allclose(found, [first, np.zeros(3), last])
+    assert np.allclose(smooth(["0", None, "2"], ["0", "1", "2"], "elevation", np.array([1, 1, 1]), 2)[1], first + last)
+    substrates = smooth(["oak", None, "birch"], ["birch", "oak"], "substrate", np.arange(3), 3)
+    assert substrates.tolist() == [[0, 1], [0, 0], [1, 0]]
 
 
 def test_each_of_the_last_years_is_a_fold_after_all_earlier_years():

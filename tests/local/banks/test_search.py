@@ -12,7 +12,10 @@ from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, top_k_accuracy_score
 
+from kernel import bank as bank_module
 from kernel.bank import classify, rank
+from kernel.metadata_prior import MetadataPrior, WeightedPrior
+from local.banks import search as search_module
 from local.banks.estimators import class_means_bank, l2_normalize
 from local.banks.folds import macro_weights, make_folds, shot_weights
 from local.banks.search import (
@@ -71,6 +74,11 @@ def every_query(search) -> np.ndarray:
     return np.ones(len(search.truth), dtype=bool)
 
 
+def predicted(search, settings) -> torch.Tensor:
+    """(queries, classes) log-probabilities."""
+    return torch.cat(list(search.predict(settings, search.fit_folds(settings)[0])))
+
+
 @pytest.fixture(scope="module")
 def search():
     return search_over(specimens())
@@ -89,6 +97,14 @@ def test_the_rank_of_the_true_class_is_the_number_of_better_classes(seed):
     for count in (1, 5, 10):
         expected = top_k_accuracy_score(truth, scores.numpy(), k=count, labels=np.arange(15))
         assert (evaluation.ranks < count).mean() == pytest.approx(expected)
+
+
+def test_predictions_are_evaluated_chunk_by_chunk_as_all_at_once():
+    rng = np.random.default_rng(0)
+    scores, truth = torch.tensor(rng.normal(size=(700, 15))).log_softmax(dim=1), rng.integers(-1, 15, 700)
+    chunks, whole = (evaluate_predictions(one, truth) for one in (iter(scores.split([1, 299, 400])), scores))
+    for name in ("top", "ranks", "losses"):
+        assert np.array_equal(getattr(chunks, name), getattr(whole, name), equal_nan=name == "losses")
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -189,7 +205,7 @@ def test_a_selection_among_noise_is_not_reported_as_a_gain():
 
 def test_without_a_choice_the_nested_predictions_are_those_of_the_settings(search):
     found = nested_predictions(search, SETTINGS, ())
-    assert torch.equal(found.log_probabilities, search.log_probabilities(SETTINGS)[0])
+    assert torch.equal(found.log_probabilities, predicted(search, SETTINGS))
 
 
 @pytest.mark.parametrize("transduction", [0.0, 1.0])
@@ -279,9 +295,36 @@ def test_metadata_are_added_with_their_weight_and_normalised_again():
     prior = torch.tensor(np.random.default_rng(0).normal(size=(len(embedded.labels), 8))).log_softmax(dim=1)
     search = search_over(embedded, predict_prior=lambda reference, queries: prior[torch.tensor(queries)])
     settings = BankSettings(views=("plain",))
-    photos = search.log_probabilities(settings)[0]
-    found = search.log_probabilities(replace(settings, metadata_weight=0.5))[0]
+    photos, found = (predicted(search, replace(settings, metadata_weight=weight)) for weight in (0.0, 0.5))
     assert torch.allclose(found, (photos + 0.5 * prior[torch.tensor(search.queries)]).log_softmax(dim=1), atol=1e-5)
+
+
+def test_metadata_that_are_read_in_slices_predict_the_same(monkeypatch):
+    embedded, rng = crowded(), np.random.default_rng(0)
+    classes, tables = (
+        torch.tensor(rng.normal(size=8)).log_softmax(dim=0),
+        {"habitat": torch.tensor(rng.normal(size=(3, 8)))},
+    )
+    prior = MetadataPrior(classes, {"habitat": ["bog", "dune", "meadow"]}, tables)
+    rows = torch.tensor(rng.integers(-1, 3, len(embedded.labels)))
+
+    def by_metadata(reference, queries):
+        return WeightedPrior(((1.0, prior, {"habitat": rows[torch.tensor(queries)]}),))
+
+    settings, kept = (
+        BankSettings(views=("plain",), metadata_weight=0.5),
+        search_over(embedded, predict_prior=by_metadata),
+    )
+    expected = kept.evaluate(settings)
+    assert isinstance(kept.metadata_prior(0), torch.Tensor)
+    monkeypatch.setattr(search_module, "MAX_SCORES", 0)
+    monkeypatch.setattr(bank_module, "MIN_OBSERVATIONS", 3)
+    monkeypatch.setattr(bank_module, "CPU_CHUNK", 0)
+    sliced = search_over(embedded, predict_prior=by_metadata)
+    found = sliced.evaluate(settings)
+    assert isinstance(sliced.metadata_prior(0), WeightedPrior)
+    assert np.allclose(found.losses, expected.losses, atol=1e-5)
+    assert (found.ranks == expected.ranks).all()
 
 
 def test_if_no_query_is_of_a_known_class_the_logit_scale_is_that_of_the_fit():

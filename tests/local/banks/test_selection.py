@@ -1,12 +1,15 @@
 """The observations of a run add up: those of its bank, those it is evaluated on, and those left out."""
 
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from local.banks import folds
+from kernel.inputs import InputError
+from local.banks import estimators
+from local.banks import selection as selection_module
 from local.banks.search import evaluate_predictions
 from local.banks.selection import BankSelection, plan_bank
 from local.data.embedding import WeightedEncoders
@@ -63,13 +66,62 @@ def test_val_that_is_kept_out_of_the_bank_is_all_that_evaluates_it():
     assert lacking.labels[-2:].tolist() == [-1, -1]
 
 
-def test_queries_that_are_not_drawn_are_counted(monkeypatch):
-    monkeypatch.setattr(folds, "MAX_SCORES", 5 * 10)
-    own = plan(TRAIN + VAL)
-    line = own.describe_folds()
-    assert line.startswith("10 held-out observations")
-    assert "not drawn" in line
-    assert 10 + sum(numbers(line.partition("left out")[2])) == len(TRAIN + VAL)
+@pytest.mark.parametrize("reference", ["train", "train+val"])
+def test_with_many_classes_some_observations_choose_and_all_are_scored(
+    reference, encoder, drawn, tmp_path, monkeypatch, capsys
+):
+    from local.data.competition import read_competition
+
+    own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), reference, is_tuned=False)
+    settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
+    encoders = WeightedEncoders((encoder,))
+    every = BankSelection(settings, [], own, encoders, tmp_path).select()
+    capsys.readouterr()
+    monkeypatch.setattr(selection_module, "MAX_SCORES", 10 * len(own.classes))
+    some = BankSelection(settings, [], own, encoders, tmp_path).select()
+    assert (
+        f"predictions are kept for 10 of the {len(every.predictions.truth)} held-out observations"
+        in capsys.readouterr().out
+    )
+    assert some.scores == every.scores
+    assert set(some.predictions.observations) < set(every.predictions.observations)
+    assert len(some.predictions.observations) == 10
+    monkeypatch.setattr(selection_module, "MAX_FINAL_SCORES", 15 * len(own.classes))
+    assert BankSelection(settings, [], own, encoders, tmp_path).select().scores["observations"] == 15
+    assert "scored on 15 held-out observations, drawn at random" in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(selection_module, "MAX_SCORES", 10 * len(own.classes))
+    chosen = BankSelection(settings, ["whitening"], own, encoders, tmp_path).select()
+    other = BankSelection(chosen.settings, [], own, encoders, tmp_path).select()
+    # The ten are predicted with the settings that the others of the ten choose, all the rest with those of all ten.
+    differing = (other.scores["unweighted_recall_at_1"] - chosen.scores["unweighted_recall_at_1"]) * len(
+        every.predictions.truth
+    )
+    assert abs(differing) <= 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "choose", "limit", "refused"),
+    [
+        (BankSettings(matcher="logistic"), [], "MAX_LOGITS", "logistic"),
+        (BankSettings(), ["matcher"], "MAX_LOGITS", "logistic"),
+        (BankSettings(matcher="projection"), [], "MAX_LOGITS", ""),
+        (BankSettings(matcher="projection"), [], "MAX_VALUES", "projection"),
+        (BankSettings(), ["whitening"], "MAX_LOGITS", ""),
+        (BankSettings(matcher="head"), ["matcher"], "MAX_LOGITS", ""),
+    ],
+)
+def test_a_matcher_that_does_not_fit_in_memory_is_refused_before_photos_are_embedded(
+    settings, choose, limit, refused, encoder, tmp_path, monkeypatch
+):
+    embedded: list[int] = []
+    monkeypatch.setattr(estimators, limit, 1)
+    selection = BankSelection(settings, choose, plan(TRAIN), WeightedEncoders((encoder,)), tmp_path)
+    monkeypatch.setattr(selection, "embed", lambda *_: embedded.append(1))
+    expected = pytest.raises(InputError, match=f"{refused} needs too much memory for 31 observations of 5 classes")
+    with expected if refused else nullcontext():
+        selection.embed_all()
+    assert bool(embedded) == (not refused)
 
 
 def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(encoder, drawn, tmp_path, capsys):

@@ -13,7 +13,7 @@ def test_every_step_of_every_size_has_its_time_and_memory(capsys):
     rows = scale([150, 300], classes=100, features=16)["rows"]
     assert [row["photos"] for row in rows] == [150] * (len(rows) // 2) + [300] * (len(rows) // 2)
     assert len({row["step"] for row in rows}) == len(rows) // 2
-    assert set(rows[0]) == {"photos", "classes", "step", "seconds", "peak_gb"}
+    assert set(rows[0]) == {"photos", "classes", "step", "seconds", "cpu_seconds", "peak_gb"}
     assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in rows)
     assert "2.0 times the photos (300)" in capsys.readouterr().out
 
@@ -41,8 +41,8 @@ def test_memory_counts_an_array_that_is_filled():
 
 
 def test_growth_is_told_for_each_step():
-    rows = [{"photos": photos, "step": "fit", "seconds": seconds} for photos, seconds in ((100, 2.0), (400, 7.0))]
-    assert describe_growth(rows) == ["4.0 times the photos (400), times the seconds: fit 3.5"]
+    rows = [{"photos": photos, "step": "fit", "cpu_seconds": seconds} for photos, seconds in ((100, 2.0), (400, 7.0))]
+    assert describe_growth(rows) == ["4.0 times the photos (400), times the seconds of CPU: fit 3.5"]
 
 
 def test_fewer_photos_than_classes_are_refused():

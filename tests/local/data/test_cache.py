@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import signal
+import socket
 import time
 from collections import Counter
 
@@ -16,8 +18,9 @@ from kernel.encoders import Encoder, build_module
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation
 from local.banks.estimators import pool
+from local.base.distributed import process_group
 from local.data import cache as module
-from local.data.cache import EmbeddingCache, encoder_digest
+from local.data.cache import EmbeddingCache, PartWriter, encoder_digest
 from tests.conftest import photo
 from tests.processes import FORKS
 
@@ -253,6 +256,65 @@ def test_a_killed_process_loses_only_its_part_and_two_at_once_agree(encoder, pas
     assert np.allclose(photos.values, fresh.values, atol=2e-3)
     assert module.PART > 5
     assert os.listdir(tmp_path / "cache")
+
+
+def embed_under_torchrun(photos, folder, environment, parts):
+    """What each process under torchrun does. It writes how many photos it embeds, and is killed after some parts."""
+    os.environ |= environment
+    submit, write = Encoder.submit, PartWriter.write
+
+    def submit_counted(self, pixels, views):
+        with (folder / f"passes-{environment['TORCHELASTIC_RESTART_COUNT']}").open("a") as file:
+            file.write(f"{len(pixels)}\n")
+        return submit(self, pixels, views)
+
+    def write_and_die(self):
+        nonlocal parts
+        write(self)
+        parts -= 1
+        if not parts:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Encoder.submit, PartWriter.write = submit_counted, write_and_die
+    with process_group():
+        embed_in_parts_of_five(photos, folder)
+
+
+def start_as_torchrun(photos, folder, restart, parts):
+    """Two processes of one group, of which the second is killed after so many parts; their exit codes."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    group = {"TORCHELASTIC_RUN_ID": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    group |= {"TORCHELASTIC_RESTART_COUNT": str(restart), "LOCAL_WORLD_SIZE": "2"}
+    processes = [
+        FORKS.Process(
+            target=embed_under_torchrun,
+            args=(photos, folder, group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, parts if rank else -1),
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes would need two GPUs")
+def test_of_two_processes_under_torchrun_the_part_of_the_killed_one_alone_is_embedded_again(tmp_path):
+    photos, cache = tmp_path / "photos", tmp_path / "cache"
+    cache.mkdir()
+    for number in range(200):
+        photo(photos / f"{number:03}.jpg", number)
+    codes = start_as_torchrun(photos, cache, 0, 2)
+    assert codes[0] != 0
+    assert codes[1] == -signal.SIGKILL
+    written = sum(len(load_file(part)["keys"]) for part in cache.rglob("hflip/*.safetensors"))
+    assert 100 < written < 200
+    assert start_as_torchrun(photos, cache, 1, -1) == [0, 0]
+    passes = [sum(map(int, (cache / f"passes-{restart}").read_text().split())) for restart in range(2)]
+    assert passes[1] == 200 - written
 
 
 def test_embeddings_of_another_pooling_are_others():

@@ -431,9 +431,19 @@ def test_a_photo_that_cannot_be_read_is_listed_and_costs_only_itself(run, drawn,
     assert figures["headline"] == written[0]["evaluation"]["headline"]
 
 
-def test_a_full_page_takes_no_more_photos(evidence, monkeypatch):
-    monkeypatch.setattr(page, "MAX_CHARACTERS", 3000)
-    album = page.Album(evidence.labelled.folder)
+def test_a_large_table_of_classes_leaves_no_room_for_photos(figures, drawn, monkeypatch):
+    table = len(page.dump_json(page.class_rows(figures)))
+    photos = []
+    for limit in (table + 3000, table):
+        monkeypatch.setattr(page, "MAX_CHARACTERS", limit)
+        html = page.render(figures, drawn.competition)
+        photos.append(json.loads(html.partition('id="data">')[2].partition("</script>")[0])["photos"])
+    assert len(photos[0]) > 0
+    assert photos[1] == []
+
+
+def test_a_full_page_takes_no_more_photos(evidence):
+    album = page.Album(evidence.labelled.folder, 3000)
     indices = [album.add(evidence.photo(query)) for query in evidence.queries[:8]]
     assert indices[0] == 0
     assert indices[-1] is None
