@@ -44,6 +44,11 @@ class Recipe:
         return self.bank.matcher == "head"
 
     @property
+    def is_random(self) -> bool:
+        """Whether another seed gives other embeddings or another bank, and not only other held-out observations."""
+        return bool(self.train.epochs or not self.encoder.pretrained or self.bank.matcher == "projection")
+
+    @property
     def text_obstacles(self) -> dict[str, str]:
         """Why the embeddings of class names cannot be used, if so, by the setting that excludes them."""
         matchers = {self.bank.matcher, *(("means",) if "matcher" in self.search.choose else ())}
