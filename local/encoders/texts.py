@@ -55,7 +55,7 @@ def embed_classes(spec: str, texts: Sequence[Sequence[str]], device: torch.devic
     """
     labels = np.repeat(np.arange(len(texts)), [len(own) for own in texts])
     if len(np.unique(labels)) < 2:
-        raise InputError("fewer than two classes have names, and a number is none")
+        raise InputError("fewer than two classes have a name other than a number")
     tower, tokenizer = load_text_tower(spec)
     tower, lines = tower.to(device), [text for own in texts for text in own]
     parts = range(0, len(lines), BATCH)

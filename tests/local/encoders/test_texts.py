@@ -91,4 +91,4 @@ def test_a_text_tower_that_cannot_be_loaded_is_refused_in_one_line(tmp_path):
 
 
 def test_fewer_than_two_names_tell_no_classes_apart(tmp_path):
-    assert refusal("timm:test_resnet", [["a photo of a fox."], []]).startswith("fewer than two classes have names")
+    assert refusal("timm:test_resnet", [["a photo of a fox."], []]).startswith("fewer than two classes have a name")

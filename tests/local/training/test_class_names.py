@@ -21,7 +21,7 @@ from local.encoders.texts import write_texts
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run
 from tests import layouts
-from tests.conftest import command
+from tests.conftest import command, photo
 from tests.layouts import SPECIES
 from tests.local.encoders.models import TEXT, write_clip
 
@@ -124,8 +124,6 @@ def test_a_weight_for_an_encoder_that_is_trained_is_refused_before_anything_is_l
 
 def test_classes_without_names_have_no_choice_of_weights(clip, tmp_path, capsys):
     for number in range(12):
-        from tests.conftest import photo
-
         photo(tmp_path / "data" / str(number % 3) / f"{number}.jpg", number)
     train(clip, tmp_path / "data", tmp_path / "run", "choose=text_weight")
-    assert "text_weight is not chosen: fewer than two classes have names" in capsys.readouterr().out
+    assert "text_weight is not chosen: fewer than two classes have a name" in capsys.readouterr().out
