@@ -39,6 +39,9 @@ Under torchrun, every process trains on a part of each batch and embeds a part o
   --set epochs=0 Kaggle only embeds, and banks can be chosen here. If this command is interrupted, or the session ends
   at its limit, run it again with --resume. --wait waits until there is GPU quota and one of two sessions is free.
 
+--seeds 5 trains five runs, RUN-seed0 to RUN-seed4, one after another. With --resume, those that are finished are left
+  as they are. bundle.py makes an ensemble of them.
+
 A run folder keeps its recipe, the versions, the digest of the data, log.csv, the training curve, and TensorBoard's
 events (tensorboard --logdir runs). Of the seconds of an epoch, log.csv gives those spent on waiting for photos, on
 validation and on writing checkpoints; the rest are forward and backward passes and optimizer steps. oof.csv has the
@@ -47,15 +50,18 @@ held-out predictions, to mix with those of other models. local/runs.py lists run
 
 import argparse
 import json
+import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from kernel.inputs import InputError
 from local.base.console import command_parser, run, say
 from local.recipes.recipe import Given, build_recipe, explain, list_recipes, read_excluded, read_given
-from local.training.checks import is_restarted
+from local.training.checks import check_start, is_first, is_restarted, named
 from local.training.run import train_run
 
 
@@ -82,12 +88,17 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--on", choices=["kaggle"], help="train on Kaggle's GPUs, and bring the run back")
     parser.add_argument("--wait", action="store_true", help="with --on kaggle: wait for GPU quota and a free session")
+    parser.add_argument("--seeds", type=int, metavar="N", help="train N runs, with seeds 0 to N-1, for an ensemble")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint, if there is one")
     options = parser.parse_args()
     if not options.data and not options.explain and not options.on:
         parser.error("the following arguments are required: --data")
     if options.wait and not options.on:
         parser.error("--wait is for --on kaggle only")
+    if options.seeds is not None and options.seeds < 2:
+        parser.error(f"argument --seeds: expected 2 or more, got {options.seeds}")
+    if options.seeds and options.on:
+        parser.error("--seeds trains here: with --on kaggle, give --set seed=0, then --set seed=1, and so on")
     return options
 
 
@@ -101,6 +112,10 @@ def main() -> None:
         return
     recipe = build_recipe(given)
     out = options.out or Path("runs") / Path(options.recipe).stem
+    resumes = options.resume or is_restarted()
+    if options.seeds:
+        train_seeds(given, options.seeds, options.data, named(out), resumes)
+        return
     if options.on:
         from local.remote.order import Order, train_on_kaggle  # imports what a training here does not need
 
@@ -108,7 +123,30 @@ def main() -> None:
         order = Order(options.recipe, settings, options.encoder or (), recipe, options.data, out)
         train_on_kaggle(order, options.resume, options.wait)
         return
-    train_run(recipe, options.data, out, resumes=options.resume or is_restarted())
+    train_run(recipe, options.data, out, resumes=resumes)
+
+
+def train_seeds(given: Mapping[str, Given], count: int, data: Path, out: Path, resumes: bool) -> None:
+    """Train runs that differ in their seed alone, each in a folder of its own, and print how to bundle them.
+
+    Raises:
+        InputError: the runs would be the same, the seed is given too, or `train_run` refuses one of them.
+    """
+    if "seed" in given and given["seed"].source.startswith("--set"):
+        raise InputError(f"{given['seed'].source} and --seeds both give the seed: remove one of them")
+    if not build_recipe(given).is_random:
+        raise InputError(
+            "--seeds: the runs would be the same, because nothing that this recipe trains is random; set epochs, or "
+            'matcher = "projection"'
+        )
+    seeds = [Given(seed, f"--seeds {count}") for seed in range(count)]
+    recipes = {out.with_name(f"{out.name}-seed{seed.value}"): build_recipe({**given, "seed": seed}) for seed in seeds}
+    for path, recipe in recipes.items():  # before the first of them is trained
+        check_start(recipe, data, path, resumes)
+    for path, recipe in recipes.items():
+        train_run(recipe, data, path, resumes=resumes)
+    if is_first():
+        say(f"to make an ensemble of them: {shlex.join(['python', 'bundle.py', *map(str, recipes)])}")
 
 
 if __name__ == "__main__":

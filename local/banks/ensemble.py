@@ -50,9 +50,14 @@ class HeldOutPredictions:
         known = {name: torch.tensor(array) for name, array in arrays.items()}
         write_tensors({"log_probabilities": self.log_probabilities.half(), **known}, path, notes)
 
-    def is_comparable(self, other: "HeldOutPredictions") -> bool:
-        """Whether both are of the same observations and classes."""
-        return (self.observations, self.classes) == (other.observations, other.classes)
+    def of(self, observations: Sequence[str]) -> "HeldOutPredictions":
+        """The predictions of some of the observations, in their order; without the votes of views."""
+        row_of = {name: row for row, name in enumerate(self.observations)}
+        rows = [row_of[name] for name in observations]
+        weights = self.weights[rows] / self.weights[rows].mean()
+        return HeldOutPredictions(
+            list(observations), self.classes, self.log_probabilities[rows], self.truth[rows], weights
+        )
 
 
 def read_predictions(run: Path) -> HeldOutPredictions | None:
@@ -75,6 +80,19 @@ def read_predictions(run: Path) -> HeldOutPredictions | None:
             )
     except SafetensorError as error:
         raise InputError(f"{path} is damaged or of an earlier version ({error}): train the run again") from error
+
+
+def common_predictions(runs: Sequence[HeldOutPredictions | None]) -> list[HeldOutPredictions]:
+    """The predictions of the observations that all runs held out, in one order: that of folds differs by seed.
+
+    A run whose encoder was trained holds out fewer. Empty where the runs have other classes, or too few observations in
+    common to say anything about the ensemble.
+    """
+    if None in runs or any(one.classes != runs[0].classes for one in runs):
+        return []
+    shared = set.intersection(*(set(one.observations) for one in runs))
+    are_few = len(shared) < MIN_OBSERVATIONS and any(len(shared) < len(one.observations) for one in runs)
+    return [] if are_few else [one.of([name for name in runs[0].observations if name in shared]) for one in runs]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +202,8 @@ def weigh_runs(runs: Sequence[Path], guesses: int) -> Ensemble:
     predictions = [read_predictions(run) for run in runs]
     if len(runs) == 1:
         return Ensemble([1.0])
-    if None in predictions or not all(predictions[0].is_comparable(one) for one in predictions):
+    predictions = common_predictions(predictions)
+    if not predictions:
         say("the runs were not evaluated on the same held-out observations: they get equal weights")
         return Ensemble([1 / len(runs)] * len(runs))
     blend, count = Blend(predictions, guesses), len(predictions[0].truth)

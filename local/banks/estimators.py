@@ -172,10 +172,11 @@ class ClassMeans:
         genus: weight of the mean over the other classes of the genus. It is 0 where there are none.
         family: weight of the mean over the other genera of the family, each genus being the mean of its classes. It is
             0 where there are none.
+        text: weight of the embedding of the class's name. It is 0 where there is none.
     """
 
-    def __init__(self, genus: float = 0.0, family: float = 0.0):
-        self.genus, self.family = genus, family
+    def __init__(self, genus: float = 0.0, family: float = 0.0, text: float = 0.0):
+        self.genus, self.family, self.text = genus, family, text
 
     def fit(self, embeddings: np.ndarray, labels: np.ndarray, taxonomy: Taxonomy):
         """Fit on a reference set.
@@ -187,12 +188,20 @@ class ClassMeans:
         """
         return self.fit_means(*group_means(embeddings, labels, len(taxonomy.genus)), taxonomy)
 
-    def fit_means(self, means: np.ndarray, sizes: np.ndarray, taxonomy: Taxonomy):
-        """Fit on the mean of each class, (classes, features), and the number of its observations, (classes,)."""
+    def fit_means(self, means: np.ndarray, sizes: np.ndarray, taxonomy: Taxonomy, texts: np.ndarray | None = None):
+        """Fit on the mean of each class, (classes, features), and the number of its observations, (classes,).
+
+        Args:
+            texts: of `align_texts`; None without names, and without a weight for them.
+        """
         present, prototypes = sizes > 0, np.empty(means.shape)
+        text_weights = self.text * texts.any(axis=1) if self.text else None
         for first in range(0, means.shape[1], COLUMNS):  # with 65,000 classes, all at once would take gigabytes
             columns = slice(first, first + COLUMNS)
-            prototypes[:, columns] = self.shrink(means[:, columns], sizes, taxonomy)
+            total, weight = self.shrink(means[:, columns], sizes, taxonomy)
+            if self.text:
+                total, weight = total + text_weights[:, None] * texts[:, columns], weight + text_weights
+            prototypes[:, columns] = total / np.maximum(weight, 1e-9)[:, None]
         norms = np.linalg.norm(prototypes, axis=1)
         for part in in_parts(len(prototypes)):
             prototypes[part] = l2_normalize(prototypes[part])
@@ -201,8 +210,11 @@ class ClassMeans:
         self.bias_, self.logit_scale_ = np.where(present, 0.0, ABSENT), LOGIT_SCALE
         return self
 
-    def shrink(self, means: np.ndarray, sizes: np.ndarray, taxonomy: Taxonomy) -> np.ndarray:
-        """The means after the shrinkage, which treats all features alike."""
+    def shrink(self, means: np.ndarray, sizes: np.ndarray, taxonomy: Taxonomy) -> tuple[np.ndarray, np.ndarray]:
+        """The weighted sums of the means and those of their relatives, (classes, features), and the sums of weights.
+
+        All features are treated alike.
+        """
         present = sizes > 0
         total, weight = sizes[:, None] * means, sizes.astype(float)
         if self.genus:
@@ -213,7 +225,31 @@ class ClassMeans:
             family_means, other_genera = other_genus_means(means, present, taxonomy)
             family = self.family * (other_genera > 0)
             total, weight = total + family[:, None] * family_means, weight + family
-        return total / np.maximum(weight, 1e-9)[:, None]
+        return total, weight
+
+
+def align_texts(texts: np.ndarray, layers: Sequence[Layer], means: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Move the embeddings of the classes' names to where the class means are.
+
+    A CLIP's embeddings of texts and of photos lie in two different cones (Liang et al. 2022,
+    https://arxiv.org/abs/2203.02053). So the mean over the classes is subtracted from the texts, as the layers subtract
+    that of the photos, and then they are whitened in the same way. Their length is the average one of the class means.
+
+    Args:
+        texts: (classes, features), rows of length 1; zeros for a class without a name.
+        layers: before the matcher: one linear map.
+        means, sizes: see `ClassMeans.fit_means`.
+
+    Returns:
+        (classes, features) float32; zeros for a class without a name.
+    """
+    named, [linear] = texts.any(axis=1), layers
+    mean, weight = texts[named].mean(axis=0, dtype=np.float64), linear.weight.double().numpy()
+    length = np.linalg.norm(means[sizes > 0], axis=1).mean()
+    aligned = scratch_array((len(texts), weight.shape[1]), np.float32)
+    for part in in_parts(len(texts)):
+        aligned[part] = named[part, None] * length * l2_normalize((texts[part] - mean) @ weight)
+    return aligned
 
 
 def reduce_hubness(bank: Bank, values: np.ndarray, labels: np.ndarray, weight: float) -> Bank:

@@ -16,6 +16,7 @@ from local.banks.estimators import (
     NearestNeighbour,
     Whitening,
     add_to_groups,
+    align_texts,
     centre,
     in_parts,
     make_bank,
@@ -51,6 +52,8 @@ class Embedded:
         labels: (observations,) index of the class of each; -1 for a class that the bank lacks.
         taxonomy: of the bank's classes.
         head: the bank that was trained with the encoder, if there is one.
+        texts: embeddings of the names of the bank's classes, (classes, features), if they are known; see
+            `local.encoders.texts.embed_classes`.
     """
 
     values: np.ndarray | StoredEmbeddings
@@ -59,6 +62,7 @@ class Embedded:
     labels: np.ndarray
     taxonomy: Taxonomy
     head: Bank | None = None
+    texts: np.ndarray | None = None
     pooled_cache: dict = field(default_factory=dict, compare=False)
     transform_cache: dict = field(default_factory=dict, compare=False)
 
@@ -131,6 +135,16 @@ class Embedded:
             kept["means"] = means, sizes
         return layers, *kept["means"]
 
+    def aligned_texts(
+        self, settings: BankSettings, reference: np.ndarray, whitening: Whitening | None = None
+    ) -> np.ndarray:
+        """The embeddings of the classes' names where their `class_means` are, (classes, features), kept as long."""
+        layers, means, sizes = self.class_means(settings, reference, whitening)
+        _, kept = self._layers(settings, reference, whitening)
+        if "texts" not in kept:
+            kept["texts"] = align_texts(self.texts, layers, means, sizes)
+        return kept["texts"]
+
     def _layers(
         self, settings: BankSettings, reference: np.ndarray, whitening: Whitening | None
     ) -> tuple[list[Layer], dict]:
@@ -190,8 +204,9 @@ def fit_matcher(
         banks = [make_bank(layers, LinearProbe().fit(values, labels, embedded.taxonomy))]
     else:
         layers, means, sizes = embedded.class_means(settings, reference, whitening)
-        matcher = ClassMeans(settings.genus_weight, settings.family_weight)
-        bank = make_bank(layers, matcher.fit_means(means, sizes, embedded.taxonomy))
+        texts = embedded.aligned_texts(settings, reference, whitening) if settings.text_weight else None
+        matcher = ClassMeans(settings.genus_weight, settings.family_weight, settings.text_weight)
+        bank = make_bank(layers, matcher.fit_means(means, sizes, embedded.taxonomy, texts))
         if settings.hubness_weight:
             rows = np.flatnonzero(reference)
             if len(rows) > HUBNESS_SAMPLES:

@@ -146,6 +146,7 @@ class BankSelection:
         encoders: of the photos.
         cache: the folder of embeddings.
         head: over `plan.classes`, if one was trained with the encoder.
+        texts: embeddings of the names of `plan.classes`, which the setting `text_weight` needs; see `Embedded`.
 
     Attributes:
         unreadable: the cause of each photo that could not be read.
@@ -159,9 +160,10 @@ class BankSelection:
         encoders: WeightedEncoders,
         cache: Path,
         head: Bank | None = None,
+        texts: np.ndarray | None = None,
     ):
         self.settings, self.choose, self.plan = settings, tuple(choose), plan
-        self.encoders, self.cache, self.head = encoders, cache, head
+        self.encoders, self.cache, self.head, self.texts = encoders, cache, head, texts
         self.labelled = plan.split.labelled
         self.taxonomy = self.labelled.taxonomy(plan.classes)
         self.unreadable: dict[Path, str] = {}
@@ -176,7 +178,13 @@ class BankSelection:
             )
             self.unreadable |= dict(photos.unreadable)
             self._embedded[resize_mode] = Embedded(
-                photos.values, self.settings.views, photos.observations, self.plan.labels, self.taxonomy, self.head
+                photos.values,
+                self.settings.views,
+                photos.observations,
+                self.plan.labels,
+                self.taxonomy,
+                self.head,
+                self.texts,
             )
         return self._embedded[resize_mode]
 

@@ -4,6 +4,7 @@ Whatever belongs to the observations is in their order: a split or a fold is a b
 """
 
 import hashlib
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +47,7 @@ class LabelledObservations:
         class_ids: (observations,) str objects, as the competition spells them.
         is_val: (observations,) bool, those of the competition's own validation split.
         taxa: the names of each class at the ranks of TAXONOMY, "" where the tables give none.
-        species: the name of each class, "" where the tables give none; only for reports.
+        species: the name of each class, "" where the tables give none; for reports, and for text towers.
         poisonous: "1", "0" or "" for each class; only for reports.
     """
 
@@ -269,6 +270,16 @@ def names_of(labelled: LabelledObservations, classes: Sequence[str]) -> list[str
     names = [class_id if names_nothing(name) else name for class_id, name in zip(classes, species, strict=True)]
     counts = Counter(names)
     return [f"{name} #{one}" if counts[name] > 1 else name for name, one in zip(names, classes, strict=True)]
+
+
+def words_of(labelled: LabelledObservations, classes: Sequence[str]) -> list[str]:
+    """The name of each class in words, without "_" and a number before it; "" where only a number or code is known.
+
+    Without tables, it is that of the class's folder.
+    """
+    names = labelled.species if labelled.competition.has_table else dict(zip(classes, classes, strict=True))
+    words = [re.sub(r"^[\W\d]+", "", names.get(class_id, "").replace("_", " ")).strip() for class_id in classes]
+    return ["" if names_nothing(name) or not re.search(r"[^\W\d]{2}", name) else name for name in words]
 
 
 def _file_size(path: Path) -> int | None:

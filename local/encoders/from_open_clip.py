@@ -1,10 +1,10 @@
 """Load the vision tower of an open_clip model: by its name, or from a configuration and weights in its format."""
 
+import logging
 from importlib.metadata import version
 from pathlib import Path
 
 import open_clip
-import torch
 from open_clip import transform
 from torch import nn
 
@@ -69,7 +69,7 @@ def load_open_clip_files(
         try:
             module.load_state_dict(tower)
         except RuntimeError:
-            module.load_state_dict(_convert(config_file.parent, weights))
+            module.load_state_dict(load_both_towers(config_file.parent, weights).visual.state_dict())
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -99,11 +99,22 @@ def _preprocess_cfg(model_cfg: dict, given: dict) -> dict:
     return preprocess_cfg | {"size": model_cfg["vision_cfg"].get("image_size", 224)}
 
 
-def _convert(folder: Path, weights: Path) -> dict[str, torch.Tensor]:
-    """The vision tower's weights, after open_clip has converted those of another format or input size."""
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+def load_both_towers(folder: Path, weights: Path) -> nn.Module:
+    """A whole model, whose weights open_clip converts if they have another format or input size.
+
+    Args:
+        folder: with the configuration.
+
+    Raises:
+        Exception: the configuration or the weights are wrong, or a text tower needs a library that is not installed.
+    """
+    logging.disable(logging.WARNING)  # open_clip warns of random weights, before they are loaded
+    try:
+        model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+    finally:
+        logging.disable(logging.NOTSET)
     open_clip.load_checkpoint(model, str(weights), weights_only=True)
-    return model.visual.state_dict()
+    return model
 
 
 def _tower_arguments(model_cfg: dict, quick_gelu: bool) -> dict:

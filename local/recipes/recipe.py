@@ -45,6 +45,23 @@ class Recipe:
         """Whether the bank is the head trained with the encoder."""
         return self.bank.matcher == "head"
 
+    @property
+    def is_random(self) -> bool:
+        """Whether another seed gives other embeddings or another bank, and not only other held-out observations."""
+        return bool(self.train.epochs or not self.encoder.pretrained or self.bank.matcher == "projection")
+
+    @property
+    def text_obstacles(self) -> dict[str, str]:
+        """Why the embeddings of class names cannot be used, if so, by the setting that excludes them."""
+        matchers = {self.bank.matcher, *(("means",) if "matcher" in self.search.choose else ())}
+        obstacles = {
+            "encoder": (len(self.encoder.each) > 1, "several encoders have no text tower in common"),
+            "epochs": (self.train.epochs, "an encoder that is trained leaves the space of its text tower"),
+            "pool": (self.encoder.pool != "auto", f"pool = {self.encoder.pool} is not in the space of the text tower"),
+            "matcher": ("means" not in matchers, f'it shrinks class means, and the matcher is "{self.bank.matcher}"'),
+        }
+        return {name: reason for name, (is_there, reason) in obstacles.items() if is_there}
+
 
 TABLES: dict[str, type] = {table.name: table.default_factory for table in dataclasses.fields(Recipe)}
 TABLE_OF = {setting.name: name for name, table in TABLES.items() for setting in dataclasses.fields(table)}
@@ -172,6 +189,10 @@ def _check_combinations(recipe: Recipe, given: Mapping[str, Given]) -> None:
         "epochs encoder",
         "several encoders are used as they are: set epochs = 0, or train each in a run of its own and give the runs",
     )
+    for name, reason in recipe.text_obstacles.items():
+        refuse_if(
+            recipe.bank.text_weight, f"text_weight {name}", f"text_weight does not work here: {reason}; set it to 0"
+        )
     train, keeps_head, mixes = recipe.train, recipe.keeps_head, recipe.augment.mixup or recipe.augment.cutmix
     is_episodic = train.prototypes == "episodic"
     for name in ("head_only_epochs", "hidden_features"):

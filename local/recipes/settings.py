@@ -247,6 +247,13 @@ class BankSettings:
         least=0,
         candidates=(0.0, 0.25, 0.5),
     )
+    text_weight: float = setting(
+        0.0,
+        "Shrink a class mean towards the embedding of the class's name, which counts as this many observations. Only "
+        "for an encoder of open_clip that is not trained: its text tower embeds the names.",
+        least=0,
+        candidates=(0.0, 0.5, 1.0, 2.0),
+    )
     nearest_neighbour_weight: float = setting(
         0.0,
         "Mixture weight of a classifier by the nearest observation of each class.",

@@ -16,11 +16,12 @@ from local.base import distributed
 from local.base.console import counted, say
 from local.data.competition import read_competition
 from local.data.folder import find_competition
-from local.data.observations import LabelledObservations, Split, select_observations
+from local.data.observations import LabelledObservations, Split, select_observations, words_of
 from local.data.photos import refuse_missing
 from local.encoders.load import load_encoder, size_for_views
+from local.encoders.texts import embed_classes, write_texts
 from local.recipes.recipe import Recipe
-from local.recipes.settings import OneEncoder, TrainSettings
+from local.recipes.settings import OneEncoder, SearchSettings, TrainSettings
 from local.training.checkpoints import memory_named
 from local.training.finetuning import refuse_large
 
@@ -37,6 +38,7 @@ class Inputs:
         labelled: the observations that may be used.
         competition_sha256: digest of all labelled observations of the competition.
         data_sha256: digest of `labelled`.
+        texts: embeddings of the names of the classes of `labelled`, in their order, if `text_weight` needs them.
     """
 
     given: Recipe
@@ -46,6 +48,7 @@ class Inputs:
     labelled: LabelledObservations
     competition_sha256: str
     data_sha256: str
+    texts: np.ndarray | None = None
 
 
 def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -> Inputs:
@@ -104,6 +107,38 @@ def move_to_device(inputs: Inputs, checkpoints: Path) -> Inputs:
             encoder.module.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
         moved.append(Encoder(encoder.module, encoder.preprocessing, encoder.features, [device]))
     return dataclasses.replace(inputs, encoders=tuple(moved))
+
+
+def embed_class_names(inputs: Inputs, checkpoints: Path) -> Inputs:
+    """The same with the embeddings of the classes' names, if the recipe uses them; or without the choice of a weight.
+
+    Raises:
+        InputError: the recipe sets `text_weight`, and the names cannot be embedded.
+    """
+    recipe, labelled = inputs.recipe, inputs.labelled
+    if not recipe.bank.text_weight and "text_weight" not in recipe.search.choose:
+        return inputs
+    try:
+        for reason in recipe.text_obstacles.values():
+            raise InputError(reason)
+        [one], [spec], [encoder] = recipe.encoder.each, inputs.specs, inputs.encoders
+        names = words_of(labelled, labelled.classes)
+        texts = [
+            write_texts(name, labelled.taxa.get(class_id, ()))
+            for class_id, name in zip(labelled.classes, names, strict=True)
+        ]
+        with memory_named("embedding the names of the classes", checkpoints):
+            embedded = embed_classes(one.name, texts, encoder.device)
+        if embedded.shape[1] != spec.features:
+            raise InputError(f"{one.name} embeds texts in {embedded.shape[1]} features, and photos in {spec.features}")
+    except InputError as error:
+        if recipe.bank.text_weight:
+            raise InputError(f"text_weight does not work here: {error}; set it to 0") from error
+        say(f"text_weight is not chosen: {error}")
+        choose = tuple(name for name in recipe.search.choose if name != "text_weight")
+        return dataclasses.replace(inputs, recipe=dataclasses.replace(recipe, search=SearchSettings(choose)))
+    say(f"names: {counted(sum(map(bool, names)), 'class', 'classes')} of {len(names):,} in the space of the photos")
+    return dataclasses.replace(inputs, texts=embedded)
 
 
 def describe_data(labelled: LabelledObservations) -> str:

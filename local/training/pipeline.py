@@ -13,14 +13,21 @@ from local.base.console import Progress, say
 from local.base.files import write_json
 from local.base.run_folder import CACHE, REFERENCE_FILE
 from local.data.embedding import WeightedEncoders
-from local.data.observations import Split, split_for_validation
+from local.data.observations import Split, encode_labels, split_for_validation
 from local.recipes.recipe import Recipe
 from local.training.checkpoints import full_disk_named, memory_named
 from local.training.checks import CHECKPOINTS, is_first, partial_of
 from local.training.export import export_run, refuse_unopenable, write_reference
 from local.training.finetuning import Tuning, finetune
 from local.training.folder import run_folder
-from local.training.inputs import Inputs, describe_data, describe_training, load_inputs, move_to_device
+from local.training.inputs import (
+    Inputs,
+    describe_data,
+    describe_training,
+    embed_class_names,
+    load_inputs,
+    move_to_device,
+)
 from local.training.log import peak_memory_gb
 from local.training.resuming import is_done, refuse_other_checkpoints
 
@@ -45,7 +52,8 @@ def load(recipe: Recipe, data: Path, out: Path, uses_val: bool) -> Inputs:
         what = "opening the encoder as the kernel will"
         with Progress(what), full_disk_named(checkpoints), memory_named(what, checkpoints):
             refuse_unopenable(inputs, out)
-    return move_to_device(inputs, checkpoints)
+    inputs = move_to_device(inputs, checkpoints)
+    return embed_class_names(inputs, checkpoints) if is_first() else inputs
 
 
 def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
@@ -62,7 +70,10 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
     plan = plan_bank(split, recipe.bank.reference, is_tuned, recipe.train.monitor == "macro_f1", recipe.train.seed)
     head = expand_to_classes(tuning.head, tuning.classes, plan.classes) if tuning.head else None
     encoders = WeightedEncoders(inputs.encoders, recipe.encoder.encoder_weights)
-    selection = BankSelection(recipe.bank, recipe.search.choose, plan, encoders, cache, head)
+    texts = inputs.texts
+    if texts is not None:
+        texts = texts[encode_labels(plan.classes, inputs.labelled.classes)]
+    selection = BankSelection(recipe.bank, recipe.search.choose, plan, encoders, cache, head, texts)
     selection.embed_all()
     if not is_first():
         return

@@ -22,7 +22,8 @@ def write_run(folder, logits, truth, weights=None, observations="the same"):
     folder.mkdir(parents=True)
     weights = torch.ones(len(truth), dtype=torch.float64) if weights is None else weights
     classes = [str(label) for label in range(logits.shape[1])]
-    predictions = HeldOutPredictions([observations], classes, logits.log_softmax(dim=1), truth.numpy(), weights.numpy())
+    ids = [f"{observations} {number}" for number in range(len(truth))]
+    predictions = HeldOutPredictions(ids, classes, logits.log_softmax(dim=1), truth.numpy(), weights.numpy())
     predictions.write(folder / VALIDATION_FILE)
     return folder
 
@@ -146,6 +147,22 @@ def test_without_the_classes_that_the_bank_lacks_the_macro_f1_of_an_ensemble_is_
     assert set(scores) == {
         f"{kind}recall_at_{count}{end}" for kind in ("", "unweighted_") for count in (1, 5, 10) for end in ENDS
     }
+
+
+def test_runs_that_held_out_the_same_observations_in_another_order_or_more_are_weighted_by_these(truth, tmp_path):
+    runs = [noisy_run(tmp_path / str(seed), 1.4 + 0.2 * seed, seed, truth) for seed in range(2)]
+    expected = weigh_runs(runs, 10).weights
+    other = read_predictions(runs[1])
+    order = np.random.default_rng(0).permutation(QUERIES)
+    other.of([other.observations[row] for row in order]).write(runs[1] / VALIDATION_FILE)
+    assert weigh_runs(runs, 10).weights == expected
+
+    first = read_predictions(runs[0])
+    more = torch.cat([first.log_probabilities.flip(1)[:50], first.log_probabilities])  # 50 others, mostly wrong
+    ids = [f"another {number}" for number in range(50)] + first.observations
+    truths, weights = np.concatenate([first.truth[:50], first.truth]), np.ones(50 + QUERIES)
+    HeldOutPredictions(ids, first.classes, more, truths, weights).write(runs[0] / VALIDATION_FILE)
+    assert weigh_runs(runs, 10).weights == expected
 
 
 def test_damaged_predictions_are_a_mistake_in_one_line(truth, tmp_path):

@@ -22,6 +22,7 @@ from local.banks.estimators import (
     LinearProbe,
     NearestNeighbour,
     Whitening,
+    align_texts,
     centre,
     class_means_bank,
     commonest_classes,
@@ -211,6 +212,37 @@ def test_a_class_of_one_observation_learns_from_its_genus_and_a_class_of_many_ha
     assert np.allclose(shrunk[2], means[2])  # alone in its genus
     shrunk = ClassMeans(family=0.5).fit(means[labels], labels, taxonomy).prototypes_
     assert np.allclose(shrunk[2], l2_normalize((means[2] + 0.5 * (means[0] + means[1]) / 2) / 1.5))
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.75])
+def test_texts_are_centred_whitened_and_as_long_as_the_class_means_on_average(exponent):
+    rng, (photos, labels) = np.random.default_rng(0), photos_in_views()
+    texts = l2_normalize(rng.normal(size=(labels.max() + 1, photos.shape[2])) + 3)  # in a cone of their own
+    texts[4] = 0  # a class without a name
+    pooled = pool(photos, np.arange(len(labels)))
+    whitening = Whitening().fit(photos, labels)
+    layers = whitening.layers(exponent, pooled.mean(axis=0)) if exponent else centre(pooled.mean(axis=0))
+    means, sizes = group_means(transform(layers, pooled), labels, len(texts))
+    named = np.arange(len(texts)) != 4
+    centred = texts - texts[named].mean(axis=0)
+    weight = whitening.directions_ * whitening.variances_ ** (-exponent / 2) if exponent else np.eye(len(centred.T))
+    expected = named[:, None] * l2_normalize(centred @ weight) * np.linalg.norm(means, axis=1).mean()
+    assert np.allclose(align_texts(texts, layers, means, sizes), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("features", [5, estimators.COLUMNS + 3])
+def test_the_name_of_a_class_counts_as_so_many_observations(features):
+    rng, sizes = np.random.default_rng(0), np.array([1, 3, 0, 20])
+    means, texts = rng.normal(size=(4, features)) * (sizes > 0)[:, None], rng.normal(size=(4, features))
+    texts[1] = 0  # without a name
+    taxonomy = Taxonomy(np.array([0, 0, 1, 1]), np.zeros(4, dtype=int))
+    fitted = ClassMeans(genus=0.5, text=2.0).fit_means(means, sizes, taxonomy, texts)
+    expected = [means[0] + 0.5 * means[1] + 2 * texts[0], 3 * means[1] + 0.5 * means[0]]
+    expected += [0.5 * means[3] + 2 * texts[2], 20 * means[3] + 2 * texts[3]]
+    assert np.allclose(fitted.prototypes_, l2_normalize(np.array(expected)))
+    assert fitted.bias_.tolist() == [0, 0, estimators.ABSENT, 0]  # a name alone is no observation
+    norms = [np.linalg.norm(total) / weight for total, weight in zip(expected, [3.5, 3.5, 2.5, 22], strict=True)]
+    assert np.allclose(fitted.counts_, sizes * norms)
 
 
 def family_terms(genus, family, present=None):

@@ -375,3 +375,29 @@ def test_logistic_regression_is_selected_where_it_separates_classes_that_their_m
     chosen = coordinate_ascent(search, start, ("matcher",), every_query(search))
     assert chosen == replace(start, matcher="logistic")
     assert search.evaluate(chosen).logit_scales != (16.0,)
+
+
+def test_names_are_chosen_where_they_tell_the_classes_apart_and_not_where_they_do_not():
+    embedded, rng = specimens(shots=(1, 2), repeats=12), np.random.default_rng(1)
+    pooled = embedded.pooled(SETTINGS)
+    centres = np.stack([pooled[embedded.labels == label].mean(axis=0) for label in range(24)])
+    names = l2_normalize(centres - pooled.mean(axis=0)) + 5 * l2_normalize(rng.normal(size=16))
+    chosen = []
+    for texts in (names, rng.permutation(names)):
+        search = search_over(replace(embedded, texts=l2_normalize(texts), transform_cache={}))
+        best = coordinate_ascent(search, replace(SETTINGS, whitening=0.5), ["text_weight"], every_query(search))
+        chosen.append(best.text_weight)
+    assert chosen[0] > 0
+    assert chosen[1] == 0
+
+
+def test_a_reference_set_has_its_own_texts_among_its_class_means():
+    embedded = replace(specimens(), texts=l2_normalize(np.random.default_rng(1).normal(size=(32, 16)) + 2))
+    settings, everyone = replace(SETTINGS, whitening=0.5, text_weight=2.0), np.ones(len(embedded.labels), dtype=bool)
+    for reference in (everyone, np.arange(len(everyone)) % 5 > 0, everyone):
+        [bank] = fit_banks(settings, embedded, reference)
+        _, means, sizes = embedded.class_means(settings, reference)
+        texts = embedded.aligned_texts(settings, reference)
+        expected = l2_normalize(sizes[:, None] * means + 2 * texts)
+        assert np.allclose(bank.prototypes, expected, atol=1e-5)
+        assert np.linalg.norm(texts, axis=1) == pytest.approx(np.linalg.norm(means[sizes > 0], axis=1).mean(), rel=1e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kernel.competitions import competition_named
 from kernel.inputs import InputError
 from kernel.observations import Observation
 from kernel.tables import TAXONOMY
@@ -19,6 +20,7 @@ from local.data.observations import (
     select_observations,
     sort_ids,
     split_for_validation,
+    words_of,
 )
 from tests.labelled import make_labelled, of_rows
 
@@ -190,3 +192,17 @@ def test_an_excluded_observation_that_the_data_lack_is_named():
         select_observations(whole, True, 0, 0, ["1", "4"])
     with pytest.raises(InputError, match="fewer than two classes"):
         select_observations(whole, True, 0, 0, ["1"])
+
+
+def test_the_words_for_a_class_are_its_species_and_never_a_number():
+    species = {"1": "Amanita muscaria", "2": "", "3": "unknown", "4": "17", "5": "n01440764", "6": " Boletus_edulis"}
+    labelled = replace(of_rows([("train", "a", "1"), ("train", "b", "7")]), species=species)
+    words = words_of(labelled, list("1234567"))
+    assert words == ["Amanita muscaria", "", "", "", "", "Boletus edulis", ""]
+
+
+def test_the_words_for_a_class_without_tables_are_the_name_of_its_folder():
+    labelled = replace(of_rows([("train", "a", "x")]), competition=competition_named("class-folders"))
+    folders = ["001.Black_footed_Albatross", "black-footed albatross", "42", "__", "Löwenzahn"]
+    words = words_of(labelled, folders)
+    assert words == ["Black footed Albatross", "black-footed albatross", "", "", "Löwenzahn"]
