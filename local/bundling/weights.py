@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kernel.competitions import competition_named
+from kernel.competitions import competition_of
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Manifest, Member, Weights, write_manifest
 from kernel.tables import RESOLUTIONS
@@ -54,6 +54,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         competition=replace(first.competition, resolution=resolution),
         class_ids=first.class_ids,
         fallback_classes=first.fallback_classes,
+        class_counts=first.class_counts,
         members=tuple(copied),
         files={path.relative_to(folder).as_posix(): sha256(path) for path in files},
     )
@@ -66,7 +67,7 @@ def choose_members(runs: Sequence[Weights]) -> list[tuple[Weights, float]]:
 
     A kernel that is short of time drops the last ones.
     """
-    guesses = competition_named(runs[0].manifest.competition.name).guesses
+    guesses = competition_of(runs[0].manifest.competition).guesses
     weights = weigh_runs([run.folder for run in runs], guesses)
     order = sorted(range(len(runs)), key=lambda index: -sum_of_recalls(runs[index]))
     return [(runs[index], weights[index]) for index in order if weights[index]]
@@ -91,8 +92,9 @@ def check_same_task(runs: Sequence[Weights]) -> None:
 
 def warn_of_few_classes(manifest: Manifest) -> str:
     """A warning if there are fewer classes than a row of the submission has room for; otherwise an empty string."""
-    guesses, classes = competition_named(manifest.competition.name).guesses, len(manifest.class_ids)
-    if classes >= guesses:
+    form, classes = competition_of(manifest.competition).form, len(manifest.class_ids)
+    guesses = form.guesses
+    if classes >= guesses or form.classes:
         return ""
     return (
         f"warning: a row of the submission has room for {guesses} classes, and the run was trained on {classes}: "

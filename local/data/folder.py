@@ -1,4 +1,4 @@
-"""Recognise a competition's folder. Reads no table, so that a wrong `--data` is answered immediately."""
+"""Recognise a competition's folder. Reads only tables in which columns must be found, so that it answers at once."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -7,19 +7,25 @@ from kernel.competitions import COMPETITIONS
 from kernel.competitions.competition import CompetitionFolder
 from kernel.inputs import InputError, find_folders
 from kernel.observations import recognise
+from local.base.console import say_once
 
 
 def find_competition(folder: Path) -> CompetitionFolder:
     """Recognise a competition's folder, as downloaded.
 
     Raises:
-        InputError: the folder does not exist, or is not that of a supported competition.
+        InputError: the folder does not exist, or is not that of a supported competition, or its tables are not such as
+            can be trained on.
     """
     if not folder.is_dir():
         problem = "is a file: unpack it, and" if folder.exists() else "does not exist:"
         raise InputError(f"{folder} {problem} give the competition's folder as downloaded")
     found = recognise(folder)
     if found:
+        if found.competition.problem:
+            raise InputError(found.competition.problem)
+        for note in found.competition.notes:
+            say_once(note)
         return found
     meant = next((other for other in _nearby(folder) if _looks_meant(other)), None)
     if meant:
