@@ -123,14 +123,14 @@ def find_test_table(
     root: Path,
     name: str | None = None,
     resolution: str = RESOLUTIONS[0],
-    settings: Mapping[str, Any] | None = None,
+    settings: Any = None,
 ) -> TestTable:
     """The test set of the competition mounted under `root`.
 
     Args:
         name: of the competition that the weights were trained on; None accepts any.
         resolution: of the photos that they were trained on.
-        settings: of the competition, as the manifest has them; None finds them again, where there are any.
+        settings: of the competition, as it or the manifest has them; None where there are none.
 
     Raises:
         InputError: the competition is not under `root`, or has no test observation.

@@ -1,11 +1,11 @@
 """All supported competitions. To support another one, add its module here and to the tests' SMALLEST."""
 
-from kernel.competitions import class_folders, fungi, herbarium
+from kernel.competitions import class_folders, fungi, herbarium, table
 from kernel.competitions.competition import Competition
 from kernel.inputs import InputError
 from kernel.manifest import CompetitionSpec
 
-MODULES = (fungi, herbarium, class_folders)  # a folder may fit several competitions; the first of equals counts
+MODULES = (fungi, herbarium, table, class_folders)  # a folder may fit several competitions; the first of equals counts
 COMPETITIONS = tuple(competition for module in MODULES for competition in module.COMPETITIONS)
 
 

@@ -137,8 +137,8 @@ class Competition:
             recognise a folder, those with the lowest number count.
         is_recognised: without a table, whether a folder looks right.
         arrangement: without a table of a fixed name, what is looked for; for messages.
-        find_settings: where the files and columns of a competition are not known beforehand, finds them in a folder;
-            None if it is not such a competition's.
+        find_settings: where the files and columns of a competition are not known beforehand, finds them in a folder, or
+            what the kernel needs of them; None if it is not such a competition's.
         configure: the competition with the settings that were found, or that a manifest has.
         settings: those that were found, a dataclass of the module; None where there is nothing to find.
         notes: what was found, and what was left out, in lines for the user.
@@ -170,7 +170,7 @@ class Competition:
     is_recognised: Callable[[Path], bool] = lambda folder: True
     arrangement: str = ""
     find_settings: Callable[[Path], "Competition | None"] | None = None
-    configure: Callable[[Mapping[str, Any]], "Competition"] | None = None
+    configure: Callable[[Any], "Competition"] | None = None
     settings: Any = None
     notes: tuple[str, ...] = ()
     problem: str = ""
@@ -199,8 +199,8 @@ class Competition:
         """Class ids in one row of the submission, best first; of probabilities, those that are scored here."""
         return self.form.guesses
 
-    def with_settings(self, settings: Mapping[str, Any] | None) -> "Competition":
-        """The same with the settings that a manifest has; without any, or where none are needed, itself."""
+    def with_settings(self, settings: Any) -> "Competition":
+        """The same with its settings, also those of a manifest; without any, or where none are needed, itself."""
         return self.configure(settings) if settings and self.configure else self
 
     def recognise(self, folder: Path) -> "CompetitionFolder | None":

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from kernel.competitions import COMPETITIONS
 from kernel.competitions.competition import Competition, CompetitionFolder, PhotoRow
 from kernel.manifest import MANIFEST, read_manifest, write_manifest
 from kernel.observations import TestTable, read_rows, recognise
 from local.base.files import link_or_copy
+from local.data.folder import COMPETITIONS
 from local.rehearsal.staging import photo_folders, replace_file
 
 
