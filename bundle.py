@@ -20,7 +20,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from kernel.competitions import competition_named, module_of
+from kernel.competitions import competition_of, module_of
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Weights, read_weights
 from local.base.console import Progress, command_parser, run, say
@@ -85,7 +85,7 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
 
 def make_script(weights: Weights, digest: str) -> str:
     """The script that accepts these weights only; `digest` is the SHA-256 of their manifest."""
-    module = module_of(competition_named(weights.manifest.competition.name))
+    module = module_of(competition_of(weights.manifest.competition))
     introduction = introduce(weights, digest, commit("kernel"))
     script = flatten(ROOT / "kernel", introduction=introduction, chosen={"competitions": module})
     if script.count(DIGEST_LINE) != 1:

@@ -17,9 +17,9 @@ from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, describe_unreadable
 from kernel.loader import PhotoLoader
 from kernel.embeddings import Embeddings, Limits, concatenate, embed_observations, list_photos
 from kernel.metadata_prior import weighted_prior
-from kernel.bank import rank, read_banks
+from kernel.bank import rank_with_probabilities, read_banks
 from kernel.inputs import InputError
-from kernel.submission import fallback_guesses, write_submission
+from kernel.submission import fallback_answer, write_submission
 
 
 def embed_test_set(setup: Setup) -> tuple[list[Embeddings], torch.device]:
@@ -95,6 +95,7 @@ def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torc
         How many observations keep the fallback: those without an embedding, unless the metadata say something.
     """
     weights, table, manifest = setup.weights, setup.table, setup.weights.manifest
+    class_ids, count = manifest.class_ids, table.competition.form.ranked(len(manifest.class_ids))
     members, banks, values, left = [], [], [], list(embedded)
     for member in manifest.members:
         own, left = left[: len(member.encoders)], left[len(member.encoders) :]
@@ -103,19 +104,21 @@ def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torc
             banks.append(read_banks(weights.file(member.banks[len(own) - 1])))
             values.append(concatenate([embeddings.pooled for embeddings in own], member.encoder_weights))
     metadata_prior = weighted_prior(weights, members, table.observations)
-    ranked = rank(
-        banks, [member.weight for member in members], values, table.competition.guesses, metadata_prior, device
+    ranked, probabilities = rank_with_probabilities(
+        banks, [member.weight for member in members], values, count, metadata_prior, device
     )
     is_predicted = torch.stack([embeddings.has_embedding for embeddings in embedded]).all(dim=0)
     if metadata_prior is not None:
         is_predicted = torch.ones_like(is_predicted)
-    fallback, class_ids = fallback_guesses(table, manifest.fallback_classes), manifest.class_ids
-    guesses = [
-        [class_ids[index] for index in indices] if predicted else fallback
-        for indices, predicted in zip(ranked.tolist(), is_predicted.tolist(), strict=True)
-    ]
-    write_submission(setup.working / "submission.csv", table, guesses, class_ids)
-    return len(guesses) - int(is_predicted.sum())
+    fallback = fallback_answer(table, manifest)
+    answers = (
+        {class_ids[index]: value for index, value in zip(indices.tolist(), own.tolist(), strict=True)}
+        if predicted
+        else fallback
+        for indices, own, predicted in zip(ranked, probabilities, is_predicted.tolist(), strict=True)
+    )
+    write_submission(setup.working / "submission.csv", table, answers, class_ids)
+    return len(is_predicted) - int(is_predicted.sum())
 
 
 def summarise(setup: Setup, embedded: Sequence[Embeddings], fallbacks: int, seconds: float) -> None:

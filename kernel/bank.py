@@ -341,8 +341,8 @@ def rank_on(
     embeddings: Sequence[torch.Tensor],
     guesses: int,
     metadata_prior: torch.Tensor | WeightedPrior | None,
-) -> torch.Tensor:
-    """`rank` on a device.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rank_with_probabilities` on a device.
 
     Raises:
         RuntimeError: the memory of the device does not suffice, or an operation on it fails.
@@ -350,26 +350,28 @@ def rank_on(
     classifiers = [make_classifier(banks, own, device) for banks, own in zip(members, embeddings, strict=True)]
     prior, classes = None if metadata_prior is None else metadata_prior.to(device), len(members[0][0].bias)
 
-    def best(chunk: slice) -> torch.Tensor:
+    def best(chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
         total = classifiers[0].log_probabilities(chunk)
         total = total if weights[0] == 1 else total.mul_(weights[0])
         for weight, classifier in zip(weights[1:], classifiers[1:], strict=True):
             total.add_(classifier.log_probabilities(chunk), alpha=weight)
         if prior is not None:
             total.add_(prior[chunk])
-        return largest(total, min(guesses, classes))
+        indices = largest(total, min(guesses, classes))
+        return indices, (total.gather(1, indices) - total.logsumexp(dim=1, keepdim=True)).exp()
 
-    return torch.cat(list(in_chunks(len(embeddings[0]), observations_at_once(classes, device), best))).cpu()
+    parts = list(in_chunks(len(embeddings[0]), observations_at_once(classes, device), best))
+    return torch.cat([indices for indices, _ in parts]).cpu(), torch.cat([own for _, own in parts]).cpu()
 
 
-def rank(
+def rank_with_probabilities(
     members: Sequence[Sequence[Bank]],
     weights: Sequence[float],
     embeddings: Sequence[torch.Tensor],
     guesses: int,
     metadata_prior: torch.Tensor | WeightedPrior | None = None,
     device: torch.device = CPU,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The best classes of each observation, by the weighted sum of the log-probabilities of an ensemble's members.
 
     Args:
@@ -381,8 +383,9 @@ def rank(
         device: to work on. If it fails, the CPU does the work.
 
     Returns:
-        (observations, guesses) int64 indices of classes, best first, on the CPU. Every device ranks the same, except
-        where two scores differ by no more than their rounding.
+        (observations, guesses) int64 indices of classes, best first, and their probabilities, the softmax over all
+        classes; both on the CPU. Every device ranks the same, except where two scores differ by no more than their
+        rounding.
     """
     with full_precision():
         if device.type != "cpu":
@@ -392,3 +395,15 @@ def rank(
                 reason = "its memory does not suffice" if is_out_of_memory(error) else shorten(error)
                 print(f"ranking the classes on the CPU instead of {device}: {reason}", flush=True)
         return rank_on(CPU, members, weights, embeddings, guesses, metadata_prior)
+
+
+def rank(
+    members: Sequence[Sequence[Bank]],
+    weights: Sequence[float],
+    embeddings: Sequence[torch.Tensor],
+    guesses: int,
+    metadata_prior: torch.Tensor | WeightedPrior | None = None,
+    device: torch.device = CPU,
+) -> torch.Tensor:
+    """The indices of `rank_with_probabilities`, (observations, guesses) int64."""
+    return rank_with_probabilities(members, weights, embeddings, guesses, metadata_prior, device)[0]

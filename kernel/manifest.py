@@ -144,12 +144,14 @@ class CompetitionSpec:
         resolution: of the photos, where the competition has several.
         observations_sha256: digest of all its labelled observations.
         time_limit: for a kernel, seconds.
+        settings: those that were found in its folder, such as names of columns; none where nothing had to be found.
     """
 
     name: str
     resolution: Literal["300p", "500p", "720p", "fullsize"]
     observations_sha256: str = ""
     time_limit: float
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,7 @@ class Manifest:
         commit: the repository's commit in training; None in a bundle, whose script names it.
         class_ids: ids of all classes, in the order of the banks.
         fallback_classes: ids of the most common classes, predicted for an observation without a readable photo.
+        class_counts: observations of each class in the reference; none in weights of an earlier version.
         members: the best first, because a kernel that is short of time skips the last.
         validation: scores of an ensemble on held-out observations; None for one member, which has its own, and where
             they are not known.
@@ -171,6 +174,7 @@ class Manifest:
     competition: CompetitionSpec
     class_ids: tuple[str, ...]
     fallback_classes: tuple[str, ...]
+    class_counts: tuple[int, ...] = ()
     members: tuple[Member, ...]
     validation: dict[str, float] | None = None
     files: dict[str, str]
@@ -184,10 +188,12 @@ def read_manifest(path: Path) -> Manifest:
     """
     values = _read_json(path)
     try:
-        manifest = _from_json(Manifest, values, "")
+        manifest = from_json(Manifest, values, "")
         empty = [name for name in ("class_ids", "fallback_classes", "members") if not getattr(manifest, name)]
         if empty:
             raise ValueError(f"{empty[0]} is empty")
+        if len(manifest.class_counts) not in (0, len(manifest.class_ids)):
+            raise ValueError("class_counts needs a count for each class")
         for member in manifest.members:
             if not len(member.encoders) == len(member.encoder_weights) == len(member.banks) > 0:
                 raise ValueError(f"{member.name} needs as many weights and banks as encoders")
@@ -222,8 +228,8 @@ def _read_json(path: Path) -> dict:
     return values
 
 
-def _from_json(kind: Any, value: Any, key: str) -> Any:
-    """Convert a JSON value to the type of its field. A missing key leaves the field's default, if it has one.
+def from_json(kind: Any, value: Any, key: str) -> Any:
+    """Convert a JSON or TOML value to the type of its field. A missing key leaves the field's default, if it has one.
 
     Args:
         kind: the type: one of the dataclasses, or the annotation of one of their fields.
@@ -241,7 +247,7 @@ def _from_json(kind: Any, value: Any, key: str) -> Any:
     if outer is Any:
         return value
     if outer is UnionType:  # of one type and None
-        return None if value is None else _from_json(inner[0], value, key)
+        return None if value is None else from_json(inner[0], value, key)
     if outer is Literal:
         expect(value in inner, " or ".join(map(repr, inner)))
         return value
@@ -250,10 +256,10 @@ def _from_json(kind: Any, value: Any, key: str) -> Any:
         kinds = inner[:1] * len(value) if inner[-1] is ... else inner
         expect(len(value) == len(kinds), f"{len(kinds)} values")
         pairs = enumerate(zip(kinds, value, strict=True))
-        return tuple(_from_json(kind, item, f"{key}[{index}]") for index, (kind, item) in pairs)
+        return tuple(from_json(kind, item, f"{key}[{index}]") for index, (kind, item) in pairs)
     if outer is dict:
         expect(isinstance(value, dict), "an object")
-        return {name: _from_json(inner[1], own, f"{key}.{name}") for name, own in value.items()}
+        return {name: from_json(inner[1], own, f"{key}.{name}") for name, own in value.items()}
     if is_dataclass(outer):
         expect(isinstance(value, dict), "an object")
         prefix = f"{key}." if key else ""
@@ -261,9 +267,10 @@ def _from_json(kind: Any, value: Any, key: str) -> Any:
             if one.name not in value and one.default is MISSING and one.default_factory is MISSING:
                 raise ValueError(f"{prefix}{one.name} is missing")
         given = [one for one in fields(outer) if one.name in value]
-        return outer(**{one.name: _from_json(one.type, value[one.name], prefix + one.name) for one in given})
-    what, types = {str: ("a string", str), int: ("an int", int), float: ("a number", (int, float))}[outer]
-    expect(isinstance(value, types) and not isinstance(value, bool), what)
+        return outer(**{one.name: from_json(one.type, value[one.name], prefix + one.name) for one in given})
+    numbers = {int: ("an int", int), float: ("a number", (int, float)), bool: ("true or false", bool)}
+    what, types = {str: ("a string", str), **numbers}[outer]
+    expect(isinstance(value, types) and isinstance(value, bool) == (outer is bool), what)
     return value
 
 

@@ -43,6 +43,11 @@ def category(column: str) -> Callable[[Mapping[str, str]], str | None]:
     return read
 
 
+def rounded(column: str) -> Callable[[Mapping[str, str]], str | None]:
+    """A feature that is a column's number to one digit, such as "0.3" or "2e+02"."""
+    return lambda metadata: f"{parse_number(metadata[column]):.1g}"
+
+
 def dekad(metadata: Mapping[str, str]) -> str | None:
     """The third of a month, from 0 to 35; the middle one where only the month is known."""
     month = parse_number(metadata["month"])
@@ -83,6 +88,17 @@ FEATURES: dict[str, Callable[[Mapping[str, str]], str | None]] = {
     "elevation": elevation_step,
     "location": location_cell,
 }
+COLUMN_FEATURES = {"text": category, "number": rounded}  # of other columns, as in "text storage"
+
+
+def read_feature(feature: str) -> Callable[[Mapping[str, str]], str | None]:
+    """The function of a feature, which maps an observation's metadata to a discrete value.
+
+    Raises:
+        KeyError: there is no such feature.
+    """
+    kind, _, column = feature.partition(" ")
+    return FEATURES[feature] if feature in FEATURES else COLUMN_FEATURES[kind](column)
 
 
 def feature_value(feature: str, metadata: Mapping[str, str]) -> str | None:
@@ -91,7 +107,7 @@ def feature_value(feature: str, metadata: Mapping[str, str]) -> str | None:
     Any error counts as None: a malformed cell of the hidden test table must cost no more than its own feature.
     """
     try:
-        return FEATURES[feature](metadata)
+        return read_feature(feature)(metadata)
     except Exception:
         return None
 
@@ -190,7 +206,7 @@ def read_prior(path: Path) -> MetadataPrior:
     """
     with safe_open(path, "pt") as file:
         values = json.loads(file.metadata()["values"])
-        unknown = sorted(set(values) - set(FEATURES))
+        unknown = sorted(one for one in values if one not in FEATURES and one.partition(" ")[0] not in COLUMN_FEATURES)
         if unknown:
             raise ValueError(f"{path} has the unknown feature {unknown[0]!r}: train again")
         tables = {feature: file.get_tensor(feature) for feature in values}

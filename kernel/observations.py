@@ -1,9 +1,10 @@
 """Find the competition among what is mounted, and read its test set: the observations to predict, and their photos."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from kernel.competitions import COMPETITIONS
 from kernel.competitions.competition import Competition, CompetitionFolder, PhotoRow
@@ -59,15 +60,19 @@ def group_photos(rows: Iterable[tuple[str, Path | None, Mapping[str, str | None]
     return [Observation(observation, tuple(paths), metadata[observation]) for observation, paths in photos.items()]
 
 
-def recognise(folder: Path, among: Iterable[Competition] = COMPETITIONS) -> CompetitionFolder | None:
+def recognise(folder: Path, among: Sequence[Competition] = COMPETITIONS) -> CompetitionFolder | None:
     """Recognise a folder as one of some competitions; None if it is another's or none.
 
-    If it has the table of any competition, no competition without a table is considered. If it has the tables of
-    several, one whose test photos are there is preferred.
+    Of all competitions that recognise it, those of the lowest `generality` count: with files of its own before any
+    tables, and these before photos alone. Of several, one whose test photos are there is preferred.
+
+    Args:
+        among: if one of them has settings, these are used for its name.
     """
-    found = [one for one in (competition.recognise(folder) for competition in COMPETITIONS) if one]
-    with_table = [one for one in found if one.competition.has_table]
-    candidates = [one for one in with_table or found if one.competition in among]
+    wanted = {competition.name: competition for competition in among}
+    found = [one for own in COMPETITIONS if (one := wanted.get(own.name, own).recognise(folder))]
+    lowest = min((one.competition.generality for one in found), default=0)
+    candidates = [one for one in found if one.competition.generality == lowest and one.competition.name in wanted]
     return max(candidates, key=lambda one: one.split_folder("test").is_dir(), default=None)
 
 
@@ -83,8 +88,7 @@ def read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
     rows = found.competition.read_rows(found, left_out)
     if not found.competition.has_table:
         return rows  # their ids are names of files
-    sample = (observation for observation, _ in found.competition.read_sample(found.path))
-    spelt = respell(dict.fromkeys(row.observation for row in rows), sample)
+    spelt = respell(dict.fromkeys(row.observation for row in rows), found.competition.sample_ids(found.path))
     return [replace(row, observation=spelt[row.observation]) for row in rows]
 
 
@@ -115,29 +119,36 @@ def read_test(found: CompetitionFolder, resolution: str = RESOLUTIONS[0]) -> Tes
     return TestTable(found.path, found.competition, observations, left_out)
 
 
-def find_test_table(root: Path, name: str | None = None, resolution: str = RESOLUTIONS[0]) -> TestTable:
+def find_test_table(
+    root: Path,
+    name: str | None = None,
+    resolution: str = RESOLUTIONS[0],
+    settings: Any = None,
+) -> TestTable:
     """The test set of the competition mounted under `root`.
 
     Args:
         name: of the competition that the weights were trained on; None accepts any.
         resolution: of the photos that they were trained on.
+        settings: of the competition, as it or the manifest has them; None where there are none.
 
     Raises:
         InputError: the competition is not under `root`, or has no test observation.
     """
 
+    accepted = [own.with_settings(settings) for own in COMPETITIONS if name in (None, own.name)]
+
     def has_test(folder: Path) -> bool:
-        found = recognise(folder)
+        found = recognise(folder, accepted) or recognise(folder)
         return found is not None and found.table.exists()  # folders with nothing but photos may be any other dataset
 
-    accepted = [competition for competition in COMPETITIONS if name in (None, competition.name)]
     others = []
     for folder in find_folders(root, has_test):
         found = recognise(folder, accepted)
         if found:
             return read_test(found, resolution)
         others.append(f"{folder} ({recognise(folder).competition.name})")
-    looked_for = " or ".join(competition.table for competition in accepted)
+    looked_for = " or ".join(competition.table or competition.arrangement for competition in accepted)
     if others:
         raise InputError(
             f"the weights are for the competition {name} with {looked_for}, but {', '.join(others)} is attached: "

@@ -15,7 +15,7 @@ from pathlib import Path
 from kernel.inputs import InputError, escape_control, escape_unprintable, install_wheels, list_folder, wait_passively
 from kernel.manifest import MANIFEST_SHA256, Weights, find_weights
 from kernel.observations import TestTable, find_test_table
-from kernel.submission import fallback_guesses, write_submission
+from kernel.submission import fallback_answer, write_submission
 from kernel.tables import describe_left_out
 from kernel.budget import Budget
 
@@ -82,7 +82,7 @@ def positive_seconds(text: str) -> float:
 
 
 def write_fallback(inputs: Path, submission: Path) -> tuple[Weights, TestTable]:
-    """Find the weights and the test table, and write the fallback submission: every row names the commonest classes.
+    """Find the weights and the test table, and write the fallback submission: `fallback_answer` in every row.
 
     Without weights the sample submission gives the row, so that the scored rerun ends with a valid file all the same.
 
@@ -98,14 +98,14 @@ def write_fallback(inputs: Path, submission: Path) -> tuple[Weights, TestTable]:
     try:
         if weights:
             manifest = weights.manifest
-            table = find_test_table(inputs, manifest.competition.name, manifest.competition.resolution)
-            guesses = fallback_guesses(table, manifest.fallback_classes)
+            trained = manifest.competition
+            table = find_test_table(inputs, trained.name, trained.resolution, trained.settings)
         else:
             table = find_test_table(inputs)
-            guesses = fallback_guesses(table)
+        answer = fallback_answer(table, weights.manifest if weights else None)
         try:
             submission.parent.mkdir(parents=True, exist_ok=True)
-            write_submission(submission, table, [guesses] * len(table.observations))
+            write_submission(submission, table, [answer] * len(table.observations))
         except OSError as error:
             raise InputError(f"{submission} cannot be written ({error}): give another --working") from error
     except Exception as error:

@@ -93,7 +93,7 @@ def read_test_set(data: Path, weights: Sequence[Weights]) -> list[Observation]:
     """
     trained = [own.manifest.competition for own in weights]
     resolution = max((one.resolution for one in trained), key=RESOLUTIONS.index)
-    return list(find_test_table(data, trained[0].name, resolution).observations)
+    return list(find_test_table(data, trained[0].name, resolution, trained[0].settings).observations)
 
 
 def describe(prediction: "Prediction") -> str:

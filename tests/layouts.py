@@ -117,6 +117,55 @@ def class_folders(folder: Path) -> None:
             photo(folder / "test" / f"{name} {number}.jpg", seed)
 
 
+ANSWERS = ("class", "several", "probabilities")  # the forms of a submission
+
+
+def table(
+    folder: Path,
+    answer: str = "class",
+    labels: Sequence[str] = ("boletus edulis", "amanita", "morchella"),
+    names: str = "{}.jpg",
+    folders: tuple[str, str] = ("train", "test"),
+    has_test_table: bool = True,
+    is_grouped: bool = True,
+) -> Path:
+    """A competition whose photos are listed in tables; returns a solution.
+
+    Args:
+        answer: one of ANSWERS.
+        names: of photos in the tables; the files have the suffix .jpg.
+        is_grouped: whether the test table names an observation for each photo, some of which have two photos.
+    """
+    rows, number = {"train": [], "test": []}, 0
+    for (split, count), place in zip((("train", 3), ("test", TEST_OBSERVATIONS)), folders, strict=True):
+        for index in range(count):
+            for seed, label in enumerate(labels):
+                observation = f"ö {number}" if is_grouped else ""
+                for _ in range(1 + index % 2 if is_grouped else 1):
+                    number += 1
+                    photo(folder / place / f"img {number}.jpg", seed)
+                    name = names.format(f"img {number}")
+                    rows[split].append((name, observation or name, label, "wood" if seed else "soil", str(number % 3)))
+    columns = ("image", "specimen", "label", "habitat", "fold")
+    kept = [0, 1, 2, 3, 4] if is_grouped else [0, 2, 3, 4]
+    write_csv(folder / "train.csv", [[row[index] for index in kept] for row in (columns, *rows["train"])])
+    truth = {row[1]: row[2] for row in rows["test"]}
+    identity = "specimen" if is_grouped else "image"
+    if has_test_table:
+        known = [index for index in kept if columns[index] not in ("label", "fold")]
+        write_csv(folder / "test.csv", [[row[index] for index in known] for row in (columns, *rows["test"])])
+    header, cells = {
+        "class": (["label"], labels[:1]),
+        "several": (["label"], [" ".join(labels[:2])]),
+        "probabilities": ([*labels], [f"{1 / len(labels):.3f}"] * len(labels)),
+    }[answer]
+    write_csv(folder / "sample_submission.csv", [(identity, *header), *((name, *cells) for name in sorted(truth))])
+    return write_csv(
+        folder / "solution.csv",
+        [("Usage", "label", identity), *(("Private", own, name) for name, own in truth.items())],
+    )
+
+
 # By the name of the competition.
 SMALLEST: dict[str, Callable[[Path], object]] = {
     "fungiclef": fungiclef,
@@ -126,5 +175,6 @@ SMALLEST: dict[str, Callable[[Path], object]] = {
     "herbarium": lambda folder: herbarium(folder, 2020),
     "herbarium-2021": lambda folder: herbarium(folder, 2021),
     "herbarium-2022": lambda folder: herbarium(folder, 2022),
+    "table": table,
     "class-folders": class_folders,
 }

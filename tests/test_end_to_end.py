@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,13 +20,15 @@ from local import train
 from local.base.console import run
 from local.bundling.wheels import IMAGE, is_newer
 from local.encoders.load import load_encoder
+from local.predict import predict
 from local.recipes.recipe import make_recipe
-from local.rehearsal.report import rehearse
+from local.rehearsal.rehearsal import Rehearsal
+from local.rehearsal.report import play_all, rehearse
 from local.training.checkpoints import read_checkpoint
 from local.training.checks import CHECKPOINTS
 from local.training.run import train_run
 from tests.conftest import LEARNING, ROOT, TINY, command, photo
-from tests.layouts import SPECIES, fungitastic, herbarium
+from tests.layouts import SPECIES, fungitastic, herbarium, table
 
 
 @pytest.fixture(scope="module")
@@ -425,3 +428,26 @@ def test_other_competitions_go_all_the_way(name, tmp_path, capsys):
     assert (header, len(first[1].split())) == (
         (["Id", "Predicted"], 1) if year else (["observationId", "predictions"], 3)
     )
+
+
+@pytest.mark.slow
+def test_a_table_competition_with_probabilities_goes_all_the_way(tmp_path, capsys):
+    """The photos of a class are alike, so that the true class is always the most probable."""
+    data, labels = tmp_path / "data", ("boletus edulis", "amanita", "morchella")
+    solution = table(data, "probabilities", labels)
+    train_run(make_recipe({**TINY, "epochs": 0}, "the tests"), data, tmp_path / "run")
+    bundle([tmp_path / "run"], tmp_path / "build")
+    with Rehearsal(data, tmp_path / "build", solution) as rehearsal:
+        report = play_all(rehearsal, ["plain", "one-row", "weights-missing"])
+    assert not report.failed, report
+    assert report.scores["recall_at_1"] == 1
+    assert report.scores["log_loss"] < math.log(3)
+    header, *answers = rows(tmp_path / "build" / "rehearsal" / "plain" / "submission.csv")
+    assert header == ["specimen", *labels]
+    assert [row[0] for row in answers] == [row[0] for row in rows(data / "sample_submission.csv")[1:]]
+    assert all(sum(map(float, row[1:])) == pytest.approx(1, abs=1e-4) for row in answers)
+    # Without weights, the sample submission's own answers.
+    assert rows(tmp_path / "build" / "rehearsal" / "weights-missing" / "submission.csv")[1][1:] == ["0.333333"] * 3
+    predict([tmp_path / "build"], 3, tmp_path / "p.csv", None, together=False, data=data)
+    by_kernel = {row[0]: max(zip(map(float, row[1:]), labels, strict=True))[1] for row in answers}
+    assert {row[0]: row[2] for row in rows(tmp_path / "p.csv")[1:]} == by_kernel

@@ -1,15 +1,16 @@
 """All supported competitions. To support another one, add its module here and to the tests' SMALLEST."""
 
-from kernel.competitions import class_folders, fungi, herbarium
+from kernel.competitions import class_folders, fungi, herbarium, table
 from kernel.competitions.competition import Competition
 from kernel.inputs import InputError
+from kernel.manifest import CompetitionSpec
 
-MODULES = (fungi, herbarium, class_folders)  # a folder may fit several competitions; the first of equals counts
+MODULES = (fungi, herbarium, table, class_folders)  # a folder may fit several competitions; the first of equals counts
 COMPETITIONS = tuple(competition for module in MODULES for competition in module.COMPETITIONS)
 
 
 def competition_named(name: str) -> Competition:
-    """The competition that a manifest names.
+    """The competition of a name.
 
     Raises:
         InputError: it is not one of these.
@@ -20,6 +21,16 @@ def competition_named(name: str) -> Competition:
     return known[name]
 
 
+def competition_of(trained: CompetitionSpec) -> Competition:
+    """The competition that weights were trained on, with the settings that were found in its folder.
+
+    Raises:
+        InputError: it is not one of these, or the settings are damaged.
+    """
+    return competition_named(trained.name).with_settings(trained.settings)
+
+
 def module_of(competition: Competition) -> str:
     """The name of the module that knows a competition; of all these modules, a script holds this one alone."""
-    return next(module for module in MODULES if competition in module.COMPETITIONS).__name__.rpartition(".")[2]
+    names = {one.name: module.__name__ for module in MODULES for one in module.COMPETITIONS}
+    return names[competition.name].rpartition(".")[2]

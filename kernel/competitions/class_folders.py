@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from kernel.competitions.competition import Competition, CompetitionFolder, LabelledPhoto, PhotoRow
+from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
 from kernel.inputs import InputError
 from kernel.tables import RESOLUTIONS, is_hidden, visible
 
@@ -55,8 +55,10 @@ def find_photos(folder: Path, left_out: Counter) -> list[Path]:
 def _is_recognised(folder: Path) -> bool:
     """Whether a folder has folders of classes, or a test folder of photos that is not another competition's."""
     test = folder / "test"
+    if _find_classes(folder):
+        return True
     others = (*RESOLUTIONS, *SPLITS, "metadata.json")
-    return bool(_find_classes(folder)) or (test.is_dir() and not any((test / name).exists() for name in others))
+    return test.is_dir() and not any((test / name).exists() for name in others) and not any(folder.glob("*train*.csv"))
 
 
 def _find_classes(folder: Path) -> list[Path]:
@@ -78,8 +80,8 @@ def _find_classes(folder: Path) -> list[Path]:
 
 def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
     photos = [path.relative_to(found.table) for path in find_photos(found.table, left_out)]
-    sample = [observation for observation, _ in found.competition.read_sample(found.path)]
-    return [PhotoRow(id, photo.as_posix()) for id, photo in zip(_name_photos(photos, sample), photos, strict=True)]
+    ids = _name_photos(photos, found.competition.sample_ids(found.path))
+    return [PhotoRow(id, photo.as_posix()) for id, photo in zip(ids, photos, strict=True)]
 
 
 def _name_photos(photos: Sequence[Path], sample: Iterable[str]) -> list[str]:
@@ -134,12 +136,12 @@ COMPETITIONS = (
         name="class-folders",
         table="test",
         has_table=False,
+        generality=2,
         arrangement="train/CLASS/photo or CLASS/photo",
         is_recognised=_is_recognised,
         photos="{split}",
         sample="sample_submission.csv",
-        header=("image_name", "pred_label"),
-        guesses=1,
+        form=AnswerForm(("image_name", "pred_label"), guesses=1),
         metric="recall_at_1",
         time_limit=9 * 3600,
         read_rows=_read_rows,

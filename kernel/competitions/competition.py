@@ -1,12 +1,16 @@
 """What a competition is: one object that knows all that differs between competitions."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kernel.inputs import InputError
-from kernel.tables import RESOLUTIONS, read_table, visible
+from kernel.tables import RESOLUTIONS, is_blank, iterate_table, visible
+
+SUM_TOLERANCE = 1e-3  # by which the probabilities of a row may miss 1, since they are written with few digits
 
 
 @dataclass(frozen=True, slots=True)  # there may be millions
@@ -49,6 +53,75 @@ class LabelledPhoto:
     poisonous: str = ""
 
 
+@dataclass(frozen=True)
+class AnswerForm:
+    """How a submission answers for an observation: class ids in one cell, or the probability of each class in its own.
+
+    An answer is a mapping from class ids to probabilities, the most probable first. The first form writes its keys, and
+    the second one its values.
+
+    Attributes:
+        header: the columns, spelt as the grader expects them; the first is that of the observation's id.
+        guesses: class ids in a cell, separated by spaces, best first. Of probabilities, how many of the most probable
+            classes are scored here.
+        classes: the class id of each column of probabilities; empty where a cell has class ids. A last class without a
+            column has the rest of the probability.
+    """
+
+    header: tuple[str, ...]
+    guesses: int
+    classes: tuple[str, ...] = ()
+
+    def ranked(self, classes: int) -> int:
+        """How many of the best of `classes` classes an answer needs."""
+        return classes if self.classes else min(self.guesses, classes)
+
+    def write(self, answer: Mapping[str, float]) -> list[str]:
+        """The cells of an answer. Probabilities of the columns' classes are scaled to sum to 1."""
+        if not self.classes:
+            return [" ".join(answer)]
+        values = [answer.get(class_id, 0.0) for class_id in self.classes]
+        total = sum(values)
+        values = [value / total for value in values] if total > 0 else [1 / len(values)] * len(values)
+        return [f"{value:.6g}" for value in values[: len(self.header) - 1]]
+
+    def read(self, cells: Sequence[str]) -> dict[str, float]:
+        """The answer in the cells of a row; class ids without probabilities get equal ones.
+
+        Raises:
+            ValueError: a probability is not a number.
+        """
+        if self.classes:
+            values = [float(cell) for cell in cells]
+            values += [1 - sum(values)] * (len(self.classes) - len(values))
+            answer = dict(zip(self.classes, values, strict=True))
+            return dict(sorted(answer.items(), key=lambda item: -item[1]))
+        ids = cells[0].split() if self.guesses > 1 else cells[:1]  # the one id may be a folder's name, with spaces
+        return dict.fromkeys(ids, 1 / len(ids)) if ids else {}
+
+    def find_defect(self, cells: Sequence[str], class_ids: Collection[str]) -> str:
+        """What the grader would refuse or score wrongly in the cells of a row; empty if nothing.
+
+        Args:
+            class_ids: that may be predicted; quick to search.
+        """
+        if not self.classes:
+            answer, expected = self.read(cells), self.ranked(len(class_ids))
+            is_right = (
+                len(answer) == expected and all(one in class_ids for one in answer) and self.write(answer) == [*cells]
+            )
+            return "" if is_right else f"{cells[0]!r} is not {expected} distinct class ids"
+        try:
+            values = list(self.read(cells).values())
+        except ValueError as error:
+            return f"not all cells are probabilities ({error})"
+        if not all(0 <= value <= 1 for value in values):  # false for NaN
+            return "not all cells are probabilities from 0 to 1"
+        if not math.isclose(sum(values), 1, abs_tol=SUM_TOLERANCE):
+            return f"the probabilities sum to {sum(values):.6g}, not to 1"
+        return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Competition:
     """A competition: its files, the form of its submission, and its rules.
@@ -60,14 +133,22 @@ class Competition:
             table, the folder of test photos.
         has_table: whether a table lists the test photos. If not, every photo is an observation, with a name made from
             its path, and a folder can be recognised by its photos alone.
+        generality: 0 if the competition has files of its own by which it is recognised. Where several competitions
+            recognise a folder, those with the lowest number count.
         is_recognised: without a table, whether a folder looks right.
-        arrangement: without a table, how the photos are arranged; for messages.
+        arrangement: without a table of a fixed name, what is looked for; for messages.
+        find_settings: where the files and columns of a competition are not known beforehand, finds them in a folder, or
+            what the kernel needs of them; None if it is not such a competition's.
+        configure: the competition with the settings that were found, or that a manifest has.
+        settings: those that were found, a dataclass of the module; None where there is nothing to find.
+        notes: what was found, and what was left out, in lines for the user.
+        problem: why the folder cannot be trained on, in one line; empty if it can.
         photos: folder of the photos of a split, with {split} ("train", "val" or "test") and {subset}, the name of the
             table's folder.
+        splits: what stands for {split}, where it is not the name of the split.
         resolutions: subfolders of `photos`, if the competition ships the photos in several sizes.
         sample: glob of the sample submission.
-        header: the two columns of the submission, spelt as the grader expects them.
-        guesses: class ids in one row, best first.
+        form: of an answer in the submission.
         metric: score of the leaderboard, by its name in a run's validation scores.
         time_limit: of a kernel with a GPU, seconds.
         leaderboard: number of observations of its public and its private part, if known.
@@ -75,7 +156,8 @@ class Competition:
         metadata: columns that describe an observation; the test table has them too.
         read_rows: reads the test set, with ids as the table spells them; counts what it leaves out.
         read_labelled: reads the training set, with photos in the given resolution; counts what it leaves out.
-        format_rows: makes a test table of the given rows; for the rehearsal; None without a table.
+        format_tables: makes the files that list the given rows, by their paths; for the rehearsal; none without a
+            table.
         visible_tables: for the rehearsal, the tables that a kernel can read on Kaggle. Maps the path of each to its
             content without test labels, or to None if it has none.
     """
@@ -84,13 +166,19 @@ class Competition:
     slug: str = ""
     table: str
     has_table: bool = True
+    generality: int = 0
     is_recognised: Callable[[Path], bool] = lambda folder: True
     arrangement: str = ""
+    find_settings: Callable[[Path], "Competition | None"] | None = None
+    configure: Callable[[Any], "Competition"] | None = None
+    settings: Any = None
+    notes: tuple[str, ...] = ()
+    problem: str = ""
     photos: str
+    splits: Mapping[str, str] = field(default_factory=dict, hash=False)
     resolutions: tuple[str, ...] = ()
     sample: str
-    header: tuple[str, str]
-    guesses: int
+    form: AnswerForm
     metric: str
     time_limit: float
     leaderboard: tuple[int, ...] = ()
@@ -98,12 +186,29 @@ class Competition:
     metadata: tuple[str, ...] = ()
     read_rows: Callable[["CompetitionFolder", Counter], list[PhotoRow]]
     read_labelled: Callable[["CompetitionFolder", str, Counter], list[LabelledPhoto]]
-    format_rows: Callable[["CompetitionFolder", Sequence[PhotoRow]], bytes] | None = None
+    format_tables: Callable[["CompetitionFolder", Sequence[PhotoRow]], dict[Path, bytes]] = lambda found, rows: {}
     visible_tables: Callable[["CompetitionFolder"], dict[Path, bytes | None]] = lambda found: {found.table: None}
+
+    @property
+    def header(self) -> tuple[str, ...]:
+        """The columns of the submission."""
+        return self.form.header
+
+    @property
+    def guesses(self) -> int:
+        """Class ids in one row of the submission, best first; of probabilities, those that are scored here."""
+        return self.form.guesses
+
+    def with_settings(self, settings: Any) -> "Competition":
+        """The same with its settings, also those of a manifest; without any, or where none are needed, itself."""
+        return self.configure(settings) if settings and self.configure else self
 
     def recognise(self, folder: Path) -> "CompetitionFolder | None":
         """The folder with its test table, or None if it is not this competition's, or cannot be read."""
         try:
+            if self.find_settings and self.settings is None:
+                configured = self.find_settings(folder)
+                return configured.recognise(folder) if configured else None
             tables = visible(folder.glob(self.table))[:1] if self.has_table else [folder / self.table]
             return CompetitionFolder(folder, self, tables[0]) if tables and self.is_recognised(folder) else None
         except OSError:
@@ -125,34 +230,45 @@ class Competition:
             return RESOLUTIONS[0]
         return next((name for name in self.resolutions[:-1] if int(name.rstrip("p")) >= side), self.resolutions[-1])
 
-    def format_answer(self, class_ids: Sequence[str]) -> str:
-        """The second cell of a submission's row."""
-        return " ".join(class_ids)
+    def sample_ids(self, folder: Path) -> list[str]:
+        """The id in each row of the sample submission; none if there is no readable one."""
+        return self._read_samples(folder, lambda path: [row[self.header[0]] for row in self._iterate(path)])
 
-    def read_answer(self, cell: str) -> list[str]:
-        """The class ids in the second cell of a submission's row, best first."""
-        return cell.split() if self.guesses > 1 else [cell]  # the one id may be a folder's name, with spaces
+    def sample_classes(self, folder: Path) -> list[str]:
+        """The class ids that the sample submission names."""
+        return [*self.form.classes] or [class_id for _, answer in self.read_sample(folder) for class_id in answer]
 
-    def read_sample(self, folder: Path) -> list[tuple[str, list[str]]]:
+    def read_sample(self, folder: Path) -> list[tuple[str, dict[str, float]]]:
         """The rows of the sample submission, as of `read_submission`; none if there is no readable one."""
-        for path in visible(folder.glob(self.sample)):
-            try:
-                rows = self.read_submission(path)
-            except InputError:
-                continue
-            if rows:
-                return rows
-        return []
+        return self._read_samples(folder, self.read_submission)
 
-    def read_submission(self, path: Path) -> list[tuple[str, list[str]]]:
-        """The observation and the class ids of each row, best first. Rows with a blank cell are left out.
+    def read_submission(self, path: Path) -> list[tuple[str, dict[str, float]]]:
+        """The observation and the answer of each row. Rows with a blank cell are left out.
 
         Raises:
-            InputError: the file is not CSV text, or has another header.
+            InputError: the file is not CSV text, has another header, or a probability is not a number.
         """
-        identity, predictions = self.header
-        rows = read_table(path, self.header, filled=self.header)
-        return [(row[identity], self.read_answer(row[predictions])) for row in rows]
+        answers = []
+        for row in self._iterate(path):
+            cells = [row[column] for column in self.header[1:]]
+            if not any(is_blank(cell) for cell in cells):
+                try:
+                    answers.append((row[self.header[0]], self.form.read(cells)))
+                except ValueError as error:
+                    raise InputError(f"{path}, row {row[self.header[0]]!r}: {error}: write it again") from error
+        return answers
+
+    def _iterate(self, path: Path) -> Iterator[dict[str, str]]:
+        return iterate_table(path, self.header, filled=self.header[:1])
+
+    def _read_samples(self, folder: Path, read: Callable[[Path], list]) -> list:
+        for path in visible(folder.glob(self.sample)):
+            try:
+                if rows := read(path):
+                    return rows
+            except InputError:
+                continue
+        return []
 
 
 @dataclass(frozen=True)
@@ -169,7 +285,9 @@ class CompetitionFolder:
 
     def split_folder(self, split: str) -> Path:
         """The folder of a split's photos, or that of its resolutions."""
-        return self.path / self.competition.photos.format(subset=self.table.parent.name, split=split)
+        competition = self.competition
+        name = competition.splits.get(split, split)
+        return self.path / competition.photos.format(subset=self.table.parent.name, split=name)
 
     def resolutions(self, split: str) -> list[str]:
         """The resolutions in which a split has been downloaded, smallest first."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kernel.competitions.competition import Competition, CompetitionFolder, LabelledPhoto, PhotoRow
+from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
 from kernel.inputs import InputError
 from kernel.tables import (
     RESOLUTIONS,
@@ -88,9 +88,9 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
     return photos
 
 
-def _format_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> bytes:
+def _format_tables(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> dict[Path, bytes]:
     cells = [{**row.cells, "observationID": row.observation, "filename": row.photo} for row in rows]
-    return format_table(list(cells[0]), cells)
+    return {found.table: format_table(list(cells[0]), cells)}
 
 
 def _visible_tables(found: CompetitionFolder) -> dict[Path, bytes | None]:
@@ -113,8 +113,7 @@ _FUNGICLEF = Competition(
     photos="images/{subset}/{split}",
     resolutions=RESOLUTIONS,
     sample="*SAMPLE_SUBMISSION*.csv",
-    header=("observationId", "predictions"),  # the metadata spells it observationID
-    guesses=10,
+    form=AnswerForm(("observationId", "predictions"), guesses=10),  # the metadata spells it observationID
     metric="recall_at_5",
     time_limit=12 * 3600,
     leaderboard=(226, 773),
@@ -122,7 +121,7 @@ _FUNGICLEF = Competition(
     metadata=METADATA,
     read_rows=_read_rows,
     read_labelled=_read_labelled,
-    format_rows=_format_rows,
+    format_tables=_format_tables,
     visible_tables=_visible_tables,
 )
 # The tables of all subsets are downloaded together, their photos one by one. [!A] passes over DNA-Test, and

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kernel.competitions.competition import Competition, CompetitionFolder, LabelledPhoto, PhotoRow
+from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
 from kernel.inputs import InputError
 from kernel.tables import TAXONOMY, clean_id, is_blank, photo_name
 
@@ -80,14 +80,15 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
     return photos
 
 
-def _format_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> bytes:
+def _format_tables(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> dict[Path, bytes]:
     key = "id" if "id" in rows[0].cells else "image_id"
     images = []
     for row in rows:
         observation = type(row.cells[key])(row.observation)  # an id that was a number stays one
         images.append({**row.cells, key: observation, "file_name": row.photo})
     is_list = found.table.read_bytes().lstrip().startswith(b"[")
-    return json.dumps(images if is_list else {**_read_coco(found.table)[1], "images": images}).encode("ascii")
+    content = images if is_list else {**_read_coco(found.table)[1], "images": images}
+    return {found.table: json.dumps(content).encode("ascii")}
 
 
 _HERBARIUM_2020 = Competition(
@@ -96,13 +97,12 @@ _HERBARIUM_2020 = Competition(
     table="nybg2020/test/metadata.json",
     photos="nybg2020/{split}",
     sample="sample_submission.csv",
-    header=("Id", "Predicted"),
-    guesses=1,
+    form=AnswerForm(("Id", "Predicted"), guesses=1),
     metric="macro_f1",
     time_limit=9 * 3600,
     read_rows=_read_rows,
     read_labelled=_read_labelled,
-    format_rows=_format_rows,
+    format_tables=_format_tables,
 )
 COMPETITIONS = (
     _HERBARIUM_2020,

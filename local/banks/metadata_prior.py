@@ -14,6 +14,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
+from kernel.competitions.fungi import METADATA
 from kernel.metadata_prior import CELL, FEATURES, MetadataPrior, feature_value, parse_number
 from kernel.observations import Observation
 from local.base.files import write_tensors
@@ -184,7 +185,8 @@ def fit_prior(reference: LabelledObservations, classes: Sequence[str]) -> Metada
 def choose_weights(reference: LabelledObservations) -> dict[str, float]:
     """The weights of the features and of RECENCY by cross-validation over years; that of SHOTS is 1."""
     years = years_of(reference)
-    terms = (*FEATURES, RECENCY, SHOTS)
+    features = features_of(reference)
+    terms = (*features, RECENCY, SHOTS)
     designs = []
     # Without metadata there are no weights to choose, and with 32,000 classes the folds would not fit in memory.
     for past, queries in rolling_origin_folds(years, ORIGINS) if reference.has_metadata else ():
@@ -192,7 +194,7 @@ def choose_weights(reference: LabelledObservations) -> dict[str, float]:
         rows = np.flatnonzero(queries & np.isin(reference.class_ids, known))
         if len(rows):
             drawn = np.sort(np.random.default_rng(0).permutation(rows)[: max(1, MAX_SCORES // len(known))])
-            values, tables = unweighted_terms(reference.subset(past), known)
+            values, tables = unweighted_terms(reference.subset(past), known, features)
             design = design_matrix(values, tables, terms, reference.subset(drawn).observations)
             designs.append((design, np.searchsorted(known, reference.class_ids[drawn].astype(str))))
     # The folds cannot weight the shots: few-shot data omit the frequent classes, so that a class of four seems
@@ -200,15 +202,36 @@ def choose_weights(reference: LabelledObservations) -> dict[str, float]:
     return dict(zip(terms, conditional_logit(designs, len(terms)).tolist(), strict=True)) | {SHOTS: 1.0}
 
 
+def features_of(reference: LabelledObservations) -> list[str]:
+    """The features of FungiCLEF's columns, and one for each other column of the competition's metadata."""
+    features = list(FEATURES)
+    for column in [column for column in reference.competition.metadata if column not in METADATA]:
+        texts = {observation.metadata.get(column, "") for observation in reference.observations} - {""}
+        features.append(f"{'number' if all(map(is_number, texts)) else 'text'} {column}")
+    return features
+
+
+def is_number(text: str) -> bool:
+    try:
+        parse_number(text)
+    except ValueError:
+        return False
+    return True
+
+
 def unweighted_terms(
-    reference: LabelledObservations, classes: Sequence[str]
+    reference: LabelledObservations, classes: Sequence[str], features: Sequence[str] = ()
 ) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-    """The values of each feature that has any, and the unweighted table of each term, (values or 1, classes)."""
+    """The values of each feature that has any, and the unweighted table of each term, (values or 1, classes).
+
+    Args:
+        features: by default those of the reference; see `features_of`.
+    """
     labels = encode_labels(reference.class_ids, classes)
     taxa = len(CONCENTRATIONS) - 1
     ancestry = [reference.taxa[class_id][-taxa:] for class_id in classes]
     values, tables = {}, {}
-    for feature in FEATURES:
+    for feature in features or features_of(reference):
         read = [feature_value(feature, observation.metadata) for observation in reference.observations]
         known = sorted({value for value in read if value is not None})
         if known:
@@ -247,7 +270,7 @@ def design_matrix(
     zeros, design = dict.fromkeys(terms, 0.0), []
     for term in terms:
         alone = weighted(values, tables, zeros | {term: 1.0})
-        own = alone.log_likelihoods(queries) if term in FEATURES else alone.classes.expand(len(queries), -1)
+        own = alone.classes.expand(len(queries), -1) if term in (RECENCY, SHOTS) else alone.log_likelihoods(queries)
         design.append(own.numpy())
     return np.stack(design)
 

@@ -1,7 +1,7 @@
 """Scores over observations, each with a 95% interval."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -33,6 +33,15 @@ def score(
         low, high = interval(sample, seed, own)
         scores |= {name: float(np.average(sample, weights=own)), f"{name}_low": low, f"{name}_high": high}
     return scores
+
+
+def log_loss(truth: Sequence[str], answers: Sequence[Mapping[str, float]]) -> float:
+    """The mean negative log of the probability of the true class, at least 1e-15 of it, as Kaggle scores it.
+
+    Args:
+        answers: probabilities by class id, of each observation.
+    """
+    return -float(np.mean([math.log(max(one.get(name, 0), 1e-15)) for name, one in zip(truth, answers, strict=True)]))
 
 
 def held_out_scores(

@@ -12,10 +12,10 @@ from local.base.console import counted
 INTRODUCTION = """\
 An offline Kaggle kernel for few-shot species recognition, made by bundle.py from kernel/.
 
-It ranks the classes for every observation of the competition's test set, and writes them into submission.csv. An
-observation is one or more photos of one specimen. A valid submission, which names the commonest classes everywhere, is
-on disk before torch is imported. The script accepts only the weights that it was bundled with, needs no network, and
-gives every photo as many views as the time limit allows.
+It ranks the classes for every observation of the competition's test set, and writes the best of them, or the
+probabilities of all, into submission.csv. An observation is one or more photos of one specimen. A valid submission,
+with the commonest classes everywhere, is on disk before torch is imported. The script accepts only the weights that it
+was bundled with, needs no network, and gives every photo as many views as the time limit allows.
 
 The model
 {model}

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kernel.competitions import competition_named
+from kernel.competitions import competition_of
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Manifest, Member, Weights, write_manifest
 from kernel.tables import RESOLUTIONS
@@ -61,6 +61,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         competition=replace(first.competition, resolution=resolution),
         class_ids=first.class_ids,
         fallback_classes=first.fallback_classes,
+        class_counts=first.class_counts,
         members=tuple(copied),
         validation=validation,
         files={path.relative_to(folder).as_posix(): sha256(path) for path in files},
@@ -84,7 +85,7 @@ def weigh_runs(runs: Sequence[Weights]) -> "Ensemble":
     """The weights of several runs."""
     from local.banks import ensemble  # imports torch, which a bundle of one run does not need
 
-    guesses = competition_named(runs[0].manifest.competition.name).guesses
+    guesses = competition_of(runs[0].manifest.competition).guesses
     return ensemble.weigh_runs([run.folder for run in runs], guesses)
 
 
@@ -121,8 +122,9 @@ def check_same_task(runs: Sequence[Weights]) -> None:
 
 def warn_of_few_classes(manifest: Manifest) -> str:
     """A warning if there are fewer classes than a row of the submission has room for; otherwise an empty string."""
-    guesses, classes = competition_named(manifest.competition.name).guesses, len(manifest.class_ids)
-    if classes >= guesses:
+    form, classes = competition_of(manifest.competition).form, len(manifest.class_ids)
+    guesses = form.guesses
+    if classes >= guesses or form.classes:
         return ""
     return (
         f"warning: a row of the submission has room for {guesses} classes, and the run was trained on {classes}: "

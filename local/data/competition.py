@@ -62,8 +62,7 @@ def _read_tables(found: CompetitionFolder, folder: Path, resolution: str) -> Lab
         _check_resolution(found, split, resolution)
     _check_classes(folder, competition.name, photos)
     if competition.has_table:  # without one, a class id is the name of a folder
-        answers = [class_id for _, answer in competition.read_sample(folder) for class_id in answer]
-        spelt = respell(dict.fromkeys(photo.class_id for photo in photos), answers)
+        spelt = respell(dict.fromkeys(photo.class_id for photo in photos), competition.sample_classes(folder))
         photos = [
             photo if spelt[photo.class_id] == photo.class_id else replace(photo, class_id=spelt[photo.class_id])
             for photo in photos

@@ -1,25 +1,39 @@
-"""Recognise a competition's folder. Reads no table, so that a wrong `--data` is answered immediately."""
+"""Recognise a competition's folder. Reads only tables in which columns must be found, so that it answers at once."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from kernel.competitions import COMPETITIONS
+from kernel import competitions
 from kernel.competitions.competition import CompetitionFolder
+from kernel.competitions.table import TABLE
 from kernel.inputs import InputError, find_folders
 from kernel.observations import recognise
+from local.base.console import say_once
+from local.data.table_search import find_tables
+
+# Of a table competition, the kernel finds only its sample submission.
+COMPETITIONS = tuple(
+    replace(one, find_settings=find_tables) if one is TABLE else one for one in competitions.COMPETITIONS
+)
 
 
 def find_competition(folder: Path) -> CompetitionFolder:
     """Recognise a competition's folder, as downloaded.
 
     Raises:
-        InputError: the folder does not exist, or is not that of a supported competition.
+        InputError: the folder does not exist, or is not that of a supported competition, or its tables are not such as
+            can be trained on.
     """
     if not folder.is_dir():
         problem = "is a file: unpack it, and" if folder.exists() else "does not exist:"
         raise InputError(f"{folder} {problem} give the competition's folder as downloaded")
-    found = recognise(folder)
+    found = recognise(folder, COMPETITIONS)
     if found:
+        if found.competition.problem:
+            raise InputError(found.competition.problem)
+        for note in found.competition.notes:
+            say_once(note)
         return found
     meant = next((other for other in _nearby(folder) if _looks_meant(other)), None)
     if meant:
@@ -38,5 +52,5 @@ def _nearby(folder: Path) -> Iterable[Path]:
 
 def _looks_meant(folder: Path) -> bool:
     """Whether a folder is a competition's; folders of photos without a table or a train folder may be anything."""
-    found = recognise(folder)
+    found = recognise(folder, COMPETITIONS)
     return found is not None and (found.competition.has_table or found.split_folder("train").is_dir())

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernel.bank import Bank, classify, rank, read_banks
+from kernel.bank import Bank, rank_with_probabilities, read_banks
 from kernel.embeddings import concatenate, embed_observations
 from kernel.encoders import Encoder, open_encoder, pick_devices
 from kernel.inputs import InputError
@@ -174,22 +174,16 @@ class Model:
         top: int,
         prior: WeightedPrior | torch.Tensor | None,
     ) -> list[Prediction]:
-        """The predictions of observations by their embeddings with each member, as `kernel.bank.rank` ranks them."""
+        """The predictions of observations by their embeddings with each member, as the kernel ranks them."""
         banks, weights = [one.banks for one in self.members], [one.weight for one in self.members]
-        best = rank(banks, weights, values, top, prior, self.members[0].encoders[0].device)
-        chunks = zip(*map(classify, banks, values), strict=True)
-        totals = (sum(weight * part for weight, part in zip(weights, chunk, strict=True)) for chunk in chunks)
-        probabilities, first = [], 0
-        for total in totals:
-            total = total if prior is None else total + prior[first : first + len(total)]
-            probabilities += total.softmax(dim=1).gather(1, best[first : first + len(total)]).tolist()
-            first += len(total)
+        device = self.members[0].encoders[0].device
+        best, probabilities = rank_with_probabilities(banks, weights, values, top, prior, device)
         is_readable = torch.stack([own.norm(dim=1) > 0 for own in values]).all(dim=0).tolist()
         names = self.reference.names if self.reference else self.class_ids
         found = []
         for row, observation in enumerate(observations):
             labels = best[row].tolist() if is_readable[row] else []
-            pairs = zip(labels, probabilities[row], strict=bool(labels))
+            pairs = zip(labels, probabilities[row].tolist(), strict=bool(labels))
             guesses = [Guess(self.class_ids[label], names[label], probability) for label, probability in pairs]
             nearest = self.reference.nearest(values[0][row], labels[0]) if self.reference and labels else None
             failed = [(path, unreadable[path]) for path in observation.photos if path in unreadable]

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kernel.competitions import COMPETITIONS, competition_named
+from kernel.competitions import COMPETITIONS, competition_of
 from kernel.competitions.competition import Competition
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Manifest, read_weights
@@ -114,7 +114,7 @@ def inspect(build: Path, metadata_path: Path) -> Bundle:
     manifest = check_weights(build / "weights", metadata)
     check_script(build / "kernel.py", sha256(build / "weights" / MANIFEST))
     record = read_record(build)
-    competition = competition_named(manifest.competition.name)
+    competition = competition_of(manifest.competition)
     check_attached(metadata, competition, f"the run was trained on {competition.name}")
     rows = competition.read_submission(build / PLAIN)
     if not rows:
@@ -133,7 +133,7 @@ def check_attached(metadata: dict, competition: Competition, reason: str) -> Non
         InputError: it attaches another one; `reason` says why that is wrong.
     """
     attached = metadata["competition_sources"][0]
-    if next((one for one in COMPETITIONS if one.slug == attached), competition) != competition:
+    if next((one for one in COMPETITIONS if one.slug == attached), competition).name != competition.name:
         raise InputError(f"{KERNEL_METADATA} attaches {attached}, but {reason}: correct competition_sources")
 
 

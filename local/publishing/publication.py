@@ -237,5 +237,7 @@ class Publication:
 
 def compute_agreement(rehearsed: Path, returned: Path, table: TestTable) -> float:
     """The fraction of observations for which two submissions of the same table have the same first guess."""
-    firsts = [[answer[0] for _, answer in table.competition.read_submission(path)] for path in (rehearsed, returned)]
+    firsts = [
+        [next(iter(answer)) for _, answer in table.competition.read_submission(path)] for path in (rehearsed, returned)
+    ]
     return sum(a == b for a, b in zip(*firsts, strict=True)) / len(table.observations)

@@ -11,11 +11,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel.competitions import competition_named
+from kernel.competitions import competition_of
 from kernel.inputs import InputError
 from kernel.manifest import CompetitionSpec, read_weights
 from kernel.observations import TestTable, find_test_table, recognise
-from kernel.submission import check_submission, fallback_guesses
+from kernel.submission import check_submission, fallback_answer
 from local.base.console import Progress, say
 from local.base.files import link_or_copy
 from local.bundling.metadata import read_kernel_metadata
@@ -155,6 +155,7 @@ class Rehearsal(AbstractContextManager):
         check_bundle(build)
         self.manifest = read_weights(build / "weights").manifest
         check_competition(data, self.manifest.competition)
+        self.competition = competition_of(self.manifest.competition)
         self.limit = time_limit or self.manifest.competition.time_limit
         self.truth: dict[str, str] = {}
         if solution:
@@ -204,17 +205,19 @@ class Rehearsal(AbstractContextManager):
         if not folder.exists():
             stage_competition(self.data, folder)
             ids = [observation.id for observation in self.find_table(folder).observations]
-            keep_observations(folder, set(random.Random(self.seed).sample(ids, min(OBSERVATIONS, len(ids)))))
+            chosen = random.Random(self.seed).sample(ids, min(OBSERVATIONS, len(ids)))
+            keep_observations(folder, set(chosen), self.competition)
         return folder
 
     def find_table(self, folder: Path) -> TestTable:
         """The test table of the bundle's competition below a folder, with photos of its resolution."""
         trained = self.manifest.competition
-        return find_test_table(folder, trained.name, trained.resolution)
+        return find_test_table(folder, trained.name, trained.resolution, trained.settings)
 
     def fallback(self, table: TestTable) -> list[str]:
         """The kernel's guesses for an observation without readable photos."""
-        return fallback_guesses(table, self.manifest.fallback_classes)
+        form = table.competition.form
+        return list(form.read(form.write(fallback_answer(table, self.manifest))))[: form.guesses]
 
     def output(self, name: str) -> Path:
         """Where the last submission and the log of a scenario are kept."""
@@ -261,7 +264,8 @@ class Rehearsal(AbstractContextManager):
                 outcome = run_isolated(script, arguments, allowed, limit + grace, collect, controller)
         submission = working / "submission.csv"
         defect = self._find_defect(submission, table)
-        guesses = {} if defect else dict(table.competition.read_submission(submission))
+        answers = [] if defect else table.competition.read_submission(submission)
+        guesses = {name: list(answer)[: table.competition.guesses] for name, answer in answers}
         if submission.is_file():
             shutil.copyfile(submission, out / "submission.csv")
         files = sorted(path.name for path in working.iterdir())
@@ -288,7 +292,7 @@ def check_competition(data: Path, trained: CompetitionSpec) -> None:
         InputError: it is another competition, or has other labelled observations.
     """
     found = find_competition(data).competition.name
-    if recognise(data, [competition_named(trained.name)]) is None:
+    if recognise(data, [competition_of(trained)]) is None:
         raise InputError(f"{data} is of {found}, but the bundle was trained on {trained.name}: give its --data")
     digest = trained.observations_sha256
     if not digest:

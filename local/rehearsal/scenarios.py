@@ -213,14 +213,14 @@ def old_mounts(rehearsal: Rehearsal) -> str:
 def larger(rehearsal: Rehearsal) -> str:
     """A larger test set."""
     mounts = rehearsal.mount("larger")
-    repeat_observations(mounts.competition, ENLARGED)
+    repeat_observations(mounts.competition, ENLARGED, rehearsal.competition)
     return check_predicted(rehearsal.run(mounts))
 
 
 def one_row(rehearsal: Rehearsal) -> str:
     """A test table of one photo."""
     mounts = rehearsal.mount("one-row")
-    keep_one_row(mounts.competition)
+    keep_one_row(mounts.competition, rehearsal.competition)
     return check_predicted(rehearsal.run(mounts))
 
 
@@ -281,7 +281,7 @@ def throttled(rehearsal: Rehearsal) -> str:
     base, mounts = baseline(rehearsal), rehearsal.mount("throttled")
     start, photos = split_time(base)
     copies = min(MAX_COPIES, ceil(MIN_RATIO * start / max(photos, 0.01)))
-    originals = repeat_observations(mounts.competition, copies)
+    originals = repeat_observations(mounts.competition, copies, rehearsal.competition)
     runs = run_throttled(rehearsal, mounts, start / DUTY, copies * photos / DUTY)
     run, views = runs[-1], get_summary(base).views
     check_scored(run)
@@ -381,7 +381,7 @@ def killed(rehearsal: Rehearsal) -> str:
     """Kills at random moments after the fallback was written: a complete submission must always be there."""
     mounts = rehearsal.mount("killed")
     ids = [observation.id for observation in rehearsal.find_table(mounts.inputs).observations]
-    keep_observations(mounts.competition, set(ids[:KILLED_OBSERVATIONS]))
+    keep_observations(mounts.competition, set(ids[:KILLED_OBSERVATIONS]), rehearsal.competition)
     whole = rehearsal.run(mounts)
     check_scored(whole)
     written = whole.time_of(FALLBACK_WRITTEN)

@@ -4,10 +4,13 @@ The files may be hard links to the user's own. So none is ever written to: it is
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from kernel.competitions.competition import CompetitionFolder
+from kernel.observations import read_rows
 from local.base.files import link_or_copy
 from local.data.folder import find_competition
 
@@ -32,16 +35,29 @@ def stage_competition(data: Path, folder: Path) -> None:
     """Lay out the competition as Kaggle would mount it, without the test labels.
 
     A kernel sees the tables, the test photos and the sample submission. Whatever else lies in the folder, such as a
-    solution, stays out.
+    solution or a photo that no table lists, stays out.
     """
     found = find_competition(data)
     tables = found.competition.visible_tables(found)
-    for source in {*tables, *all_files(found.split_folder("test")), *data.glob(found.competition.sample)}:
+    photos = all_files(found.split_folder("test")) if not found.competition.has_table else listed_photos(found)
+    for source in {*tables, *photos, *data.glob(found.competition.sample)}:
         if source.is_file():
             target, content = folder / source.relative_to(data), tables.get(source)
             link_or_copy(source, target)
             if content is not None:
                 replace_file(target, content)
+
+
+def photo_folders(found: CompetitionFolder) -> list[Path]:
+    """The folders of test photos; several where there are several resolutions."""
+    photos = found.split_folder("test")
+    return [photos / name for name in found.resolutions("test")] or [photos]
+
+
+def listed_photos(found: CompetitionFolder) -> Iterator[Path]:
+    """The photos that the test table lists, in all resolutions; some may be missing."""
+    rows = read_rows(found, Counter())
+    return (folder / row.photo for folder in photo_folders(found) for row in rows if row.photo)
 
 
 def all_files(folder: Path) -> Iterator[Path]:

@@ -12,52 +12,55 @@ from pathlib import Path
 
 from PIL import Image
 
-from kernel.competitions.competition import CompetitionFolder, PhotoRow
+from kernel.competitions.competition import Competition, CompetitionFolder, PhotoRow
 from kernel.manifest import MANIFEST, read_manifest, write_manifest
-from kernel.observations import TestTable, read_rows
+from kernel.observations import TestTable, read_rows, recognise
 from local.base.files import link_or_copy
-from local.data.folder import find_competition
-from local.rehearsal.staging import replace_file
+from local.data.folder import COMPETITIONS
+from local.rehearsal.staging import photo_folders, replace_file
+
+
+def recognise_staged(folder: Path, competition: Competition | None) -> CompetitionFolder:
+    """The folder of a staged competition.
+
+    Args:
+        competition: with the settings of the bundle; None finds them again, where there are any.
+    """
+    return recognise(folder, [competition] if competition else COMPETITIONS)
 
 
 def write_rows(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> None:
-    """Replace the test table by one of these rows, and remove the photos that none of them names."""
-    if found.competition.format_rows:
-        replace_file(found.table, found.competition.format_rows(found, rows))
-    for folder in photo_folders(found):
-        named = {folder / row.photo for row in rows} | {found.table}
-        for path in [path for path in folder.rglob("*") if path not in named]:
-            if path.is_file():
-                path.unlink()
-            elif not any(path.iterdir()):  # it stood for a photo that cannot be read
-                path.rmdir()
+    """Replace the test table by one of these rows, and remove the photos that only other rows name."""
+    folders, before = photo_folders(found), read_rows(found, Counter())
+    for path, content in found.competition.format_tables(found, rows).items():
+        replace_file(path, content)
+    kept = {row.photo for row in rows}
+    for path in {folder / row.photo for folder in folders for row in before if row.photo and row.photo not in kept}:
+        if path.is_dir():  # it stood for a photo that cannot be read
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
 
 
-def photo_folders(found: CompetitionFolder) -> list[Path]:
-    """The folders of test photos; several where there are several resolutions."""
-    photos = found.split_folder("test")
-    return [photos / name for name in found.resolutions("test")] or [photos]
-
-
-def keep_observations(competition: Path, kept: Collection[str]) -> None:
-    """Reduce a staged test set to some observations."""
-    found = find_competition(competition)
+def keep_observations(folder: Path, kept: Collection[str], competition: Competition | None = None) -> None:
+    """Reduce a staged test set to some observations; for `competition` see `recognise_staged`."""
+    found = recognise_staged(folder, competition)
     write_rows(found, [row for row in read_rows(found, Counter()) if row.observation in kept])
 
 
-def keep_one_row(competition: Path) -> None:
+def keep_one_row(folder: Path, competition: Competition | None = None) -> None:
     """Reduce a staged test set to the first photo of the first observation."""
-    found = find_competition(competition)
+    found = recognise_staged(folder, competition)
     write_rows(found, read_rows(found, Counter())[:1])
 
 
-def repeat_observations(competition: Path, times: int) -> dict[str, str]:
+def repeat_observations(folder: Path, times: int, competition: Competition | None = None) -> dict[str, str]:
     """Enlarge a staged test set by repeating its observations under new ids and file names.
 
     Returns:
         The original id of every id.
     """
-    found = find_competition(competition)
+    found = recognise_staged(folder, competition)
     rows, folders = read_rows(found, Counter()), photo_folders(found)
     repeated, originals = list(rows), {row.observation: row.observation for row in rows}
     for copy in range(1, times):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from kernel.competitions.table import SETTINGS_FILE
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, read_manifest
 from local.base.console import say
@@ -138,6 +139,8 @@ def check_order(order: Order, metadata: dict, state: State, resumes: bool) -> No
     check_start(order.built, order.data, order.out, resumes)
     if order.data:
         competition = find_competition(order.data).competition
+        if (order.data / SETTINGS_FILE).is_file():
+            raise InputError(f"{order.data / SETTINGS_FILE} is not on Kaggle, and would not be used there: train here")
         check_attached(metadata, competition, f"{order.data} is {competition.name}")
     if session and session.order != order.digest:
         raise InputError(

@@ -229,7 +229,8 @@ def count_test_observations(evidence: Evidence) -> int:
     """The size of the test set; 0 for a folder without one."""
     labelled, trained = evidence.labelled, evidence.manifest.competition
     try:
-        return len(find_test_table(labelled.folder, trained.name, labelled.resolution).observations)
+        table = find_test_table(labelled.folder, trained.name, labelled.resolution, trained.settings)
+        return len(table.observations)
     except InputError:
         return 0
 

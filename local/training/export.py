@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,16 @@ from safetensors import SafetensorError
 from kernel.bank import largest
 from kernel.encoders import Encoder, is_out_of_memory, open_encoder
 from kernel.inputs import InputError, sha256, shorten
-from kernel.manifest import MANIFEST, CompetitionSpec, EncoderSpec, GivenSettings, Manifest, Member, write_manifest
+from kernel.manifest import (
+    MANIFEST,
+    CompetitionSpec,
+    EncoderSpec,
+    GivenSettings,
+    Manifest,
+    Member,
+    to_json,
+    write_manifest,
+)
 from kernel.views import VIEWS
 from local.banks.ensemble import HeldOutPredictions
 from local.banks.estimators import commonest_classes, save_banks
@@ -121,7 +131,7 @@ def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, ban
         write_table(log, folder / "log.csv")
         plot_training_curve(log, tuning.epoch, folder / "training-curve.png")
     plot_class_distribution(class_ids, folder / "class-distribution.png")
-    labelled = inputs.labelled
+    labelled, counts = inputs.labelled, Counter(class_ids)
     manifest = Manifest(
         commit=commit(),
         competition=CompetitionSpec(
@@ -129,9 +139,11 @@ def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, ban
             resolution=labelled.resolution,
             observations_sha256=inputs.competition_sha256,
             time_limit=labelled.competition.time_limit,
+            settings=to_json(labelled.competition.settings) if labelled.competition.settings else {},
         ),
         class_ids=tuple(plan.classes),
-        fallback_classes=tuple(commonest_classes(class_ids, plan.classes)),
+        fallback_classes=tuple(commonest_classes(class_ids, plan.classes, max(10, labelled.competition.guesses))),
+        class_counts=tuple(counts[class_id] for class_id in plan.classes),
         members=(describe_member(inputs, recipe, plan, bank),),
         files={name: sha256(folder / name) for name in files},
     )

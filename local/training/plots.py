@@ -67,7 +67,7 @@ def plot_predictions(data: Path, submission: Path, solution: Path, path: Path, r
     Half of the rows are observations whose class is among the five, half are ones whose class is not.
     """
     labelled = read_competition(data)
-    table = find_test_table(data, labelled.competition.name)
+    table = find_test_table(data, labelled.competition.name, settings=labelled.competition.settings)
     truth = {row[0]: row[1] for row in map(tuple, pd.read_csv(solution, dtype=str).to_numpy())}
     answers = {row[0]: row[1].split()[:5] for row in map(tuple, pd.read_csv(submission, dtype=str).to_numpy())}
     pairs = zip(labelled.class_ids, labelled.observations, strict=True)

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from kernel import bank as module
-from kernel.bank import Bank, Layer, classify, largest, rank, read_banks
+from kernel.bank import Bank, Layer, classify, largest, rank, rank_with_probabilities, read_banks
 from kernel.inputs import InputError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -258,6 +258,17 @@ def test_an_ensemble_ranks_by_the_weighted_sum_of_its_members_log_probabilities(
     assert torch.equal(
         rank([[bank] for bank in banks], [0.8, 0.2], queries, 3), (0.8 * parts[0] + 0.2 * parts[1]).topk(3).indices
     )
+
+
+def test_probabilities_are_the_softmax_of_what_ranks_the_classes():
+    banks, queries = [random_bank(10, seed=seed) for seed in range(2)], [torch.randn(6, 8), torch.randn(6, 8)]
+    prior = torch.randn(6, 10)
+    totals = [torch.cat(list(classify([bank], own))) for bank, own in zip(banks, queries, strict=True)]
+    expected = (0.8 * totals[0] + 0.2 * totals[1] + prior).softmax(dim=1).sort(descending=True)
+    indices, probabilities = rank_with_probabilities([[bank] for bank in banks], [0.8, 0.2], queries, 10, prior)
+    assert torch.equal(indices, expected.indices)
+    torch.testing.assert_close(probabilities, expected.values)
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(6))
 
 
 def test_the_metadata_prior_is_added_to_the_observation_that_it_belongs_to(monkeypatch):

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from kernel import observations
 from kernel.competitions import COMPETITIONS, MODULES, competition_named, module_of
 from kernel.competitions.competition import Competition
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, CompetitionSpec, write_manifest
-from kernel.observations import find_test_table, recognise
-from kernel.submission import check_submission, fallback_guesses, write_submission
+from kernel.observations import TestTable, recognise
+from kernel.submission import check_submission, fallback_answer, write_submission
 from local.bundling.flatten import flatten
 from local.bundling.record import BundleDigests, RehearsalRecord
 from local.data.competition import read_competition
+from local.data.folder import find_competition
 from local.publishing.ledger import make_submission
 from local.publishing.preflight import Bundle
 from local.rehearsal.staging import stage_competition
@@ -40,6 +42,7 @@ RULES = {
     "herbarium": ("herbarium-2020-fgvc7", *PLANTS, "macro_f1", 9, {}),
     "herbarium-2021": ("herbarium-2021-fgvc8", *PLANTS, "macro_f1", 9, {}),
     "herbarium-2022": ("herbarium-2022-fgvc9", *PLANTS, "macro_f1", 9, {}),
+    "table": ("", ("specimen", "label"), 1, "recall_at_1", 9, {}),
     "class-folders": ("", ("image_name", "pred_label"), 1, "recall_at_1", 9, {}),
 }
 
@@ -64,13 +67,26 @@ def staged(folder, tmp_path) -> Path:
     return tmp_path / "staged"
 
 
+@pytest.fixture
+def own(folder) -> Competition:
+    """The competition with the settings that were found in its folder."""
+    return find_competition(folder).competition
+
+
+def find_test_table(folder: Path, own: Competition | None = None) -> TestTable:
+    """The test set in a folder, by the settings of a competition, or those that are found in the folder."""
+    own = own or find_competition(folder).competition
+    return observations.find_test_table(folder, own.name, settings=own.settings)
+
+
 def rows_of(path: Path) -> list[list[str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.reader(file))
 
 
-def test_the_rules_are_those_of_the_competitions_page(competition):
+def test_the_rules_are_those_of_the_competitions_page(competition, folder):
     slug, header, guesses, metric, hours, boards = RULES[competition.name]
+    competition = recognise(folder).competition
     assert (competition.slug, competition.header, competition.guesses) == (slug, header, guesses)
     assert (competition.metric, competition.time_limit) == (metric, hours * 3600)
     assert competition.boards(17) == {"whole test": 17}
@@ -91,7 +107,7 @@ def test_an_unknown_name_is_refused_with_those_that_are_known():
 
 
 def test_a_folder_is_recognised_as_its_own_competition(competition, folder):
-    assert recognise(folder).competition is competition
+    assert recognise(folder).competition.name == competition.name
     for module in MODULES:
         if competition not in module.COMPETITIONS:
             assert recognise(folder, module.COMPETITIONS) is None
@@ -116,24 +132,25 @@ def test_every_test_observation_is_there_once_with_its_photos(folder):
 
 def test_a_submission_has_the_form_and_the_order_of_the_sample(competition, folder, tmp_path):
     table, classes = find_test_table(folder), sorted(set(read_competition(folder).class_ids))
-    guesses = fallback_guesses(table, classes)
-    write_submission(tmp_path / "submission.csv", table, [guesses] * len(table.observations))
+    answer = fallback_answer(table, manifests.manifest(class_ids=classes, fallback_classes=classes))
+    write_submission(tmp_path / "submission.csv", table, [answer] * len(table.observations))
     check_submission(tmp_path / "submission.csv", table, classes)
     written = rows_of(tmp_path / "submission.csv")
+    competition = table.competition
     assert tuple(written[0]) == competition.header
     assert {cell for _, cell in written[1:]} == {" ".join(classes[: competition.guesses])}
     assert competition.read_submission(tmp_path / "submission.csv") == [
-        (observation.id, guesses) for observation in table.observations
+        (observation.id, answer) for observation in table.observations
     ]
     for sample in folder.glob(competition.sample):
         expected = rows_of(sample)
         assert written[0] == expected[0]
         assert [row[0] for row in written] == [row[0] for row in expected]
-        assert fallback_guesses(table) == expected[1][1].split()
+        assert " ".join(fallback_answer(table)) == expected[1][1]
 
 
-def test_the_rehearsal_sees_the_same_test_set_and_no_training_photo(folder, staged):
-    before, after = (find_test_table(root).observations for root in (folder, staged))
+def test_the_rehearsal_sees_the_same_test_set_and_no_training_photo(folder, staged, own):
+    before, after = (find_test_table(root, own).observations for root in (folder, staged))
     assert [(one.id, len(one.photos)) for one in after] == [(one.id, len(one.photos)) for one in before]
     assert all(path.is_file() for observation in after for path in observation.photos)
     trained_on = {path.relative_to(folder) for path in read_competition(folder).photos}
@@ -147,7 +164,7 @@ def test_the_rehearsal_sees_no_label_of_the_test(staged):
 
 
 @pytest.mark.parametrize("of", ["photo", "folder"])
-def test_links_are_learnt_from_and_rehearsed_as_what_they_lead_to(competition, folder, tmp_path, of):
+def test_links_are_learnt_from_and_rehearsed_as_what_they_lead_to(competition, folder, own, tmp_path, of):
     """Relative ones, as `ln -sr` makes them: from where the rehearsal puts them they would lead nowhere."""
     tested = [path for one in find_test_table(folder).observations for path in one.photos]
     content = sorted(path.read_bytes() for path in tested)
@@ -159,22 +176,22 @@ def test_links_are_learnt_from_and_rehearsed_as_what_they_lead_to(competition, f
             path.rename(store)
             path.symlink_to(os.path.relpath(store, path.parent))
     stage_competition(folder, tmp_path / "staged")
-    staged = [path for one in find_test_table(tmp_path / "staged").observations for path in one.photos]
+    staged = [path for one in find_test_table(tmp_path / "staged", own).observations for path in one.photos]
     assert sorted(path.read_bytes() for path in staged) == content
     assert all(path.is_file() for path in read_competition(folder).photos)
 
 
-def test_a_test_set_is_made_smaller_and_larger_without_writing_into_the_users_files(folder, staged):
+def test_a_test_set_is_made_smaller_and_larger_without_writing_into_the_users_files(folder, staged, own):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    whole = find_test_table(staged).observations
+    whole = find_test_table(staged, own).observations
     kept = {observation.id for observation in whole[1:7]}
-    keep_observations(staged, kept)
-    fewer = find_test_table(staged).observations
+    keep_observations(staged, kept, own)
+    fewer = find_test_table(staged, own).observations
     assert [observation.id for observation in fewer] == [observation.id for observation in whole[1:7]]
     assert not any(path.exists() for observation in whole[:1] + whole[7:] for path in observation.photos)
 
-    originals = repeat_observations(staged, 3)
-    repeated = {observation.id: observation for observation in find_test_table(staged).observations}
+    originals = repeat_observations(staged, 3, own)
+    repeated = {observation.id: observation for observation in find_test_table(staged, own).observations}
     assert set(repeated) == set(originals)
     assert (len(repeated), set(originals.values())) == (18, kept)
     photos = [path for observation in repeated.values() for path in observation.photos]
@@ -183,15 +200,15 @@ def test_a_test_set_is_made_smaller_and_larger_without_writing_into_the_users_fi
         for path, original in zip(observation.photos, repeated[originals[observation.id]].photos, strict=True):
             assert path.read_bytes() == original.read_bytes() != b""
 
-    counts = spoil_photos(find_test_table(staged), seed=0)
+    counts = spoil_photos(find_test_table(staged, own), seed=0)
     assert sum(counts.values()) >= 3
-    assert ("missing" in counts) == find_test_table(staged).competition.has_table
-    if find_test_table(staged).competition.has_table:
-        gone = remove_photos(find_test_table(staged), seed=1)
-        missing = {o.id for o in find_test_table(staged).observations if not any(p.exists() for p in o.photos)}
+    assert ("missing" in counts) == find_test_table(staged, own).competition.has_table
+    if find_test_table(staged, own).competition.has_table:
+        gone = remove_photos(find_test_table(staged, own), seed=1)
+        missing = {o.id for o in find_test_table(staged, own).observations if not any(p.exists() for p in o.photos)}
         assert gone <= missing
-    keep_one_row(staged)
-    (row,) = find_test_table(staged).observations
+    keep_one_row(staged, own)
+    (row,) = find_test_table(staged, own).observations
     assert len(row.photos) == 1
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -67,7 +67,8 @@ def test_a_manifest_is_read_as_it_was_written_and_written_as_it_was_read(tmp_pat
 def test_the_json_on_disk_has_the_names_of_the_fields(tmp_path):
     write_manifest(manifests.manifest(), tmp_path / MANIFEST)
     content = json.loads((tmp_path / MANIFEST).read_text(encoding="utf-8"))
-    assert list(content) == ["format", "competition", "class_ids", "fallback_classes", "members", "files"]
+    keys = ["format", "competition", "class_ids", "fallback_classes", "class_counts", "members", "files"]
+    assert list(content) == keys
     assert content["members"][0]["metadata_prior"] is None
     assert content["members"][0]["encoders"][0]["preprocessing"]["mean"] == [0.5, 0.4, 0.3]
     assert "run" not in content["members"][0]

@@ -5,10 +5,19 @@ import pytest
 from kernel.competitions import competition_named
 from kernel.inputs import InputError
 from kernel.observations import Observation, TestTable
-from kernel.submission import check_submission, fallback_guesses, write_submission
+from kernel.submission import check_submission, fallback_answer, write_submission
+from tests.manifests import manifest
 
 CLASSES = [str(number) for number in range(20)]
-TEN = CLASSES[:10]
+
+
+def answer(*class_ids: str) -> dict[str, float]:
+    """Class ids of equal probability."""
+    return dict.fromkeys(class_ids, 1 / len(class_ids))
+
+
+TEN = answer(*CLASSES[:10])
+REVERSED = answer(*CLASSES[9::-1])
 
 
 @pytest.fixture
@@ -17,7 +26,7 @@ def table(tmp_path):
 
 
 def test_what_is_written_passes_the_check(tmp_path, table):
-    write_submission(tmp_path / "submission.csv", table, [TEN, TEN[::-1]])
+    write_submission(tmp_path / "submission.csv", table, [TEN, REVERSED])
     check_submission(tmp_path / "submission.csv", table, CLASSES)
     assert (tmp_path / "submission.csv").read_text() == (
         "observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,9 8 7 6 5 4 3 2 1 0\n"
@@ -34,9 +43,9 @@ def test_what_is_written_passes_the_check(tmp_path, table):
         ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,0 1 2 3 4 5 6 7 8\n", "observation 4"),
         ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,0 1 2 3 4 5 6 7 8 77\n", "observation 4"),
         ("observationId,predictions\n9,0 1 2 3 4 5 6 7 8 9\n4,\n", "observation 4"),
-        ("", "not a CSV of two columns"),
-        ("<html>Something went wrong</html>", "not a CSV of two columns"),
-        ("observationId,predictions\n9\n", "not a CSV of two columns"),
+        ("", "not a CSV of 2 columns"),
+        ("<html>Something went wrong</html>", "not a CSV of 2 columns"),
+        ("observationId,predictions\n9\n", "not a CSV of 2 columns"),
         ("observationId,predictions\n9,\0\n", "observation"),
     ],
 )
@@ -58,18 +67,18 @@ def test_what_the_grader_would_refuse_does_not_replace_the_earlier_submission(tm
     write_submission(tmp_path / "submission.csv", table, [TEN, TEN], CLASSES)
     before = (tmp_path / "submission.csv").read_bytes()
     with pytest.raises(InputError, match="observation 4"):
-        write_submission(tmp_path / "submission.csv", table, [TEN, [*TEN[:9], "77"]], CLASSES)
+        write_submission(tmp_path / "submission.csv", table, [TEN, answer(*CLASSES[:9], "77")], CLASSES)
     assert (tmp_path / "submission.csv").read_bytes() == before
 
 
 def test_with_fewer_than_ten_classes_all_of_them_are_guessed(tmp_path, table):
-    write_submission(tmp_path / "submission.csv", table, [["a", "b"], ["b", "a"]])
+    write_submission(tmp_path / "submission.csv", table, [answer("a", "b"), answer("b", "a")])
     check_submission(tmp_path / "submission.csv", table, ["a", "b"])
 
 
 def test_the_fallback_is_the_commonest_classes_and_without_weights_the_sample_submission(tmp_path, table):
-    assert fallback_guesses(table, CLASSES[5:]) == CLASSES[5:15]
+    assert list(fallback_answer(table, manifest(fallback_classes=CLASSES[5:]))) == CLASSES[5:15]
     with pytest.raises(InputError, match="sample submission"):
-        fallback_guesses(table)
+        fallback_answer(table)
     (tmp_path / "FungiCLEF25-SAMPLE_SUBMISSION.csv").write_text("observationId,predictions\n9,1 2 3\n")
-    assert fallback_guesses(table) == ["1", "2", "3"]
+    assert list(fallback_answer(table)) == ["1", "2", "3"]

@@ -3,6 +3,8 @@
 python -m pytest tests/local/banks/test_metadata_prior.py
 """
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from local.banks.metadata_prior import (
     choose_weights,
     conditional_logit,
     elevation_kernel,
+    features_of,
     fit_prior,
     location_kernel,
     log_ratios,
@@ -292,3 +295,27 @@ def test_on_fungiclef_train_predicts_val_better_than_naive_bayes():
     scores = score(val.class_ids, [[classes[index] for index in row] for row in order.tolist()])
     found = [scores[f"recall_at_{count}"] for count in (1, 5, 10)]
     assert all(new > old for new, old in zip(found, (0.071, 0.182, 0.257), strict=True)), found
+
+
+def test_other_columns_are_features_by_their_text_or_number(tmp_path):
+    """A shelf tells the class, and a price nearly so; a column without a value tells nothing."""
+    reference, classes = grown()
+    competition = dataclasses.replace(reference.competition, metadata=("shelf", "price", "empty"))
+    observations = [
+        Observation(
+            str(number), (), {"shelf": f"S {int(class_id) // 2}", "price": f"{100 * int(class_id) + number % 3}"}
+        )
+        for number, class_id in enumerate(reference.class_ids)
+    ]
+    labelled = dataclasses.replace(reference, competition=competition, observations=observations)
+    assert features_of(labelled)[-3:] == ["text shelf", "number price", "number empty"]
+    write_prior(fit_prior(labelled, classes), tmp_path / "prior.safetensors")
+    prior = read_prior(tmp_path / "prior.safetensors")
+    assert {"text shelf", "number price"} == set(prior.values)
+    assert "s 3" in prior.values["text shelf"]
+    assert "7e+02" in prior.values["number price"]
+    query = Observation("new", (), {"shelf": " s 3", "price": "699.5"})
+    assert prior.log_probabilities([query]).argmax() == 7
+    write_prior(dataclasses.replace(prior, values={"colour x": ["red"]}), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="unknown feature 'colour x'"):
+        read_prior(tmp_path / "other.safetensors")

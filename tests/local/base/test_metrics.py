@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.stats import bootstrap
+from sklearn import metrics
 from sklearn.metrics import f1_score
 
 from local.base.metrics import (
@@ -14,6 +15,7 @@ from local.base.metrics import (
     held_out_scores,
     hit_matrix,
     interval,
+    log_loss,
     macro_f1,
     macro_f1_gain,
     mean_recall,
@@ -223,3 +225,11 @@ def test_the_line_on_the_console_names_each_score_with_its_bounds() -> None:
 def test_the_line_has_no_recall_at_more_guesses_than_were_made(guesses: int, expected: list[str]) -> None:
     scores = score(["a", "b"], [["a"] * guesses] * 2)
     assert [word for word in describe(scores, guesses).split() if word[0] in "Rm"] == expected
+
+
+def test_log_loss_is_that_of_scikit_learn_and_finite_for_a_class_without_probability():
+    truth, classes = ["a", "b", "a"], ["a", "b", "c"]
+    values = [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.5, 0.25]]
+    answers = [dict(zip(classes, row, strict=True)) for row in values]
+    assert log_loss(truth, answers) == pytest.approx(metrics.log_loss(truth, values, labels=classes))
+    assert log_loss(["d"], [{"a": 1.0}]) == pytest.approx(-np.log(1e-15))

@@ -94,7 +94,7 @@ def test_fewer_classes_than_a_row_has_room_for_are_a_warning(world, capsys):
     header, *rows = submission.read_text(encoding="utf-8").splitlines()
     rows = [f"{row.partition(',')[0]},{' '.join(classes[:3])}" for row in rows]
     submission.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
-    world.bundle_again(class_ids=classes[:3])
+    world.bundle_again(class_ids=classes[:3], class_counts=[1, 1, 1])
     world.publish(is_dry=True)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("warning: a row of the submission has room for 10 classes, and the run was trained on 3")

@@ -30,6 +30,7 @@ from local.remote.order import Order, train_on_kaggle
 from local.remote.parcel import files_of, pack
 from local.training.checkpoints import read_notes
 from local.training.checks import CHECKPOINTS, partial_of
+from tests import layouts
 from tests.conftest import kernel_metadata, photo
 from tests.local.publishing.conftest import set_credentials
 from tests.local.publishing.loopback import KEY, OWNER, SECRETS, TOKEN, Loopback, Refusal, hang_up, http
@@ -490,6 +491,14 @@ def test_another_competition_than_the_attached_one_is_refused_before_signing_in(
         photo(tmp_path / "photos" / "train" / name / "1.png")
     home.data = tmp_path / "photos"
     assert "kernel-metadata.json attaches fungi-clef-2025, but" in home.refusal("epochs=1")
+    assert kaggle.requests == []
+
+
+def test_settings_that_kaggle_does_not_have_are_refused_before_signing_in(home, kaggle, tmp_path):
+    layouts.table(tmp_path / "photos")
+    (tmp_path / "photos" / "competition.toml").write_text("guesses = 1")
+    home.data = tmp_path / "photos"
+    assert "competition.toml is not on Kaggle, and would not be used there: train here" in home.refusal()
     assert kaggle.requests == []
 
 

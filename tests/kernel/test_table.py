@@ -1,0 +1,456 @@
+"""Competitions whose photos are listed in tables: what is found in them, and in which form they are answered.
+
+python -m pytest tests/kernel/test_table.py
+"""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kernel.competitions import competition_of
+from kernel.competitions.competition import AnswerForm
+from kernel.inputs import InputError
+from kernel.manifest import CompetitionSpec, read_manifest, to_json, write_manifest
+from kernel.observations import find_test_table, read_test, recognise
+from kernel.submission import check_submission, fallback_answer, write_submission
+from local.data.competition import read_competition
+from local.data.folder import COMPETITIONS, find_competition
+from local.data.solution import read_solution
+from local.rehearsal.staging import stage_competition
+from local.rehearsal.variations import keep_observations, repeat_observations
+from tests import layouts, manifests
+from tests.conftest import photo
+from tests.layouts import write_csv
+
+LABELS = ("oak", "elm", "ash")
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def trees(
+    folder: Path,
+    train: list | None = None,
+    sample: list | None = None,
+    settings: str = "",
+    photos: str = "{}.jpg",
+    folders: tuple[str, str] = ("train", "test"),
+) -> Path:
+    """Photos a0 to a5 of three classes to train on, and b0 to b2 to predict.
+
+    Args:
+        train, sample: rows of the tables with their headers.
+        settings: the competition.toml.
+        photos: names of the files.
+    """
+    for name, where, count in (("a", folders[0], 6), ("b", folders[1], 3)):
+        for number in range(count):
+            photo(folder / where / photos.format(f"{name}{number}"), number % 3)
+    write_csv(folder / "train.csv", train or [("image", "label"), *((f"a{i}.jpg", LABELS[i % 3]) for i in range(6))])
+    write_csv(
+        folder / "sample_submission.csv", sample or [("image", "label"), *((f"b{i}.jpg", "oak") for i in range(3))]
+    )
+    if settings:
+        (folder / "competition.toml").write_text(settings, encoding="utf-8")
+    return folder
+
+
+def train_rows(*columns: str, make=lambda number: (LABELS[number % 3],)) -> list:
+    """The rows of a training table with columns beside that of the photos."""
+    return [("image", *columns), *((f"a{number}.jpg", *make(number)) for number in range(6))]
+
+
+def sample_rows(*columns: str, answer=("oak",)) -> list:
+    """The rows of a sample submission with the same answer in each."""
+    return [("image", *columns), *((f"b{number}.jpg", *answer) for number in range(3))]
+
+
+def refusal(folder: Path) -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(InputError) as refused:
+        find_competition(folder)
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+def said_of(folder: Path) -> str:
+    return "\n".join(recognise(folder, COMPETITIONS).competition.notes)
+
+
+LAYOUTS = {
+    "several photos of an observation": {},
+    "no test table": {"has_test_table": False, "is_grouped": False},
+    "names without suffix": {"names": "{}", "is_grouped": False},
+    "names without suffix, no test table": {"names": "{}", "is_grouped": False, "has_test_table": False},
+    "nested folders": {"folders": ("data/train_images", "data/test_images")},
+    "one folder": {"folders": ("images", "images")},
+    "paths in the table": {"names": "photos/{}.jpg", "folders": ("photos", "photos")},
+    "numbers": {"labels": ("3", "11", "7")},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("answer", layouts.ANSWERS)
+def test_photos_classes_and_the_form_of_the_answer_are_found(tmp_path, answer, layout):
+    layout = {"labels": LABELS} | layout
+    layouts.table(tmp_path, answer, **layout)
+    labelled, table = read_competition(tmp_path), read_test(find_competition(tmp_path))
+    assert set(labelled.class_ids) == set(layout["labels"])
+    assert len(labelled) == 9
+    assert all(path.is_file() for path in labelled.photos)
+    assert all(path.is_file() for one in table.observations for path in one.photos)
+    header, *rows = rows_of(tmp_path / "sample_submission.csv")
+    assert [one.id for one in table.observations] == [row[0] for row in rows]
+    assert sum(len(one.photos) for one in table.observations) == (18 if layout.get("is_grouped", True) else 12)
+    form = table.competition.form
+    assert list(form.header) == header
+    assert (form.guesses, bool(form.classes)) == {"class": (1, False), "several": (2, False)}.get(answer, (3, True))
+
+
+@pytest.mark.parametrize("answer", layouts.ANSWERS)
+def test_a_bundle_predicts_other_rows_by_the_settings_that_training_found(tmp_path, answer):
+    """Also where the mounted folder has no training table, and a sample submission of the earlier rows."""
+    layouts.table(tmp_path / "data", answer, labels=LABELS)
+    competition = find_competition(tmp_path / "data").competition
+    spec = CompetitionSpec(name="table", resolution="300p", time_limit=60, settings=to_json(competition.settings))
+    classes = sorted(LABELS)
+    write_manifest(
+        manifests.manifest(competition=spec, class_ids=tuple(classes), class_counts=(3, 2, 1)), tmp_path / "m"
+    )
+    manifest = read_manifest(tmp_path / "m")
+    trained = competition_of(manifest.competition)
+    assert (trained.form, trained.settings) == (competition.form, competition.settings)
+    stage_competition(tmp_path / "data", tmp_path / "hidden")
+    sample = (tmp_path / "hidden" / "sample_submission.csv").read_bytes()
+    originals = repeat_observations(tmp_path / "hidden", 3, trained)
+    (tmp_path / "hidden" / "train.csv").unlink()
+    for content in (None, sample):
+        if content:
+            (tmp_path / "hidden" / "sample_submission.csv").write_bytes(content)
+        table = find_test_table(tmp_path / "hidden", "table", "300p", spec.settings)
+        assert {one.id for one in table.observations} == set(originals)
+        assert sum(len(one.photos) for one in table.observations) == 3 * 18
+        assert all(path.is_file() for one in table.observations for path in one.photos)
+        write_submission(tmp_path / "s.csv", table, [fallback_answer(table, manifest)] * len(originals), classes)
+        assert rows_of(tmp_path / "s.csv")[0] == list(competition.header)
+
+
+def test_the_rows_are_those_of_the_sample_submission_in_its_order_whatever_the_test_table_has(tmp_path):
+    trees(tmp_path)
+    write_csv(tmp_path / "test.csv", [("image", "habitat"), ("b0.jpg", "bog"), ("b9.jpg", ""), ("b2.jpg", "fen")])
+    write_csv(tmp_path / "sample_submission.csv", [("image", "label"), ("b2", "oak"), ("b1", "oak"), ("b0", "oak")])
+    table = read_test(find_competition(tmp_path))
+    assert [one.id for one in table.observations] == ["b2", "b1", "b0"]
+    assert [[path.name for path in one.photos] for one in table.observations] == [["b2.jpg"], [], ["b0.jpg"]]
+    assert table.left_out == {"rows of test.csv that sample_submission.csv lacks": 1}
+
+
+def test_ids_are_written_as_the_sample_submission_spells_them(tmp_path):
+    ids = ["Ä b 0", "007", "x/y"]
+    for number, name in enumerate(ids):
+        photo(tmp_path / "test" / f"{name}.png", number)
+    write_csv(tmp_path / "train.csv", [("image", "label"), *((f"a{i}", LABELS[i % 3]) for i in range(6))])
+    for number in range(6):
+        photo(tmp_path / "train" / f"a{number}.png", number % 3)
+    write_csv(tmp_path / "test.csv", [("file",), ("7.png",), ("x/y.png",), ("Ä b 0.png",)])
+    (tmp_path / "test" / "007.png").rename(tmp_path / "test" / "7.png")
+    write_csv(tmp_path / "SampleSubmission.csv", [("id", "label"), *((name, "elm") for name in ids)])
+    table = read_test(find_competition(tmp_path))
+    assert [one.id for one in table.observations] == ids
+    assert all(path.is_file() for one in table.observations for path in one.photos)
+    write_submission(tmp_path / "submission.csv", table, [{"oak": 1.0}] * 3, LABELS)
+    assert rows_of(tmp_path / "submission.csv") == [["id", "label"], *([name, "oak"] for name in ids)]
+
+
+def test_photos_of_several_suffixes_that_the_tables_leave_out_are_found(tmp_path):
+    trees(tmp_path, [("image", "label"), *((f"a{i}", LABELS[i % 3]) for i in range(6))], sample_rows("label"))
+    (tmp_path / "train" / "a1.jpg").rename(tmp_path / "train" / "a1.png")
+    assert all(path.is_file() for path in read_competition(tmp_path).photos)
+
+
+def test_the_classes_are_in_the_column_that_the_sample_submission_answers_with(tmp_path):
+    train = train_rows("genus", "kind", "fold", make=lambda number: ("xy"[number % 2], LABELS[number % 3], number % 2))
+    trees(tmp_path, train, sample_rows("answer", answer=("elm",)))
+    assert set(read_competition(tmp_path).class_ids) == set(LABELS)
+
+
+def test_a_number_everywhere_in_the_sample_submission_says_nothing_of_the_classes(tmp_path):
+    train = train_rows("fold", "species", make=lambda number: (number % 2, LABELS[number % 3]))
+    trees(tmp_path, train, sample_rows("answer", answer=("0",)))
+    assert set(read_competition(tmp_path).class_ids) == set(LABELS)
+
+
+def test_undecided_columns_of_classes_are_named_with_the_key_that_decides(tmp_path):
+    train = train_rows("kind", "family", make=lambda number: (LABELS[number % 3], "xy"[number % 2]))
+    trees(tmp_path, train, sample_rows("answer", answer=("0",)))
+    message = refusal(tmp_path)
+    assert "'kind' or 'family': write label_column into" in message
+    (tmp_path / "competition.toml").write_text('label_column = "family"\nmetric = "macro_f1"\ntime_limit = 3600')
+    labelled = read_competition(tmp_path)
+    assert set(labelled.class_ids) == {"x", "y"}
+    assert (labelled.competition.metric, labelled.competition.time_limit) == ("macro_f1", 3600)
+
+
+def test_a_guess_among_equals_is_said_with_the_key_that_decides(tmp_path):
+    trees(tmp_path)
+    shutil.copytree(tmp_path / "train", tmp_path / "train_small")
+    assert "'train', but may be 'train_small': to decide, write train_folder into" in said_of(tmp_path)
+    (tmp_path / "competition.toml").write_text('train_folder = "train_small"')
+    assert "may be" not in said_of(tmp_path)
+    assert {path.parent.name for path in read_competition(tmp_path).photos} == {"train_small"}
+
+
+def test_photos_that_only_kaggle_has_are_expected_beside_those_of_train(tmp_path):
+    trees(tmp_path, folders=("train_images", "gone"))
+    shutil.rmtree(tmp_path / "gone")
+    assert "none of the test photos is there, so they are expected in test_images/" in said_of(tmp_path)
+    assert read_test(find_competition(tmp_path)).observations[0].photos == (tmp_path / "test_images" / "b0.jpg",)
+
+
+HOT = train_rows(*LABELS, make=lambda number: [int(number % 3 == index) for index in range(3)])
+THIRDS = sample_rows(*LABELS, answer=("0.3", "0.3", "0.4"))
+SEVERAL = {
+    "boxes": (train_rows("label", "xmin", "ymin", make=lambda number: ("oak", 1, 2)), None, "boxes or masks"),
+    "a box": (train_rows("label", "bbox", make=lambda number: (LABELS[number % 3], "[0, 1]")), None, "boxes or masks"),
+    "rows of one photo": ([("image", "label"), ("a0.jpg", "oak"), ("a0.jpg", "elm")], None, "several rows of photo"),
+    "spaces": (train_rows("label", make=lambda number: (("oak", "elm", "oak elm")[number % 3],)), None, "'oak elm'"),
+    "commas": (
+        train_rows("label", make=lambda number: (("oak,elm", "oak", "elm,ash")[number % 3],)),
+        None,
+        "multi-label",
+    ),
+    "bars": (train_rows("label", make=lambda number: (("oak|elm", "ash|oak")[number % 2],)), None, "multi-label"),
+    "several ones": ([*HOT[:-1], ("a5.jpg", 1, 1, 0)], THIRDS, "photo a5.jpg has 2 classes"),
+    "an answer for each part": (
+        None,
+        [("image", "label"), ("b0.jpg", "oak"), ("b0.jpg", "elm")],
+        "'b0.jpg' more than once",
+    ),
+    "other columns": (None, sample_rows("label", "part", answer=("oak", "leaf")), "cells such as 'oak'"),
+    "commas in an answer": (None, sample_rows("label", answer=("oak,elm",)), "separated by ','"),
+    "no class in common": (None, sample_rows("A", "B", answer=("0.5", "0.5")), "none is both"),
+    "no photo": ([("image", "label"), ("c0.jpg", "oak"), ("c1.jpg", "elm")], None, "no column of .* names photos"),
+}
+
+
+@pytest.mark.parametrize(("train", "sample", "complaint"), SEVERAL.values(), ids=SEVERAL.keys())
+def test_what_is_no_classification_of_photos_is_refused_in_one_line(tmp_path, train, sample, complaint):
+    trees(tmp_path, train, sample)
+    with pytest.raises(InputError, match=complaint):
+        find_competition(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [("red oak", "red elm", "ash"), ("oak, red", "elm, red", "ash"), ("1.10", "2", "a|b")]
+)
+def test_the_name_of_one_class_is_not_taken_for_several(tmp_path, names):
+    trees(
+        tmp_path, train_rows("label", make=lambda number: (names[number % 3],)), sample_rows("label", answer=names[:1])
+    )
+    assert set(read_competition(tmp_path).class_ids) == set(names)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ("labels = 'x'", "unknown key 'labels': expected sample, train_table, "),
+        ("guesses = '5'", "expected an int for guesses, got '5'"),
+        ("guesses = 0", "positive number for guesses"),
+        ("guesses = ", "cannot be read as TOML"),
+        ("metric = 'f1'", "one of recall_at_1, .* for metric, got 'f1'"),
+        ("label_column = 'x'", "train.csv lacks the column 'x', which competition.toml gives as label_column"),
+        ("train_folder = 'nowhere'", "train_folder names 'nowhere'"),
+    ],
+)
+def test_a_mistake_in_the_settings_is_one_line(tmp_path, settings, complaint):
+    with pytest.raises(InputError, match=complaint):
+        find_competition(trees(tmp_path, settings=settings))
+
+
+def test_settings_without_a_sample_submission_say_what_is_missing(tmp_path):
+    (tmp_path / "competition.toml").write_text("guesses = 1")
+    assert "no sample submission: name it there as sample" in refusal(tmp_path)
+
+
+def test_stray_tables_do_not_make_a_table_competition_of_class_folders(tmp_path):
+    layouts.class_folders(tmp_path)
+    write_csv(tmp_path / "sample_submission.csv", [("image_name", "pred_label"), ("apple 0", "apple")])
+    write_csv(tmp_path / "labels.csv", [("id", "name"), ("0", "apple"), ("1", "carrot")])
+    assert find_competition(tmp_path).competition.name == "class-folders"
+    assert len(find_test_table(tmp_path, "class-folders").observations) == 12
+
+
+@pytest.mark.parametrize("name", [one.name for one in COMPETITIONS if not one.generality])
+def test_a_competition_with_files_of_its_own_comes_before_tables(tmp_path, name):
+    layouts.SMALLEST[name](tmp_path)
+    trees(tmp_path, folders=("more/train", "more/test"))
+    assert find_competition(tmp_path).competition.name == name
+
+
+# Probabilities
+
+
+FORM = AnswerForm(("id", "oak", "yew", "elm"), 3, ("oak", "yew", "elm"))
+
+
+def test_probabilities_are_written_in_the_columns_of_the_sample_and_sum_to_one():
+    """The sample has a class that was never trained, and lacks one that was."""
+    cells = FORM.write({"elm": 0.6, "ash": 0.2, "oak": 0.2})
+    assert cells == ["0.25", "0", "0.75"]
+    assert FORM.find_defect(cells, ()) == ""
+    assert FORM.read(cells) == {"elm": 0.75, "oak": 0.25, "yew": 0.0}
+    assert list(FORM.read(cells)) == ["elm", "oak", "yew"]
+    assert FORM.write({"ash": 1.0}) == ["0.333333"] * 3
+
+
+@pytest.mark.parametrize(
+    ("cells", "defect"),
+    [
+        (("0.5", "0.5", "0.5"), "sum to 1.5, not to 1"),
+        (("1.5", "-0.5", "0"), "from 0 to 1"),
+        (("nan", "0.5", "0.5"), "from 0 to 1"),
+        (("oak", "0.5", "0.5"), "could not convert"),
+        (("", "0.5", "0.5"), "could not convert"),
+    ],
+)
+def test_what_is_no_probability_is_named(cells, defect):
+    assert defect in FORM.find_defect(cells, ())
+
+
+def test_a_single_column_has_the_probability_of_one_class_of_two(tmp_path):
+    train = train_rows("has_oak", make=lambda number: (number % 2,))
+    form = read_competition(trees(tmp_path, train, sample_rows("has_oak", answer=("0.5",)))).competition.form
+    assert form == AnswerForm(("image", "has_oak"), 2, ("1", "0"))
+    assert form.write({"0": 0.9, "1": 0.1}) == ["0.1"]
+    assert form.read(["0.25"]) == {"0": 0.75, "1": 0.25}
+
+
+def test_a_single_column_of_numbers_may_be_a_class_or_a_probability(tmp_path):
+    train = train_rows("has_oak", make=lambda number: (number % 2,))
+    trees(tmp_path, train, sample_rows("has_oak", answer=("0",)))
+    assert """if it has the probability of '1', write classes = ["1", "0"] into""" in said_of(tmp_path)
+    assert find_competition(tmp_path).competition.form == AnswerForm(("image", "has_oak"), 1)
+    (tmp_path / "competition.toml").write_text('classes = ["1", "0"]')
+    assert find_competition(tmp_path).competition.form == AnswerForm(("image", "has_oak"), 2, ("1", "0"))
+    assert "if it has" not in said_of(tmp_path)
+    (tmp_path / "competition.toml").write_text('classes = ["1"]')
+    assert "has 1 classes for 1 columns" in refusal(tmp_path)
+
+
+def test_classes_that_only_one_side_has_are_said(tmp_path):
+    trees(tmp_path, sample=sample_rows("p_oak", "p_elm", "p_yew", answer=("0.3", "0.3", "0.4")))
+    said = said_of(tmp_path)
+    assert "lacks 1 of the 3 classes of train.csv, such as 'ash': their probability is left out" in said
+    assert "lacks 1 of the 3 classes of sample_submission.csv, such as 'yew': their probability is 0" in said
+    assert find_competition(tmp_path).competition.form.classes == ("oak", "elm", "yew")
+
+
+def test_a_column_for_each_class_in_the_training_table_gives_the_classes(tmp_path):
+    labelled = read_competition(trees(tmp_path, HOT, THIRDS))
+    assert [(path.name, name) for path, name in zip(labelled.photos, labelled.class_ids, strict=True)] == [
+        (f"a{number}.jpg", LABELS[number % 3]) for number in range(6)
+    ]
+
+
+def test_the_fallback_has_the_frequency_of_each_class(tmp_path):
+    layouts.table(tmp_path, "probabilities", labels=LABELS)
+    table = read_test(find_competition(tmp_path))
+    manifest = manifests.manifest(class_ids=("ash", "elm", "oak"), class_counts=(1, 2, 5))
+    write_submission(tmp_path / "s.csv", table, [fallback_answer(table, manifest)] * 12, manifest.class_ids)
+    assert rows_of(tmp_path / "s.csv")[1][1:] == ["0.625", "0.25", "0.125"]  # oak, elm, ash, as in the sample
+    assert list(fallback_answer(table).values()) == [0.333] * 3  # without weights, the sample's
+
+
+def test_a_submission_of_probabilities_is_checked_row_by_row(tmp_path):
+    layouts.table(tmp_path, "probabilities", labels=LABELS)
+    table = read_test(find_competition(tmp_path))
+    path = tmp_path / "s.csv"
+    write_submission(path, table, [{"oak": 1.0}] * 12)
+    good = path.read_text(encoding="utf-8")
+    check_submission(path, table, LABELS)
+    lines = good.splitlines()
+    for content, complaint in (
+        (good.replace(",1,0,0", ",1,0", 1), "not a CSV of 4 columns"),
+        (good.replace(",1,0,0", ",1,1,0", 1), "observation ö 12: the probabilities sum to 2"),
+        (good.replace("oak", "elm", 1), "header"),
+        ("\n".join([lines[0], *lines[:0:-1]]), "in order"),
+    ):
+        path.write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=complaint):
+            check_submission(path, table, LABELS)
+
+
+# Solutions and metadata
+
+
+def test_a_solution_may_have_its_own_names_in_any_order(tmp_path):
+    solution = layouts.table(tmp_path, labels=("3", "11", "7"))
+    table = read_test(find_competition(tmp_path))
+    ids = [one.id for one in table.observations]
+    assert rows_of(solution)[0] == ["Usage", "label", "specimen"]
+    truth = read_solution(solution, ids, ("3", "7", "11"))
+    assert set(truth) == set(ids)
+    assert set(truth.values()) == {"3", "7", "11"}
+
+
+def test_metadata_that_both_tables_have_describe_observations(tmp_path):
+    layouts.table(tmp_path, labels=LABELS)
+    labelled, table = read_competition(tmp_path), read_test(find_competition(tmp_path))
+    assert labelled.competition.metadata == ("habitat",)  # the test table has no fold
+    assert {one.metadata["habitat"] for one in (*labelled.observations, *table.observations)} == {"soil", "wood"}
+
+
+def test_a_staged_test_set_without_training_photos_is_reduced_by_the_settings_of_the_bundle(tmp_path):
+    layouts.table(tmp_path / "data", labels=LABELS)
+    competition = find_competition(tmp_path / "data").competition
+    stage_competition(tmp_path / "data", tmp_path / "staged")
+    assert not (tmp_path / "staged" / "train").exists()
+    assert not (tmp_path / "staged" / "solution.csv").exists()
+    table = find_test_table(tmp_path / "staged", "table", settings=competition.settings)
+    assert all(path.is_file() for one in table.observations for path in one.photos)
+    ids = [one.id for one in table.observations]
+    keep_observations(tmp_path / "staged", ids[3:5], competition)
+    assert [row[0] for row in rows_of(tmp_path / "staged" / "sample_submission.csv")[1:]] == ids[3:5]
+    assert {row[1] for row in rows_of(tmp_path / "staged" / "test.csv")[1:]} == set(ids[3:5])
+
+
+def test_without_weights_the_kernel_answers_as_the_sample_submission_does(tmp_path):
+    """It does not find the photos then, and needs none."""
+    for answer in layouts.ANSWERS:
+        layouts.table(tmp_path / answer, answer, labels=LABELS)
+        table = find_test_table(tmp_path / answer)
+        write_submission(tmp_path / "s.csv", table, [fallback_answer(table)] * len(table.observations))
+        written, sample = rows_of(tmp_path / "s.csv"), rows_of(tmp_path / answer / "sample_submission.csv")
+        assert [row[0] for row in written] == [row[0] for row in sample]
+        if answer != "probabilities":
+            assert written == sample
+
+
+def test_the_labels_of_a_test_table_are_not_mounted(tmp_path):
+    trees(tmp_path / "data")
+    write_csv(tmp_path / "data" / "test.csv", [("image", "label"), *((f"b{i}.jpg", LABELS[i]) for i in range(3))])
+    stage_competition(tmp_path / "data", tmp_path / "staged")
+    assert rows_of(tmp_path / "staged" / "test.csv")[0] == ["image"]
+    trees(tmp_path / "hot", HOT, THIRDS)
+    write_csv(tmp_path / "hot" / "test.csv", [("image", *LABELS), *((f"b{i}.jpg", 1, 0, 0) for i in range(3))])
+    stage_competition(tmp_path / "hot", tmp_path / "staged hot")
+    assert rows_of(tmp_path / "staged hot" / "test.csv")[0] == ["image"]
+
+
+def test_photos_in_folders_of_classes_are_found_by_the_names_in_the_table(tmp_path):
+    trees(tmp_path, [("image", "label"), *((f"a{number}", LABELS[number % 3]) for number in range(6))])
+    for number in range(6):
+        target = tmp_path / "train" / LABELS[number % 3] / f"a{number}.jpg"
+        target.parent.mkdir(exist_ok=True)
+        (tmp_path / "train" / f"a{number}.jpg").rename(target)
+    labelled = read_competition(tmp_path)
+    assert labelled.competition.name == "table"
+    assert [path.relative_to(tmp_path).as_posix() for path in labelled.photos] == [
+        f"train/{LABELS[number % 3]}/a{number}.jpg" for number in range(6)
+    ]
+    assert all(one.photos[0].is_file() for one in read_test(find_competition(tmp_path)).observations)
