@@ -36,6 +36,7 @@ CPU_CHUNK, GPU_CHUNK = 30 << 20, 256 << 20
 CPU_CACHE = 2 << 20  # bytes of scores that stay in a core's cache from one operation to the next
 MIN_OBSERVATIONS = 64  # in a chunk, however many classes there are; with fewer, reading the prototypes takes the time
 BLOCK = 128  # classes of which `largest` first finds the maximum
+TRANSDUCTION_ROUNDS = 3  # with more rounds the prototypes drift
 
 
 def observations_at_once(columns: int, device: torch.device) -> int:
@@ -189,18 +190,21 @@ class Bank:
     def refined(self, transformed: torch.Tensor) -> "Bank":
         """The bank with its prototypes moved towards the test observations that resemble them.
 
-        One step of soft k-means that starts at the prototypes: each becomes the mean of itself, weighted by `counts`,
-        and of the test observations, weighted by their probability (Ren et al. 2018, https://arxiv.org/abs/1803.00676).
-        With more steps the prototypes of classes that the test set lacks are drawn to those of others.
+        Soft k-means that starts at the prototypes: each becomes the mean of itself, weighted by `counts`, and of the
+        test observations, weighted by their probability (Ren et al. 2018, https://arxiv.org/abs/1803.00676).
 
         Args:
             transformed: (observations, features of the prototypes), rows of length 1.
         """
-        moved = self.prototypes * self.counts[:, None]
-        size = observations_at_once(len(moved), moved.device)
-        for observations, probabilities in in_chunks(len(transformed), size, partial(self.assign, transformed)):
-            moved.addmm_(probabilities.T, observations, alpha=float(self.transduction))
-        return replace(self, prototypes=nn.functional.normalize(moved, dim=1))
+        bank, start = self, self.prototypes * self.counts[:, None]
+        size = observations_at_once(len(start), start.device)
+        for _ in range(TRANSDUCTION_ROUNDS):
+            total = torch.zeros_like(start)
+            for observations, probabilities in in_chunks(len(transformed), size, partial(bank.assign, transformed)):
+                total.addmm_(probabilities.T, observations)
+            prototypes = nn.functional.normalize(start + self.transduction * total, dim=1)
+            bank = replace(bank, prototypes=prototypes)
+        return bank
 
 
 def read_banks(path: Path) -> list[Bank]:

@@ -277,7 +277,7 @@ class BankSettings:
         0.0,
         "Strength with which the test observations move the prototypes.",
         least=0,
-        candidates=(0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
+        candidates=(0.0, 0.125, 0.25, 0.5, 1.0),
     )
     metadata_weight: float = setting(
         0.0,

@@ -8,7 +8,16 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from kernel import bank as module
-from kernel.bank import Bank, Layer, classify, largest, rank, rank_with_probabilities, read_banks
+from kernel.bank import (
+    TRANSDUCTION_ROUNDS,
+    Bank,
+    Layer,
+    classify,
+    largest,
+    rank,
+    rank_with_probabilities,
+    read_banks,
+)
 from kernel.inputs import InputError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -102,7 +111,7 @@ def in_double_precision(bank, queries):
     queries = normalize(queries.double() @ weight + bias, dim=1)
     has_photo, prototypes, counts = queries[:-1], bank.prototypes.double(), bank.counts.double()[:, None]
     labels, start = bank.prototype_labels, bank.prototypes.double()
-    if bank.transduction:
+    for _ in range(TRANSDUCTION_ROUNDS if bank.transduction else 0):
         logits = bank.logit_scale.double() * has_photo @ prototypes.T + bank.bias.double()[labels]
         moved = logits.softmax(dim=1).T @ has_photo
         prototypes = normalize(start * counts + bank.transduction.double() * moved, dim=1)
@@ -316,13 +325,16 @@ def transductive(reference, **changes):
     return random_bank(classes=2, features=3, layers=(), prototypes=reference, **settings)
 
 
-def test_transduction_is_a_step_of_soft_k_means_from_the_prototypes():
+def test_transduction_is_soft_k_means_that_starts_at_the_prototypes():
     reference, queries, _ = shifted()
     counts, weight, bias = torch.tensor([1.0, 3.0]), 0.5, torch.tensor([0.2, -0.1])
-    probabilities = torch.softmax(10 * queries @ reference.T + bias, dim=1)
-    sums = [counts[c] * reference[c] + weight * (probabilities[:, c, None] * queries).sum(dim=0) for c in range(2)]
+    prototypes = reference
+    for _ in range(module.TRANSDUCTION_ROUNDS):
+        probabilities = torch.softmax(10 * queries @ prototypes.T + bias, dim=1)
+        sums = [counts[c] * reference[c] + weight * (probabilities[:, c, None] * queries).sum(dim=0) for c in range(2)]
+        prototypes = normalize(torch.stack(sums))
     bank = transductive(reference, counts=counts, bias=bias, transduction=torch.tensor(weight))
-    assert torch.allclose(bank.refined(queries).prototypes, normalize(torch.stack(sums)), atol=1e-5)
+    assert torch.allclose(bank.refined(queries).prototypes, prototypes, atol=1e-5)
 
 
 def test_observations_without_a_readable_photo_take_no_part_in_transduction():
