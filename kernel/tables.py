@@ -29,6 +29,15 @@ def read_table(
     return list(iterate_table(path, needed, filled, left_out))
 
 
+def read_header(path: Path) -> list[str]:
+    """The columns of a CSV file; none if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return next(csv.reader(file), [])
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
+
+
 def iterate_table(
     path: Path, needed: Iterable[str], filled: Sequence[str] = (), left_out: Counter | None = None
 ) -> Iterator[dict[str, str]]:

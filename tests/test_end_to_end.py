@@ -387,9 +387,11 @@ def test_commands_run_as_modules_too(tmp_path):
 def test_class_folders_with_one_photo_each_go_all_the_way(tmp_path):
     """Nothing can be held out for validation, and a class's name may have a space."""
     data = tmp_path / "data"
-    for seed, name in enumerate(("apple", "bell pepper", "carrot")):
+    names = ("apple", "bell pepper", "carrot")
+    for seed, name in enumerate(names):
         photo(data / "train" / name / "1.png", seed)
         photo(data / "test" / f"like {name}.png", seed)
+    (data / "sample_submission.csv").write_text("Id,species\n" + "".join(f"like {name}.png,carrot\n" for name in names))
     recipe = ["--recipe", "fungiclef-baseline", "--encoder", "timm:test_resnet", "--set", "pretrained=false"]
     result = command("local/train.py", *recipe, "--data", data, "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
@@ -398,10 +400,10 @@ def test_class_folders_with_one_photo_each_go_all_the_way(tmp_path):
     report = rehearse(data, tmp_path / "build")
     assert not report.failed, report
     assert rows(tmp_path / "build" / "rehearsal" / "plain" / "submission.csv") == [
-        ["image_name", "pred_label"],
-        ["like apple", "apple"],
-        ["like bell pepper", "bell pepper"],
-        ["like carrot", "carrot"],
+        ["Id", "species"],
+        ["like apple.png", "apple"],
+        ["like bell pepper.png", "bell pepper"],
+        ["like carrot.png", "carrot"],
     ]
     result = command("local/train.py", *recipe, "--set", "epochs=2", "--data", data, "--out", tmp_path / "tuned")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)

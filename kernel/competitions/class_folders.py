@@ -3,19 +3,24 @@
 train/CLASS/photo     or CLASS/photo, without train/
 val/CLASS/photo       may be missing, or be called valid or validation
 test/photo            in subfolders too
-sample_submission.csv may be missing; image_name,pred_label
+sample_submission.csv may be missing; its columns say how an answer is written: the class, or a probability of each
 
 Every photo is an observation.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
 from kernel.inputs import InputError
-from kernel.tables import RESOLUTIONS, is_hidden, visible
+from kernel.manifest import from_json
+from kernel.tables import RESOLUTIONS, is_hidden, read_header, visible
+
+SAMPLE = "sample_submission.csv"
 
 SPLITS = ("train", "val", "valid", "validation", "test")  # usual names of the folders of splits
 # All formats that Pillow decodes by itself. A list, because Pillow cannot be imported this early.
@@ -26,6 +31,19 @@ PHOTO_SUFFIXES = frozenset((
     ".icns", ".ico", ".iim", ".im", ".msp", ".pcd", ".pcx", ".psd", ".pxr", ".qoi", ".bw", ".rgb", ".rgba", ".sgi",
     ".ras", ".xbm", ".xpm",
 ))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderSettings:
+    """What the sample submission says.
+
+    Attributes:
+        header: its columns.
+        classes: the class of each column of probabilities; empty if a row names a class.
+    """
+
+    header: tuple[str, ...] = ("image_name", "pred_label")
+    classes: tuple[str, ...] = ()
 
 
 def find_photos(folder: Path, left_out: Counter) -> list[Path]:
@@ -131,20 +149,50 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
     return photos
 
 
-COMPETITIONS = (
-    Competition(
-        name="class-folders",
-        table="test",
-        has_table=False,
-        generality=2,
-        arrangement="train/CLASS/photo or CLASS/photo",
-        is_recognised=_is_recognised,
-        photos="{split}",
-        sample="sample_submission.csv",
-        form=AnswerForm(("image_name", "pred_label"), guesses=1),
-        metric="recall_at_1",
-        time_limit=9 * 3600,
-        read_rows=_read_rows,
-        read_labelled=_read_labelled,
-    ),
+def _find(folder: Path) -> Competition:
+    """The competition with the columns of the sample submission of a folder."""
+    header = tuple(read_header(folder / SAMPLE))
+    if len(header) < 2:
+        return configure(FolderSettings())
+    found = configure(FolderSettings(header=header, classes=header[1:] if len(header) > 2 else ()))
+    others = sorted({*found.form.classes} - {path.name for path in _find_classes(folder)})
+    if not others:
+        return found
+    named = ", ".join(map(repr, others[:3]))
+    problem = f"{folder / SAMPLE} has columns that are no folders of classes, such as {named}: rename the folders"
+    return replace(found, problem=problem)
+
+
+def configure(settings: Mapping[str, Any] | FolderSettings) -> Competition:
+    """The competition that some settings describe.
+
+    Raises:
+        InputError: the settings of a manifest are damaged.
+    """
+    if not isinstance(settings, FolderSettings):
+        try:
+            settings = from_json(FolderSettings, dict(settings), "competition.settings")
+        except ValueError as error:
+            raise InputError(f"the manifest is damaged: {error}; train or bundle again") from error
+    form = AnswerForm(settings.header, min(10, len(settings.classes)) or 1, settings.classes)
+    return replace(CLASS_FOLDERS, settings=settings, form=form)
+
+
+CLASS_FOLDERS = Competition(
+    name="class-folders",
+    table="test",
+    has_table=False,
+    generality=2,
+    arrangement="train/CLASS/photo or CLASS/photo",
+    is_recognised=_is_recognised,
+    find_settings=_find,
+    configure=configure,
+    photos="{split}",
+    sample=SAMPLE,
+    form=AnswerForm(FolderSettings.header, guesses=1),
+    metric="recall_at_1",
+    time_limit=9 * 3600,
+    read_rows=_read_rows,
+    read_labelled=_read_labelled,
 )
+COMPETITIONS = (CLASS_FOLDERS,)

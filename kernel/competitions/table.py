@@ -10,7 +10,6 @@ it names, few distinct values. What was found is printed. Where a guess is wrong
 tables decides: its keys are the fields of `TableSettings`. Several classes of one photo, and boxes, are refused.
 """
 
-import csv
 import os
 import re
 from collections import Counter
@@ -31,6 +30,7 @@ from kernel.tables import (
     is_hidden,
     iterate_table,
     photo_name,
+    read_header,
     read_table,
     visible,
 )
@@ -218,15 +218,6 @@ def _find(folder: Path) -> Competition | None:
         return None
     settings = TableSettings(sample=samples[0][0], header=tuple(header), classes=classes)
     return replace(configure(settings), generality=3)
-
-
-def read_header(path: Path) -> list[str]:
-    """The columns of a CSV file; none if it cannot be read."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return next(csv.reader(file), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return []
 
 
 # The kernel does not need the functions below, as it knows the settings. Training finds them and reads the labelled

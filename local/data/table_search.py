@@ -24,11 +24,10 @@ from kernel.competitions.table import (
     index_photos,
     is_one,
     matching,
-    read_header,
 )
 from kernel.inputs import InputError, shorten
 from kernel.manifest import from_json
-from kernel.tables import clean_id, is_blank, is_hidden, iterate_table, photo_name
+from kernel.tables import clean_id, is_blank, is_hidden, iterate_table, photo_name, read_header
 
 METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
 FOUND_ONLY = ("header", "is_nested", "is_complete")

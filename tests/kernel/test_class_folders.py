@@ -5,9 +5,14 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFile
 
+from kernel.competitions import competition_of
 from kernel.competitions.class_folders import PHOTO_SUFFIXES
+from kernel.inputs import InputError
+from kernel.manifest import CompetitionSpec, to_json
 from kernel.observations import find_test_table
+from local.data.folder import find_competition
 from local.rehearsal.variations import keep_observations, repeat_observations
+from tests import layouts
 
 
 def write_test(root: Path, *names: str) -> Path:
@@ -89,3 +94,25 @@ def test_a_larger_test_set_keeps_photos_of_one_name_in_different_folders_apart(t
     assert sorted(set(originals.values())) == ["elm/0", "elm/1", "oak/0", "oak/1"]
     keep_observations(tmp_path, {"oak/1"})
     assert ids_of(tmp_path) == ["1"]
+
+
+def test_an_answer_is_written_as_the_sample_submission_does(tmp_path):
+    layouts.class_folders(tmp_path)
+    sample = tmp_path / "sample_submission.csv"
+    assert find_competition(tmp_path).competition.header == ("image_name", "pred_label")
+    sample.write_text("id,label\n")
+    assert find_competition(tmp_path).competition.header == ("id", "label")
+    sample.write_text("id,carrot,apple,bell pepper\n")
+    competition = find_competition(tmp_path).competition
+    assert competition.form.write({"apple": 0.75, "bell pepper": 0.25}) == ["0", "0.75", "0.25"]
+    trained = CompetitionSpec(
+        name="class-folders", resolution="300p", time_limit=1, settings=to_json(competition.settings)
+    )
+    assert competition_of(trained).form == competition.form
+
+
+def test_columns_that_are_no_folders_of_classes_are_refused(tmp_path):
+    layouts.class_folders(tmp_path)
+    (tmp_path / "sample_submission.csv").write_text("id,apple,pear,carrot\n")
+    with pytest.raises(InputError, match=r"no folders of classes, such as 'pear': rename"):
+        find_competition(tmp_path)
