@@ -245,7 +245,7 @@ def test_the_correct_miniature_passes(miniature, drawn):
 )
 def test_a_kernel_fails_that(miniature, drawn, breakage, scenario, reason):
     photo_seconds = 0.04 if scenario == "throttled" else 0.01  # in a limit of a second, chance decides
-    result = result_of(miniature(breakage, photo_seconds), drawn, scenario, solution=drawn.solution, kills=5)
+    result = result_of(miniature(breakage, photo_seconds), drawn, scenario, solution=drawn.solution, kills=10)
     assert not result.ok, result
     assert reason in result.reason
     assert "\n" not in result.reason
