@@ -33,7 +33,7 @@ from kernel.photos import decode
 
 FIRST_BATCH = 8  # photos by which the time is planned; few, since on a slow machine the first pass is the slowest
 AHEAD = 2  # batches that are decoded ahead beside a GPU
-FEW_PHOTOS = 256  # up to so many are decoded in threads: processes take up to half a second to start and to end
+FEW_PHOTOS = 64  # up to so many are decoded in threads: processes take up to half a second to start and to end
 PHOTO_SECONDS = 60.0  # without a decoded photo, after which those that are being decoded are given up
 CHECK_SECONDS = 0.2  # between two looks at whether the workers live, while no photo arrives
 REPLACEMENTS = 64  # workers that may be replaced; more are no accident
