@@ -69,10 +69,10 @@ def recognise(folder: Path, among: Sequence[Competition] = COMPETITIONS) -> Comp
     Args:
         among: if one of them has settings, these are used for its name.
     """
-    wanted = {competition.name: competition for competition in among}
-    found = [one for own in COMPETITIONS if (one := wanted.get(own.name, own).recognise(folder))]
+    by_name = {competition.name: competition for competition in among}
+    found = [one for own in COMPETITIONS if (one := by_name.get(own.name, own).recognise(folder))]
     lowest = min((one.competition.generality for one in found), default=0)
-    candidates = [one for one in found if one.competition.generality == lowest and one.competition.name in wanted]
+    candidates = [one for one in found if one.competition.generality == lowest and one.competition.name in by_name]
     return max(candidates, key=lambda one: one.split_folder("test").is_dir(), default=None)
 
 

@@ -10,14 +10,12 @@ Every photo is an observation.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
 from kernel.inputs import InputError
-from kernel.manifest import from_json
 from kernel.tables import RESOLUTIONS, is_hidden, read_header, visible
 
 SAMPLE = "sample_submission.csv"
@@ -163,17 +161,8 @@ def _find(folder: Path) -> Competition:
     return replace(found, problem=problem)
 
 
-def configure(settings: Mapping[str, Any] | FolderSettings) -> Competition:
-    """The competition that some settings describe.
-
-    Raises:
-        InputError: the settings of a manifest are damaged.
-    """
-    if not isinstance(settings, FolderSettings):
-        try:
-            settings = from_json(FolderSettings, dict(settings), "competition.settings")
-        except ValueError as error:
-            raise InputError(f"the manifest is damaged: {error}; train or bundle again") from error
+def configure(settings: FolderSettings) -> Competition:
+    """The competition that some settings describe."""
     form = AnswerForm(settings.header, min(10, len(settings.classes)) or 1, settings.classes)
     return replace(CLASS_FOLDERS, settings=settings, form=form)
 
@@ -187,6 +176,7 @@ CLASS_FOLDERS = Competition(
     is_recognised=_is_recognised,
     find_settings=_find,
     configure=configure,
+    settings_type=FolderSettings,
     photos="{split}",
     sample=SAMPLE,
     form=AnswerForm(FolderSettings.header, guesses=1),

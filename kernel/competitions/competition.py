@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kernel.inputs import InputError
+from kernel.manifest import from_json
 from kernel.tables import RESOLUTIONS, is_blank, iterate_table, visible
 
 SUM_TOLERANCE = 1e-3  # by which the probabilities of a row may miss 1, since they are written with few digits
@@ -140,6 +141,7 @@ class Competition:
         find_settings: where the files and columns of a competition are not known beforehand, finds them in a folder, or
             what the kernel needs of them; None if it is not such a competition's.
         configure: the competition with the settings that were found, or that a manifest has.
+        settings_type: the dataclass of these settings.
         settings: those that were found, a dataclass of the module; None where there is nothing to find.
         notes: what was found, and what was left out, in lines for the user.
         problem: why the folder cannot be trained on, in one line; empty if it can.
@@ -171,6 +173,7 @@ class Competition:
     arrangement: str = ""
     find_settings: Callable[[Path], "Competition | None"] | None = None
     configure: Callable[[Any], "Competition"] | None = None
+    settings_type: type | None = None
     settings: Any = None
     notes: tuple[str, ...] = ()
     problem: str = ""
@@ -200,8 +203,19 @@ class Competition:
         return self.form.guesses
 
     def with_settings(self, settings: Any) -> "Competition":
-        """The same with its settings, also those of a manifest; without any, or where none are needed, itself."""
-        return self.configure(settings) if settings and self.configure else self
+        """The same with its settings, also those of a manifest; without any, or where none are needed, itself.
+
+        Raises:
+            InputError: the settings of a manifest are damaged.
+        """
+        if not settings or not self.configure:
+            return self
+        if isinstance(settings, Mapping):
+            try:
+                settings = from_json(self.settings_type, dict(settings), "competition.settings")
+            except ValueError as error:
+                raise InputError(f"the manifest is damaged: {error}; train or bundle again") from error
+        return self.configure(settings)
 
     def recognise(self, folder: Path) -> "CompetitionFolder | None":
         """The folder with its test table, or None if it is not this competition's, or cannot be read."""

@@ -3,7 +3,7 @@
 sample_submission.csv   an id, and one class, several classes separated by spaces, or a column of probability per class
 train.csv               a row per photo: its name, with or without suffix, and its class, or a 0 or 1 for each class
 test.csv                may be missing; it may list several photos of one observation, and metadata
-train/..., test/...     the photos, in whatever folders
+train/..., test/...     the photos, in folders of any name
 
 Columns and folders are found by what they hold: names of photos that exist, ids of the sample submission, classes that
 it names, few distinct values. What was found is printed. Where a guess is wrong, a file competition.toml beside the
@@ -17,11 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
-from typing import Any
 
 from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
 from kernel.inputs import InputError
-from kernel.manifest import from_json
 from kernel.tables import (
     TAXONOMY,
     clean_id,
@@ -176,17 +174,8 @@ def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
     return [row for name, own in photos.items() for row in own or [PhotoRow(name, "", {needed[0]: name})]]
 
 
-def configure(settings: Mapping[str, Any] | TableSettings, notes: Sequence[str] = (), problem: str = "") -> Competition:
-    """The competition that some settings describe.
-
-    Raises:
-        InputError: the settings of a manifest are damaged.
-    """
-    if not isinstance(settings, TableSettings):
-        try:
-            settings = from_json(TableSettings, dict(settings), "competition.settings")
-        except ValueError as error:
-            raise InputError(f"the manifest is damaged: {error}; train or bundle again") from error
+def configure(settings: TableSettings, notes: Sequence[str] = (), problem: str = "") -> Competition:
+    """The competition that some settings describe."""
     guesses = min(10, len(settings.classes)) if settings.classes else settings.guesses
     return replace(
         TABLE,
@@ -303,6 +292,7 @@ TABLE = Competition(
     arrangement="sample_submission.csv and train.csv",
     find_settings=_find,
     configure=configure,
+    settings_type=TableSettings,
     photos="{split}",
     sample="",
     form=AnswerForm((), 1),

@@ -25,6 +25,6 @@ def require_answers(run: Path) -> None:
 
 
 def keep_note(old: Path, new: Path) -> None:
-    """Copy the user's note from a run's folder to the one that will take its place, unless that has its own."""
+    """Copy the user's note from a run's folder to the one that will replace it, unless that has its own."""
     if (old / NOTE_FILE).is_file() and not (new / NOTE_FILE).exists():
         shutil.copyfile(old / NOTE_FILE, new / NOTE_FILE)

@@ -97,7 +97,7 @@ def read_note(run: Path) -> str:
 
 
 def write_note(run: Path, text: str) -> None:
-    """Note something about a run, in the place of what was noted before; an empty text removes the note."""
+    """Write a note about a run, which replaces the one before; an empty text removes it."""
     text = text.encode("utf-8", "replace").decode("utf-8").strip()  # an argument may have bytes that are not UTF-8
     if text:
         write_text(f"{text}\n", run / NOTE_FILE)

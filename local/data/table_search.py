@@ -65,7 +65,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Place:
+class PhotoFolder:
     """Where a column's photos are.
 
     Attributes:
@@ -328,7 +328,7 @@ def _commonest_suffixes(names: Iterable[str]) -> list[str]:
     return [suffix for suffix, _ in counts.most_common() if suffix and suffix.lower() not in (".csv", ".toml")][:3]
 
 
-def find_photos_of(state: Search, cells: Collection[str], split: str, is_nested: bool = False) -> Place:
+def find_photos_of(state: Search, cells: Collection[str], split: str, is_nested: bool = False) -> PhotoFolder:
     """The folder that has most of the photos that a column names; those of the other split only if no other has any.
 
     Args:
@@ -344,24 +344,26 @@ def find_photos_of(state: Search, cells: Collection[str], split: str, is_nested:
     state.folders = state.folders or _folders_of_photos(state.folder)
     every = [name for name in state.folders if not is_nested or "/" not in name]
     own = [name for name in every if other not in name.lower()]
-    best = Place()
+    best = PhotoFolder()
     for folders in (own, [name for name in every if name not in own]):
-        places = [_try_folder(state, name, tried, is_nested) for name in folders]
-        best = max(places, key=lambda one: (one.hits, split in one.folder.lower(), one.exact), default=best)
+        tried_folders = [_try_folder(state, name, tried, is_nested) for name in folders]
+        best = max(tried_folders, key=lambda one: (one.hits, split in one.folder.lower(), one.exact), default=best)
         if best.hits:
             is_named = split in best.folder.lower()
-            equal = [one for one in places if one.hits == best.hits and (split in one.folder.lower()) == is_named]
+            equal = [
+                one for one in tried_folders if one.hits == best.hits and (split in one.folder.lower()) == is_named
+            ]
             parent = best.folder.rpartition("/")[0]
             if split in parent.lower() and any(
                 one.folder.rpartition("/")[0] == parent != one.folder for one in equal[1:]
             ):
-                best = Place()
+                best = PhotoFolder()
                 continue  # folders of classes, whose photos have the same names
             return replace(best, others=tuple(one.folder for one in equal if one.folder != best.folder))
     return best
 
 
-def _try_folder(state: Search, name: str, tried: Sequence[str], is_nested: bool) -> Place:
+def _try_folder(state: Search, name: str, tried: Sequence[str], is_nested: bool) -> PhotoFolder:
     folder = state.folder / name
     if is_nested and name not in state.indices:
         state.indices[name] = index_photos(folder)
@@ -380,12 +382,14 @@ def _try_folder(state: Search, name: str, tried: Sequence[str], is_nested: bool)
         if suffix is not None:
             used[suffix] += 1
     hits = min(exact + used.total(), len(tried))
-    return Place(name, tuple(suffix for suffix, _ in used.most_common()), hits / max(1, len(tried)), exact, is_nested)
+    return PhotoFolder(
+        name, tuple(suffix for suffix, _ in used.most_common()), hits / max(1, len(tried)), exact, is_nested
+    )
 
 
 def _find_image_column(
     state: Search, table: Table, split: str, key: str, preferred: Sequence[str]
-) -> tuple[str, Place]:
+) -> tuple[str, PhotoFolder]:
     """The column that names photos, and where these are; "" if none does.
 
     Of several, the one with the most different names counts, then one with suffixes, then one of the preferred names.
@@ -397,13 +401,22 @@ def _find_image_column(
             values = table.values(column)
             first = list(values)[:: max(1, len(values) // 8)][:8]
             if first and find_photos_of(state, first, split, is_nested).hits:
-                place = find_photos_of(state, values, split, is_nested)
-                if place.hits >= 0.5:
-                    found.append((round(place.hits, 1), len(values), place.exact, column in preferred, column, place))
-        if any(place.hits >= COMPLETE for *_, place in found):
+                photo_folder = find_photos_of(state, values, split, is_nested)
+                if photo_folder.hits >= 0.5:
+                    found.append(
+                        (
+                            round(photo_folder.hits, 1),
+                            len(values),
+                            photo_folder.exact,
+                            column in preferred,
+                            column,
+                            photo_folder,
+                        )
+                    )
+        if any(photo_folder.hits >= COMPLETE for *_, photo_folder in found):
             break
     if not found:
-        return given, Place()
+        return given, PhotoFolder()
     best = max(found, key=lambda one: one[:4])
     equal = [one[4] for one in found if one[:4] == best[:4] and one[5].folder != best[5].folder]
     if equal:
@@ -437,13 +450,13 @@ def _find_columns(state: Search) -> None:
     train = read_columns(table)
     refuse_boxes(state, train)
     preferred = (state.settings.test_image_column, header[0])
-    image, place = _find_image_column(state, train, "train", "image_column", preferred)
+    image, photo_folder = _find_image_column(state, train, "train", "image_column", preferred)
     state.put(image_column=image or next((name for name in preferred if name in train.columns), ""))
-    if place.hits:
-        state.put(train_folder=place.folder, suffixes=_merged(state.settings.suffixes, place.suffixes))
-        state.put(is_nested=state.settings.is_nested or place.is_nested)
-        if place.others:
-            state.doubt("the folder of the training photos", place.folder, place.others, "train_folder")
+    if photo_folder.hits:
+        state.put(train_folder=photo_folder.folder, suffixes=_merged(state.settings.suffixes, photo_folder.suffixes))
+        state.put(is_nested=state.settings.is_nested or photo_folder.is_nested)
+        if photo_folder.others:
+            state.doubt("the folder of the training photos", photo_folder.folder, photo_folder.others, "train_folder")
     if not has_photos:
         _expect_test_photos(state)
     if not state.settings.test_image_column and state.settings.test_table:
@@ -451,7 +464,7 @@ def _find_columns(state: Search) -> None:
         state.put(test_image_column=name)
     _find_observations(state, train)
     problem = problem or _find_labels(state, train, sample)
-    if not place.hits and not problem:
+    if not photo_folder.hits and not problem:
         names = ", ".join(map(repr, list(train.columns)[:8]))
         problem = (
             f"no column of {table} names photos in {state.folder} (it has {names}): unpack the photos there, or write "
@@ -494,19 +507,21 @@ def _find_test_columns(state: Search, sample: Table) -> bool:
             )
             state.put(test_table="")
         else:
-            image, place = _find_image_column(state, test, "test", "test_image_column", (column,))
+            image, photo_folder = _find_image_column(state, test, "test", "test_image_column", (column,))
             state.put(id_column=column, test_image_column=image)
             state.put(is_complete=set(test.values(column)) == set(ids))
     if not state.settings.test_table:
-        place = find_photos_of(state, ids, "test")
-        if place.hits < COMPLETE:
-            place = max(place, find_photos_of(state, ids, "test", is_nested=True), key=lambda one: one.hits)
-    if place.hits:
-        state.put(test_folder=place.folder, suffixes=_merged(state.settings.suffixes, place.suffixes))
-        state.put(is_nested=state.settings.is_nested or place.is_nested)
-        if place.others:
-            state.doubt("the folder of the test photos", place.folder, place.others, "test_folder")
-    return bool(place.hits)
+        photo_folder = find_photos_of(state, ids, "test")
+        if photo_folder.hits < COMPLETE:
+            photo_folder = max(
+                photo_folder, find_photos_of(state, ids, "test", is_nested=True), key=lambda one: one.hits
+            )
+    if photo_folder.hits:
+        state.put(test_folder=photo_folder.folder, suffixes=_merged(state.settings.suffixes, photo_folder.suffixes))
+        state.put(is_nested=state.settings.is_nested or photo_folder.is_nested)
+        if photo_folder.others:
+            state.doubt("the folder of the test photos", photo_folder.folder, photo_folder.others, "test_folder")
+    return bool(photo_folder.hits)
 
 
 def _expect_test_photos(state: Search) -> None:
