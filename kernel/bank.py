@@ -103,6 +103,19 @@ class Layer:
     relu: torch.Tensor
 
 
+def rows_in_cache(scores: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The scores (observations, classes), a few rows at a time: on a CPU as many as its cache holds."""
+    memory = CPU_CACHE if scores.device.type == "cpu" else GPU_CHUNK
+    return scores.split(max(1, memory // (4 * max(1, scores.shape[1]))))
+
+
+def log_softmax_(scores: torch.Tensor) -> torch.Tensor:
+    """The log-softmax of each row of (observations, classes), in the memory of the scores."""
+    for part in rows_in_cache(scores):
+        torch.log_softmax(part, dim=1, out=part)
+    return scores
+
+
 def apply_layers(layers: Sequence[Layer], values: torch.Tensor) -> torch.Tensor:
     """(observations, features) -> (observations, features of the last layer), in the precision of `values`."""
     for layer in layers:
@@ -151,14 +164,19 @@ class Bank:
         """(observations, features) -> (observations, features of the prototypes), rows of length 1."""
         return nn.functional.normalize(apply_layers(self.layers, embeddings), dim=1)
 
+    def has_one_prototype_per_class(self) -> bool:
+        """Whether the prototypes are in the order of the classes, one for each."""
+        labels = self.prototype_labels
+        return torch.equal(labels, torch.arange(len(self.bias), device=labels.device))
+
     def similarities(self, transformed: torch.Tensor) -> torch.Tensor:
         """(observations, features of the prototypes) -> (observations, classes), by the nearest prototype of each.
 
         A class without a prototype gets -1.
         """
-        classes, labels, device = len(self.bias), self.prototype_labels, transformed.device
-        if torch.equal(labels, torch.arange(classes, device=device)):  # one prototype per class
+        if self.has_one_prototype_per_class():
             return transformed @ self.prototypes.T
+        classes, labels, device = len(self.bias), self.prototype_labels, transformed.device
         # With a row per class: on a CPU, the maxima of rows take a sixth of the time of those of columns. In parts,
         # since there may be many more prototypes than classes.
         nearest = transformed.new_full((classes, len(transformed)), -torch.inf)
@@ -169,17 +187,15 @@ class Bank:
         nearest[torch.bincount(labels, minlength=classes) == 0] = -1.0
         return nearest.T.contiguous()
 
-    def log_probabilities(self, similarities: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Similarities (observations, classes) -> log-probabilities of the same shape.
+    def scores(self, transformed: torch.Tensor) -> torch.Tensor:
+        """(observations, features of the prototypes) -> (observations, classes), the scores of the formula above."""
+        if self.has_one_prototype_per_class():
+            return torch.addmm(self.bias, transformed, self.prototypes.T, alpha=float(self.logit_scale))
+        return self.similarities(transformed).mul_(self.logit_scale).add_(self.bias)
 
-        Args:
-            out: memory for the result, which may be that of the similarities.
-        """
-        out = torch.empty_like(similarities) if out is None else out
-        size = max(1, (CPU_CACHE if out.device.type == "cpu" else GPU_CHUNK) // (4 * len(self.bias)))
-        for part, own in zip(similarities.split(size), out.split(size), strict=True):
-            torch.log_softmax(torch.add(self.bias, part, alpha=float(self.logit_scale)), dim=1, out=own)
-        return out
+    def log_probabilities(self, similarities: torch.Tensor) -> torch.Tensor:
+        """Similarities (observations, classes) -> log-probabilities of the same shape."""
+        return log_softmax_(torch.add(self.bias, similarities, alpha=float(self.logit_scale)))
 
     def assign(self, transformed: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The observations of a chunk, (observations, features), and (observations, prototypes) probabilities."""
@@ -256,26 +272,29 @@ class Classifier:
         banks: after transduction.
         transformed: for each bank (observations, features of its prototypes), rows of length 1.
         has_embedding: (observations,) bool, false for a row of zeros: an observation without a readable photo. It takes
-            no part in transduction, and its log-probabilities are zeros.
+            no part in transduction, and all its classes are equally probable.
     """
 
     banks: Sequence[Bank]
     transformed: Sequence[torch.Tensor]
     has_embedding: torch.Tensor
 
-    def log_probabilities(self, chunk: slice) -> torch.Tensor:
-        """(observations of the chunk, classes), of the banks' mean probability."""
-        each = []
-        for bank, transformed in zip(self.banks, self.transformed, strict=True):
-            similarities = bank.similarities(transformed[chunk])
-            each.append(bank.log_probabilities(similarities, out=similarities))
+    def scores(self, chunk: slice) -> torch.Tensor:
+        """(observations of the chunk, classes); their softmax is the banks' mean probability."""
+        each = [bank.scores(transformed[chunk]) for bank, transformed in zip(self.banks, self.transformed, strict=True)]
         mean = each[0]
         if len(each) > 1:
-            weighted = [part.add_(bank.mixture_weight.log()) for bank, part in zip(self.banks, each, strict=True)]
+            weighted = [
+                log_softmax_(part).add_(bank.mixture_weight.log()) for bank, part in zip(self.banks, each, strict=True)
+            ]
             mean = torch.stack(weighted).logsumexp(dim=0)
         if not self.has_embedding[chunk].all():
             mean[~self.has_embedding[chunk]] = 0
         return mean
+
+    def log_probabilities(self, chunk: slice) -> torch.Tensor:
+        """(observations of the chunk, classes), of the banks' mean probability."""
+        return log_softmax_(self.scores(chunk))
 
 
 def make_classifier(banks: Sequence[Bank], embeddings: torch.Tensor, device: torch.device) -> Classifier:
@@ -338,6 +357,25 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return candidates.gather(1, largest_of_few(scores.gather(1, candidates), count))
 
 
+def best_classes(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the largest scores of each row, as by `largest`, and their softmax over all classes.
+
+    Args:
+        scores: (observations, classes), none NaN; used as working memory.
+
+    Returns:
+        (observations, count) int64, and float32 of the same shape
+    """
+    best = []
+    for part in rows_in_cache(scores):
+        indices = largest(part, count)
+        chosen = part.gather(1, indices)
+        highest = chosen[:, :1].clone()
+        total = part.sub_(highest).exp_().sum(dim=1, keepdim=True)
+        best.append((indices, (chosen - highest).exp() / total))
+    return torch.cat([indices for indices, _ in best]), torch.cat([own for _, own in best])
+
+
 def rank_on(
     device: torch.device,
     members: Sequence[Sequence[Bank]],
@@ -355,14 +393,14 @@ def rank_on(
     prior, classes = None if metadata_prior is None else metadata_prior.to(device), len(members[0][0].bias)
 
     def best(chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        total = classifiers[0].log_probabilities(chunk)
+        # The sum of log-probabilities needs no normaliser of its parts: it would add the same to all classes.
+        total = classifiers[0].scores(chunk)
         total = total if weights[0] == 1 else total.mul_(weights[0])
         for weight, classifier in zip(weights[1:], classifiers[1:], strict=True):
-            total.add_(classifier.log_probabilities(chunk), alpha=weight)
+            total.add_(classifier.scores(chunk), alpha=weight)
         if prior is not None:
             total.add_(prior[chunk])
-        indices = largest(total, min(guesses, classes))
-        return indices, (total.gather(1, indices) - total.logsumexp(dim=1, keepdim=True)).exp()
+        return best_classes(total, min(guesses, classes))
 
     parts = list(in_chunks(len(embeddings[0]), observations_at_once(classes, device), best))
     return torch.cat([indices for indices, _ in parts]).cpu(), torch.cat([own for _, own in parts]).cpu()
