@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,8 +37,8 @@ from local.encoders.load import load_encoder, size_for_views
 
 # Name -> (width and height in pixels, number of photos).
 SIZES = {"300p": ((400, 300), 96), "500p": ((750, 500), 96), "fullsize": ((3000, 2000), 24)}
-REPEATS = 3  # the fastest counts, because any disturbance makes a measurement slower
-WORTH = 0.6  # of the fastest way to do the same: a way that is slower at first is not measured again
+ROUNDS = 5  # of which the median counts
+WORTH = 0.75  # of the fastest way to do the same: a way that is slower at first is not measured again
 CPU_PHOTOS, GPU_PHOTOS = 576, 2048  # in a measurement, at least; fewer would measure how it starts and ends
 ALL_VIEWS = [name for name in VIEWS if name != "larger"]  # those at one size
 COLUMNS = ("photos", "decode", "forward", "end to end", "of the limit", "plain pipeline", "one by one", "pybioclip")
@@ -51,18 +52,19 @@ class Work:
     run: Callable[[], object]
 
 
-def best_rates(works: Mapping[str, Work]) -> dict[str, float]:
-    """Photos per second of each work in the fastest of REPEATS runs, in turn, after a run of each to warm up.
+def measure_rounds(works: Mapping[str, Work]) -> list[dict[str, float]]:
+    """Photos per second of each work, in each of ROUNDS rounds, after a run of each to warm up.
 
-    Of the ways to do the same, "WHAT, way", those that are much slower in that first run are not run again.
+    Every round runs all works, so that a machine which becomes slower meanwhile becomes slower for all of them. Of the
+    ways to do the same, "WHAT, way", those that are much slower in the first run are not run again.
     """
-    seconds = {name: time_once(work) for name, work in progress(works.items(), "warming up", unit="way")}
-    rates = {name: works[name].photos / seconds[name] for name in works}
+    rates = {name: work.photos / time_once(work) for name, work in progress(works.items(), "warming up", unit="way")}
     best = {part: max(rates[name] for name in works if name.startswith(part)) for part in ("decode", "forward")}
     kept = [name for name in works if rates[name] >= WORTH * best.get(name.partition(",")[0], 0)]
-    for name in progress(kept * REPEATS, "measuring", unit="run"):
-        rates[name] = max(rates[name], works[name].photos / time_once(works[name]))
-    return rates
+    rounds: list[dict[str, float]] = [{} for _ in range(ROUNDS)]
+    for one, name in progress([(one, name) for one in rounds for name in kept], "measuring", unit="run"):
+        one[name] = works[name].photos / time_once(works[name])
+    return rounds
 
 
 def time_once(work: Work) -> float:
@@ -247,9 +249,9 @@ def measure_speed(encoder: Encoder, in_all_views: Encoder, folder: Path) -> list
             **{key: Work(count, partial(other, few, encoder)) for key, other in others.items()},
             **({"pybioclip": Work(count, partial(pybioclip, few))} if pybioclip else {}),
         }
-        rates = best_rates(works)
+        rounds = measure_rounds(works)
         for views, whole in ((1, "end_to_end"), (len(ALL_VIEWS), "all_views")):
-            row = speed_row(rates, views, whole, on_cpu)
+            row = speed_row(rounds, views, whole, on_cpu)
             row["photos"] = name if views == 1 else f"{name}, {views} views"
             rows.append(row)
             say(table_row(row))
@@ -262,22 +264,25 @@ def embedding_work(encoder: Encoder, paths: Sequence[Path], views: Sequence[str]
     return Work(len(paths), lambda: embed_observations(encoder, observations, views))
 
 
-def speed_row(rates: Mapping[str, float], views: int, whole: str, on_cpu: bool) -> dict:
-    """The figures of one row, without its name.
+def speed_row(rounds: Sequence[Mapping[str, float]], views: int, whole: str, on_cpu: bool) -> dict:
+    """The figures of one row, without its name: medians over the rounds.
 
     The limit is what the fastest way to decode and the fastest forward passes alone would allow: on a CPU they share
-    the cores, beside a GPU they overlap.
+    the cores, beside a GPU they overlap. It is computed within each round.
     """
-    fastest = {
-        part: max((key for key in rates if key.startswith(part)), key=rates.get) for part in ("decode", "forward")
-    }
-    decode, forward = rates[fastest["decode"]], rates[fastest["forward"]] / views
-    limit = 1 / (1 / decode + 1 / forward) if on_cpu else min(decode, forward)
-    row = {"views": views, "decode": decode, "forward": forward, "end_to_end": rates[whole]}
-    row |= {
-        "share_of_limit": rates[whole] / limit,
-        "fastest": {part: key.partition(", ")[2] for part, key in fastest.items()},
-    }
+    rates = {name: median(one[name] for one in rounds) for name in rounds[0]}
+
+    def fastest(part: str, of: Mapping[str, float]) -> str:
+        return max((name for name in of if name.startswith(part)), key=of.get)
+
+    def share(one: Mapping[str, float]) -> float:
+        decode, forward = one[fastest("decode", one)], one[fastest("forward", one)] / views
+        return one[whole] / (1 / (1 / decode + 1 / forward) if on_cpu else min(decode, forward))
+
+    ways = {part: fastest(part, rates) for part in ("decode", "forward")}
+    row = {"views": views, "decode": rates[ways["decode"]], "forward": rates[ways["forward"]] / views}
+    row |= {"end_to_end": rates[whole], "share_of_limit": median(map(share, rounds))}
+    row |= {"fastest": {part: name.partition(", ")[2] for part, name in ways.items()}}
     return row | {key: rates.get(key) if views == 1 else None for key in ("plain_pipeline", "one_by_one", "pybioclip")}
 
 

@@ -31,13 +31,22 @@ def test_without_pybioclip_its_cell_is_empty(at_224, monkeypatch):
 def test_the_limit_is_what_the_fastest_parts_allow_on_shared_cores_or_beside_a_gpu():
     rates = {"decode, 1 threads": 60.0, "decode, 2 processes": 100.0, "forward, batches of 8": 50.0}
     rates |= {"end_to_end": 25.0, "all_views": 4.0, "plain_pipeline": 5.0, "one_by_one": 10.0}
-    row = speed_row(rates, 1, "end_to_end", on_cpu=True)
+    row = speed_row([rates], 1, "end_to_end", on_cpu=True)
     assert row["share_of_limit"] == pytest.approx(25 / (1 / (1 / 100 + 1 / 50)))
     assert row["fastest"] == {"decode": "2 processes", "forward": "batches of 8"}
     assert table_row(row | {"photos": "300p"}) == "| 300p | 100.0 | 50.0 | 25.0 | 0.75 | 5.0 (5.0×) | 10.0 (2.5×) |  |"
-    assert speed_row(rates, 1, "end_to_end", on_cpu=False)["share_of_limit"] == pytest.approx(25 / 50)
-    views = speed_row(rates, 10, "all_views", on_cpu=False)
+    assert speed_row([rates], 1, "end_to_end", on_cpu=False)["share_of_limit"] == pytest.approx(25 / 50)
+    views = speed_row([rates], 10, "all_views", on_cpu=False)
     assert (views["share_of_limit"], views["plain_pipeline"]) == (pytest.approx(4 / 5), None)
+
+
+def test_a_machine_that_becomes_slower_does_not_change_the_share_of_the_limit():
+    rates = {"decode, 1 threads": 100.0, "forward, batches of 8": 50.0, "end_to_end": 25.0}
+    rounds = [{name: rate / slower for name, rate in rates.items()} for slower in (1, 1, 1, 2, 4)]
+    row = speed_row(rounds, 1, "end_to_end", on_cpu=True)
+    assert (row["share_of_limit"], row["end_to_end"]) == (pytest.approx(0.75), 25)
+    disturbed = [*rounds[:4], rounds[4] | {"end_to_end": 1.0}]
+    assert speed_row(disturbed, 1, "end_to_end", on_cpu=True)["share_of_limit"] == pytest.approx(0.75)
 
 
 def test_every_way_to_decode_gives_the_same_photos_and_every_way_to_embed_runs(at_224, tmp_path):
