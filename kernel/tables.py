@@ -2,9 +2,11 @@
 
 import csv
 import io
+import os
 import re
+import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import TextIO
@@ -113,30 +115,61 @@ def clean_id(text: str) -> str:
     return text
 
 
-def respell(ids: Iterable[str], sample: Iterable[str]) -> dict[str, str]:
+def compose(text: str) -> str:
+    """Text in Unicode's composed form: "ö" is one character, which the file names of macOS have as "o" and a mark."""
+    return unicodedata.normalize("NFC", text)
+
+
+def find_path(folder: Path, path: str) -> str:
+    """A relative path as it is spelt in a folder, in whichever of Unicode's forms; if it is not there, as it is given.
+
+    Args:
+        path: with "/".
+    """
+    if path.isascii() or os.path.exists(folder / path):
+        return path
+    found = ""
+    for part in path.split("/"):
+        forms = (part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD")))
+        own = next((form for form in forms if os.path.exists(folder / found / form)), None)
+        if own is None:
+            return path
+        found = os.path.join(found, own)
+    return found
+
+
+def plain_number(text: str) -> str:
+    """An id without leading zeros, in Unicode's composed form."""
+    return str(int(text)) if text.isascii() and text.isdecimal() else compose(text)
+
+
+def respell(ids: Iterable[str], sample: Iterable[str], key: Callable[[str], str] = plain_number) -> dict[str, str]:
     """Spell ids as the sample submission does: "7" becomes "007" where that has "007".
 
+    Args:
+        key: what spellings of one id have in common.
+
     Returns:
-        The spelling of each id; an id whose number the sample lacks stays as it is.
+        The spelling of each id. An id that the sample lacks stays as it is; if it is there in both of Unicode's forms,
+        in that of the first.
 
     Raises:
         InputError: two ids differ only in leading zeros, and the sample does not say which is right.
     """
-
-    def number(text: str) -> str:
-        return str(int(text)) if text.isascii() and text.isdecimal() else text
-
     known: dict[str, set[str]] = {}
     for text in sample:
-        known.setdefault(number(clean_id(text)), set()).add(text.strip())
+        known.setdefault(key(clean_id(text)), set()).add(text.strip())
     spelt: dict[str, str] = {}
     first: dict[str, str] = {}
     for text in ids:
-        spellings = known.get(number(text), set())
+        spellings = known.get(key(text), set())
         if len(spellings) == 1:
             spelt[text] = next(iter(spellings))
             continue
-        other = first.setdefault(number(text), text)
+        other = first.setdefault(key(text), text)
+        if text not in spellings and compose(other) == compose(text):
+            spelt[text] = other
+            continue
         if other != text and text not in spellings:
             raise InputError(
                 f"the ids {other!r} and {text!r} differ only in leading zeros: spell them alike in all tables"

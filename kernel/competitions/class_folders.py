@@ -4,8 +4,11 @@ train/CLASS/photo     or CLASS/photo, without train/
 val/CLASS/photo       may be missing, or be called valid or validation
 test/photo            in subfolders too
 sample_submission.csv may be missing; its columns say how an answer is written: the class, or a probability of each
+classes.csv           of any name, where the sample submission has ids of classes and not the names of their folders: a
+                      column of each
 
-Every photo is an observation.
+Every photo is an observation; if the sample submission has the names of the folders in test/, each of these is one, and
+so is each folder in train/CLASS/.
 """
 
 import os
@@ -16,7 +19,7 @@ from pathlib import Path
 
 from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
 from kernel.inputs import InputError
-from kernel.tables import RESOLUTIONS, is_hidden, read_header, visible
+from kernel.tables import RESOLUTIONS, clean_id, compose, is_hidden, read_header, read_table, visible
 
 SAMPLE = "sample_submission.csv"
 
@@ -90,8 +93,9 @@ def _find_classes(folder: Path) -> list[Path]:
     names = {path.name.lower() for path in found}
     if not names or is_split or names & {*RESOLUTIONS, *SPLITS}:
         return []
-    photos = (path for one in found for path in one.iterdir() if path.suffix.lower() in PHOTO_SUFFIXES)
-    return found if any(not is_hidden(path.name) for path in photos) else []
+    patterns = ("*", "*/*") if root != folder else ("*",)  # in train/, a class may have a folder for each observation
+    files = (path for one in found for pattern in patterns for path in one.glob(pattern))
+    return found if any(path.suffix.lower() in PHOTO_SUFFIXES and not is_hidden(path.name) for path in files) else []
 
 
 def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
@@ -101,10 +105,10 @@ def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
 
 
 def _name_photos(photos: Sequence[Path], sample: Iterable[str]) -> list[str]:
-    """The ids of the test photos: stem, file name, or path without or with the suffix.
+    """The ids of the test photos: stem, file name, path without or with the suffix, or the folder of an observation.
 
-    The ids must be distinct. Of the ways in which they are, the one that gives most ids of the sample submission
-    counts, and of equals the first.
+    The ids must be distinct, except those of folders. Of the ways in which they are, the one that gives most ids of the
+    sample submission counts, and of equals the first. Ids are spelt as it spells them.
     """
     ways = (
         [path.stem for path in photos],
@@ -112,8 +116,19 @@ def _name_photos(photos: Sequence[Path], sample: Iterable[str]) -> list[str]:
         [path.with_suffix("").as_posix() for path in photos],
         [path.as_posix() for path in photos],
     )
-    distinct, known = [ids for ids in ways if len(set(ids)) == len(ids)], set(sample)
-    return max(distinct, key=lambda ids: len(known.intersection(ids)))
+    allowed = [ids for ids in ways if len(set(ids)) == len(ids)]
+    allowed += [[path.parent.name for path in photos], [path.parent.as_posix() for path in photos]]
+    known = {compose(name): name for name in sample}
+    best = max(allowed, key=lambda ids: len(known.keys() & set(map(compose, ids))))
+    spelt = [known.get(compose(name), name) for name in best]
+    return spelt if len(set(spelt)) == len(set(best)) else best
+
+
+def _is_grouped(found: CompetitionFolder) -> bool:
+    """Whether each test photo is in a folder that is named like its observation."""
+    rows = _read_rows(found, Counter())
+    names = [(Path(row.observation).name, Path(row.photo).parent.name) for row in rows]
+    return bool(names) and all(compose(own) == compose(folder) for own, folder in names)
 
 
 # The kernel does not need the function below: training reads the labelled photos.
@@ -132,8 +147,16 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
         left_out["files in no class's folder"] += len(outside)
     folders = [("train", path) for path in classes]
     folders += [("val", path) for path in visible(val.iterdir() if val else ()) if path.is_dir()]
+    said, is_grouped = found.competition.sample_classes(folder), _is_grouped(found)
+    id_of = _find_ids(folder, [own.name for own in classes], said)
     photos = [
-        LabelledPhoto(split, path.relative_to(folder).as_posix(), own.name, path)
+        LabelledPhoto(
+            split,
+            (path.parent if is_grouped and path.parent != own else path).relative_to(folder).as_posix(),
+            id_of.get(compose(own.name), own.name),
+            path,
+            species=own.name,
+        )
         for split, own in folders
         for path in find_photos(own, left_out)
     ]
@@ -153,12 +176,49 @@ def _find(folder: Path) -> Competition:
     if len(header) < 2:
         return configure(FolderSettings())
     found = configure(FolderSettings(header=header, classes=header[1:] if len(header) > 2 else ()))
-    others = sorted({*found.form.classes} - {path.name for path in _find_classes(folder)})
-    if not others:
+    names, said = [path.name for path in _find_classes(folder)], found.sample_classes(folder)
+    ids = _find_ids(folder, names, said)
+    others = sorted({*map(compose, said)} - {*map(compose, ids.values() or names)})
+    is_understood = not found.form.classes and (ids or len(others) < len(set(said)))  # a row may have any class
+    if is_understood or not others or not names:
         return found
     named = ", ".join(map(repr, others[:3]))
-    problem = f"{folder / SAMPLE} has columns that are no folders of classes, such as {named}: rename the folders"
-    return replace(found, problem=problem)
+    return replace(
+        found,
+        problem=f"{folder / SAMPLE} has classes that are no folders of classes, such as {named}: rename the folders, "
+        "write their names there, or add a classes.csv with a column of these names and one of the ids",
+    )
+
+
+def _find_ids(folder: Path, names: Sequence[str], said: Sequence[str]) -> dict[str, str]:
+    """The ids by which the sample submission names classes, by the names of their folders, in Unicode's composed form.
+
+    They are in a table with a column of the folders' names and one of the ids. It is looked for only if the sample
+    submission does not use these names.
+
+    Args:
+        said: the classes of the sample submission.
+
+    Returns:
+        Empty if there is no such table.
+    """
+    names, said = set(map(compose, names)), set(map(compose, said))
+    if not said - names:
+        return {}
+    for path in visible(folder.glob("*.csv")):
+        if path.name == SAMPLE or len(header := read_header(path)) < 2:
+            continue
+        rows = read_table(path, ())
+        columns = {column: [clean_id(row[column] or "") for row in rows] for column in header}
+        for column, own in columns.items():
+            row_of = {compose(name): row for row, name in enumerate(own)}
+            if not names <= row_of.keys():
+                continue
+            for other, ids in columns.items():
+                found = {name: ids[row_of[name]] for name in names}
+                if other != column and len(set(found.values())) == len(found) and said <= set(map(compose, ids)):
+                    return found
+    return {}
 
 
 def configure(settings: FolderSettings) -> Competition:

@@ -9,7 +9,7 @@ from typing import Any
 
 from kernel.inputs import InputError
 from kernel.manifest import from_json
-from kernel.tables import RESOLUTIONS, is_blank, iterate_table, visible
+from kernel.tables import RESOLUTIONS, find_path, is_blank, iterate_table, visible
 
 SUM_TOLERANCE = 1e-3  # by which the probabilities of a row may miss 1, since they are written with few digits
 
@@ -301,7 +301,7 @@ class CompetitionFolder:
         """The folder of a split's photos, or that of its resolutions."""
         competition = self.competition
         name = competition.splits.get(split, split)
-        return self.path / competition.photos.format(subset=self.table.parent.name, split=name)
+        return self.path / find_path(self.path, competition.photos.format(subset=self.table.parent.name, split=name))
 
     def resolutions(self, split: str) -> list[str]:
         """The resolutions in which a split has been downloaded, smallest first."""

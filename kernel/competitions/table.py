@@ -23,11 +23,14 @@ from kernel.inputs import InputError
 from kernel.tables import (
     TAXONOMY,
     clean_id,
+    compose,
+    find_path,
     format_table,
     is_blank,
     is_hidden,
     iterate_table,
     photo_name,
+    plain_number,
     read_header,
     read_table,
     visible,
@@ -67,7 +70,8 @@ class TableSettings:
         test_image_column: of the names of photos in the test table.
         metadata_columns: that describe an observation, in both tables.
         train_folder, test_folder: of the photos that the tables name.
-        suffixes: of photos, where the tables leave them out.
+        suffixes: of photos, where the tables leave them out; "" where they name folders, each with the photos of one
+            observation.
         guesses: class ids in a row of the submission, separated by spaces.
         classes: the class of each column of probabilities; empty if a row names classes. A last class without a column
             has the rest of the probability.
@@ -101,14 +105,17 @@ class TableSettings:
 
 
 def index_photos(folder: Path) -> dict[str, str]:
-    """The path of each file in a folder and below it, relative to the folder, by its name; not of equal names."""
+    """The path of each file in a folder and below it, relative to the folder, by its name; not of equal names.
+
+    The names are in Unicode's composed form.
+    """
     paths: dict[str, str] = {}
     several = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         below = os.path.relpath(root, folder)
         folders[:] = [name for name in folders if not is_hidden(name)] if below.count(os.sep) < DEPTH else []
-        several.update(name for name in names if name in paths)
-        paths.update((name, Path(below, name).as_posix()) for name in names)
+        several.update(name for name in map(compose, names) if name in paths)
+        paths.update((compose(name), Path(below, name).as_posix()) for name in names)
     return {name: path for name, path in paths.items() if name not in several}
 
 
@@ -119,22 +126,34 @@ class PhotoPaths:
         self.suffixes, self.folder = settings.suffixes, folder
         self.index = index_photos(folder) if settings.is_nested else {}
 
-    def find(self, cell: str) -> str:
-        """The path of a photo; where there is none, the path that is expected."""
-        name, suffixes = photo_name(cell), self.suffixes
-        if not suffixes or name.endswith(suffixes) or PHOTO_SUFFIX.search(name):
-            names = [name]
-        else:
-            names = [name + suffix for suffix in suffixes]
+    def find(self, cell: str) -> list[str]:
+        """The path of a photo, or of all photos in a folder; where there is none, the path that is expected."""
+        name = photo_name(cell)
+        has_suffix = name.endswith(tuple(filter(None, self.suffixes))) or PHOTO_SUFFIX.search(name)
+        names = [name] if has_suffix else [name + suffix for suffix in self.suffixes] or [name]
         if self.index:
-            return next((self.index[own] for one in names if (own := one.rpartition("/")[2]) in self.index), names[0])
-        return names[0] if len(names) == 1 else next((one for one in names if (self.folder / one).exists()), names[0])
+            keys = [compose(one.rpartition("/")[2]) for one in names]
+            return [next((self.index[key] for key in keys if key in self.index), names[0])]
+        names = [find_path(self.folder, one) for one in names]
+        if len(names) > 1:
+            names = [one for one in names if (self.folder / one).exists()] or names
+        photos = []
+        if not has_suffix and "" in self.suffixes:
+            photos = [f"{names[0]}/{photo}" for photo in list_photos_of(self.folder / names[0])]
+        return photos or names[:1]
+
+
+def list_photos_of(folder: Path) -> list[str]:
+    """The names of the photos in a folder, sorted; none if there is no such folder."""
+    try:
+        return [path.name for path in visible(folder.iterdir()) if PHOTO_SUFFIX.search(path.name)]
+    except OSError:
+        return []
 
 
 def _key(text: str) -> str:
     """What ids of one photo have in common, however a table spells them: no folder, suffix or leading zeros."""
-    name = clean_id(PHOTO_SUFFIX.sub("", photo_name(text).rpartition("/")[2]))
-    return str(int(name)) if name.isascii() and name.isdecimal() else name
+    return plain_number(clean_id(PHOTO_SUFFIX.sub("", photo_name(text).rpartition("/")[2])))
 
 
 class Spelling:
@@ -157,7 +176,7 @@ def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
     ids = dict.fromkeys(row[header[0]] for row in rows)  # not the rows, which may have a thousand probabilities each
     table = found.path / settings.test_table
     if not table.is_file():
-        return [PhotoRow(name, paths.find(name)) for name in ids]
+        return [PhotoRow(name, photo) for name in ids for photo in paths.find(name)]
     spelling, photos = Spelling(list(ids)), dict.fromkeys(ids, ())
     needed = settings.id_column, settings.test_image_column
     for row in read_table(table, needed, filled=needed[:1], left_out=left_out):
@@ -166,9 +185,9 @@ def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
             left_out[f"rows of {table.name} that {sample.name} lacks"] += 1
             continue
         image = row[needed[1]]
-        photo = "" if is_blank(image) else paths.find(image)
         name = row[needed[0]] if name is None else name
-        photos[name] = (*photos.get(name, ()), PhotoRow(name, photo, row))
+        own = [""] if is_blank(image) else paths.find(image)
+        photos[name] = (*photos.get(name, ()), *(PhotoRow(name, photo, row) for photo in own))
     if settings.is_complete:  # a sample submission of other rows was not replaced together with the test table
         photos = {name: own for name, own in photos.items() if own}
     return [row for name, own in photos.items() for row in own or [PhotoRow(name, "", {needed[0]: name})]]
@@ -245,17 +264,18 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
         if not label:
             left_out[f"rows of {table.name} without a class"] += 1
             continue
-        photos.append(
+        photos += [
             LabelledPhoto(
                 "train",
                 row[group or image],
                 label,
-                folder / paths.find(row[image]),
+                folder / photo,
                 {column: row.get(column) or "" for column in settings.metadata_columns},
                 tuple(row.get(rank) or "" for rank in ranks),
                 row.get("species") or row.get("scientificName") or "",
             )
-        )
+            for photo in paths.find(row[image])
+        ]
     return photos
 
 
@@ -268,7 +288,7 @@ def _format_tables(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> dict[P
     tables[sample] = format_table(header, [{**answers.get(name, first), header[0]: name} for name in names])
     table = found.path / settings.test_table
     if table.is_file():
-        columns = {settings.id_column: "observation", settings.test_image_column: "photo"}
+        columns = {settings.test_image_column: "photo", settings.id_column: "observation"}  # perhaps the same column
         cells = [{**row.cells, **{column: getattr(row, kind) for column, kind in columns.items()}} for row in rows]
         tables[table] = format_table(list(max((row.cells for row in rows), key=len)), cells)
     return tables

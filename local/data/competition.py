@@ -16,7 +16,7 @@ import numpy as np
 from kernel.competitions.competition import CompetitionFolder, LabelledPhoto
 from kernel.inputs import InputError
 from kernel.observations import group_photos
-from kernel.tables import BLANKS, RESOLUTIONS, describe_left_out, names_nothing, respell
+from kernel.tables import BLANKS, RESOLUTIONS, compose, describe_left_out, names_nothing, plain_number, respell
 from local.base.console import say_once
 from local.data.folder import find_competition
 from local.data.observations import UNKNOWN_TAXA, LabelledObservations
@@ -61,12 +61,12 @@ def _read_tables(found: CompetitionFolder, folder: Path, resolution: str) -> Lab
     for split in dict.fromkeys(photo.split for photo in photos):
         _check_resolution(found, split, resolution)
     _check_classes(folder, competition.name, photos)
-    if competition.has_table:  # without one, a class id is the name of a folder
-        spelt = respell(dict.fromkeys(photo.class_id for photo in photos), competition.sample_classes(folder))
-        photos = [
-            photo if spelt[photo.class_id] == photo.class_id else replace(photo, class_id=spelt[photo.class_id])
-            for photo in photos
-        ]
+    key = plain_number if competition.has_table else compose  # without one, a class id is the name of a folder
+    spelt = respell(dict.fromkeys(photo.class_id for photo in photos), competition.sample_classes(folder), key)
+    photos = [
+        photo if spelt[photo.class_id] == photo.class_id else replace(photo, class_id=spelt[photo.class_id])
+        for photo in photos
+    ]
     class_of = _one_per_observation(folder, photos, "classes", lambda photo: photo.class_id)
     split_of = _one_per_observation(folder, photos, "splits", lambda photo: photo.split)
     observations = group_photos((photo.observation, photo.path, photo.metadata) for photo in photos)

@@ -273,12 +273,9 @@ def names_of(labelled: LabelledObservations, classes: Sequence[str]) -> list[str
 
 
 def words_of(labelled: LabelledObservations, classes: Sequence[str]) -> list[str]:
-    """The name of each class in words, without "_" and a number before it; "" where only a number or code is known.
-
-    Without tables, it is that of the class's folder.
-    """
-    names = labelled.species if labelled.competition.has_table else dict(zip(classes, classes, strict=True))
-    words = [re.sub(r"^[\W\d]+", "", names.get(class_id, "").replace("_", " ")).strip() for class_id in classes]
+    """The name of each class in words, without "_" and a number before it; "" where only a number or code is known."""
+    names = [labelled.species.get(class_id, "").replace("_", " ") for class_id in classes]
+    words = [re.sub(r"^[\W\d]+", "", name).strip() for name in names]
     return ["" if names_nothing(name) or not re.search(r"[^\W\d]{2}", name) else name for name in words]
 
 

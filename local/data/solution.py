@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kernel.competitions import COMPETITIONS
 from kernel.inputs import InputError
-from kernel.tables import clean_id
+from kernel.tables import clean_id, compose
 
 
 def read_solution(solution: Path, observations: Iterable[str] = (), classes: Iterable[str] = ()) -> dict[str, str]:
@@ -20,7 +20,7 @@ def read_solution(solution: Path, observations: Iterable[str] = (), classes: Ite
     Raises:
         InputError: there is no such file, or it is not such a CSV.
     """
-    known = [set(observations), set(classes)]
+    known = [{compose(text): text for text in ids} for ids in (observations, classes)]
     try:
         with solution.open(encoding="utf-8-sig", newline="") as file:
             header, *rows = csv.reader(file)
@@ -31,7 +31,7 @@ def read_solution(solution: Path, observations: Iterable[str] = (), classes: Ite
     except (OSError, ValueError, csv.Error, IndexError) as error:
         raise InputError(f"no solution in {solution} ({error}): give a CSV of observation and class id") from error
     return dict(
-        [text if text in ids else clean_id(text) for text, ids in zip(pair, known, strict=True)] for pair in pairs
+        [ids.get(compose(text), clean_id(text)) for text, ids in zip(pair, known, strict=True)] for pair in pairs
     )
 
 
@@ -40,6 +40,7 @@ def _find_columns(width: int, rows: Sequence[Sequence[str]], known: Sequence[Col
     columns: list[int] = []
     for ids in known:
         left = [column for column in range(width) if column not in columns]
-        hits = {column: sum(row[column] in ids or clean_id(row[column]) in ids for row in rows) for column in left}
+        cells = {column: [compose(row[column]) for row in rows] for column in left}
+        hits = {column: sum(cell in ids or clean_id(cell) in ids for cell in own) for column, own in cells.items()}
         columns.append(max(left, key=hits.__getitem__))
     return columns

@@ -23,11 +23,12 @@ from kernel.competitions.table import (
     configure,
     index_photos,
     is_one,
+    list_photos_of,
     matching,
 )
 from kernel.inputs import InputError, shorten
 from kernel.manifest import from_json
-from kernel.tables import clean_id, is_blank, is_hidden, iterate_table, photo_name, read_header
+from kernel.tables import clean_id, compose, find_path, is_blank, is_hidden, iterate_table, photo_name, read_header
 
 METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
 FOUND_ONLY = ("header", "is_nested", "is_complete")
@@ -37,6 +38,8 @@ COMPLETE = 0.9  # fraction of a column's photos with which it is not looked for 
 FOLDERS = 300  # that may hold the photos
 CATEGORIES = 200  # most values of a column of metadata, unless they are numbers
 LISTED = 200  # files of a folder whose suffixes are tried
+# Where photos are looked for, each if the ones before do not find them: the last takes listing all files.
+WAYS = ("in a folder", "in a folder of their own", "below a folder")
 # Usual names of the column of classes, without spaces and underscores: those of ids or of either kind, then of names.
 LABELS = (
     ("label", "labels", "class", "classid", "labelid", "category", "categoryid", "target", "targetid", "y"),
@@ -73,6 +76,7 @@ class PhotoFolder:
         exact: how many of those that were tried are so without an added suffix.
         is_nested: see `TableSettings`.
         others: folders in which as many are.
+        is_of_other: whether the folder is named like the other split.
     """
 
     folder: str = "."
@@ -81,6 +85,12 @@ class PhotoFolder:
     exact: int = 0
     is_nested: bool = False
     others: tuple[str, ...] = ()
+    is_of_other: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the photos need not be looked for further."""
+        return self.hits >= COMPLETE and not self.is_of_other
 
 
 @dataclass
@@ -139,11 +149,11 @@ def read_columns(path: Path) -> Table:
         twice = next(name for name, count in Counter(header).items() if count > 1)
         raise InputError(f"{path} has two columns {twice!r}: rename one")
     columns: dict[str, list[str]] = {name: [] for name in header}
-    shared: dict[str, str] = {}  # equal cells are one object: they repeat in thousands of rows
+    shared: dict[str, str] = {}  # equal cells are one object, in one of Unicode's forms: they repeat in many rows
     for row in iterate_table(path, ()):
         for name, cells in columns.items():
             cell = row[name] or ""
-            cells.append(shared.setdefault(cell, cell))
+            cells.append(shared[cell] if cell in shared else shared.setdefault(cell, compose(cell)))
     if not any(columns.values()):
         raise InputError(f"{path} has no rows: download it again")
     return Table(path, columns)
@@ -247,8 +257,10 @@ def describe(settings: TableSettings) -> str:
         answer = f"the probabilities of {len(settings.classes)} classes"
     test = f"{settings.test_table or settings.sample} has the test photos of {settings.test_folder}/"
     said = f"table competition: {train}{group}; {test}; a row of {settings.sample} has {answer}"
-    if settings.suffixes:
-        said += f"; added to names: {' or '.join(settings.suffixes)}"
+    if suffixes := list(filter(None, settings.suffixes)):
+        said += f"; added to names: {' or '.join(suffixes)}"
+    if "" in settings.suffixes:
+        said += "; a name may be that of a folder, which has the photos of one observation"
     if settings.metadata_columns:
         said += f"; metadata: {', '.join(settings.metadata_columns)}"
     return said
@@ -328,25 +340,25 @@ def _commonest_suffixes(names: Iterable[str]) -> list[str]:
     return [suffix for suffix, _ in counts.most_common() if suffix and suffix.lower() not in (".csv", ".toml")][:3]
 
 
-def find_photos_of(state: Search, cells: Collection[str], split: str, is_nested: bool = False) -> PhotoFolder:
+def find_photos_of(state: Search, cells: Collection[str], split: str, way: str) -> PhotoFolder:
     """The folder that has most of the photos that a column names; those of the other split only if no other has any.
 
     Args:
         split: "train" or "test".
-        is_nested: look in the folders below too.
+        way: one of WAYS.
     """
     other = "train" if split == "test" else "test"
     cells = list(cells)
     tried = [photo_name(cell) for cell in cells[:: max(1, len(cells) // TRIED)]][:TRIED]
     key = f"{split}_folder"
     if key in state.given:
-        return _try_folder(state, str(state.given[key]), tried, is_nested)
+        return _try_folder(state, str(state.given[key]), tried, way)
     state.folders = state.folders or _folders_of_photos(state.folder)
-    every = [name for name in state.folders if not is_nested or "/" not in name]
+    every = [name for name in state.folders if way != WAYS[2] or "/" not in name]
     own = [name for name in every if other not in name.lower()]
     best = PhotoFolder()
     for folders in (own, [name for name in every if name not in own]):
-        tried_folders = [_try_folder(state, name, tried, is_nested) for name in folders]
+        tried_folders = [_try_folder(state, name, tried, way) for name in folders]
         best = max(tried_folders, key=lambda one: (one.hits, split in one.folder.lower(), one.exact), default=best)
         if best.hits:
             is_named = split in best.folder.lower()
@@ -359,17 +371,23 @@ def find_photos_of(state: Search, cells: Collection[str], split: str, is_nested:
             ):
                 best = PhotoFolder()
                 continue  # folders of classes, whose photos have the same names
-            return replace(best, others=tuple(one.folder for one in equal if one.folder != best.folder))
+            others = tuple(one.folder for one in equal if one.folder != best.folder)
+            return replace(best, others=others, is_of_other=best.folder not in own)
     return best
 
 
-def _try_folder(state: Search, name: str, tried: Sequence[str], is_nested: bool) -> PhotoFolder:
-    folder = state.folder / name
+def _try_folder(state: Search, name: str, tried: Sequence[str], way: str) -> PhotoFolder:
+    folder, is_nested = state.folder / find_path(state.folder, name), way == WAYS[2]
+    if way == WAYS[1]:
+        exact = sum(bool(list_photos_of(folder / find_path(folder, one))) for one in tried)
+        return PhotoFolder(name, ("",), exact / max(1, len(tried)), exact)
     if is_nested and name not in state.indices:
         state.indices[name] = index_photos(folder)
 
     def exists(photo: str) -> bool:
-        return photo.rpartition("/")[2] in state.indices[name] if is_nested else os.path.isfile(folder / photo)
+        if is_nested:
+            return compose(photo.rpartition("/")[2]) in state.indices[name]
+        return os.path.isfile(folder / find_path(folder, photo))
 
     exact = sum(map(exists, tried))
     there = (
@@ -393,19 +411,22 @@ def _find_image_column(
     """The column that names photos, and where these are; "" if none does.
 
     Of several, the one with the most different names counts, then one with suffixes, then one of the preferred names.
-    Folders below are searched only if the photos are not found otherwise, since that lists all of them.
+    Where folders are named, only a preferred one with another folder in each row does: others may name classes.
     """
     given, found = state.given_column(key, table), []
-    for is_nested in (False, True):
+    for way in WAYS:
         for column in [given] if given else table.columns:
             values = table.values(column)
+            if way == WAYS[1] and not given and (column not in preferred or len(values) < table.rows):
+                continue
             first = list(values)[:: max(1, len(values) // 8)][:8]
-            if first and find_photos_of(state, first, split, is_nested).hits:
-                photo_folder = find_photos_of(state, values, split, is_nested)
+            if first and find_photos_of(state, first, split, way).hits:
+                photo_folder = find_photos_of(state, values, split, way)
                 if photo_folder.hits >= 0.5:
                     found.append(
                         (
                             round(photo_folder.hits, 1),
+                            not photo_folder.is_of_other,
                             len(values),
                             photo_folder.exact,
                             column in preferred,
@@ -413,15 +434,15 @@ def _find_image_column(
                             photo_folder,
                         )
                     )
-        if any(photo_folder.hits >= COMPLETE for *_, photo_folder in found):
+        if any(one.is_complete and 2 * rows >= table.rows for _, _, rows, *_, one in found):
             break
     if not found:
         return given, PhotoFolder()
-    best = max(found, key=lambda one: one[:4])
-    equal = [one[4] for one in found if one[:4] == best[:4] and one[5].folder != best[5].folder]
+    best = max(found, key=lambda one: one[:5])
+    equal = [one[5] for one in found if one[:5] == best[:5] and one[6].folder != best[6].folder]
     if equal:
-        state.doubt(f"the column of photos in {table.path.name}", best[4], equal, key)
-    return best[4], best[5]
+        state.doubt(f"the column of photos in {table.path.name}", best[5], equal, key)
+    return best[5], best[6]
 
 
 # Columns
@@ -511,11 +532,11 @@ def _find_test_columns(state: Search, sample: Table) -> bool:
             state.put(id_column=column, test_image_column=image)
             state.put(is_complete=set(test.values(column)) == set(ids))
     if not state.settings.test_table:
-        photo_folder = find_photos_of(state, ids, "test")
-        if photo_folder.hits < COMPLETE:
-            photo_folder = max(
-                photo_folder, find_photos_of(state, ids, "test", is_nested=True), key=lambda one: one.hits
-            )
+        photo_folder = PhotoFolder()
+        for way in WAYS:
+            if not photo_folder.is_complete:
+                more = find_photos_of(state, ids, "test", way)
+                photo_folder = max(photo_folder, more, key=lambda one: (round(one.hits, 1), not one.is_of_other))
     if photo_folder.hits:
         state.put(test_folder=photo_folder.folder, suffixes=_merged(state.settings.suffixes, photo_folder.suffixes))
         state.put(is_nested=state.settings.is_nested or photo_folder.is_nested)
@@ -585,7 +606,7 @@ def _guess_form(state: Search, sample: Table) -> None:
         first, last = min(answers), max(answers)  # of all, these two have the shortest prefix in common
         same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
         prefix = re.match(r"(.*[_\- ])?", first[:same]).group()  # whole words
-        state.put(classes=tuple(clean_id(name.removeprefix(prefix)) for name in answers))
+        state.put(classes=tuple(compose(clean_id(name.removeprefix(prefix))) for name in answers))
     counts = {len(cell.split()) for cell in sample.columns[answers[0]]}
     state.put(guesses=max(counts, default=1) or 1)
 
@@ -629,7 +650,7 @@ def _find_labels(state: Search, train: Table, sample: Table) -> str:
         return _match_classes(state, sample.path, train.path, labels)
     cells = [clean_id(cell) for cell in sample.values(answers[0])]
     if len(labels) == 2 and cells and all(map(_is_fraction, cells)):
-        positive = answers[0] if answers[0] in labels else max(labels)
+        positive = next((name for name in labels if name == compose(answers[0])), max(labels))
         state.put(classes=(positive, min(labels - {positive})))
     elif labels == {"0", "1"} and not given:
         state.doubts.append(
@@ -737,10 +758,10 @@ def _find_several_labels(state: Search, train: Table, label: str, labels: Collec
 def _match_classes(state: Search, sample: Path, train: Path, labels: Collection[str]) -> str:
     """Compare the columns of probabilities with the classes of training."""
     _, *answers = state.settings.header
-    whole, classes = tuple(map(clean_id, answers)), state.settings.classes
+    whole, classes = tuple(compose(clean_id(name)) for name in answers), state.settings.classes
     classes = max((whole, classes), key=lambda own: len(labels & set(own)))
     state.put(classes=classes)
-    classes = state.settings.classes
+    classes = tuple(map(compose, state.settings.classes))
     both = labels & set(classes)
     if not both:
         return (

@@ -68,10 +68,15 @@ def repeat_observations(folder: Path, times: int, competition: Competition | Non
         prefix = f"9{len(rows)}0{copy}0"
         for row in rows:
             identity, photo = Path(row.observation), Path(row.photo)  # without a table, the path may be the id
+            parent = photo.parent
+            if parent.name == identity.name != photo.stem:  # a folder has the photos of one observation
+                photo = parent.with_name(prefix + parent.name) / photo.name
+            elif row.photo:
+                photo = photo.with_name(prefix + photo.name)
             new = replace(
                 row,
                 observation=identity.with_name(prefix + identity.name).as_posix(),
-                photo=photo.with_name(prefix + photo.name).as_posix() if row.photo else "",
+                photo=photo.as_posix() if row.photo else "",
             )
             for folder in folders:
                 source = folder / row.photo
@@ -118,9 +123,10 @@ SPOILED = 0.1  # fraction of the photos; more if that is less than one of each k
 def spoil_photos(table: TestTable, seed: int) -> dict[str, int]:
     """Replace photos by unreadable or strange ones, of each kind in turn; returns the number of each kind."""
     kinds = UNREADABLE | STRANGE
-    if not table.competition.has_table:
-        del kinds["missing"]  # a photo that no table lists cannot be missing
     photos = [photo for observation in table.observations for photo in observation.photos]
+    has_folders = any(one.id == photo.parent.name for one in table.observations for photo in one.photos)
+    if not table.competition.has_table or has_folders:
+        del kinds["missing"]  # a photo that no table lists cannot be missing
     # The kernel takes a quarter of unreadable photos for a broken mount, so a small table cannot have every kind.
     count = min(max(len(kinds), round(SPOILED * len(photos))), len(photos) // 5)
     counts = dict.fromkeys(kinds, 0)

@@ -1,5 +1,6 @@
 """In class folders the photos are the test set, and their ids are names of files."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from kernel.competitions.class_folders import PHOTO_SUFFIXES
 from kernel.inputs import InputError
 from kernel.manifest import CompetitionSpec, to_json
 from kernel.observations import find_test_table
+from local.data.competition import read_competition
 from local.data.folder import find_competition
 from local.rehearsal.variations import keep_observations, repeat_observations
 from tests import layouts
+from tests.conftest import photo
 
 
 def write_test(root: Path, *names: str) -> Path:
@@ -116,3 +119,77 @@ def test_columns_that_are_no_folders_of_classes_are_refused(tmp_path):
     (tmp_path / "sample_submission.csv").write_text("id,apple,pear,carrot\n")
     with pytest.raises(InputError, match=r"no folders of classes, such as 'pear': rename"):
         find_competition(tmp_path)
+
+
+SPELLINGS = [("NFC", "NFD"), ("NFD", "NFC")]
+
+
+@pytest.mark.parametrize(("on_disk", "in_sample"), SPELLINGS)
+@pytest.mark.parametrize("header", ["id,label\n", "id,{},{},{}\n"], ids=["class", "probabilities"])
+def test_names_in_another_unicode_form_are_spelt_as_the_sample_submission_does(tmp_path, header, on_disk, in_sample):
+    classes = ("Möhre", "Apfel", "Kürbis")
+    for seed, name in enumerate(unicodedata.normalize(on_disk, own) for own in classes):
+        for index, folder in enumerate(("train", "train", "val", "test")):
+            photo(tmp_path / folder / ("" if folder == "test" else name) / f"ä{name}{index}.png", seed)
+    spelt = [unicodedata.normalize(in_sample, name) for name in classes]
+    ids = [unicodedata.normalize(in_sample, f"ä{name}3") for name in classes]
+    cells = [",0.3,0.3,0.4" if "{}" in header else f",{name}" for name in spelt]
+    (tmp_path / "sample_submission.csv").write_text(
+        header.format(*spelt) + "".join(f"{name}{own}\n" for name, own in zip(ids, cells, strict=True)),
+        encoding="utf-8",
+    )
+    assert sorted(ids_of(tmp_path)) == sorted(ids)
+    labelled = read_competition(tmp_path)
+    assert labelled.classes == sorted(spelt)
+    assert all(path.is_file() for path in labelled.photos)
+
+
+@pytest.mark.parametrize("answer", ["id,label\nx,31\ny,7\n", "id,31,7,12\n", "id,label\nx,0\n"])
+def test_ids_of_classes_are_found_in_a_table_beside_the_folders_or_refused(tmp_path, answer):
+    layouts.class_folders(tmp_path)
+    (tmp_path / "sample_submission.csv").write_text(answer)
+    with pytest.raises(InputError, match=r"classes that are no folders of classes, such as .* or add a classes\.csv"):
+        find_competition(tmp_path)
+    table = "name,index,color\ncarrot,12,red\napple,7,red\nbell pepper,31,green\nleek,0,green\n"
+    (tmp_path / "categories.csv").write_text(table)
+    labelled = read_competition(tmp_path)
+    assert labelled.species == {"7": "apple", "12": "carrot", "31": "bell pepper"}
+    assert [path.parent.name for path in labelled.photos] == [labelled.species[own] for own in labelled.class_ids]
+
+
+def test_a_table_that_lacks_a_class_or_an_id_of_the_sample_submission_is_not_used(tmp_path):
+    layouts.class_folders(tmp_path)
+    (tmp_path / "sample_submission.csv").write_text("id,label\nx,31\n")
+    for rows in (
+        "carrot,12\napple,7\n",
+        "carrot,12\napple,7\nbell pepper,30\n",
+        "carrot,31\napple,31\nbell pepper,31\n",
+    ):
+        (tmp_path / "classes.csv").write_text(f"name,id\n{rows}")
+        with pytest.raises(InputError, match="such as '31'"):
+            find_competition(tmp_path)
+
+
+def test_a_sample_submission_that_names_some_of_the_folders_is_answered_by_their_names(tmp_path):
+    layouts.class_folders(tmp_path)
+    for answers in ("x,apple\ny,leek\n", "x,\ny,\n"):
+        (tmp_path / "sample_submission.csv").write_text(f"id,label\n{answers}")
+        assert read_competition(tmp_path).classes == ["apple", "bell pepper", "carrot"]
+
+
+def test_the_folders_that_the_sample_submission_names_are_observations(tmp_path):
+    for seed, name in enumerate(("apple", "leek", "carrot")):
+        for number in range(2):
+            for index in range(2):
+                photo(tmp_path / "train" / name / f"t{number}" / f"{index}.png", seed)
+                photo(tmp_path / "test" / f"{seed}{number}" / f"{index}.png", seed)
+    (tmp_path / "sample_submission.csv").write_text(
+        "id,label\n00,apple\n01,apple\n10,apple\n11,leek\n20,leek\n21,leek\n"
+    )
+    assert ids_of(tmp_path) == ["00", "01", "10", "11", "20", "21"]
+    assert all(len(one.photos) == 2 for one in find_test_table(tmp_path).observations)
+    labelled = read_competition(tmp_path)
+    assert labelled.ids[:2] == ["train/apple/t0", "train/apple/t1"]
+    assert (len(labelled), len(labelled.photos)) == (6, 12)
+    originals = repeat_observations(tmp_path, 2)
+    assert (set(originals), len(originals)) == (set(ids_of(tmp_path)), 12)

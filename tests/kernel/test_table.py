@@ -5,6 +5,7 @@ python -m pytest tests/kernel/test_table.py
 
 import csv
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -454,3 +455,77 @@ def test_photos_in_folders_of_classes_are_found_by_the_names_in_the_table(tmp_pa
         f"train/{LABELS[number % 3]}/a{number}.jpg" for number in range(6)
     ]
     assert all(one.photos[0].is_file() for one in read_test(find_competition(tmp_path)).observations)
+
+
+@pytest.mark.parametrize("spelt", [("NFC", "NFD"), ("NFD", "NFC")], ids="-".join)
+@pytest.mark.parametrize("answer", layouts.ANSWERS)
+@pytest.mark.parametrize("is_nested", [False, True])
+def test_photos_ids_and_classes_are_found_in_another_unicode_form(tmp_path, answer, spelt, is_nested):
+    on_disk, in_tables = spelt
+    labels = [unicodedata.normalize(in_tables, name) for name in ("Rüster", "Ahorn", "Föhre")]
+    solution = layouts.table(tmp_path, answer, labels=labels, folders=("trainü", "testü"))
+    for path in sorted(tmp_path.rglob("*.jpg")):  # with "ö" in the name of each photo, and perhaps in a folder's
+        name, folder = f"ö {path.name}", path.parent / ("Ä" if is_nested else "")
+        (target := folder / unicodedata.normalize(on_disk, name)).parent.mkdir(exist_ok=True)
+        path.rename(target)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}ü").rename(tmp_path / unicodedata.normalize(on_disk, f"{split}ü"))
+        table = tmp_path / f"{split}.csv"
+        text = table.read_text(encoding="utf-8").replace("img", unicodedata.normalize(in_tables, "ö img"))
+        table.write_text(text, encoding="utf-8")
+    sample = tmp_path / "sample_submission.csv"
+    other = unicodedata.normalize(on_disk, sample.read_text(encoding="utf-8"))
+    sample.write_text(other, encoding="utf-8")
+    labelled, test = read_competition(tmp_path), read_test(find_competition(tmp_path))
+    assert len(labelled) == 9
+    assert all(path.is_file() for path in labelled.photos)
+    assert [one.id for one in test.observations] == [row[0] for row in rows_of(sample)[1:]]
+    assert all(path.is_file() for one in test.observations for path in one.photos)
+    said = test.competition.sample_classes(tmp_path)
+    assert set(said) <= set(labelled.classes)
+    truth = read_solution(solution, [one.id for one in test.observations], labelled.classes)
+    assert set(truth) == {one.id for one in test.observations}
+    assert set(truth.values()) == set(labelled.classes)
+
+
+def test_the_settings_of_one_machine_find_a_folder_in_the_other_unicode_form_on_kaggle(tmp_path):
+    trees(tmp_path / "here", folders=("train", "té".replace("é", "e\u0301")))
+    settings = find_competition(tmp_path / "here").competition.settings
+    trees(tmp_path / "there", folders=("train", "t\u00e9"))
+    table = find_test_table(tmp_path / "there", "table", settings=settings)
+    assert all(path.is_file() for one in table.observations for path in one.photos)
+
+
+@pytest.mark.parametrize("has_test_table", [False, True])
+@pytest.mark.parametrize("has_folders", [(False, True), (True, False), (True, True)], ids=str)
+def test_a_folder_that_is_named_like_an_observation_has_its_photos(tmp_path, has_folders, has_test_table):
+    """In the training set, in the test set, or in both; elsewhere a name is that of a photo without its suffix."""
+    for split, count, folders in (("train", 6, has_folders[0]), ("test", 4, has_folders[1])):
+        for number in range(count):
+            for index in range(2 if folders else 1):
+                name = f"o{number}/{index}.jpg" if folders else f"o{number}.jpg"
+                photo(tmp_path / split / name, number % 3)
+    write_csv(tmp_path / "train.csv", [("id", "label"), *((f"o{i}", LABELS[i % 3]) for i in range(6))])
+    write_csv(tmp_path / "sample_submission.csv", [("id", "label"), *((f"o{i}", "oak") for i in range(4))])
+    if has_test_table:
+        write_csv(tmp_path / "test.csv", [("id", "when"), *((f"o{i}", f"{i % 2}") for i in range(4))])
+    found = find_competition(tmp_path)
+    labelled, table = read_competition(tmp_path), read_test(found)
+    assert (labelled.ids, len(labelled.photos)) == ([f"o{i}" for i in range(6)], 12 if has_folders[0] else 6)
+    assert [one.id for one in table.observations] == [f"o{i}" for i in range(4)]
+    assert all(len(one.photos) == (2 if has_folders[1] else 1) for one in table.observations)
+    assert all(path.is_file() for one in table.observations for path in one.photos)
+    stage_competition(tmp_path, tmp_path / "staged")
+    originals = repeat_observations(tmp_path / "staged", 3, found.competition)
+    larger = find_test_table(tmp_path / "staged", "table", settings=found.competition.settings)
+    assert {one.id for one in larger.observations} == set(originals)
+    assert all(path.is_file() for one in larger.observations for path in one.photos)
+    assert sum(len(one.photos) for one in larger.observations) == 3 * (8 if has_folders[1] else 4)
+
+
+def test_folders_of_classes_are_not_taken_for_observations(tmp_path):
+    layouts.class_folders(tmp_path)
+    write_csv(tmp_path / "sample_submission.csv", [("id", "label"), ("apple 0", "apple")])
+    classes = [("carrot", "orange"), ("apple", "red"), ("bell pepper", "red")]
+    write_csv(tmp_path / "train_classes.csv", [("label", "colour"), *classes])
+    assert find_competition(tmp_path).competition.name == "class-folders"

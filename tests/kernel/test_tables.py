@@ -43,3 +43,10 @@ def test_ids_are_spelt_as_in_the_sample_submission_or_else_as_they_are():
     assert respell(["7", "007"], ["007", "7"]) == {"7": "7", "007": "007"}
     with pytest.raises(InputError, match="'7' and '007' differ only in leading zeros"):
         respell(["7", "007"], [])
+
+
+def test_ids_are_the_same_in_both_of_unicodes_forms():
+    composed, decomposed = "Öl 7", "O\u0308l 7"
+    assert respell([composed], [decomposed]) == {composed: decomposed}
+    assert respell([decomposed, composed, "7"], []) == {decomposed: decomposed, composed: decomposed, "7": "7"}
+    assert respell([decomposed, composed], [decomposed, composed]) == {decomposed: decomposed, composed: composed}

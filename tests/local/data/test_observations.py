@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernel.competitions import competition_named
 from kernel.inputs import InputError
 from kernel.observations import Observation
 from kernel.tables import TAXONOMY
+from local.data.competition import read_competition
 from local.data.observations import (
     LabelledObservations,
     encode_labels,
@@ -22,6 +22,7 @@ from local.data.observations import (
     split_for_validation,
     words_of,
 )
+from tests.conftest import photo
 from tests.labelled import make_labelled, of_rows
 
 SIZES = {str(name): size for name, size in enumerate([1, 2, 3, 1, 7, 11, 1])}
@@ -201,8 +202,9 @@ def test_the_words_for_a_class_are_its_species_and_never_a_number():
     assert words == ["Amanita muscaria", "", "", "", "", "Boletus edulis", ""]
 
 
-def test_the_words_for_a_class_without_tables_are_the_name_of_its_folder():
-    labelled = replace(of_rows([("train", "a", "x")]), competition=competition_named("class-folders"))
+def test_the_words_for_a_class_without_tables_are_the_name_of_its_folder(tmp_path):
     folders = ["001.Black_footed_Albatross", "black-footed albatross", "42", "__", "Löwenzahn"]
-    words = words_of(labelled, folders)
+    for name in folders:
+        photo(tmp_path / "train" / name / "a.png", 1)
+    words = words_of(read_competition(tmp_path), folders)
     assert words == ["Black footed Albatross", "black-footed albatross", "", "", "Löwenzahn"]
