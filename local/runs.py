@@ -36,7 +36,10 @@ from local.recipes.recipe import describe_settings
 from local.remote.order import FOLDER, read_state
 from local.training.checks import CHECKPOINTS, named, partial_of
 
-SCORES = {"recall_at_1": "R@1", "recall_at_5": "R@5", "recall_at_10": "R@10", "macro_f1": "macro-F1"}
+SCORES = {
+    **{"recall_at_1": "R@1", "recall_at_5": "R@5", "recall_at_10": "R@10", "macro_f1": "macro-F1"},
+    "log_loss": "log-loss",
+}
 # By their names in a CSV; a score has two more columns there, for its interval.
 COLUMNS = {
     **{name: name for name in ("run", "state", "trained")},
@@ -186,7 +189,8 @@ def sort_rows(rows: Sequence[Row], column: str) -> list[Row]:
         raise InputError(f"--sort {column}: no such column; there are {', '.join(COLUMNS.values())}")
     known = [row for row in rows if row.get(name)]
     if name.removeprefix("unweighted_") in SCORES or name in ("public", "private"):
-        known.sort(key=lambda row: -1 if number(row[name]) is None else number(row[name]), reverse=True)
+        is_reverse = not name.endswith("log_loss")  # of which less is better
+        known.sort(key=lambda row: -1 if number(row[name]) is None else number(row[name]), reverse=is_reverse)
     else:
         known.sort(key=lambda row: str(row[name]), reverse=name in NEWEST_FIRST)
     return known + [row for row in rows if not row.get(name)]
@@ -206,7 +210,7 @@ def format_rows(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         cells = {label: shorten(escape_control(row.get(name) or ""), WIDTH) for name, label in COLUMNS.items()}
         plain = [row.get(f"unweighted_{name}") for name in SCORES]
-        text = " / ".join("-" if score is None else f"{score.value:.3f}" for score in plain) if any(plain) else ""
+        text = " / ".join("-" if score is None else f"{score.value:.3f}" for score in plain).rstrip("/- ")
         for label in SCORES.values():
             del cells[f"unweighted {label}"]
         before = list(cells)[: list(cells).index("public")]

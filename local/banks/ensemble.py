@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernel.bank import largest
 from kernel.inputs import InputError
 from local.banks.folds import FOLDS
 from local.banks.search import evaluate_predictions
 from local.base.console import Progress, progress, say
 from local.base.files import write_tensors
-from local.base.metrics import GUESSES, MIN_OBSERVATIONS, gained, held_out_scores, mean_recall
+from local.base.metrics import LOG_LOSS, MIN_OBSERVATIONS, gained, held_out_scores, objective
 from local.base.run_folder import VALIDATION_FILE
 
 STEPS = 20  # weights are multiples of one twentieth
@@ -102,11 +101,13 @@ class Blend:
     Attributes:
         predictions: of each run, of the same observations and classes.
         guesses: in a row of the submission.
-        known: the recalls of candidates, which several folds compare.
+        metric: of the competition; see `local.base.metrics.objective`.
+        known: the objective of candidates, which several folds compare.
     """
 
     predictions: Sequence[HeldOutPredictions]
     guesses: int
+    metric: str = ""
     known: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
 
     @property
@@ -115,16 +116,17 @@ class Blend:
         return [tuple(row) for row in np.eye(len(self.predictions), dtype=int).tolist()]
 
     def log_probabilities(self, counts: Sequence[int]) -> torch.Tensor:
-        """(observations, classes) the sum, not normalised."""
+        """(observations, classes) of the runs together, as the kernel combines them."""
         pairs = zip(counts, self.predictions, strict=True)
-        return sum(count * one.log_probabilities for count, one in pairs if count)
+        total = sum(count * one.log_probabilities for count, one in pairs if count)
+        return total.div_(sum(counts)).log_softmax(dim=1)
 
-    def recalls(self, counts: tuple[int, ...]) -> np.ndarray:
-        """(observations,) the weighted mean recall of each."""
+    def objective(self, counts: tuple[int, ...]) -> np.ndarray:
+        """(observations,) the weighted `objective` of each."""
         if counts not in self.known:
             first = self.predictions[0]
-            ranks = evaluate_predictions(self.log_probabilities(counts), first.truth).ranks
-            self.known[counts] = first.weights * mean_recall(ranks, self.guesses)
+            found = evaluate_predictions(self.log_probabilities(counts), first.truth)
+            self.known[counts] = first.weights * objective(self.metric, found.ranks, found.losses, self.guesses)
         return self.known[counts]
 
     def choose(self, rows: np.ndarray) -> tuple[tuple[int, ...], dict[str, float]]:
@@ -135,13 +137,13 @@ class Blend:
         """
 
         def mean(counts: tuple[int, ...]) -> float:
-            return self.recalls(counts)[rows].mean()
+            return self.objective(counts)[rows].mean()
 
         counts = best = best_single = max(self.single, key=mean)
         for _ in range(STEPS - 1):
             counts = max((tuple(np.add(counts, one).tolist()) for one in self.single), key=mean)
             best = max(best, counts, key=mean)
-        gain = gained(self.recalls(best)[rows], self.recalls(best_single)[rows])
+        gain = gained(self.objective(best)[rows], self.objective(best_single)[rows])
         return (best if gain["low"] > 0 else best_single), gain
 
 
@@ -176,20 +178,23 @@ class Ensemble:
         first, blend = self.blend.predictions[0], self.blend
         part = np.random.default_rng(seed).permutation(len(first.truth)) % FOLDS
         guesses: list[list[str]] = [[]] * len(part)
+        losses = np.zeros(len(part)) if blend.metric == LOG_LOSS else None
         for number in progress(range(FOLDS), "evaluating the ensemble", unit="part"):
             counts, _ = blend.choose(part != number)
             rows = np.flatnonzero(part == number)
-            found = largest(blend.log_probabilities(counts)[torch.tensor(rows)], max(GUESSES))
-            for row, labels in zip(rows, found.tolist(), strict=True):
+            found = evaluate_predictions(blend.log_probabilities(counts)[torch.tensor(rows)], first.truth[rows])
+            for row, labels in zip(rows, found.top, strict=True):
                 guesses[row] = [first.classes[label] for label in labels]
+            if losses is not None:
+                losses[rows] = found.losses
         truth = [first.classes[label] if label >= 0 else "" for label in first.truth]
-        scores = held_out_scores(truth, guesses, first.weights, is_macro, seed)
+        scores = held_out_scores(truth, guesses, first.weights, is_macro, seed, losses)
         if (first.truth < 0).any():
             scores = {name: value for name, value in scores.items() if "macro_f1" not in name}
         return scores
 
 
-def weigh_runs(runs: Sequence[Path], guesses: int) -> Ensemble:
+def weigh_runs(runs: Sequence[Path], guesses: int, metric: str = "") -> Ensemble:
     """Weight runs by their predictions of held-out observations.
 
     Greedy selection (Caruana et al. 2004, https://doi.org/10.1145/1015330.1015432): start with the best run, and in
@@ -197,7 +202,7 @@ def weigh_runs(runs: Sequence[Path], guesses: int) -> Ensemble:
     best run is above 0 by its 95% interval. With too few observations for an interval, the best run stays alone.
 
     Args:
-        guesses: in a row of the submission.
+        guesses, metric: of the competition; see `Blend`.
     """
     predictions = [read_predictions(run) for run in runs]
     if len(runs) == 1:
@@ -206,7 +211,7 @@ def weigh_runs(runs: Sequence[Path], guesses: int) -> Ensemble:
     if not predictions:
         say("the runs were not evaluated on the same held-out observations: they get equal weights")
         return Ensemble([1 / len(runs)] * len(runs))
-    blend, count = Blend(predictions, guesses), len(predictions[0].truth)
+    blend, count = Blend(predictions, guesses, metric), len(predictions[0].truth)
     with Progress("weighting the runs"):
         best, gain = blend.choose(np.ones(count, dtype=bool))
     for run, times in zip(runs, best, strict=True):

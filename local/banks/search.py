@@ -28,7 +28,7 @@ from local.banks.estimators import (
 from local.banks.folds import FOLDS, MAX_SCORES, macro_weights, shot_weights
 from local.banks.projection import ProjectionEnsemble
 from local.base.console import progress
-from local.base.metrics import GUESSES, gained, mean_recall
+from local.base.metrics import GUESSES, gained, objective
 from local.base.scratch import scratch_array
 from local.data.embeddings import StoredEmbeddings
 from local.data.observations import Taxonomy
@@ -318,6 +318,7 @@ class Search:
             classes), all at once or in slices; or to None.
         is_macro: all classes count the same, as in a macro-F1, rather than all observations.
         seed: of matchers that are trained, and of the parts of `nested_predictions`.
+        metric: of the competition; see `local.base.metrics.objective`.
     """
 
     def __init__(
@@ -330,9 +331,10 @@ class Search:
         predict_prior: Callable[[np.ndarray, np.ndarray], Prior | None] = lambda *fold: None,
         is_macro: bool = False,
         seed: int = 0,
+        metric: str = "",
     ):
         self.embed, self.folds, self.guesses, self.predict_prior, self.seed = embed, folds, guesses, predict_prior, seed
-        self.resize_mode = resize_mode
+        self.resize_mode, self.metric = resize_mode, metric
         labels, count = embed(resize_mode).labels, len(embed(resize_mode).taxonomy.genus)
         self.queries = np.concatenate([np.flatnonzero(queries) for _, queries in folds])
         self.truth = labels[self.queries]
@@ -350,9 +352,10 @@ class Search:
             self.evaluations[settings] = replace(evaluation, logit_scales=logit_scales)
         return self.evaluations[settings]
 
-    def weighted_recall(self, settings: BankSettings) -> np.ndarray:
-        """(queries,) the weighted `mean_recall`, of which the mean is maximised."""
-        return self.weights * mean_recall(self.evaluate(settings).ranks, self.guesses)
+    def weighted_objective(self, settings: BankSettings) -> np.ndarray:
+        """(queries,) the weighted `objective`, of which the mean is maximised."""
+        found = self.evaluate(settings)
+        return self.weights * objective(self.metric, found.ranks, found.losses, self.guesses)
 
     def fit_folds(
         self, settings: BankSettings, logit_scales: tuple[float, ...] = ()
@@ -504,7 +507,7 @@ def coordinate_ascent(
 
     def best_of(key: str, current: BankSettings, candidates: Sequence[BankSettings]) -> BankSettings:
         def total(settings: BankSettings) -> float:
-            return search.weighted_recall(settings)[query_mask].sum()  # 0 if there are no queries
+            return search.weighted_objective(settings)[query_mask].sum()  # 0 if there are no queries
 
         best = current
         for candidate in candidates:
@@ -554,12 +557,12 @@ def add_views(settings: BankSettings, all_views: Sequence[str], best_of: Callabl
 
 
 def candidate_row(search: Search, key: str, candidate: BankSettings, current: BankSettings) -> dict:
-    """A row of the table of candidates: weighted scores, and the paired gain in mean recall over the current value."""
+    """A row of the table of candidates: weighted scores, and the paired gain in `objective` over the current value."""
     evaluation, value = search.evaluate(candidate), getattr(candidate, key)
     weights, known = search.weights, ~np.isnan(evaluation.losses)
     recalls = {f"recall_at_{count}": float(np.average(evaluation.ranks < count, weights=weights)) for count in GUESSES}
     total = weights[known].sum()
-    gain = gained(search.weighted_recall(candidate), search.weighted_recall(current))
+    gain = gained(search.weighted_objective(candidate), search.weighted_objective(current))
     return {
         "key": key,
         "value": " ".join(value) if isinstance(value, tuple) else value,

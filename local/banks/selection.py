@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernel.bank import Bank, largest
+from kernel.bank import Bank
 from kernel.metadata_prior import MetadataPrior, WeightedPrior, has_known_value
 from local.banks.ensemble import HeldOutPredictions
 from local.banks.estimators import TRAINED_MATCHERS, in_parts, refuse_large
@@ -16,6 +16,7 @@ from local.banks.folds import MAX_FINAL_SCORES, MAX_SCORES, draw_queries, make_f
 from local.banks.metadata_prior import fit_prior
 from local.banks.search import (
     Embedded,
+    Evaluation,
     Search,
     coordinate_ascent,
     evaluate_predictions,
@@ -24,7 +25,7 @@ from local.banks.search import (
     nested_predictions,
 )
 from local.base.console import Progress, counted, say
-from local.base.metrics import GUESSES, describe, held_out_scores
+from local.base.metrics import LOG_LOSS, describe, held_out_scores
 from local.base.scratch import scratch_array
 from local.data.duplicates import NEAR_DUPLICATE, find_near_duplicates, plain_column
 from local.data.embedding import WeightedEncoders
@@ -229,6 +230,8 @@ class BankSelection:
                 f"since there are {counted(len(plan.classes), 'class')}"
             )
         settings, candidates = self.settings, []
+        if self.choose and search.metric == LOG_LOSS:
+            say("settings are chosen by the log-loss, the metric of the competition")
         if self.choose:
             with Progress("selecting the bank", most_candidates(settings, self.choose), "candidate") as bar:
 
@@ -251,18 +254,19 @@ class BankSelection:
             search.weights,
             nested.view_votes,
         )
-        top, scored = largest(nested.log_probabilities, max(GUESSES)).numpy(), search
+        found, scored = evaluate_predictions(nested.log_probabilities, search.truth), search
         if len(search.truth) < held_out:  # the other observations had no part in the choice
             prototypes = len(plan.labels) if settings.nearest_neighbour_weight else len(plan.classes)
             scored = self._search(MAX_FINAL_SCORES // prototypes)
-            drawn_top, top = top, self._rank_all(scored, settings, evaluation.logit_scales)
-            top[np.isin(scored.queries, search.queries)] = drawn_top
-        scores = self._score(scored, top)
+            drawn, found = found, self._evaluate_all(scored, settings, evaluation.logit_scales)
+            is_drawn = np.isin(scored.queries, search.queries)
+            found.top[is_drawn], found.losses[is_drawn] = drawn.top, drawn.losses
+        scores = self._score(scored, found)
         if len(scored.truth) < held_out:
             say(f"scored on {counted(len(scored.truth), 'held-out observation')}, drawn at random")
         self._describe(scores, scored.weights)
         self._describe_near_duplicates(settings, search.queries)
-        optimistic = self._score(search, evaluation.top) if self.choose else {}
+        optimistic = self._score(search, evaluation) if self.choose else {}
         banks, prior = self._fit(settings, evaluation.logit_scales)
         return SelectedBank(settings, banks, prior, scores, optimistic, candidates, predictions)
 
@@ -278,10 +282,11 @@ class BankSelection:
             self._metadata_prior,
             plan.is_macro,
             plan.seed,
+            self.labelled.competition.metric,
         )
 
-    def _rank_all(self, search: Search, settings: BankSettings, logit_scales: tuple[float, ...]) -> np.ndarray:
-        """(queries, guesses) class indices, best first."""
+    def _evaluate_all(self, search: Search, settings: BankSettings, logit_scales: tuple[float, ...]) -> Evaluation:
+        """The evaluation of some settings on all queries."""
         with Progress("evaluating all held-out observations", len(search.truth), "observation") as bar:
 
             def shown(chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -290,13 +295,14 @@ class BankSelection:
                     bar.advance(len(chunk))
 
             banks, _ = search.fit_folds(settings, logit_scales)
-            return evaluate_predictions(shown(search.predict(settings, banks)), search.truth).top
+            return evaluate_predictions(shown(search.predict(settings, banks)), search.truth)
 
-    def _score(self, search: Search, top: np.ndarray) -> dict[str, float]:
-        """The scores of (held-out observations, guesses) class indices, best first, and their number `observations`."""
-        plan, guesses = self.plan, [[self.plan.classes[index] for index in row] for row in top]
+    def _score(self, search: Search, found: Evaluation) -> dict[str, float]:
+        """The scores of an evaluation of all queries, and their number `observations`."""
+        plan, guesses = self.plan, [[self.plan.classes[index] for index in row] for row in found.top]
         truth = self.labelled.class_ids[search.queries]
-        scores = held_out_scores(truth, guesses, search.weights, plan.is_macro, plan.seed)
+        losses = found.losses if search.metric == LOG_LOSS else None
+        scores = held_out_scores(truth, guesses, search.weights, plan.is_macro, plan.seed, losses)
         return scores | {"observations": float(len(truth))}
 
     def _describe(self, scores: dict[str, float], weights: np.ndarray) -> None:

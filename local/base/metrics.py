@@ -7,27 +7,36 @@ import numpy as np
 
 GUESSES = (1, 5, 10)
 METRIC_NAMES = {f"recall_at_{count}": f"Recall@{count}" for count in GUESSES} | {"macro_f1": "macro-F1"}
+LOG_LOSS = "log_loss"  # the only score of which less is better
+WORST_LOSS = -math.log(1e-15)  # Kaggle raises smaller probabilities to this
 RESAMPLES = 2000
 MIN_OBSERVATIONS = 6  # for the 95% interval of a gain: fewer can all agree by chance more than once in 20 times
 
 
 def score(
-    truth: Sequence[str], guesses: Sequence[Sequence[str]], seed: int = 0, weights: np.ndarray | None = None
+    truth: Sequence[str],
+    guesses: Sequence[Sequence[str]],
+    seed: int = 0,
+    weights: np.ndarray | None = None,
+    losses: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """Recall@1/5/10 and macro-F1, each with the bounds `_low` and `_high` of its 95% interval.
+    """Recall@1/5/10 and macro-F1, each with the bounds `_low` and `_high` of its 95% interval; also the log-loss.
 
-    Recalls are bootstrapped over observations. Macro-F1 is the mean of an F1 per class, so its classes are resampled:
-    resampling observations would lose classes and be biased low.
+    Recalls and the log-loss are bootstrapped over observations. Macro-F1 is the mean of an F1 per class, so its classes
+    are resampled: resampling observations would lose classes and be biased low.
 
     Args:
         truth: the class id of each observation.
         guesses: class ids, best first, of each observation.
         weights: (observations,), not negative: recalls are weighted means, and F1 is scikit-learn's with
             `sample_weight`. None: equal weights.
+        losses: (observations,) minus the log-probability of the true class, NaN if it has none; None: no log-loss.
     """
     hits = hit_matrix(truth, guesses)
     samples = {f"recall_at_{count}": (hits[:, index], weights) for index, count in enumerate(GUESSES)}
     samples["macro_f1"] = (class_f1(truth, [row[0] for row in guesses], weights), None)
+    if losses is not None:
+        samples[LOG_LOSS] = (cap_losses(losses), weights)
     scores = {}
     for name, (sample, own) in samples.items():
         low, high = interval(sample, seed, own)
@@ -35,17 +44,29 @@ def score(
     return scores
 
 
-def log_loss(truth: Sequence[str], answers: Sequence[Mapping[str, float]]) -> float:
-    """The mean negative log of the probability of the true class, at least 1e-15 of it, as Kaggle scores it.
+def losses_of(truth: Sequence[str], answers: Sequence[Mapping[str, float]]) -> np.ndarray:
+    """(observations,) minus the log of the probability of the true class, whose mean is the log-loss.
 
     Args:
         answers: probabilities by class id, of each observation.
     """
-    return -float(np.mean([math.log(max(one.get(name, 0), 1e-15)) for name, one in zip(truth, answers, strict=True)]))
+    with np.errstate(divide="ignore"):
+        losses = -np.log([one.get(name, 0.0) for name, one in zip(truth, answers, strict=True)])
+    return cap_losses(losses)
+
+
+def cap_losses(losses: np.ndarray) -> np.ndarray:
+    """Losses as Kaggle counts them, also for NaN, that of a class without a probability."""
+    return np.nan_to_num(np.minimum(losses, WORST_LOSS), nan=WORST_LOSS)
 
 
 def held_out_scores(
-    truth: Sequence[str], guesses: Sequence[Sequence[str]], weights: np.ndarray, is_macro: bool, seed: int = 0
+    truth: Sequence[str],
+    guesses: Sequence[Sequence[str]],
+    weights: np.ndarray,
+    is_macro: bool,
+    seed: int = 0,
+    losses: np.ndarray | None = None,
 ) -> dict[str, float]:
     """The scores of a run on its held-out observations, as the manifest keeps them.
 
@@ -55,9 +76,10 @@ def held_out_scores(
     Args:
         weights: (observations,), see `shot_weights` and `macro_weights` of `local.banks.folds`.
         is_macro: the weights give all classes the same total. Macro-F1, which does so itself, is then unweighted.
+        losses: see `score`.
     """
-    plain = score(truth, guesses, seed)
-    scores = score(truth, guesses, seed, weights)
+    plain = score(truth, guesses, seed, losses=losses)
+    scores = score(truth, guesses, seed, weights, losses)
     if is_macro:
         scores |= {name: value for name, value in plain.items() if name.startswith("macro_f1")}
     return scores | {f"unweighted_{name}": value for name, value in plain.items()}
@@ -132,6 +154,17 @@ def mean_recall(ranks: np.ndarray, guesses: int = max(GUESSES)) -> np.ndarray:
     return np.mean([ranks < count for count in GUESSES if count <= guesses], axis=0)
 
 
+def objective(metric: str, ranks: np.ndarray, losses: np.ndarray, guesses: int) -> np.ndarray:
+    """(queries,) what settings are chosen by, the more the better: minus the log-loss, or `mean_recall`.
+
+    Args:
+        metric: of the competition.
+        ranks, losses: those of `local.banks.search.Evaluation`.
+        guesses: in a row of the submission.
+    """
+    return -cap_losses(losses) if metric == LOG_LOSS else mean_recall(ranks, guesses)
+
+
 def interval(sample: np.ndarray, seed: int = 0, weights: np.ndarray | None = None) -> tuple[float, float]:
     """The 95% bootstrap interval of a mean, or of a weighted one.
 
@@ -196,8 +229,9 @@ def describe(scores: dict[str, float], guesses: int = max(GUESSES), prefix: str 
     """
     counts = [count for count in GUESSES if count <= guesses]
     names = {f"recall_at_{count}": f"Recall@{count}" for count in counts} | {"macro_f1": "macro-F1"}
+    names[LOG_LOSS] = "log-loss"
     return "  ".join(
         f"{label} {scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]"
         for name, label in ((prefix + name, label) for name, label in names.items())
-        if name in scores  # macro-F1 is not always known
+        if name in scores  # macro-F1 and log-loss are not always known
     )

@@ -85,8 +85,8 @@ def weigh_runs(runs: Sequence[Weights]) -> "Ensemble":
     """The weights of several runs."""
     from local.banks import ensemble  # imports torch, which a bundle of one run does not need
 
-    guesses = competition_of(runs[0].manifest.competition).guesses
-    return ensemble.weigh_runs([run.folder for run in runs], guesses)
+    competition = competition_of(runs[0].manifest.competition)
+    return ensemble.weigh_runs([run.folder for run in runs], competition.guesses, competition.metric)
 
 
 def score_ensemble(ensemble: "Ensemble", best: Member) -> dict[str, float] | None:

@@ -30,7 +30,7 @@ from kernel.inputs import InputError, shorten
 from kernel.manifest import from_json
 from kernel.tables import clean_id, compose, find_path, is_blank, is_hidden, iterate_table, photo_name, read_header
 
-METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1")
+METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1", "log_loss")
 FOUND_ONLY = ("header", "is_nested", "is_complete")
 KEYS = tuple(one.name for one in fields(TableSettings) if one.name not in FOUND_ONLY)
 TRIED = 60  # names of a column with which a folder of photos is found
@@ -485,6 +485,11 @@ def _find_columns(state: Search) -> None:
         state.put(test_image_column=name)
     _find_observations(state, train)
     problem = problem or _find_labels(state, train, sample)
+    if not problem and state.settings.metric == "log_loss" and not state.settings.classes:
+        problem = (
+            f"{state.folder / SETTINGS_FILE} has the metric log_loss, but {sample.path.name} has no probabilities: "
+            "give another metric"
+        )
     if not photo_folder.hits and not problem:
         names = ", ".join(map(repr, list(train.columns)[:8]))
         problem = (

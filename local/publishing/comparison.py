@@ -54,7 +54,7 @@ def compare_submissions(rows: Sequence[Submission]) -> list[str]:
         if before := best.get(row.competition):
             gain = row.public_score - before.public_score
             lines.append(f"{row.name} is {gain:+.3f} compared with {before.name}; {judge_gain(gain, before, row)}")
-        if not before or row.public_score > before.public_score:
+        if not before or (gain < 0 if row.metric == "log_loss" else gain > 0):
             best[row.competition] = row
     return lines
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from local.base.console import say
-from local.base.metrics import describe, log_loss, score
+from local.base.metrics import describe, losses_of, score
 from local.bundling.record import ScenarioResult, record_results
 from local.rehearsal.rehearsal import Rehearsal
 from local.rehearsal.scenarios import SCENARIOS, play
@@ -69,13 +69,12 @@ def play_all(rehearsal: Rehearsal, names: Sequence[str]) -> Report:
     run, scores = rehearsal.runs["plain"][0], {}
     if rehearsal.truth and not run.failure:
         truth = [rehearsal.truth[observation] for observation in run.guesses]
-        scores = score(truth, list(run.guesses.values()))
-        said = describe(scores, run.table.competition.guesses)
-        if run.table.competition.form.classes:
-            submitted = run.table.competition.read_submission(rehearsal.output("plain") / "submission.csv")
-            scores["log_loss"] = log_loss(truth, [answer for _, answer in submitted])
-            said += f"  log loss {scores['log_loss']:.3f}"
-        say(said)
+        competition, losses = run.table.competition, None
+        if competition.form.classes:
+            submitted = competition.read_submission(rehearsal.output("plain") / "submission.csv")
+            losses = losses_of(truth, [answer for _, answer in submitted])
+        scores = score(truth, list(run.guesses.values()), losses=losses)
+        say(describe(scores, competition.guesses))
     speed = run.summary.speed if run.summary else None
     if run.summary:
         from local.rehearsal.estimate import estimate_on_t4  # imports torch, which `--help` does not need

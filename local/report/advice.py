@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from local.base.console import counted
-from local.base.metrics import METRIC_NAMES
 from local.report.evidence import Evidence
 from local.report.failures import MISSED
+from local.report.scores import SCORE_NAMES
 from local.report.trust import ALL_VIEWS
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def of_unused_methods(evidence: Evidence, figures: "Figures") -> Iterator[Advice
     gain, other = max(gains, key=lambda pair: (pair[0].low > 0, pair[0].value), default=(None, None))
     if gain and gain.low > 0:
         yield Advice(
-            f"Together with {other.run}, {METRIC_NAMES[metric]} is {gain.value:+.3f} [{gain.low:+.3f}, "
+            f"Together with {other.run}, {SCORE_NAMES[metric]} is {gain.value:+.3f} [{gain.low:+.3f}, "
             f"{gain.high:+.3f}] better than that of the better run alone.",
             f"Bundle both: `python bundle.py {evidence.run} {other.path}`.",
             math.ceil(gain.value * other.observations),

@@ -15,12 +15,12 @@ from kernel.observations import find_test_table
 from local.banks.ensemble import read_predictions
 from local.banks.search import Evaluation, evaluate_predictions
 from local.base import metrics
-from local.base.metrics import GUESSES, METRIC_NAMES, RESAMPLES
+from local.base.metrics import GUESSES, LOG_LOSS, METRIC_NAMES, RESAMPLES
 from local.data.observations import encode_labels, sort_ids
 from local.report.evidence import Evidence, evaluate_answers
 
 RECALLS = {f"recall_at_{count}": count for count in GUESSES}
-SCORE_NAMES = METRIC_NAMES | {"weighted_f1": "weighted F1", "log_loss": "log-loss"}
+SCORE_NAMES = METRIC_NAMES | {"weighted_f1": "weighted F1", LOG_LOSS: "log-loss"}
 CELLS = 20_000_000  # drawn counts in memory at once
 
 
@@ -45,7 +45,7 @@ class Comparison:
         is_evidence: whether there are enough observations for an interval.
         scores: the other run's.
         gain: this run's scores minus the other's, paired by observation.
-        ensemble_gain: by metric, the score of both runs together minus that of the better one.
+        ensemble_gain: by metric, by how much both runs together are better than the better one.
     """
 
     run: str
@@ -87,7 +87,7 @@ def score_headline(evidence: Evidence) -> Scores:
     """All scores of a run, weighted; those that training printed are the same numbers, with the same intervals."""
     computed = score_answers(evidence.truth, evidence.outcome, evidence.classes, evidence.weights, evidence.is_macro)
     printed = evidence.manifest.members[0].validation
-    return computed | {name: Estimate(**metrics.interval_of(printed, name)) for name in METRIC_NAMES}
+    return computed | {name: Estimate(**metrics.interval_of(printed, name)) for name in SCORE_NAMES if name in printed}
 
 
 def score_answers(
@@ -132,6 +132,8 @@ def gain_in(
     is_macro: bool = False,
 ) -> Estimate:
     """How much better `new` is than `old` by a metric of a competition, paired by observation."""
+    if metric == LOG_LOSS:
+        return mean(metrics.cap_losses(old.losses) - metrics.cap_losses(new.losses), weights)
     if metric == "macro_f1":
         weights = None if is_macro else weights
         return Estimate(**metrics.macro_f1_gain(truth, new.top[:, 0], old.top[:, 0], weights))
@@ -139,7 +141,9 @@ def gain_in(
 
 
 def value_of(metric: str, truth: np.ndarray, outcome: Evaluation, weights: np.ndarray | None = None) -> float:
-    """A metric of a competition: a recall, or the macro-F1 of the first guesses."""
+    """A metric of a competition, the more the better: minus a log-loss, a recall, or macro-F1 of the first guesses."""
+    if metric == LOG_LOSS:
+        return -float(np.average(metrics.cap_losses(outcome.losses), weights=weights))
     if metric == "macro_f1":
         return metrics.macro_f1(truth, outcome.top[:, 0], weights)
     return float(np.average(outcome.ranks < RECALLS[metric], weights=weights))
@@ -169,7 +173,7 @@ def compare_with(evidence: Evidence, other: Path) -> Comparison:
     truth, weights, is_macro = evidence.truth[rows], evidence.weights[rows], evidence.is_macro
     weights = weights if weights.any() else np.ones(len(rows))
     new, old = evaluate_answers(own, truth), evaluate_answers(others, truth)
-    both = evaluate_predictions(torch.tensor(own + others), truth)
+    both = evaluate_predictions(torch.tensor((own + others) / 2).log_softmax(dim=1), truth)
     metric = evidence.labelled.competition.metric
     own_weights = None if is_macro and metric == "macro_f1" else weights
     better = max(new, old, key=lambda outcome: value_of(metric, truth, outcome, own_weights))
@@ -180,7 +184,7 @@ def compare_with(evidence: Evidence, other: Path) -> Comparison:
         is_evidence=len(truth) >= metrics.MIN_OBSERVATIONS,
         scores=score_answers(truth, old, classes, weights, is_macro),
         gain=score_gains(truth, new, old, weights, is_macro),
-        ensemble_gain={name: gain_in(name, truth, both, better, weights, is_macro) for name in METRIC_NAMES},
+        ensemble_gain={name: gain_in(name, truth, both, better, weights, is_macro) for name in {*METRIC_NAMES, metric}},
     )
 
 
@@ -219,7 +223,8 @@ def predict_leaderboard(evidence: Evidence, others: Sequence[Comparison], value:
         if observations:
             noise = sampling_noise(evidence, competition.metric, observations)
             width = float(np.hypot(noise, own_noise))
-            interval = Estimate(value, max(0.0, value - width), min(1.0, value + width))
+            most = np.inf if competition.metric == LOG_LOSS else 1.0
+            interval = Estimate(value, max(0.0, value - width), min(most, value + width))
             orders = {other.run: wrong_order(other, competition.metric, observations) for other in others}
             boards.append(Board(part, observations, noise, interval, orders))
     return boards
@@ -238,8 +243,11 @@ def count_test_observations(evidence: Evidence) -> int:
 def sampling_noise(evidence: Evidence, metric: str, observations: int) -> float:
     """Half of the 95% interval of a metric over so many observations like the held-out ones.
 
-    A recall is a proportion. Macro-F1 is not: it is measured on bootstrap samples of that size.
+    A log-loss is a mean, and a recall a proportion. Macro-F1 is neither: it is measured on bootstrap samples of that
+    size.
     """
+    if metric == LOG_LOSS:
+        return float(1.96 * metrics.cap_losses(evidence.outcome.losses).std() / np.sqrt(observations))
     if metric == "macro_f1":
         drawn = resampled_f1("macro", evidence.truth, evidence.guesses, observations)
         return float(np.subtract(*np.percentile(drawn, [97.5, 2.5])) / 2)

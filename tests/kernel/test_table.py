@@ -529,3 +529,11 @@ def test_folders_of_classes_are_not_taken_for_observations(tmp_path):
     classes = [("carrot", "orange"), ("apple", "red"), ("bell pepper", "red")]
     write_csv(tmp_path / "train_classes.csv", [("label", "colour"), *classes])
     assert find_competition(tmp_path).competition.name == "class-folders"
+
+
+def test_the_metric_log_loss_needs_probabilities(tmp_path):
+    trees(tmp_path / "one", settings='metric = "log_loss"')
+    assert "has the metric log_loss, but sample_submission.csv has no probabilities" in refusal(tmp_path / "one")
+    sample = sample_rows(*LABELS, answer=("0.3", "0.3", "0.4"))
+    trees(tmp_path / "each", sample=sample, settings='metric = "log_loss"')
+    assert find_competition(tmp_path / "each").competition.metric == "log_loss"

@@ -170,3 +170,18 @@ def test_damaged_predictions_are_a_mistake_in_one_line(truth, tmp_path):
     (runs[1] / VALIDATION_FILE).write_bytes(b"no tensors")
     with pytest.raises(InputError, match="train the run again"):
         weigh_runs(runs, 10)
+
+
+def test_with_the_metric_log_loss_the_weights_and_the_score_are_those_of_the_log_loss(tmp_path, truth):
+    """Of two runs with the same guesses, the overconfident one is left out; recalls do not see the difference."""
+    generator = torch.Generator().manual_seed(1)
+    logits = 3.0 * torch.nn.functional.one_hot(truth, CLASSES) + 1.6 * torch.randn(
+        QUERIES, CLASSES, generator=generator
+    )
+    runs = [write_run(tmp_path / str(scale), scale * logits, truth) for scale in (9.0, 1.0)]
+    assert weigh_runs(runs, 1).weights == [1.0, 0.0]
+    chosen = weigh_runs(runs, 1, "log_loss")
+    assert chosen.weights == [0.0, 1.0]
+    calm = read_predictions(runs[1]).log_probabilities.log_softmax(dim=1)
+    scores = chosen.scores(is_macro=False, seed=0)
+    assert scores["log_loss"] == pytest.approx(torch.nn.functional.nll_loss(calm, truth).item(), rel=1e-3)

@@ -139,7 +139,7 @@ def test_queries_are_weighted_by_shots_or_by_classes():
     assert (by_classes.weights == macro_weights(by_classes.truth)).all()
     settings = replace(SETTINGS, whitening=1.0)
     expected = by_shots.weights * mean_recall(by_shots.evaluate(settings).ranks, 10)
-    assert (by_shots.weighted_recall(settings) == expected).all()
+    assert (by_shots.weighted_objective(settings) == expected).all()
 
 
 def test_the_search_evaluates_every_candidate_and_keeps_what_helps(search):
@@ -150,20 +150,36 @@ def test_the_search_evaluates_every_candidate_and_keeps_what_helps(search):
     assert chosen.views[0] == "plain"
     assert not {"rotate90", "rotate270"} & set(chosen.views)
     plain = BankSettings(views=("plain",), resize_mode="crop")
-    assert search.weighted_recall(chosen).mean() > search.weighted_recall(plain).mean() + 0.1
+    assert search.weighted_objective(chosen).mean() > search.weighted_objective(plain).mean() + 0.1
     values = {(row["key"], row["value"]) for row in table}
     assert values >= {(key, value) for key in KEYS if key != "views" for value in CANDIDATES[key]}
     assert {value for key, value in values if key == "views"} >= {"plain hflip", "plain rotate90 rotate270"}
 
 
+@pytest.mark.parametrize("metric", ["", "log_loss"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_selected_value_of_a_single_setting_is_the_best_of_all(seed):
-    search = search_over(crowded(seed))
+def test_the_selected_value_of_a_single_setting_is_the_best_of_all(seed, metric):
+    search = search_over(crowded(seed), metric=metric)
     start = BankSettings(views=("plain",))
     chosen = coordinate_ascent(search, start, ("whitening",), every_query(search))
-    recalls = [search.weighted_recall(replace(start, whitening=value)).mean() for value in CANDIDATES["whitening"]]
-    assert search.weighted_recall(chosen).mean() == max(recalls)
-    assert chosen.whitening == CANDIDATES["whitening"][int(np.argmax(recalls))]  # the simplest of equals
+    found = [search.weighted_objective(replace(start, whitening=value)).mean() for value in CANDIDATES["whitening"]]
+    assert search.weighted_objective(chosen).mean() == max(found)
+    assert chosen.whitening == CANDIDATES["whitening"][int(np.argmax(found))]  # the simplest of equals
+
+
+def test_with_the_metric_log_loss_the_setting_of_the_lowest_log_loss_is_selected():
+    search = search_over(crowded(4), metric="log_loss")
+    start, labels = BankSettings(views=("plain",)), np.arange(8)
+    chosen = coordinate_ascent(search, start, ("whitening",), every_query(search))
+    losses = {}
+    for value in CANDIDATES["whitening"]:
+        banks, _ = search.fit_folds(replace(start, whitening=value))
+        probabilities = torch.cat(list(search.predict(start, banks))).exp().double()
+        probabilities /= probabilities.sum(dim=1, keepdim=True)
+        losses[value] = log_loss(search.truth, probabilities, labels=labels, sample_weight=search.weights)
+    assert losses[chosen.whitening] == pytest.approx(min(losses.values()))
+    by_recall = coordinate_ascent(search_over(crowded(4)), start, ("whitening",), every_query(search))
+    assert losses[by_recall.whitening] > losses[chosen.whitening]
 
 
 def test_a_row_of_the_table_has_the_weighted_scores_and_the_paired_gain():
@@ -177,7 +193,7 @@ def test_a_row_of_the_table_has_the_weighted_scores_and_the_paired_gain():
             expected = np.average(evaluation.ranks < count, weights=search.weights)
             assert row[f"recall_at_{count}"] == pytest.approx(expected)
         assert row["log_loss"] == pytest.approx(np.average(evaluation.losses, weights=search.weights))
-        difference = search.weighted_recall(candidate) - search.weighted_recall(SETTINGS)
+        difference = search.weighted_objective(candidate) - search.weighted_objective(SETTINGS)
         error = difference.std(ddof=1) / np.sqrt(len(difference))
         assert row["gain"] == pytest.approx(difference.mean())
         assert row["gain_low"] == pytest.approx(difference.mean() - 1.96 * error)

@@ -15,10 +15,11 @@ from local.base.metrics import (
     held_out_scores,
     hit_matrix,
     interval,
-    log_loss,
+    losses_of,
     macro_f1,
     macro_f1_gain,
     mean_recall,
+    objective,
     paired_gain,
     score,
 )
@@ -231,5 +232,16 @@ def test_log_loss_is_that_of_scikit_learn_and_finite_for_a_class_without_probabi
     truth, classes = ["a", "b", "a"], ["a", "b", "c"]
     values = [[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.25, 0.5, 0.25]]
     answers = [dict(zip(classes, row, strict=True)) for row in values]
-    assert log_loss(truth, answers) == pytest.approx(metrics.log_loss(truth, values, labels=classes))
-    assert log_loss(["d"], [{"a": 1.0}]) == pytest.approx(-np.log(1e-15))
+    assert losses_of(truth, answers).mean() == pytest.approx(metrics.log_loss(truth, values, labels=classes))
+    assert losses_of(["d"], [{"a": 1.0}]) == pytest.approx(-np.log(1e-15))
+
+
+def test_a_log_loss_has_an_interval_and_may_be_what_settings_are_chosen_by():
+    ranks, losses = np.array([0, 1, 3]), np.array([0.1, np.nan, 99.0])
+    capped = [0.1, -np.log(1e-15), -np.log(1e-15)]
+    assert objective("log_loss", ranks, losses, 5) == pytest.approx(-np.array(capped))
+    assert objective("recall_at_5", ranks, losses, 5).tolist() == mean_recall(ranks, 5).tolist()
+    scores = score(["a", "b", "c"], [["a"], ["a"], ["a"]], weights=np.array([2.0, 1, 1]), losses=losses)
+    assert scores["log_loss"] == pytest.approx(np.average(capped, weights=[2, 1, 1]))
+    assert scores["log_loss_low"] < scores["log_loss"] < scores["log_loss_high"]
+    assert "log-loss" in describe(scores)

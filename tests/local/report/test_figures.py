@@ -317,6 +317,14 @@ def test_a_gain_in_macro_f1_is_the_difference_of_scikit_learns(evidence, from_fo
     assert value_of("macro_f1", truth, new) - value_of("macro_f1", truth, old) == pytest.approx(expected)
 
 
+def test_a_smaller_log_loss_is_a_gain(evidence, from_folds):
+    truth, logs = evidence.truth, evidence.log_probabilities
+    new, old = (evaluate_answers(values, truth) for values in (logs, logs - 1))
+    assert gain_in("log_loss", truth, new, old).value == pytest.approx(1)
+    assert value_of("log_loss", truth, new) - value_of("log_loss", truth, old) == pytest.approx(1)
+    assert sampling_noise(evidence, "log_loss", 100) == pytest.approx(0.196 * evidence.outcome.losses.std())
+
+
 def test_runs_are_compared_on_the_observations_that_both_held_out(written, evidence, from_folds):
     (found,) = written[0]["evaluation"]["against"]
     common = {query.id for query in evidence.queries} & {query.id for query in from_folds.queries}
