@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 
 from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
@@ -124,14 +125,15 @@ def _name_photos(photos: Sequence[Path], sample: Iterable[str]) -> list[str]:
     return spelt if len(set(spelt)) == len(set(best)) else best
 
 
+# The kernel does not need the functions below: training reads the labelled photos, and how the sample submission names
+# their classes.
+
+
 def _is_grouped(found: CompetitionFolder) -> bool:
-    """Whether each test photo is in a folder that is named like its observation."""
-    rows = _read_rows(found, Counter())
+    """Whether each test photo is in a folder that is named like its observation in the sample submission."""
+    rows = _read_rows(found, Counter()) if (found.path / SAMPLE).is_file() else []
     names = [(Path(row.observation).name, Path(row.photo).parent.name) for row in rows]
     return bool(names) and all(compose(own) == compose(folder) for own, folder in names)
-
-
-# The kernel does not need the function below: training reads the labelled photos.
 
 
 def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter) -> list[LabelledPhoto]:
@@ -147,8 +149,8 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
         left_out["files in no class's folder"] += len(outside)
     folders = [("train", path) for path in classes]
     folders += [("val", path) for path in visible(val.iterdir() if val else ()) if path.is_dir()]
-    said, is_grouped = found.competition.sample_classes(folder), _is_grouped(found)
-    id_of = _find_ids(folder, [own.name for own in classes], said)
+    is_grouped = _is_grouped(found)
+    id_of = _find_ids(folder, [own.name for own in classes], found.competition.sample_classes(folder))
     photos = [
         LabelledPhoto(
             split,
@@ -176,11 +178,17 @@ def _find(folder: Path) -> Competition:
     if len(header) < 2:
         return configure(FolderSettings())
     found = configure(FolderSettings(header=header, classes=header[1:] if len(header) > 2 else ()))
-    names, said = [path.name for path in _find_classes(folder)], found.sample_classes(folder)
+    names = [path.name for path in _find_classes(folder)]
+    said = found.sample_classes(folder) if names else []
     ids = _find_ids(folder, names, said)
     others = sorted({*map(compose, said)} - {*map(compose, ids.values() or names)})
-    is_understood = not found.form.classes and (ids or len(others) < len(set(said)))  # a row may have any class
-    if is_understood or not others or not names:
+    are_numbers = all(name.isdecimal() for name in (*names, *said))
+    is_understood = not found.form.classes and (
+        ids  # a row may have any class of them
+        or len(others) < len(set(said))
+        or (are_numbers and len(set(said)) == 1)  # the same number everywhere means nothing
+    )
+    if is_understood or not others:
         return found
     named = ", ".join(map(repr, others[:3]))
     return replace(
@@ -194,31 +202,29 @@ def _find_ids(folder: Path, names: Sequence[str], said: Sequence[str]) -> dict[s
     """The ids by which the sample submission names classes, by the names of their folders, in Unicode's composed form.
 
     They are in a table with a column of the folders' names and one of the ids. It is looked for only if the sample
-    submission does not use these names.
+    submission has none of these names.
 
     Args:
         said: the classes of the sample submission.
 
     Returns:
-        Empty if there is no such table.
+        Empty if there is no such table, or if it has several columns that may be the ids.
     """
     names, said = set(map(compose, names)), set(map(compose, said))
-    if not said - names:
-        return {}
-    for path in visible(folder.glob("*.csv")):
-        if path.name == SAMPLE or len(header := read_header(path)) < 2:
-            continue
-        rows = read_table(path, ())
+    tables = (
+        [path for path in visible(folder.glob("*.csv")) if path.name != SAMPLE] if said and not said & names else []
+    )
+    found: list[dict[str, str]] = []
+    for path in tables:
+        rows, header = read_table(path, ()), read_header(path)
         columns = {column: [clean_id(row[column] or "") for row in rows] for column in header}
-        for column, own in columns.items():
-            row_of = {compose(name): row for row, name in enumerate(own)}
-            if not names <= row_of.keys():
-                continue
-            for other, ids in columns.items():
-                found = {name: ids[row_of[name]] for name in names}
-                if other != column and len(set(found.values())) == len(found) and said <= set(map(compose, ids)):
-                    return found
-    return {}
+        for own, ids in permutations(columns.values(), 2):
+            pairs = set(zip(map(compose, own), ids, strict=True))
+            id_of = dict(pairs)
+            is_one_to_one = len(pairs) == len(id_of) == len(set(id_of.values()))
+            if is_one_to_one and names <= id_of.keys() and said <= set(map(compose, ids)) and id_of not in found:
+                found.append(id_of)
+    return found[0] if len(found) == 1 else {}
 
 
 def configure(settings: FolderSettings) -> Competition:

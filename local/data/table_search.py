@@ -242,8 +242,10 @@ def read_settings(path: Path) -> dict[str, object]:
     if settings.guesses < 1 or not 0 < settings.time_limit < float("inf"):
         raise InputError(f"{path}: expected a positive number for guesses and for time_limit")
     for key in ("sample", "train_table", "test_table", "train_folder"):  # the test photos may be on Kaggle alone
-        if getattr(settings, key) and not (path.parent / getattr(settings, key)).exists():
-            raise InputError(f"{path}: {key} names {getattr(settings, key)!r}, which {path.parent} does not have")
+        name = getattr(settings, key)
+        there = find_path(path.parent, name) if key == "train_folder" else name
+        if name and not (path.parent / there).exists():
+            raise InputError(f"{path}: {key} names {name!r}, which {path.parent} does not have")
     return given
 
 

@@ -157,17 +157,33 @@ def test_ids_of_classes_are_found_in_a_table_beside_the_folders_or_refused(tmp_p
     assert [path.parent.name for path in labelled.photos] == [labelled.species[own] for own in labelled.class_ids]
 
 
-def test_a_table_that_lacks_a_class_or_an_id_of_the_sample_submission_is_not_used(tmp_path):
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "name,id\ncarrot,31\napple,7\n",
+        "name,id\ncarrot,12\napple,7\nbell pepper,30\n",
+        "name,id\ncarrot,31\napple,31\nbell pepper,31\n",
+        "name,photo\ncarrot,31\napple,7\nbell pepper,9\ncarrot,12\n",
+        "name,id,rank\ncarrot,31,7\napple,7,9\nbell pepper,9,31\n",
+    ],
+    ids=["a class less", "without the sample's id", "one id", "several ids of a class", "two columns of ids"],
+)
+def test_a_table_that_does_not_say_which_class_an_id_is_is_not_used(tmp_path, rows):
     layouts.class_folders(tmp_path)
     (tmp_path / "sample_submission.csv").write_text("id,label\nx,31\n")
-    for rows in (
-        "carrot,12\napple,7\n",
-        "carrot,12\napple,7\nbell pepper,30\n",
-        "carrot,31\napple,31\nbell pepper,31\n",
-    ):
-        (tmp_path / "classes.csv").write_text(f"name,id\n{rows}")
-        with pytest.raises(InputError, match="such as '31'"):
-            find_competition(tmp_path)
+    (tmp_path / "classes.csv").write_text(rows)
+    with pytest.raises(InputError, match="such as '31'"):
+        find_competition(tmp_path)
+
+
+def test_the_same_number_in_each_row_of_the_sample_submission_says_nothing_of_folders_with_numbers(tmp_path):
+    for name in ("3", "11", "40"):
+        photo(tmp_path / "train" / name / "a.png", int(name))
+    (tmp_path / "sample_submission.csv").write_text("id,label\nx,0\ny,0\n")
+    assert read_competition(tmp_path).classes == ["3", "11", "40"]
+    (tmp_path / "sample_submission.csv").write_text("id,label\nx,0\ny,1\n")
+    with pytest.raises(InputError, match="such as '0', '1'"):
+        find_competition(tmp_path)
 
 
 def test_a_sample_submission_that_names_some_of_the_folders_is_answered_by_their_names(tmp_path):

@@ -488,6 +488,17 @@ def test_photos_ids_and_classes_are_found_in_another_unicode_form(tmp_path, answ
     assert set(truth.values()) == set(labelled.classes)
 
 
+def test_a_folder_in_competition_toml_may_be_in_the_other_unicode_form(tmp_path):
+    trees(
+        tmp_path,
+        settings='train_folder = "tr\u00e4in"\ntest_folder = "t\u00e4st"',
+        folders=("tra\u0308in", "ta\u0308st"),
+    )
+    labelled, table = read_competition(tmp_path), read_test(find_competition(tmp_path))
+    assert all(path.is_file() for path in labelled.photos)
+    assert all(path.is_file() for one in table.observations for path in one.photos)
+
+
 def test_the_settings_of_one_machine_find_a_folder_in_the_other_unicode_form_on_kaggle(tmp_path):
     trees(tmp_path / "here", folders=("train", "té".replace("é", "e\u0301")))
     settings = find_competition(tmp_path / "here").competition.settings
