@@ -94,9 +94,18 @@ def _find_classes(folder: Path) -> list[Path]:
     names = {path.name.lower() for path in found}
     if not names or is_split or names & {*RESOLUTIONS, *SPLITS}:
         return []
-    patterns = ("*", "*/*") if root != folder else ("*",)  # in train/, a class may have a folder for each observation
-    files = (path for one in found for pattern in patterns for path in one.glob(pattern))
-    return found if any(path.suffix.lower() in PHOTO_SUFFIXES and not is_hidden(path.name) for path in files) else []
+
+    def have_photos(pattern: str) -> bool:
+        files = (path for one in found for path in one.glob(pattern) if path.suffix.lower() in PHOTO_SUFFIXES)
+        return any(not is_hidden(path.name) for path in files)
+
+    return found if have_photos("*") or (_has_folders(folder) and have_photos("*/*")) else []
+
+
+def _has_folders(folder: Path) -> bool:
+    """Whether the sample submission names folders in test/, each with the photos of one observation."""
+    names = {compose(path.name) for path in (folder / "test").glob("*") if path.is_dir()}
+    return bool(names) and not names.isdisjoint(map(compose, _read_form(folder).sample_ids(folder)))
 
 
 def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
@@ -129,13 +138,6 @@ def _name_photos(photos: Sequence[Path], sample: Iterable[str]) -> list[str]:
 # their classes.
 
 
-def _is_grouped(found: CompetitionFolder) -> bool:
-    """Whether each test photo is in a folder that is named like its observation in the sample submission."""
-    rows = _read_rows(found, Counter()) if (found.path / SAMPLE).is_file() else []
-    names = [(Path(row.observation).name, Path(row.photo).parent.name) for row in rows]
-    return bool(names) and all(compose(own) == compose(folder) for own, folder in names)
-
-
 def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter) -> list[LabelledPhoto]:
     folder, classes = found.path, _find_classes(found.path)
     if not classes:
@@ -149,12 +151,12 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
         left_out["files in no class's folder"] += len(outside)
     folders = [("train", path) for path in classes]
     folders += [("val", path) for path in visible(val.iterdir() if val else ()) if path.is_dir()]
-    is_grouped = _is_grouped(found)
+    has_folders = _has_folders(folder)
     id_of = _find_ids(folder, [own.name for own in classes], found.competition.sample_classes(folder))
     photos = [
         LabelledPhoto(
             split,
-            (path.parent if is_grouped and path.parent != own else path).relative_to(folder).as_posix(),
+            (path.parent if has_folders and path.parent != own else path).relative_to(folder).as_posix(),
             id_of.get(compose(own.name), own.name),
             path,
             species=own.name,
@@ -172,12 +174,17 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
     return photos
 
 
-def _find(folder: Path) -> Competition:
+def _read_form(folder: Path) -> Competition:
     """The competition with the columns of the sample submission of a folder."""
     header = tuple(read_header(folder / SAMPLE))
     if len(header) < 2:
         return configure(FolderSettings())
-    found = configure(FolderSettings(header=header, classes=header[1:] if len(header) > 2 else ()))
+    return configure(FolderSettings(header=header, classes=header[1:] if len(header) > 2 else ()))
+
+
+def _find(folder: Path) -> Competition:
+    """The same, with a problem if its classes are no folders."""
+    found = _read_form(folder)
     names = [path.name for path in _find_classes(folder)]
     said = found.sample_classes(folder) if names else []
     ids = _find_ids(folder, names, said)

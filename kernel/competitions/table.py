@@ -138,7 +138,7 @@ class PhotoPaths:
         if len(names) > 1:
             names = [one for one in names if (self.folder / one).exists()] or names
         photos = []
-        if not has_suffix and "" in self.suffixes:
+        if not has_suffix and ("" in self.suffixes or not self.suffixes):
             photos = [f"{names[0]}/{photo}" for photo in list_photos_of(self.folder / names[0])]
         return photos or names[:1]
 

@@ -193,6 +193,16 @@ def test_a_sample_submission_that_names_some_of_the_folders_is_answered_by_their
         assert read_competition(tmp_path).classes == ["apple", "bell pepper", "carrot"]
 
 
+def test_folders_within_those_of_train_are_no_classes_where_the_sample_submission_names_no_folder(tmp_path):
+    for kind in ("images", "masks"):
+        for name in ("apple", "leek"):
+            photo(tmp_path / "train" / kind / name / "0.png", 1)
+            photo(tmp_path / "test" / kind / f"{name}.png", 1)
+    (tmp_path / "sample_submission.csv").write_text("id,label\napple,apple\nleek,apple\n")
+    with pytest.raises(InputError, match="has no folders of classes"):
+        read_competition(tmp_path)
+
+
 def test_the_folders_that_the_sample_submission_names_are_observations(tmp_path):
     for seed, name in enumerate(("apple", "leek", "carrot")):
         for number in range(2):

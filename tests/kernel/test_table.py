@@ -534,6 +534,21 @@ def test_a_folder_that_is_named_like_an_observation_has_its_photos(tmp_path, has
     assert sum(len(one.photos) for one in larger.observations) == 3 * (8 if has_folders[1] else 4)
 
 
+def test_folders_of_observations_that_only_kaggle_has_are_read_there(tmp_path):
+    trees(tmp_path / "here", sample=[("image", "label"), *((f"o{i}", "oak") for i in range(3))])
+    shutil.rmtree(tmp_path / "here" / "test")
+    settings = find_competition(tmp_path / "here").competition.settings
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    for number in range(6):
+        photo(tmp_path / "there" / "test" / f"o{number % 3}" / f"{number}.jpg", number)
+    table = find_test_table(tmp_path / "there", "table", settings=settings)
+    assert [[path.name for path in one.photos] for one in table.observations] == [
+        ["0.jpg", "3.jpg"],
+        ["1.jpg", "4.jpg"],
+        ["2.jpg", "5.jpg"],
+    ]
+
+
 def test_folders_of_classes_are_not_taken_for_observations(tmp_path):
     layouts.class_folders(tmp_path)
     write_csv(tmp_path / "sample_submission.csv", [("id", "label"), ("apple 0", "apple")])
