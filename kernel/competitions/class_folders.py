@@ -13,7 +13,7 @@ so is each folder in train/CLASS/.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
@@ -189,11 +189,10 @@ def _find(folder: Path) -> Competition:
     said = found.sample_classes(folder) if names else []
     ids = _find_ids(folder, names, said)
     others = sorted({*map(compose, said)} - {*map(compose, ids.values() or names)})
-    are_numbers = all(name.isdecimal() for name in (*names, *said))
     is_understood = not found.form.classes and (
         ids  # a row may have any class of them
         or len(others) < len(set(said))
-        or (are_numbers and len(set(said)) == 1)  # the same number everywhere means nothing
+        or (_is_placeholder(set(said)) and all(name.isdecimal() for name in names))
     )
     if is_understood or not others:
         return found
@@ -218,20 +217,27 @@ def _find_ids(folder: Path, names: Sequence[str], said: Sequence[str]) -> dict[s
         Empty if there is no such table, or if it has several columns that may be the ids.
     """
     names, said = set(map(compose, names)), set(map(compose, said))
-    tables = (
-        [path for path in visible(folder.glob("*.csv")) if path.name != SAMPLE] if said and not said & names else []
-    )
+    if not said or said & names:
+        return {}
     found: list[dict[str, str]] = []
-    for path in tables:
-        rows, header = read_table(path, ()), read_header(path)
+    for path in visible(folder.glob("*.csv")):
+        rows, header = read_table(path, ()) if path.name != SAMPLE else [], read_header(path)
         columns = {column: [clean_id(row[column] or "") for row in rows] for column in header}
         for own, ids in permutations(columns.values(), 2):
             pairs = set(zip(map(compose, own), ids, strict=True))
             id_of = dict(pairs)
             is_one_to_one = len(pairs) == len(id_of) == len(set(id_of.values()))
-            if is_one_to_one and names <= id_of.keys() and said <= set(map(compose, ids)) and id_of not in found:
+            if is_one_to_one and names <= id_of.keys() and id_of not in found:
                 found.append(id_of)
-    return found[0] if len(found) == 1 else {}
+    named = [id_of for id_of in found if said <= set(map(compose, id_of.values()))]
+    if not named and _is_placeholder(said):
+        named = [id_of for id_of in found if all(one.isdecimal() for one in id_of.values())]
+    return named[0] if len(named) == 1 else {}
+
+
+def _is_placeholder(said: Collection[str]) -> bool:
+    """Whether a sample submission answers with the same number everywhere, which says only that ids are numbers."""
+    return len(said) == 1 and all(one.isdecimal() for one in said)
 
 
 def configure(settings: FolderSettings) -> Competition:

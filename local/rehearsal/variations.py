@@ -15,6 +15,7 @@ from PIL import Image
 from kernel.competitions.competition import Competition, CompetitionFolder, PhotoRow
 from kernel.manifest import MANIFEST, read_manifest, write_manifest
 from kernel.observations import TestTable, read_rows, recognise
+from kernel.tables import compose
 from local.base.files import link_or_copy
 from local.data.folder import COMPETITIONS
 from local.rehearsal.staging import photo_folders, replace_file
@@ -69,7 +70,7 @@ def repeat_observations(folder: Path, times: int, competition: Competition | Non
         for row in rows:
             identity, photo = Path(row.observation), Path(row.photo)  # without a table, the path may be the id
             parent = photo.parent
-            if parent.name == identity.name != photo.stem:  # a folder has the photos of one observation
+            if compose(parent.name) == compose(identity.name) != compose(photo.stem):  # of one observation's photos
                 photo = parent.with_name(prefix + parent.name) / photo.name
             elif row.photo:
                 photo = photo.with_name(prefix + photo.name)
@@ -124,7 +125,7 @@ def spoil_photos(table: TestTable, seed: int) -> dict[str, int]:
     """Replace photos by unreadable or strange ones, of each kind in turn; returns the number of each kind."""
     kinds = UNREADABLE | STRANGE
     photos = [photo for observation in table.observations for photo in observation.photos]
-    has_folders = any(one.id == photo.parent.name for one in table.observations for photo in one.photos)
+    has_folders = any(compose(one.id) == compose(path.parent.name) for one in table.observations for path in one.photos)
     if not table.competition.has_table or has_folders:
         del kinds["missing"]  # a photo that no table lists cannot be missing
     # The kernel takes a quarter of unreadable photos for a broken mount, so a small table cannot have every kind.

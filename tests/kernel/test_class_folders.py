@@ -144,7 +144,7 @@ def test_names_in_another_unicode_form_are_spelt_as_the_sample_submission_does(t
     assert all(path.is_file() for path in labelled.photos)
 
 
-@pytest.mark.parametrize("answer", ["id,label\nx,31\ny,7\n", "id,31,7,12\n", "id,label\nx,0\n"])
+@pytest.mark.parametrize("answer", ["id,label\nx,31\ny,7\n", "id,31,7,12\n", "id,label\nx,0\n", "id,label\nx,1\n"])
 def test_ids_of_classes_are_found_in_a_table_beside_the_folders_or_refused(tmp_path, answer):
     layouts.class_folders(tmp_path)
     (tmp_path / "sample_submission.csv").write_text(answer)
@@ -170,7 +170,7 @@ def test_ids_of_classes_are_found_in_a_table_beside_the_folders_or_refused(tmp_p
 )
 def test_a_table_that_does_not_say_which_class_an_id_is_is_not_used(tmp_path, rows):
     layouts.class_folders(tmp_path)
-    (tmp_path / "sample_submission.csv").write_text("id,label\nx,31\n")
+    (tmp_path / "sample_submission.csv").write_text("id,label\nx,31\ny,9\n")
     (tmp_path / "classes.csv").write_text(rows)
     with pytest.raises(InputError, match="such as '31'"):
         find_competition(tmp_path)

@@ -514,16 +514,16 @@ def test_a_folder_that_is_named_like_an_observation_has_its_photos(tmp_path, has
     for split, count, folders in (("train", 6, has_folders[0]), ("test", 4, has_folders[1])):
         for number in range(count):
             for index in range(2 if folders else 1):
-                name = f"o{number}/{index}.jpg" if folders else f"o{number}.jpg"
+                name = f"o\u0308{number}/{index}.jpg" if folders else f"o\u0308{number}.jpg"
                 photo(tmp_path / split / name, number % 3)
-    write_csv(tmp_path / "train.csv", [("id", "label"), *((f"o{i}", LABELS[i % 3]) for i in range(6))])
-    write_csv(tmp_path / "sample_submission.csv", [("id", "label"), *((f"o{i}", "oak") for i in range(4))])
+    write_csv(tmp_path / "train.csv", [("id", "label"), *((f"ö{i}", LABELS[i % 3]) for i in range(6))])
+    write_csv(tmp_path / "sample_submission.csv", [("id", "label"), *((f"ö{i}", "oak") for i in range(4))])
     if has_test_table:
-        write_csv(tmp_path / "test.csv", [("id", "when"), *((f"o{i}", f"{i % 2}") for i in range(4))])
+        write_csv(tmp_path / "test.csv", [("id", "when"), *((f"ö{i}", f"{i % 2}") for i in range(4))])
     found = find_competition(tmp_path)
     labelled, table = read_competition(tmp_path), read_test(found)
-    assert (labelled.ids, len(labelled.photos)) == ([f"o{i}" for i in range(6)], 12 if has_folders[0] else 6)
-    assert [one.id for one in table.observations] == [f"o{i}" for i in range(4)]
+    assert (labelled.ids, len(labelled.photos)) == ([f"ö{i}" for i in range(6)], 12 if has_folders[0] else 6)
+    assert [one.id for one in table.observations] == [f"ö{i}" for i in range(4)]
     assert all(len(one.photos) == (2 if has_folders[1] else 1) for one in table.observations)
     assert all(path.is_file() for one in table.observations for path in one.photos)
     stage_competition(tmp_path, tmp_path / "staged")
