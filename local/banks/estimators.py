@@ -140,18 +140,27 @@ class Whitening:
             add_to_groups(means, labels[part], photos)
         for part in in_parts(len(means)):
             means[part] /= np.maximum(sizes[part], 1)[:, None]
+
+        def residuals(rows: np.ndarray) -> np.ndarray:
+            photo, view = np.divmod(rows, views)
+            return np.asarray(embeddings[photo])[np.arange(len(photo)), view] - means[labels[photo]]
+
         drawn = np.arange(len(embeddings) * views)
         if len(drawn) > COVARIANCE_SAMPLES:
             drawn = np.sort(np.random.default_rng(0).choice(drawn, COVARIANCE_SAMPLES, replace=False))
         covariance = np.zeros((embeddings.shape[2],) * 2)
         for part in np.array_split(drawn, 1 + len(drawn) // 4096):  # in float64, all at once would take gigabytes
-            photo, view = np.divmod(part, views)
-            residuals = np.asarray(embeddings[photo])[np.arange(len(photo)), view] - means[labels[photo]]
-            covariance += residuals.T @ residuals / len(drawn)
-        # The shrinkage is estimated from photos alone: views of one photo are not independent samples.
-        usable = np.random.default_rng(0).permutation(np.flatnonzero(sizes[labels] > 1))[:SHRINKAGE_SAMPLES]
-        residuals = np.asarray(embeddings[usable]).mean(axis=1, dtype=np.float64) - means[labels[usable]]
-        shrinkage = ledoit_wolf_shrinkage(residuals, assume_centered=True) if len(usable) > 1 else 1.0
+            own = residuals(part)
+            covariance += own.T @ own / len(drawn)
+        # The shrinkage is estimated from photos alone: views of one photo are not independent samples. But where only
+        # one class has a second photo, or none, there is nothing to estimate it from but views.
+        rng = np.random.default_rng(0)
+        if len(labels) - np.count_nonzero(sizes) > 1:
+            usable = rng.permutation(np.flatnonzero(sizes[labels] > 1))[:SHRINKAGE_SAMPLES]
+            samples = np.asarray(embeddings[usable]).mean(axis=1, dtype=np.float64) - means[labels[usable]]
+        else:
+            samples = residuals(rng.permutation(drawn)[:SHRINKAGE_SAMPLES])
+        shrinkage = ledoit_wolf_shrinkage(samples, assume_centered=True) if len(samples) > 1 else 1.0
         self.variances_, self.directions_ = np.linalg.eigh(shrunk_covariance(covariance, shrinkage))
         return self
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
-from sklearn.covariance import ledoit_wolf_shrinkage
+from sklearn.covariance import ledoit_wolf, ledoit_wolf_shrinkage
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
@@ -134,12 +134,25 @@ def test_the_within_class_covariance_includes_the_variation_between_views():
     assert np.allclose(fitted.directions_ * fitted.variances_ @ fitted.directions_.T, expected, atol=1e-9)
 
 
-def test_classes_of_a_single_photo_whiten_by_their_views_shrunk_to_a_multiple_of_the_identity():
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_where_hardly_any_class_has_a_second_photo_the_shrinkage_is_estimated_from_views(seconds):
     embeddings, _ = photos_in_views()
-    labels = np.arange(len(embeddings))
+    labels = np.maximum(np.arange(len(embeddings)) - seconds, 0)  # the first class has as many second photos
     fitted = Whitening().fit(embeddings, labels)
-    residuals = embeddings - embeddings.mean(axis=1, keepdims=True)
-    assert np.allclose(fitted.variances_, (residuals**2).sum(axis=(1, 2)).mean() / 2 / 12)
+    means, _ = group_means(embeddings.mean(axis=1), labels, labels.max() + 1)
+    residuals = (embeddings - means[labels][:, None]).reshape(-1, embeddings.shape[2])
+    expected = ledoit_wolf(residuals, assume_centered=True)[0]
+    assert np.allclose(fitted.directions_ * fitted.variances_ @ fitted.directions_.T, expected, atol=1e-9)
+    assert fitted.variances_[0] * 1.1 < fitted.variances_[-1]  # they whiten
+
+
+def test_single_photos_in_one_view_leave_the_directions_as_they_are():
+    embeddings, _ = photos_in_views()
+    fitted = Whitening().fit(embeddings[:, :1], np.arange(len(embeddings)))
+    assert np.allclose(fitted.variances_, 0)
+    values, mean = embeddings[:, 0], embeddings[:, 0].mean(axis=0)
+    whitened, centred = (transform(layers, values) for layers in (fitted.layers(1.0, mean), centre(mean)))
+    assert np.allclose(whitened @ whitened.T, centred @ centred.T, atol=1e-5)
 
 
 def test_whitening_recognises_classes_that_centring_does_not():
