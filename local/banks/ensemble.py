@@ -219,5 +219,10 @@ def weigh_runs(runs: Sequence[Path], guesses: int, metric: str = "") -> Ensemble
     interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
     if count < MIN_OBSERVATIONS:
         interval = f"(no evidence: an interval needs {MIN_OBSERVATIONS} held-out observations, the runs have {count})"
-    say(f"the ensemble gains {gain['value']:+.3f} {interval} over its best run")
+    if max(best) < sum(best):
+        say(f"the ensemble gains {gain['value']:+.3f} {interval} over its best run")
+    elif gain["value"] > 0:
+        say(f"the best run stays alone: an ensemble would gain {gain['value']:+.3f} {interval} over it")
+    else:
+        say("the best run stays alone: no ensemble of these runs is better")
     return Ensemble([times / sum(best) for times in best], blend)

@@ -86,7 +86,7 @@ def test_two_runs_get_the_first_best_weights_of_the_greedy_path(seed, tmp_path):
 def test_runs_that_err_differently_all_get_weight(truth, tmp_path, capsys):
     runs = [noisy_run(tmp_path / str(seed), 1.6, seed, truth) for seed in range(3)]
     assert min(weigh_runs(runs, 10).weights) > 0.15
-    assert "gains +" in capsys.readouterr().out
+    assert "the ensemble gains +" in capsys.readouterr().out
 
 
 def test_a_run_of_random_predictions_is_left_out(truth, tmp_path, capsys):
@@ -104,12 +104,15 @@ def test_an_ensemble_is_not_used_on_the_evidence_of_too_few_observations(count, 
         logits[:, 0], logits[:, 1 + number] = 3.0, 4.0
         runs.append(write_run(tmp_path / str(number), logits, torch.zeros(count, dtype=torch.int64)))
     assert sorted(weigh_runs(runs, 1).weights) == [0.0, 1.0]
-    assert "no evidence" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stays alone: an ensemble would gain +1.000 (no evidence" in said and "the ensemble gains" not in said
 
 
-def test_the_same_predictions_twice_are_no_ensemble(truth, tmp_path):
+def test_the_same_predictions_twice_are_no_ensemble(truth, tmp_path, capsys):
     runs = [noisy_run(tmp_path / name, 1.5, 1, truth) for name in ("a", "b")]
     assert sorted(weigh_runs(runs, 10).weights) == [0.0, 1.0]
+    said = capsys.readouterr().out
+    assert "the best run stays alone: no ensemble of these runs is better" in said and "gains" not in said
 
 
 def test_runs_with_different_held_out_observations_get_equal_weights(truth, tmp_path, capsys):
