@@ -11,8 +11,8 @@ import numpy as np
 from local.base.console import progress
 from local.data.embeddings import StoredEmbeddings
 
-# Of the embeddings of single photos in one view: means over views hide near-duplicates. A copy that was resized,
-# compressed again or cropped a little has about this cosine.
+# Of the embeddings of single photos in one view: means over views hide near-duplicates. A copy that was resized
+# or compressed again is mostly above it; one that was cropped, or much smaller, may be below.
 NEAR_DUPLICATE = 0.98
 # With a weak encoder, photos of different classes have such cosines too, and then they are no sign of a copy. At most
 # this fraction of such pairs may have one; of plankton of 71 classes, none has with a MobileNetV2 trained on ImageNet.
