@@ -50,13 +50,14 @@ def test_folds_depend_on_the_seed_alone():
     assert any((one[1] != two[1]).any() for one, two in zip(same, other, strict=True))
 
 
-def test_queries_are_drawn_and_the_others_stay_out_of_the_reference_set():
+def test_queries_are_drawn_from_the_first_folds_and_the_others_stay_out_of_the_reference_set():
     labels = random_labels(0)
     every = make_folds(labels, 0)
     assert draw_queries(every, 1000, 0) is every
     drawn = draw_queries(every, 30, 0)
     assert sum(queries.sum() for _, queries in drawn) == 30
-    for (reference, queries), (whole_reference, whole_queries) in zip(drawn, every, strict=True):
+    assert [queries.sum() for _, queries in drawn[:-1]] == [queries.sum() for _, queries in every[: len(drawn) - 1]]
+    for (reference, queries), (whole_reference, whole_queries) in zip(drawn, every[: len(drawn)], strict=True):
         assert (reference == whole_reference).all()
         assert not (queries & ~whole_queries).any()
     fewer, more = (np.any([queries for _, queries in draw_queries(every, limit, 0)], axis=0) for limit in (20, 40))
