@@ -32,15 +32,15 @@ def score(
             `sample_weight`. None: equal weights.
         losses: (observations,) minus the log-probability of the true class, NaN if it has none; None: no log-loss.
     """
-    hits = hit_matrix(truth, guesses)
-    samples = {f"recall_at_{count}": (hits[:, index], weights) for index, count in enumerate(GUESSES)}
-    samples["macro_f1"] = (class_f1(truth, [row[0] for row in guesses], weights), None)
+    samples = [([f"recall_at_{count}" for count in GUESSES], hit_matrix(truth, guesses), weights)]
+    samples.append((["macro_f1"], class_f1(truth, [row[0] for row in guesses], weights)[:, None], None))
     if losses is not None:
-        samples[LOG_LOSS] = (cap_losses(losses), weights)
+        samples.append(([LOG_LOSS], cap_losses(losses)[:, None], weights))
     scores = {}
-    for name, (sample, own) in samples.items():
-        low, high = interval(sample, seed, own)
-        scores |= {name: float(np.average(sample, weights=own)), f"{name}_low": low, f"{name}_high": high}
+    for names, sample, own in samples:
+        means = np.average(sample, axis=0, weights=own)
+        for name, mean, (low, high) in zip(names, means, intervals(sample, seed, own), strict=True):
+            scores |= {name: float(mean), f"{name}_low": low, f"{name}_high": high}
     return scores
 
 
@@ -171,21 +171,42 @@ def interval(sample: np.ndarray, seed: int = 0, weights: np.ndarray | None = Non
     Args:
         weights: see `score`; they are drawn together with their observations.
     """
-    if weights is None:
-        return bootstrap_interval(lambda drawn: sample[drawn].mean(), len(sample), seed)
-    sample, weights = sample[weights > 0], weights[weights > 0]
-    return bootstrap_interval(lambda drawn: np.average(sample[drawn], weights=weights[drawn]), len(sample), seed)
+    return intervals(sample[:, None], seed, weights)[0]
 
 
-def bootstrap_interval(statistic: Callable[[np.ndarray], float], size: int, seed: int) -> tuple[float, float]:
-    """The 95% percentile interval (Efron 1979) of a statistic of drawn indices, (size,).
+def intervals(samples: np.ndarray, seed: int = 0, weights: np.ndarray | None = None) -> list[tuple[float, float]]:
+    """The `interval` of each column of (observations, scores), from the same resamples.
+
+    Equal observations are counted together: of a million with a few hundred weights, that takes a tenth of the time.
+    """
+    weights = np.ones(len(samples)) if weights is None else weights
+    rows = np.column_stack([samples * weights[:, None], weights])[weights > 0]
+    kind = np.zeros(len(rows), dtype=np.int64)
+    for column in rows.T:
+        values, index = np.unique(column, return_inverse=True)
+        kind = np.unique(kind * len(values) + index, return_inverse=True)[1]
+    kinds = np.empty((kind.max() + 1, rows.shape[1]))
+    kinds[kind] = rows
+
+    def means(drawn: np.ndarray) -> np.ndarray:
+        *totals, weight = np.bincount(kind[drawn], minlength=len(kinds)) @ kinds
+        return np.array(totals) / weight
+
+    return list(zip(*bootstrap_interval(means, len(rows), seed), strict=True))
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float | np.ndarray], size: int, seed: int
+) -> tuple[float, float] | tuple[list[float], list[float]]:
+    """The 95% percentile interval (Efron 1979) of a statistic of drawn indices, (size,), or of several.
 
     `scipy.stats.bootstrap` gives the same numbers. It takes five times as long on 15,000 observations, of which a
     report makes a hundred intervals, and makes none of a single observation.
     """
     rng = np.random.default_rng(seed)
-    low, high = np.percentile([statistic(rng.integers(size, size=size)) for _ in range(RESAMPLES)], [2.5, 97.5])
-    return float(low), float(high)
+    drawn = [statistic(rng.integers(size, size=size)) for _ in range(RESAMPLES)]
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return low.tolist(), high.tolist()
 
 
 def bounded(sample: np.ndarray, weights: np.ndarray | None = None) -> dict[str, float]:
