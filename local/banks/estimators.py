@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from sklearn.covariance import ledoit_wolf_shrinkage, shrunk_covariance
 from sklearn.linear_model import LogisticRegression
 
@@ -33,7 +32,6 @@ INVERSE_PENALTY = 10.0  # of logistic regression, scikit-learn's C
 MAX_LOGITS = 200_000_000  # of logistic regression, observations times classes: 12 bytes of memory each
 MAX_VALUES = 1_000_000_000  # of a projection, embeddings in all views and held-out scores: 8 bytes each or more
 ROWS = 4096  # that are in double precision at once
-COLUMNS = 64  # of class means that are shrunk at once
 COVARIANCE_SAMPLES = 40_000  # residuals: enough for the covariance of a thousand features, in seconds
 HUBNESS_SAMPLES = 4096  # observations: each class needs only the nearest of other classes
 HUBNESS_SCALE = 8.0  # inverse temperature of cosines; by cross-validation 4 and 16 gain less
@@ -55,9 +53,17 @@ def group_means(values: np.ndarray, groups: np.ndarray, count: int) -> tuple[np.
     Returns:
         (count, features), zeros for an empty group, and (count,).
     """
-    sizes = np.bincount(groups, minlength=count)
-    members = csr_array((np.ones(len(groups)), (groups, np.arange(len(groups)))), shape=(count, len(groups)))
-    return members @ values / np.maximum(sizes, 1)[:, None], sizes
+    sizes, means = np.bincount(groups, minlength=count), group_sums(values, groups, count)
+    means /= np.maximum(sizes, 1)[:, None]
+    return means, sizes
+
+
+def group_sums(values: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
+    """The sum of each group, (count, features); see `group_means`."""
+    sums = scratch_array((count, values.shape[1]))
+    for part in in_parts(len(values)):
+        add_to_groups(sums, groups[part], values[part])
+    return sums
 
 
 def in_parts(rows: int) -> Iterator[slice]:
@@ -68,9 +74,8 @@ def in_parts(rows: int) -> Iterator[slice]:
 
 def add_to_groups(totals: np.ndarray, groups: np.ndarray, values: np.ndarray) -> None:
     """Add (rows, features) to the totals, (groups, features), of the group of each row, (rows,)."""
-    present, index = np.unique(groups, return_inverse=True)
-    members = csr_array((np.ones(len(groups)), (index, np.arange(len(groups)))), shape=(len(present), len(groups)))
-    totals[present] += members @ values
+    rows = torch.from_numpy(values.astype(totals.dtype, copy=False))
+    torch.from_numpy(totals).index_add_(0, torch.from_numpy(groups), rows)  # a sparse product takes seven times as long
 
 
 def photo_means(embeddings: np.ndarray | StoredEmbeddings) -> Iterator[tuple[slice, np.ndarray]]:
@@ -203,38 +208,55 @@ class ClassMeans:
         Args:
             texts: of `align_texts`; None without names, and without a weight for them.
         """
-        present, prototypes = sizes > 0, np.empty(means.shape)
-        text_weights = self.text * texts.any(axis=1) if self.text else None
-        for first in range(0, means.shape[1], COLUMNS):  # with 65,000 classes, all at once would take gigabytes
-            columns = slice(first, first + COLUMNS)
-            total, weight = self.shrink(means[:, columns], sizes, taxonomy)
+        present, relatives = sizes > 0, []
+        if self.genus:
+            relatives.append((self.genus, OtherMeans(means, present, taxonomy.genus), np.arange(len(means))))
+        if self.family:  # the mean over genera, so that every genus counts the same
+            pairs = np.stack([taxonomy.family, taxonomy.genus], axis=1)
+            genera, genus = np.unique(pairs, axis=0, return_inverse=True)
+            genus = genus.reshape(-1)  # numpy 2.0.0 gives it a second axis
+            sizes_of_genera = np.bincount(genus[present], minlength=len(genera))
+            genus_means = group_sums(means, genus, len(genera))
+            genus_means /= np.maximum(sizes_of_genera, 1)[:, None]
+            relatives.append((self.family, OtherMeans(genus_means, sizes_of_genera > 0, genera[:, 0]), genus))
+        prototypes, norms = scratch_array(means.shape, np.float32), np.empty(len(means))
+        for part in in_parts(len(means)):  # with 65,000 classes, all at once would take gigabytes
+            total, weight = sizes[part, None] * means[part], sizes[part].astype(float)
+            for factor, others, index in relatives:
+                mean, count = others.of(index[part])
+                total += factor * mean
+                weight += factor * (count > 0)
             if self.text:
-                total, weight = total + text_weights[:, None] * texts[:, columns], weight + text_weights
-            prototypes[:, columns] = total / np.maximum(weight, 1e-9)[:, None]
-        norms = np.linalg.norm(prototypes, axis=1)
-        for part in in_parts(len(prototypes)):
-            prototypes[part] = l2_normalize(prototypes[part])
+                total += self.text * texts[part]
+                weight += self.text * texts[part].any(axis=1)
+            own = total / np.maximum(weight, 1e-9)[:, None]
+            prototypes[part], norms[part] = l2_normalize(own), np.linalg.norm(own, axis=1)
         self.prototypes_, self.prototype_labels_ = prototypes, np.arange(len(sizes))
         self.counts_ = sizes * norms
         self.bias_, self.logit_scale_ = np.where(present, 0.0, ABSENT), LOGIT_SCALE
         return self
 
-    def shrink(self, means: np.ndarray, sizes: np.ndarray, taxonomy: Taxonomy) -> tuple[np.ndarray, np.ndarray]:
-        """The weighted sums of the means and those of their relatives, (classes, features), and the sums of weights.
 
-        All features are treated alike.
-        """
-        present = sizes > 0
-        total, weight = sizes[:, None] * means, sizes.astype(float)
-        if self.genus:
-            genus_means, other_classes = other_class_means(means, present, taxonomy.genus)
-            genus = self.genus * (other_classes > 0)
-            total, weight = total + genus[:, None] * genus_means, weight + genus
-        if self.family:
-            family_means, other_genera = other_genus_means(means, present, taxonomy)
-            family = self.family * (other_genera > 0)
-            total, weight = total + family[:, None] * family_means, weight + family
-        return total, weight
+class OtherMeans:
+    """The mean over the other members of each one's group.
+
+    Args:
+        values: (members, features), zeros for a member that is not present.
+        present: (members,) bool, those that count.
+        groups: (members,) index of the group of each.
+    """
+
+    def __init__(self, values: np.ndarray, present: np.ndarray, groups: np.ndarray):
+        self.values, self.present, self.groups = values, present, groups
+        self.sizes = np.bincount(groups[present], minlength=groups.max() + 1)
+        self.totals = group_sums(values, groups, len(self.sizes))
+
+    def of(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The mean over the others of some members, (members, features), and their number, (members,)."""
+        groups = self.groups[members]
+        count = self.sizes[groups] - self.present[members]
+        others = (self.totals[groups] - self.values[members]) * (count > 0)[:, None]  # without rounding errors of none
+        return others / np.maximum(count, 1)[:, None], count
 
 
 def align_texts(texts: np.ndarray, layers: Sequence[Layer], means: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -283,27 +305,6 @@ def reduce_hubness(bank: Bank, values: np.ndarray, labels: np.ndarray, weight: f
     hubness = (totals / to_float32(np.maximum(len(labels) - sizes, 1))).clamp(min=1e-9).log() / HUBNESS_SCALE
     lowered = bank.bias - weight * bank.logit_scale * hubness
     return replace(bank, bias=torch.where(bank.bias > ABSENT, lowered, bank.bias))
-
-
-def other_class_means(values: np.ndarray, present: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over the other classes of a class's group, (classes, features), and their number, (classes,)."""
-    means, sizes = group_means(values[present], groups[present], groups.max() + 1)
-    others = sizes[groups] - present
-    totals = (means * sizes[:, None])[groups] - values * present[:, None]
-    return totals / np.maximum(others, 1)[:, None], others
-
-
-def other_genus_means(means: np.ndarray, present: np.ndarray, taxonomy: Taxonomy) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over the other genera of a class's family, (classes, features), and their number, (classes,).
-
-    A genus is the mean of its classes, so that every genus counts the same.
-    """
-    pairs = np.stack([taxonomy.family, taxonomy.genus], axis=1)
-    genera, genus = np.unique(pairs, axis=0, return_inverse=True)
-    genus = genus.reshape(-1)  # numpy 2.0.0 gives it a second axis
-    genus_means, sizes = group_means(means[present], genus[present], len(genera))
-    others, count = other_class_means(genus_means, sizes > 0, genera[:, 0])
-    return others[genus], count[genus]
 
 
 class NearestNeighbour:

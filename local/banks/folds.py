@@ -75,8 +75,14 @@ def shot_weights(shots: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return weights / weights.mean() if weights.any() else np.ones(len(shots))
 
 
-def macro_weights(truth: np.ndarray) -> np.ndarray:
-    """Weights of queries, with mean 1: all classes count the same; `truth` is (queries,), the class of each."""
-    _, index, sizes = np.unique(truth, return_inverse=True, return_counts=True)
-    weights = 1 / sizes[index]
+def macro_weights(truth: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Weights of queries, with mean 1: all classes count the same.
+
+    Args:
+        truth: (queries,) class of each.
+        held_out: (held-out observations,) class of each, from which the queries were drawn. A query of a rare class
+            thus represents those that were not drawn, and classes of which none was drawn.
+    """
+    classes, sizes = np.unique(held_out, return_counts=True)
+    weights = 1 / sizes[np.searchsorted(classes, truth)]
     return weights / weights.mean()

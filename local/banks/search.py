@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from kernel.bank import Bank, Layer, classify, largest, refine_transductively
+from kernel.bank import Bank, Layer, classify, collect_rows, largest, refine_transductively
 from kernel.metadata_prior import WeightedPrior
 from local.banks.estimators import (
     HUBNESS_SAMPLES,
@@ -63,8 +63,9 @@ class Embedded:
     taxonomy: Taxonomy
     head: Bank | None = None
     texts: np.ndarray | None = None
-    pooled_cache: dict = field(default_factory=dict, compare=False)
-    transform_cache: dict = field(default_factory=dict, compare=False)
+    pooled_cache: dict = field(default_factory=dict, init=False, compare=False)
+    transform_cache: dict = field(default_factory=dict, init=False, compare=False)
+    whitenings: dict[bytes, Whitening] = field(default_factory=dict, init=False, compare=False)
 
     def subset(self, mask: np.ndarray) -> "Embedded":
         """The observations where `mask`, (observations,) bool, is true."""
@@ -74,8 +75,6 @@ class Embedded:
             values=self.values[photos],
             observations=(np.cumsum(mask) - 1)[self.observations[photos]],
             labels=self.labels[mask],
-            pooled_cache={},
-            transform_cache={},
         )
 
     def readable(self, mask: np.ndarray) -> np.ndarray:
@@ -93,9 +92,15 @@ class Embedded:
             self.pooled_cache[key] = pooled
         return self.pooled_cache[key]
 
-    def transformed(
-        self, settings: BankSettings, reference: np.ndarray, whitening: Whitening | None = None
-    ) -> tuple[list[Layer], np.ndarray]:
+    def whitening(self, reference: np.ndarray) -> Whitening:
+        """The within-class covariance of a reference set over all views, fitted once; the exponent is chosen later."""
+        mask = reference.tobytes()
+        if mask not in self.whitenings:
+            own = self.subset(reference)
+            self.whitenings[mask] = Whitening().fit(own.values, own.labels[own.observations])
+        return self.whitenings[mask]
+
+    def transformed(self, settings: BankSettings, reference: np.ndarray) -> tuple[list[Layer], np.ndarray]:
         """The layers before the matcher, fitted on a reference set, and its embeddings after them.
 
         This is the slow part of a candidate, and successive candidates share it: results are kept until other views,
@@ -103,12 +108,11 @@ class Embedded:
 
         Args:
             reference: (observations,) bool, the reference set.
-            whitening: fitted on the reference set already; None: fit it if it is needed.
 
         Returns:
             The layers, and (reference observations, features) float32, rows of length 1.
         """
-        layers, kept = self._layers(settings, reference, whitening)
+        layers, kept = self._layers(settings, reference)
         if "values" not in kept:
             values = scratch_array((int(reference.sum()), layers[-1].weight.shape[1]), np.float32)
             for part, _, own in self._transformed_parts(settings, reference, layers):
@@ -116,15 +120,13 @@ class Embedded:
             kept["values"] = values
         return layers, kept["values"]
 
-    def class_means(
-        self, settings: BankSettings, reference: np.ndarray, whitening: Whitening | None = None
-    ) -> tuple[list[Layer], np.ndarray, np.ndarray]:
+    def class_means(self, settings: BankSettings, reference: np.ndarray) -> tuple[list[Layer], np.ndarray, np.ndarray]:
         """The layers as `transformed`, and the mean and the size of each class after them, kept as long.
 
         Returns:
             The layers, (classes, features), zeros for a class without an observation, and (classes,).
         """
-        layers, kept = self._layers(settings, reference, whitening)
+        layers, kept = self._layers(settings, reference)
         if "means" not in kept:
             means = scratch_array((len(self.taxonomy.genus), layers[-1].weight.shape[1]))
             for _, rows, own in self._transformed_parts(settings, reference, layers):
@@ -135,26 +137,22 @@ class Embedded:
             kept["means"] = means, sizes
         return layers, *kept["means"]
 
-    def aligned_texts(
-        self, settings: BankSettings, reference: np.ndarray, whitening: Whitening | None = None
-    ) -> np.ndarray:
+    def aligned_texts(self, settings: BankSettings, reference: np.ndarray) -> np.ndarray:
         """The embeddings of the classes' names where their `class_means` are, (classes, features), kept as long."""
-        layers, means, sizes = self.class_means(settings, reference, whitening)
-        _, kept = self._layers(settings, reference, whitening)
+        layers, means, sizes = self.class_means(settings, reference)
+        _, kept = self._layers(settings, reference)
         if "texts" not in kept:
             kept["texts"] = align_texts(self.texts, layers, means, sizes)
         return kept["texts"]
 
-    def _layers(
-        self, settings: BankSettings, reference: np.ndarray, whitening: Whitening | None
-    ) -> tuple[list[Layer], dict]:
+    def _layers(self, settings: BankSettings, reference: np.ndarray) -> tuple[list[Layer], dict]:
         """The layers before the matcher, and what is kept beside them."""
         key, mask = (settings.views, settings.pooling, settings.whitening), reference.tobytes()
         if key not in self.transform_cache:
             self.transform_cache.clear()
             self.transform_cache[key] = {}
         if mask not in self.transform_cache[key]:
-            self.transform_cache[key][mask] = fit_layers(settings, self, reference, whitening), {}
+            self.transform_cache[key][mask] = fit_layers(settings, self, reference), {}
         return self.transform_cache[key][mask]
 
     def _transformed_parts(
@@ -164,11 +162,6 @@ class Embedded:
         pooled, rows = self.pooled(settings), np.flatnonzero(reference)
         for part in in_parts(len(rows)):
             yield part, rows[part], transform(layers, pooled[rows[part]])
-
-
-def fit_whitening(reference: Embedded) -> Whitening:
-    """The within-class covariance over all views; the exponent is chosen later."""
-    return Whitening().fit(reference.values, reference.labels[reference.observations])
 
 
 def fit_banks(
@@ -186,13 +179,11 @@ def fit_banks(
         seed: of matchers that are trained.
     """
     reference = embedded.readable(reference)
-    banks = fit_matcher(settings, embedded, reference, None, seed)
+    banks = fit_matcher(settings, embedded, reference, seed)
     return finish(settings, banks, class_prior(settings, embedded, reference), logit_scales)
 
 
-def fit_matcher(
-    settings: BankSettings, embedded: Embedded, reference: np.ndarray, whitening: Whitening | None, seed: int
-) -> list[Bank]:
+def fit_matcher(settings: BankSettings, embedded: Embedded, reference: np.ndarray, seed: int) -> list[Bank]:
     """The banks at the logit scales that they were fitted at, without the class prior; see `fit_banks`."""
     labels, weight = embedded.labels[reference], settings.nearest_neighbour_weight
     if settings.matcher == "head":
@@ -200,11 +191,11 @@ def fit_matcher(
     elif settings.matcher == "projection":
         banks = fit_projection(settings, embedded.subset(reference), embedded.pooled(settings)[reference], seed)
     elif settings.matcher == "logistic":
-        layers, values = embedded.transformed(settings, reference, whitening)
+        layers, values = embedded.transformed(settings, reference)
         banks = [make_bank(layers, LinearProbe().fit(values, labels, embedded.taxonomy))]
     else:
-        layers, means, sizes = embedded.class_means(settings, reference, whitening)
-        texts = embedded.aligned_texts(settings, reference, whitening) if settings.text_weight else None
+        layers, means, sizes = embedded.class_means(settings, reference)
+        texts = embedded.aligned_texts(settings, reference) if settings.text_weight else None
         matcher = ClassMeans(settings.genus_weight, settings.family_weight, settings.text_weight)
         bank = make_bank(layers, matcher.fit_means(means, sizes, embedded.taxonomy, texts))
         if settings.hubness_weight:
@@ -216,7 +207,7 @@ def fit_matcher(
         banks = [bank]
     banks = [replace(bank, mixture_weight=bank.mixture_weight * (1 - weight)) for bank in banks]
     if weight:
-        layers, values = embedded.transformed(settings, reference, whitening)
+        layers, values = embedded.transformed(settings, reference)
         matcher = NearestNeighbour().fit(values, labels, embedded.taxonomy)
         banks.append(make_bank(layers, matcher, mixture_weight=weight))
     # Coefficients of a linear classifier are not means of observations, and test observations do not move them.
@@ -240,15 +231,13 @@ def finish(
     return [replace(bank, bias=bank.bias + log_prior) for bank in scaled]
 
 
-def fit_layers(
-    settings: BankSettings, embedded: Embedded, reference: np.ndarray, whitening: Whitening | None
-) -> list[Layer]:
+def fit_layers(settings: BankSettings, embedded: Embedded, reference: np.ndarray) -> list[Layer]:
     """The layers before the matcher; see `Embedded.transformed`."""
     pooled, rows = embedded.pooled(settings), np.flatnonzero(reference)
     mean = sum(pooled[rows[part]].sum(axis=0, dtype=np.float64) for part in in_parts(len(rows))) / len(rows)
     if not settings.whitening:
         return centre(mean)
-    return (whitening or fit_whitening(embedded.subset(reference))).layers(settings.whitening, mean)
+    return embedded.whitening(reference).layers(settings.whitening, mean)
 
 
 def fit_projection(settings: BankSettings, reference: Embedded, pooled: np.ndarray, seed: int) -> list[Bank]:
@@ -291,9 +280,11 @@ def evaluate_predictions(log_probabilities: torch.Tensor | Iterable[torch.Tensor
         log_probabilities: (queries, classes), or chunks of it, of which only one is in memory at a time.
     """
     chunks = [log_probabilities] if isinstance(log_probabilities, torch.Tensor) else log_probabilities
-    left, parts = torch.tensor(truth), []
-    for scores in chain.from_iterable(chunk.split(QUERIES) for chunk in chunks):
-        target, left = left[: len(scores)], left[len(scores) :]
+    rest = torch.tensor(truth)
+
+    def compare(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        nonlocal rest
+        target, rest = rest[: len(scores)], rest[len(scores) :]
         own, classes = scores.gather(1, target.clamp(min=0)[:, None]), torch.arange(scores.shape[1])
         is_true = torch.empty_like(scores)  # as numbers, of which torch adds up a row in a tenth of the time
         ranks = torch.gt(scores, own, out=is_true).sum(dim=1).long()
@@ -301,8 +292,10 @@ def evaluate_predictions(log_probabilities: torch.Tensor | Iterable[torch.Tensor
         ranks[tied] += ((scores[tied] == own[tied]) & (classes < target[tied, None])).sum(dim=1)
         ranks = torch.where(target < 0, len(classes), ranks)
         losses = torch.where(target < 0, torch.nan, -own[:, 0].double())
-        parts.append((largest(scores, max(GUESSES)), ranks, losses))
-    return Evaluation(*(torch.cat(each).numpy() for each in zip(*parts, strict=True)))
+        return largest(scores, max(GUESSES)), ranks, losses
+
+    parts = map(compare, chain.from_iterable(chunk.split(QUERIES) for chunk in chunks))
+    return Evaluation(*(each.numpy() for each in collect_rows(len(truth), parts)))
 
 
 class Search:
@@ -317,6 +310,7 @@ class Search:
         predict_prior: maps a fold's (reference set, queries) to log-probabilities by the queries' metadata, (queries,
             classes), all at once or in slices; or to None.
         is_macro: all classes count the same, as in a macro-F1, rather than all observations.
+        held_out: (observations,) bool, those that the queries were drawn from; None: all of them are queries.
         seed: of matchers that are trained, and of the parts of `nested_predictions`.
         metric: of the competition; see `local.base.metrics.objective`.
     """
@@ -330,6 +324,7 @@ class Search:
         reference: np.ndarray,
         predict_prior: Callable[[np.ndarray, np.ndarray], Prior | None] = lambda *fold: None,
         is_macro: bool = False,
+        held_out: np.ndarray | None = None,
         seed: int = 0,
         metric: str = "",
     ):
@@ -339,9 +334,11 @@ class Search:
         self.queries = np.concatenate([np.flatnonzero(queries) for _, queries in folds])
         self.truth = labels[self.queries]
         shots = [np.bincount(labels[fold], minlength=count + 1)[labels[queries]] for fold, queries in folds]
-        self.weights = macro_weights(self.truth) if is_macro else shot_weights(np.concatenate(shots), labels[reference])
+        if is_macro:
+            self.weights = macro_weights(self.truth, self.truth if held_out is None else labels[held_out])
+        else:
+            self.weights = shot_weights(np.concatenate(shots), labels[reference])
         self.priors: dict[int, Prior | None] = {}
-        self.whitenings: dict[tuple[str, int], Whitening] = {}
         self.evaluations: dict[BankSettings, Evaluation] = {}
 
     def evaluate(self, settings: BankSettings) -> Evaluation:
@@ -357,39 +354,30 @@ class Search:
         found = self.evaluate(settings)
         return self.weights * objective(self.metric, found.ranks, found.losses, self.guesses)
 
-    def fit_folds(
-        self, settings: BankSettings, logit_scales: tuple[float, ...] = ()
-    ) -> tuple[list[list[Bank]], tuple[float, ...]]:
-        """The banks of each fold, and the logit scales of all folds.
-
-        Args:
-            logit_scales: empty: those with the lowest log-loss.
-        """
+    def fit_folds(self, settings: BankSettings) -> tuple[list[list[Bank]], tuple[float, ...]]:
+        """The banks of each fold, and the logit scales of all folds, those with the lowest log-loss."""
         embedded, fitted, log_priors = self.embed(settings.resize_mode), [], []
-        for number, (reference, _) in enumerate(self.folds):
-            key = (settings.resize_mode, number)
-            if settings.whitening and key not in self.whitenings:
-                self.whitenings[key] = fit_whitening(embedded.subset(reference))
+        for reference, _ in self.folds:
             readable = embedded.readable(reference)
-            fitted.append(fit_matcher(settings, embedded, readable, self.whitenings.get(key), self.seed))
+            fitted.append(fit_matcher(settings, embedded, readable, self.seed))
             log_priors.append(class_prior(settings, embedded, readable))
-        if not logit_scales:  # one for all folds, fitted without transduction
-            drawn = draw_mask(len(self.truth), LOGIT_SCALE_QUERIES)
-            rows = [np.flatnonzero(queries) for _, queries in self.folds]
-            masks = np.split(drawn, np.cumsum([len(own) for own in rows])[:-1])
-            pooled = [self.pooled(settings, own[mask]) for own, mask in zip(rows, masks, strict=True)]
-            logit_scales = tuple(
-                fit_logit_scale([banks[group] for banks in fitted], log_priors, pooled, self.truth[drawn])
-                for group in logit_scale_groups(settings)
-            )
+        # One for all folds, fitted without transduction.
+        drawn = draw_mask(len(self.truth), LOGIT_SCALE_QUERIES)
+        rows = [np.flatnonzero(queries) for _, queries in self.folds]
+        masks = np.split(drawn, np.cumsum([len(own) for own in rows])[:-1])
+        pooled = [self.pooled(settings, own[mask]) for own, mask in zip(rows, masks, strict=True)]
+        logit_scales = tuple(
+            fit_logit_scale([banks[group] for banks in fitted], log_priors, pooled, self.truth[drawn])
+            for group in logit_scale_groups(settings)
+        )
         banks = [finish(settings, own, prior, logit_scales) for own, prior in zip(fitted, log_priors, strict=True)]
         return banks, logit_scales
 
     def pooled(self, settings: BankSettings, observations: np.ndarray) -> torch.Tensor:
         """(observations, features) of some observations, given by their indices or a mask."""
-        return torch.tensor(self.embed(settings.resize_mode).pooled(settings)[observations], dtype=torch.float32)
+        return torch.from_numpy(self.embed(settings.resize_mode).pooled(settings)[observations])
 
-    def predict(self, settings: BankSettings, folds: Sequence[Sequence[Bank]]) -> Iterator[torch.Tensor]:
+    def predict(self, settings: BankSettings, folds: Iterable[Sequence[Bank]]) -> Iterator[torch.Tensor]:
         """Log-probabilities of the queries by their photos and metadata, (queries of a chunk, classes).
 
         Args:
@@ -397,8 +385,10 @@ class Search:
         """
         for number, ((_, queries), banks) in enumerate(zip(self.folds, folds, strict=True)):
             by_metadata = self.metadata_prior(number) if settings.metadata_weight else None
-            first = 0
-            for predicted in classify(banks, self.pooled(settings, queries)):
+            first, rows = 0, np.flatnonzero(queries)
+            # Transduction needs all queries at once, which are gigabytes of a million.
+            parts = [rows] if any(bank.transduction for bank in banks) else [rows[part] for part in in_parts(len(rows))]
+            for predicted in chain.from_iterable(classify(banks, self.pooled(settings, part)) for part in parts):
                 if by_metadata is not None:
                     own = by_metadata[first : first + len(predicted)]
                     predicted = predicted + settings.metadata_weight * own

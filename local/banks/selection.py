@@ -126,15 +126,17 @@ class SelectedBank:
         optimistic_scores: of the selected settings on the same observations that selected them; empty without any.
         candidates: the rows of the table of all settings that were compared.
         predictions: of the held-out observations; None where nothing could be held out.
+        logit_scales: of the banks; empty where nothing could be held out.
     """
 
     settings: BankSettings
-    banks: list[list[Bank]]
-    metadata_prior: MetadataPrior | None
+    banks: list[list[Bank]] = dataclasses.field(default_factory=list)
+    metadata_prior: MetadataPrior | None = None
     scores: dict[str, float] = dataclasses.field(default_factory=dict)
     optimistic_scores: dict[str, float] = dataclasses.field(default_factory=dict)
     candidates: list[dict] = dataclasses.field(default_factory=list)
     predictions: HeldOutPredictions | None = None
+    logit_scales: tuple[float, ...] = ()
 
 
 class BankSelection:
@@ -215,12 +217,16 @@ class BankSelection:
 
     def select(self) -> SelectedBank:
         """Select the settings in `choose`, evaluate them on observations that had no part in it, and fit the bank."""
+        return self.fit(self.evaluate())
+
+    def evaluate(self) -> SelectedBank:
+        """The first two steps of `select`: settings and scores without banks."""
         plan = self.plan
         say(plan.describe_reference())
         if not plan.folds:
             open_settings = f", and cannot choose {', '.join(self.choose)}" if self.choose else ""
             say(f"{plan.describe_folds()}: this run has no score{open_settings}")
-            return SelectedBank(self.settings, *self._fit(self.settings))
+            return SelectedBank(self.settings)
         held_out = sum(int(queries.sum()) for _, queries in plan.folds)
         search = self._search(MAX_SCORES // len(plan.classes))
         if len(search.truth) < held_out:
@@ -267,8 +273,14 @@ class BankSelection:
         self._describe(scores, scored.weights)
         self._describe_near_duplicates(settings, search.queries)
         optimistic = self._score(search, evaluation) if self.choose else {}
-        banks, prior = self._fit(settings, evaluation.logit_scales)
-        return SelectedBank(settings, banks, prior, scores, optimistic, candidates, predictions)
+        return SelectedBank(
+            settings,
+            scores=scores,
+            optimistic_scores=optimistic,
+            candidates=candidates,
+            predictions=predictions,
+            logit_scales=evaluation.logit_scales,
+        )
 
     def _search(self, limit: int) -> Search:
         """A search with at most so many queries."""
@@ -281,6 +293,7 @@ class BankSelection:
             plan.reference,
             self._metadata_prior,
             plan.is_macro,
+            np.any([queries for _, queries in plan.folds], axis=0),
             plan.seed,
             self.labelled.competition.metric,
         )
@@ -294,7 +307,8 @@ class BankSelection:
                     yield chunk
                     bar.advance(len(chunk))
 
-            banks, _ = search.fit_folds(settings, logit_scales)
+            embedded, seed = self.embed(settings.resize_mode), self.plan.seed
+            banks = (fit_banks(settings, embedded, reference, logit_scales, seed) for reference, _ in search.folds)
             return evaluate_predictions(shown(search.predict(settings, banks)), search.truth)
 
     def _score(self, search: Search, found: Evaluation) -> dict[str, float]:
@@ -329,16 +343,16 @@ class BankSelection:
                 "photo of another observation in the bank, which may raise the scores; local/evaluate.py shows them"
             )
 
-    def _fit(
-        self, settings: BankSettings, logit_scales: Sequence[float] = ()
-    ) -> tuple[list[list[Bank]], MetadataPrior | None]:
-        """The banks of some settings, made of the whole reference, and a metadata prior if they give that a weight."""
-        embedded, reference, banks = self.embed(settings.resize_mode), self.plan.reference, []
+    def fit(self, selected: SelectedBank) -> SelectedBank:
+        """The same with the banks, made of the whole reference, and a metadata prior if the settings weight it."""
+        settings, reference, banks = selected.settings, self.plan.reference, []
+        embedded = self.embed(settings.resize_mode)
         with Progress("fitting the bank"):
             for count in range(1, len(self.encoders.encoders) + 1):
                 own = embedded if count == len(self.encoders.encoders) else self._embedded_by_first(count, embedded)
-                banks.append(fit_banks(settings, own, reference, logit_scales, self.plan.seed))
-            return banks, self._fit_prior(reference) if settings.metadata_weight else None
+                banks.append(fit_banks(settings, own, reference, selected.logit_scales, self.plan.seed))
+            prior = self._fit_prior(reference) if settings.metadata_weight else None
+        return dataclasses.replace(selected, banks=banks, metadata_prior=prior)
 
     def _embedded_by_first(self, count: int, embedded: Embedded) -> Embedded:
         """The embeddings of the first encoders alone, of length 1."""
@@ -346,7 +360,7 @@ class BankSelection:
         features = sum(encoder.features for encoder in encoders.encoders)
         length = np.linalg.norm(self.encoders.scales[:count])
         values = (embedded.values[:, :, :features] / max(length, 1e-3)).astype(embedded.values.dtype)
-        return dataclasses.replace(embedded, values=values, pooled_cache={}, transform_cache={})
+        return dataclasses.replace(embedded, values=values)
 
     def _fit_prior(self, reference: np.ndarray) -> MetadataPrior:
         """What the metadata of some of the observations say of the classes, fitted once."""

@@ -92,7 +92,17 @@ def test_queries_of_classes_that_all_have_one_size_have_equal_weights():
 @pytest.mark.parametrize("seed", range(10))
 def test_for_a_macro_score_all_classes_count_the_same_and_the_mean_weight_is_one(seed):
     truth = random_labels(seed)[:80]
-    weights = macro_weights(truth)
+    weights = macro_weights(truth, truth)
     assert weights.mean() == pytest.approx(1)
     totals = np.bincount(truth, weights)
     assert totals[totals > 0] == pytest.approx(80 / len(np.unique(truth)))
+
+
+def test_drawn_queries_represent_all_classes_the_same_also_those_of_which_none_was_drawn():
+    rng, classes = np.random.default_rng(0), np.arange(40)
+    held_out, is_right = np.repeat(classes, classes + 1), (classes % 3 == 0) | (classes > 30)
+    estimates = []
+    for _ in range(2000):
+        drawn = held_out[rng.choice(len(held_out), len(held_out) // 5, replace=False)]
+        estimates.append(np.average(is_right[drawn], weights=macro_weights(drawn, held_out)))
+    assert np.mean(estimates) == pytest.approx(is_right.mean(), abs=0.01)

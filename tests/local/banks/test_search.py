@@ -136,7 +136,7 @@ def test_queries_are_weighted_by_shots_or_by_classes():
         for reference, queries in by_shots.folds
     ]
     assert (by_shots.weights == shot_weights(np.concatenate(shots), embedded.labels)).all()
-    assert (by_classes.weights == macro_weights(by_classes.truth)).all()
+    assert (by_classes.weights == macro_weights(by_classes.truth, by_classes.truth)).all()
     settings = replace(SETTINGS, whitening=1.0)
     expected = by_shots.weights * mean_recall(by_shots.evaluate(settings).ranks, 10)
     assert (by_shots.weighted_objective(settings) == expected).all()
@@ -400,7 +400,7 @@ def test_names_are_chosen_where_they_tell_the_classes_apart_and_not_where_they_d
     names = l2_normalize(centres - pooled.mean(axis=0)) + 5 * l2_normalize(rng.normal(size=16))
     chosen = []
     for texts in (names, rng.permutation(names)):
-        search = search_over(replace(embedded, texts=l2_normalize(texts), transform_cache={}))
+        search = search_over(replace(embedded, texts=l2_normalize(texts)))
         best = coordinate_ascent(search, replace(SETTINGS, whitening=0.5), ["text_weight"], every_query(search))
         chosen.append(best.text_weight)
     assert chosen[0] > 0

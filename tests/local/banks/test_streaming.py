@@ -39,9 +39,8 @@ def whole():
 @pytest.fixture
 def on_disk(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(estimators, "ROWS", 7)
-    monkeypatch.setattr(estimators, "COLUMNS", 3)
     monkeypatch.setattr(scratch, "IN_MEMORY", 0)
-    return replace(whole, values=stored(tmp_path, whole.values), pooled_cache={}, transform_cache={})
+    return replace(whole, values=stored(tmp_path, whole.values))
 
 
 @pytest.mark.parametrize(
@@ -60,9 +59,8 @@ def test_the_banks_are_the_same(whole, settings, tmp_path, monkeypatch):
     reference = np.arange(len(whole.labels)) % 4 != 1
     expected = fit_banks(settings, whole, reference, (20.0,) * (1 + (settings.nearest_neighbour_weight > 0)))
     monkeypatch.setattr(estimators, "ROWS", 7)
-    monkeypatch.setattr(estimators, "COLUMNS", 3)
     monkeypatch.setattr(scratch, "IN_MEMORY", 0)
-    on_disk = replace(whole, values=stored(tmp_path, whole.values), pooled_cache={}, transform_cache={})
+    on_disk = replace(whole, values=stored(tmp_path, whole.values))
     found = fit_banks(settings, on_disk, reference, (20.0,) * (1 + (settings.nearest_neighbour_weight > 0)))
     for bank, other in zip(expected, found, strict=True):
         queries = torch.tensor(whole.pooled(settings)[~reference])
