@@ -5,13 +5,12 @@ read, folds are made, a bank is chosen, fitted and saved, and the kernel reads i
 an eighth as many photos, and writes and checks the submission. Called by local/benchmark.py.
 """
 
-import hashlib
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,9 +28,10 @@ from local.banks.estimators import l2_normalize, save_banks
 from local.banks.selection import BankSelection, plan_bank
 from local.base.console import counted, progress, say
 from local.base.run_folder import REFERENCE_FILE
-from local.data.cache import EmbeddingCache, as_keys
+from local.data.cache import DIGESTS, EmbeddingCache, as_keys, file_keys
 from local.data.embedding import WeightedEncoders
 from local.data.observations import LabelledObservations, split_for_validation
+from local.data.shards import KEY_BYTES, ShardFolder
 from local.recipes.settings import BankSettings
 from local.training.export import write_reference
 
@@ -118,11 +118,13 @@ def draw_encoder(features: int) -> Encoder:
 
 
 def fill_cache(cache: EmbeddingCache, paths: Sequence[Path], drawn: DrawnEmbeddings) -> None:
-    """Put drawn embeddings where those of the photos would be; photos that are missing are known by their paths."""
-    folder = cache.view("plain")
+    """Put drawn embeddings where those of the photos would be, as if the photos had been read before."""
+    folder, known = cache.view("plain"), ShardFolder(cache.root / DIGESTS, KEY_BYTES, np.uint8)
     for part, values in drawn.parts():
-        keys = [hashlib.sha256(os.fsencode(path)).digest() for path in paths[part]]
-        folder.add(as_keys(keys), values.astype(np.float16))
+        keys = as_keys(file_keys(paths[part]))  # of their paths alone, because they are missing
+        known.add(keys, keys)
+        folder.add(keys, values.astype(np.float16))
+    known.join()
     folder.join()
 
 
@@ -155,8 +157,11 @@ def measure_scale(photos: int, classes: int, features: int, folder: Path) -> lis
     selection = BankSelection(SETTINGS, CHOOSE, plan, WeightedEncoders((encoder,)), folder)
     with measured(rows, photos, classes, "read the cache"):
         selection.embed_all()
-    with measured(rows, photos, classes, "choose and fit the bank"):
-        bank = selection.select()
+    # With one photo of each class nothing can be held out, and nothing chosen.
+    with measured(rows, photos, classes, "choose and evaluate the settings") if plan.folds else nullcontext():
+        chosen = selection.evaluate()
+    with measured(rows, photos, classes, "fit the bank"):
+        bank = selection.fit(chosen)
     with measured(rows, photos, classes, "save the bank"):
         save_banks(bank.banks[-1], folder / "bank.safetensors")
         write_reference(plan, selection.embed_reference(bank.settings), folder / REFERENCE_FILE)
@@ -200,6 +205,7 @@ def describe_growth(rows: Sequence[dict]) -> list[str]:
     lines, seconds = [], {(row["photos"], row["step"]): row["cpu_seconds"] for row in rows}
     sizes, steps = list(dict.fromkeys(row["photos"] for row in rows)), list(dict.fromkeys(row["step"] for row in rows))
     for before, size in pairwise(sizes):
-        growth = [f"{step} {seconds[size, step] / max(seconds[before, step], 1e-9):.1f}" for step in steps]
+        both = [step for step in steps if {(before, step), (size, step)} <= set(seconds)]
+        growth = [f"{step} {seconds[size, step] / max(seconds[before, step], 1e-9):.1f}" for step in both]
         lines.append(f"{size / before:.1f} times the photos ({size:,}), times the seconds of CPU: {', '.join(growth)}")
     return lines
