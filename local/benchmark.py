@@ -7,7 +7,7 @@ python local/benchmark.py accuracy  # on drawn fungi, with an encoder trained on
 python local/benchmark.py accuracy --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip --out runs
 python local/benchmark.py systems --data data/fungi-clef-2025 --encoder hf-hub:imageomics/bioclip
 python local/benchmark.py omniglot --data data/omniglot
-python local/benchmark.py scale  # 65,000 classes and up to a million photos: hours, and 10 GB of disk
+python local/benchmark.py scale  # 65,000 classes and up to a million photos: half an hour on a core, 10 GB of disk
 python local/benchmark.py scale --classes 8000 --photos 16000 64000  # in minutes
 """
 

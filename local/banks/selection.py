@@ -212,7 +212,7 @@ class BankSelection:
         pooled, rows = self.embed(settings.resize_mode).pooled(settings), np.flatnonzero(self.plan.reference)
         values = scratch_array((len(rows), pooled.shape[1]), np.float16)
         for part in in_parts(len(rows)):
-            values[part] = pooled[rows[part]]
+            values[part] = torch.from_numpy(pooled[rows[part]]).half().numpy()  # numpy takes four times as long
         return values
 
     def select(self) -> SelectedBank:

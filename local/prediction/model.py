@@ -79,11 +79,12 @@ def read_reference(path: Path) -> Reference | None:
         with safe_open(path, framework="pt") as file:
             notes = file.metadata()
             embeddings, labels = file.get_tensor("embeddings").float(), file.get_tensor("labels")
+            photos = json.loads(file.get_tensor("photos").numpy().tobytes())
     except SafetensorError as error:
-        raise InputError(f"{path} is damaged ({error}): train or bundle again") from error
+        raise InputError(f"{path} is damaged or of an earlier version ({error}): train or bundle again") from error
     centre = embeddings[embeddings.norm(dim=1) > 0].mean(dim=0)
     centred = torch.nn.functional.normalize(embeddings - centre, dim=1)
-    return Reference(centred, centre, labels, json.loads(notes["photos"]), json.loads(notes["names"]))
+    return Reference(centred, centre, labels, photos, json.loads(notes["names"]))
 
 
 @dataclass(frozen=True)

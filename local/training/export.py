@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -176,12 +177,15 @@ def write_reference(plan: BankPlan, embeddings: np.ndarray, path: Path) -> None:
     """
     labelled = plan.split.labelled
     reference = labelled.subset(plan.reference)
-    notes = {
-        "names": json.dumps(names_of(labelled, plan.classes), ensure_ascii=False),
-        "photos": json.dumps([str(one.photos[0].absolute()) for one in reference.observations], ensure_ascii=False),
+    notes = {"names": json.dumps(names_of(labelled, plan.classes), ensure_ascii=False)}
+    here = os.getcwd()
+    photos = json.dumps([os.path.join(here, one.photos[0]) for one in reference.observations]).encode()
+    tensors = {
+        "embeddings": torch.from_numpy(embeddings),
+        "labels": torch.tensor(plan.labels[plan.reference]),
+        "photos": torch.frombuffer(bytearray(photos), dtype=torch.uint8),  # notes may have 100 MB: a million paths
     }
-    labels = torch.tensor(plan.labels[plan.reference])
-    write_tensors({"embeddings": torch.from_numpy(embeddings), "labels": labels}, path, notes)
+    write_tensors(tensors, path, notes)
 
 
 def describe_member(inputs: Inputs, recipe: Recipe, plan: BankPlan, bank: SelectedBank) -> Member:
