@@ -285,14 +285,19 @@ def evaluate_predictions(log_probabilities: torch.Tensor | Iterable[torch.Tensor
     def compare(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         nonlocal rest
         target, rest = rest[: len(scores)], rest[len(scores) :]
-        own, classes = scores.gather(1, target.clamp(min=0)[:, None]), torch.arange(scores.shape[1])
-        is_true = torch.empty_like(scores)  # as numbers, of which torch adds up a row in a tenth of the time
-        ranks = torch.gt(scores, own, out=is_true).sum(dim=1).long()
-        tied = torch.eq(scores, own, out=is_true).sum(dim=1) > 1
-        ranks[tied] += ((scores[tied] == own[tied]) & (classes < target[tied, None])).sum(dim=1)
-        ranks = torch.where(target < 0, len(classes), ranks)
+        own, top = scores.gather(1, target.clamp(min=0)[:, None]), largest(scores, max(GUESSES))
+        is_own = top == target[:, None]
+        ranks = torch.where(target < 0, scores.shape[1], is_own.long().argmax(dim=1))
+        below = torch.nonzero(~is_own.any(dim=1) & (target >= 0))[:, 0]
+        if len(below):  # only they need a comparison with all scores, which is slow
+            others, mark = scores[below], own[below]
+            is_true = torch.empty_like(others)  # as numbers, of which torch adds up a row in a tenth of the time
+            ranks[below] = torch.gt(others, mark, out=is_true).sum(dim=1).long()
+            tied = torch.nonzero(torch.eq(others, mark, out=is_true).sum(dim=1) > 1)[:, 0]
+            is_before = torch.arange(scores.shape[1]) < target[below][tied, None]
+            ranks[below[tied]] += ((others[tied] == mark[tied]) & is_before).sum(dim=1)
         losses = torch.where(target < 0, torch.nan, -own[:, 0].double())
-        return largest(scores, max(GUESSES)), ranks, losses
+        return top, ranks, losses
 
     parts = map(compare, chain.from_iterable(chunk.split(QUERIES) for chunk in chunks))
     return Evaluation(*(each.numpy() for each in collect_rows(len(truth), parts)))
