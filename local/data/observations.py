@@ -241,11 +241,11 @@ def split_for_validation(labelled: LabelledObservations, seed: int) -> Split:
     """
     validation = labelled.is_val
     if not labelled.has_val:
-        validation, counts = np.zeros(len(labelled), dtype=bool), Counter()
-        for index in np.random.default_rng(seed).permutation(len(labelled)):
-            class_id = labelled.class_ids[index]
-            validation[index] = counts[class_id] % 5 == 1
-            counts[class_id] += 1
+        labels = encode_labels(labelled.class_ids, labelled.classes)
+        drawn = np.random.default_rng(seed).permutation(len(labelled))
+        drawn, sizes = drawn[np.argsort(labels[drawn], kind="stable")], np.bincount(labels)  # class after class
+        validation = np.zeros(len(labelled), dtype=bool)
+        validation[drawn] = (np.arange(len(drawn)) - np.repeat(np.cumsum(sizes) - sizes, sizes)) % 5 == 1
     order = np.argsort(validation, kind="stable")
     return Split(labelled.subset(order), ~validation[order], validation[order])
 
