@@ -21,8 +21,8 @@ from kernel.inputs import InputError
 from local.banks.folds import FOLDS
 from local.base.files import write_tensors
 from local.base.scratch import scratch_array
-from local.data.embeddings import StoredEmbeddings
 from local.data.observations import Taxonomy
+from local.data.stored_embeddings import StoredEmbeddings
 
 LOGIT_SCALE = 16.0  # of cosines, where no held-out observations are there to fit it
 TRAINED_MATCHERS = {"logistic", "projection"}

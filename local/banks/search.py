@@ -30,8 +30,8 @@ from local.banks.projection import ProjectionEnsemble
 from local.base.console import progress
 from local.base.metrics import GUESSES, gained, objective
 from local.base.scratch import scratch_array
-from local.data.embeddings import StoredEmbeddings
 from local.data.observations import Taxonomy
+from local.data.stored_embeddings import StoredEmbeddings
 from local.recipes.settings import CANDIDATES, VIEW_GROUPS, BankSettings
 
 Prior = torch.Tensor | WeightedPrior  # (queries, classes)

@@ -28,9 +28,9 @@ from local.base.console import Progress, counted, say
 from local.base.metrics import LOG_LOSS, describe, held_out_scores
 from local.base.scratch import scratch_array
 from local.data.duplicates import NEAR_DUPLICATE, find_near_duplicates, plain_column
-from local.data.embedding import WeightedEncoders
 from local.data.observations import Split, encode_labels, sort_ids
 from local.data.photos import check_readable
+from local.data.weighted_encoders import WeightedEncoders
 from local.recipes.settings import CANDIDATES, BankSettings
 
 

@@ -1,6 +1,6 @@
 """Measure time and memory of all that comes after the encoder, as the photos become more and the classes stay.
 
-Drawn embeddings are put into the cache in the place of an encoder's. From there on it is the real path: the cache is
+Drawn embeddings are put into the cache instead of an encoder's. From there on it is the real path: the cache is
 read, folds are made, a bank is chosen, fitted and saved, and the kernel reads it, ranks the classes of a test set with
 an eighth as many photos, and writes and checks the submission. Called by local/benchmark.py.
 """
@@ -29,9 +29,9 @@ from local.banks.selection import BankSelection, plan_bank
 from local.base.console import counted, progress, say
 from local.base.run_folder import REFERENCE_FILE
 from local.data.cache import DIGESTS, EmbeddingCache, as_keys, file_keys
-from local.data.embedding import WeightedEncoders
 from local.data.observations import LabelledObservations, split_for_validation
 from local.data.shards import KEY_BYTES, ShardFolder
+from local.data.weighted_encoders import WeightedEncoders
 from local.recipes.settings import BankSettings
 from local.training.export import write_reference
 

@@ -27,8 +27,8 @@ from kernel.photos import PIXELS_VERSION
 from local.base import distributed
 from local.base.console import Progress, counted
 from local.data.cost import Cost
-from local.data.embeddings import Block, StoredEmbeddings
 from local.data.shards import KEY_BYTES, ShardFolder, Table
+from local.data.stored_embeddings import Block, StoredEmbeddings
 
 FORMAT = 2  # of the cache: embeddings in another format are in other folders
 PART = 4096  # photos between two writes, or

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from local.base.console import progress
-from local.data.embeddings import StoredEmbeddings
+from local.data.stored_embeddings import StoredEmbeddings
 
 # Of the embeddings of single photos in one view: means over views hide near-duplicates. A copy that was resized
 # or compressed again is mostly above it; one that was cropped, or much smaller, may be below.

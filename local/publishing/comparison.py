@@ -80,7 +80,7 @@ def describe_changes(rows: Sequence[Submission]) -> list[str]:
 def describe_change(before: Submission | None, row: Submission) -> str:
     """How the recipes of a submission differ from those of the one before.
 
-    Runs are compared by name; a run in the place of another one is compared with that. The recipe of a first submission
+    Runs are compared by name; a run that replaces another one is compared with that. The recipe of a first submission
     is described by the nearest one of the kit.
     """
     now = {run.name: run for run in row.submitted_runs}

@@ -63,7 +63,7 @@ def read_state(path: Path) -> State:
 
 
 def attach(metadata: dict, weights: SentFiles) -> dict:
-    """Kernel metadata that attach the weights; a model with its version, in the place of the dataset."""
+    """Kernel metadata that attach the weights; a model with its version instead of the dataset."""
     if not is_model(weights.reference):
         return metadata
     models = [*metadata.get("model_sources", ()), f"{weights.reference}/{weights.version}"]

@@ -125,7 +125,7 @@ def files_of(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
 
 
 def replace_folder(new: Path, old: Path) -> None:
-    """Put a folder in the place of another one, which is removed afterwards."""
+    """Replace a folder by another one, and remove the old one afterwards."""
     before = old.with_name(f".{old.name}.before")
     shutil.rmtree(before, ignore_errors=True)
     old.parent.mkdir(parents=True, exist_ok=True)

@@ -34,8 +34,8 @@ from local.banks.selection import BankPlan, SelectedBank
 from local.base.files import write_table, write_tensors
 from local.base.repository import commit, versions
 from local.base.run_folder import VALIDATION_FILE
-from local.data.embedding import preprocessing_in
 from local.data.observations import LabelledObservations, names_of
+from local.data.weighted_encoders import preprocessing_in
 from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, settings_of, write_recipe
 from local.training.finetuning import Tuning

@@ -12,8 +12,8 @@ from local.banks.selection import BankSelection, plan_bank
 from local.base.console import Progress, say
 from local.base.files import write_json
 from local.base.run_folder import CACHE, REFERENCE_FILE
-from local.data.embedding import WeightedEncoders
 from local.data.observations import Split, encode_labels, split_for_validation
+from local.data.weighted_encoders import WeightedEncoders
 from local.recipes.recipe import Recipe
 from local.training.checkpoints import full_disk_named, memory_named
 from local.training.checks import CHECKPOINTS, is_first, partial_of

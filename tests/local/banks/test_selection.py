@@ -12,8 +12,8 @@ from local.banks import estimators
 from local.banks import selection as selection_module
 from local.banks.search import evaluate_predictions
 from local.banks.selection import BankSelection, plan_bank
-from local.data.embedding import WeightedEncoders
 from local.data.observations import split_for_validation
+from local.data.weighted_encoders import WeightedEncoders
 from local.recipes.settings import BankSettings
 from tests.labelled import of_rows
 

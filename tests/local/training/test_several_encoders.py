@@ -17,7 +17,7 @@ from kernel.manifest import read_weights
 from kernel.observations import find_test_table
 from kernel.start import Setup
 from local.banks.estimators import pool
-from local.data.embedding import WeightedEncoders, embed_with_run
+from local.data.weighted_encoders import WeightedEncoders, embed_with_run
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run
 from tests.conftest import photo

@@ -10,7 +10,7 @@ from kernel.encoders import Encoder, open_encoder, pick_devices
 from kernel.manifest import Preprocessing, read_weights
 from kernel.observations import Observation
 from local.data.cache import EmbeddingCache, PhotoEmbeddings
-from local.data.embeddings import concatenate_features
+from local.data.stored_embeddings import concatenate_features
 
 
 @dataclass(frozen=True)

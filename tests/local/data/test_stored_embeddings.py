@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from local.data.embeddings import Block, StoredEmbeddings, concatenate_features
 from local.data.shards import ShardFolder
+from local.data.stored_embeddings import Block, StoredEmbeddings, concatenate_features
 
 PHOTOS, VIEWS, FEATURES = 9, 3, 8
 
