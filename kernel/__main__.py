@@ -48,21 +48,27 @@ def embed_in_steps(
 ) -> list[Embeddings]:
     """Embed the test set with one encoder after another, the best first, as far as time allows; at least with one.
 
-    In the scored rerun an error costs only what is not embedded yet.
+    In the scored rerun an error costs only what is not embedded yet. Members that share an encoder and its views share
+    the embeddings.
 
     Args:
         steps: each encoder with the member that it is of.
         loaders: of the photos, one for each encoder.
     """
     embedded: list[Embeddings] = []
+    inputs = [(spec, member.views, member.pooling) for member, spec in steps]
+    first_use = [inputs.index(each) for each in inputs]
     for index, ((member, spec), loader) in enumerate(zip(steps, loaders, strict=True)):
+        if first_use[index] < index:
+            embedded.append(embedded[first_use[index]])
+            continue
         name, encoder = spec.architecture, None  # frees the memory of the encoder before
         try:
             encoder = open_encoder(setup.weights.file(spec.file), spec, devices)
             name += f" on {' and '.join(map(str, encoder.devices))}"
             limits = Limits(
                 setup.budget,
-                fraction=1 / (len(steps) - index),
+                fraction=1 / sum(first >= index for first in set(first_use)),
                 is_optional=index > 0,
                 tolerates_errors=setup.is_rerun,
             )

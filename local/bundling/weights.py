@@ -51,10 +51,11 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
     for name, version in wheels.items():
         make_wheel(name, version, folder / "wheels")
     resolution = max((run.manifest.competition.resolution for run in opened), key=RESOLUTIONS.index)
+    known: dict[str, str] = {}
     copied = [
         replace(member, weight=weight * member.weight)
         for number, (run, weight) in enumerate(members, 1)
-        for member in _copy(run, folder, number)
+        for member in _copy(run, folder, number, known)
     ]
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     manifest = Manifest(
@@ -138,12 +139,20 @@ def sum_of_recalls(run: Weights) -> float:
     return sum(validation.get(name, 0.0) for name in RECALLS)
 
 
-def _copy(run: Weights, folder: Path, number: int) -> list[Member]:
-    """Copy a run's files under names with its number; returns its members with the new names."""
+def _copy(run: Weights, folder: Path, number: int, known: dict[str, str]) -> list[Member]:
+    """Copy a run's files under names with its number; returns its members with the new names.
+
+    Args:
+        known: names of the files that are copied already, by their digests. Runs that did not train their encoder
+            share its file.
+    """
 
     def copy(name: str) -> str:
-        shutil.copyfile(run.file(name), folder / f"{number}-{name}")
-        return f"{number}-{name}"
+        source, digest = run.file(name), run.manifest.files[name]
+        if digest not in known:
+            known[digest] = f"{number}-{name}"
+            shutil.copyfile(source, folder / known[digest])
+        return known[digest]
 
     return [
         replace(

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernel.manifest import MANIFEST, read_manifest
+from kernel.bank import read_banks
+from kernel.inputs import sha256
+from kernel.manifest import MANIFEST, read_manifest, write_manifest
 from local.banks.ensemble import HeldOutPredictions, weigh_runs
+from local.banks.estimators import save_banks
 from local.base.run_folder import VALIDATION_FILE
 from local.base.runs import scores_of
 from local.bundling.weights import gather_weights
@@ -51,3 +54,20 @@ def test_the_score_of_runs_that_cannot_be_compared_is_not_that_of_one_of_them(tr
     assert scores_of(manifest) == {}
     assert "the score of the ensemble is not known" in capsys.readouterr().out
     assert scores_of(dataclasses.replace(manifest, members=manifest.members[:1])) == manifest.members[0].validation
+
+
+def test_runs_with_the_same_encoder_share_its_file(trained, tmp_path):
+    runs = runs_that_err_differently(trained, tmp_path)
+    manifest = read_manifest(runs[1] / MANIFEST)
+    [name] = manifest.members[0].banks
+    [bank] = read_banks(runs[1] / name)
+    save_banks([dataclasses.replace(bank, bias=bank.bias + 1)], runs[1] / name)
+    files = manifest.files | {name: sha256(runs[1] / name)}
+    write_manifest(dataclasses.replace(manifest, files=files), runs[1] / MANIFEST)
+    (tmp_path / "weights").mkdir()
+    bundled = read_manifest(gather_weights(runs, tmp_path / "weights"))
+    first, second = bundled.members
+    assert first.encoders == second.encoders
+    assert first.banks != second.banks
+    assert {*first.banks, *second.banks, first.encoders[0].file} <= bundled.files.keys()
+    assert sum("encoder" in name for name in bundled.files) == 1
