@@ -13,7 +13,7 @@ from local.banks.search import Embedded, Search, fit_banks
 from local.base import scratch
 from local.data.observations import Taxonomy
 from local.recipes.settings import BankSettings
-from tests.local.data.test_embeddings import stored
+from tests.local.data.test_stored_embeddings import stored
 
 VIEWS = ("plain", "hflip")
 SETTINGS = BankSettings(views=VIEWS, resize_mode="crop")

@@ -17,6 +17,7 @@ from kernel.manifest import read_weights
 from kernel.observations import find_test_table
 from kernel.start import Setup
 from local.banks.estimators import pool
+from local.data.cache import EmbeddingCache
 from local.data.weighted_encoders import WeightedEncoders, embed_with_run
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run
@@ -97,13 +98,12 @@ def test_an_encoder_for_which_there_is_no_time_is_left_out(run, drawn, tmp_path,
 
 def test_photos_that_one_encoder_cannot_read_are_left_out_of_both(encoder, tmp_path, monkeypatch):
     from kernel.observations import Observation
-    from local.data import embedding
 
     paths = [photo(tmp_path / f"{number}.jpg", number) for number in range(6)]
     observations = [Observation("a", tuple(paths[:2])), Observation("b", tuple(paths[2:]))]
     other = Encoder(encoder.module, replace(encoder.preprocessing, resize_mode="squash"), encoder.features, CPU)
     whole = WeightedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
-    embed = embedding.EmbeddingCache.embed
+    embed = EmbeddingCache.embed
 
     def lose_one(self, observations, views, rounds=1):
         found = embed(self, observations, views, rounds)
@@ -113,7 +113,7 @@ def test_photos_that_one_encoder_cannot_read_are_left_out_of_both(encoder, tmp_p
             found, values=found.values[keep], observations=found.observations[keep], unreadable=[(paths[lost], "lost")]
         )
 
-    monkeypatch.setattr(embedding.EmbeddingCache, "embed", lose_one)
+    monkeypatch.setattr(EmbeddingCache, "embed", lose_one)
     found = WeightedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
     assert found.observations.tolist() == [0, 1, 1, 1]
     assert found.unreadable == [(paths[1], "lost"), (paths[3], "lost")]
