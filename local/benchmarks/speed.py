@@ -38,7 +38,7 @@ from local.encoders.load import load_encoder, size_for_views
 # Name -> (width and height in pixels, number of photos).
 SIZES = {"300p": ((400, 300), 96), "500p": ((750, 500), 96), "fullsize": ((3000, 2000), 24)}
 ROUNDS = 5  # of which the median counts
-WORTH = 0.75  # of the fastest way to do the same: a way that is slower at first is not measured again
+FASTEST = 2  # ways to do the same are measured in every round, those that were the fastest at first
 CPU_PHOTOS, GPU_PHOTOS = 576, 2048  # in a measurement, at least; fewer would measure how it starts and ends
 ALL_VIEWS = [name for name in VIEWS if name != "larger"]  # those at one size
 COLUMNS = ("photos", "decode", "forward", "end to end", "of the limit", "plain pipeline", "one by one", "pybioclip")
@@ -56,11 +56,12 @@ def measure_rounds(works: Mapping[str, Work]) -> list[dict[str, float]]:
     """Photos per second of each work, in each of ROUNDS rounds, after a run of each to warm up.
 
     Every round runs all works, so that a machine which becomes slower meanwhile becomes slower for all of them. Of the
-    ways to do the same, "WHAT, way", those that are much slower in the first run are not run again.
+    ways to do the same, "WHAT, way", only the FASTEST of the first run are run again.
     """
     rates = {name: work.photos / time_once(work) for name, work in progress(works.items(), "warming up", unit="way")}
-    best = {part: max(rates[name] for name in works if name.startswith(part)) for part in ("decode", "forward")}
-    kept = [name for name in works if rates[name] >= WORTH * best.get(name.partition(",")[0], 0)]
+    ways = {part: [name for name in works if name.startswith(f"{part}, ")] for part in ("decode", "forward")}
+    slow = {name for part in ways.values() for name in sorted(part, key=rates.get)[:-FASTEST]}
+    kept = [name for name in works if name not in slow]
     rounds: list[dict[str, float]] = [{} for _ in range(ROUNDS)]
     for one, name in progress([(one, name) for one in rounds for name in kept], "measuring", unit="run"):
         one[name] = works[name].photos / time_once(works[name])
@@ -198,16 +199,19 @@ def pass_forward(module: nn.Module, batch: torch.Tensor, repeats: int) -> None:
 
 
 def ways_on_cpu(encoder: Encoder) -> dict[str, Work]:
-    """With all threads of torch for each batch, and with a batch in each thread."""
+    """With all threads of torch for each batch, and with a batch in each thread.
+
+    As many photos as in the whole: a processor may be faster in its first seconds than in the next ones.
+    """
     ways, cores = {}, torch.get_num_threads()
     for size in (8, 16, 32):
-        repeats = max(2, 96 // size)
-        alone = partial(pass_forward, encoder.module, random_pixels(size, encoder, encoder.device), repeats)
+        repeats = -(-CPU_PHOTOS // (cores * size))  # of each thread
+        once = partial(pass_forward, encoder.module, random_pixels(size, encoder, encoder.device))
         threads = ThreadPoolExecutor(cores, initializer=use_one_torch_thread)
-        ways[f"forward, batches of {size}"] = Work(repeats * size, alone)
+        photos = cores * repeats * size
+        ways[f"forward, batches of {size}"] = Work(photos, partial(once, cores * repeats))
         ways[f"forward, batches of {size} in each of {cores} threads"] = Work(
-            cores * repeats * size,
-            lambda alone=alone, threads=threads: list(threads.map(lambda _: alone(), range(cores))),
+            photos, lambda once=once, threads=threads, repeats=repeats: list(threads.map(once, cores * [repeats]))
         )
     return ways
 
