@@ -176,7 +176,7 @@ def measure_scale(photos: int, classes: int, features: int, folder: Path) -> lis
     class_ids = sorted(map(str, range(classes)), key=int)
     table = TestTable(folder, competition, [Observation(str(number), ()) for number in range(len(test))])
     with measured(rows, photos, classes, "write the submission"):
-        answers = [{class_ids[index]: 1.0 for index in indices} for indices in ranked.tolist()]
+        answers = ({class_ids[index]: 1.0 for index in indices} for indices in ranked.tolist())
         write_submission(folder / "submission.csv", table, answers, class_ids)
     return rows
 
