@@ -379,16 +379,18 @@ def best_classes(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.
         scores: (observations, classes), none NaN; used as working memory.
 
     Returns:
-        (observations, count) int64, and float32 of the same shape
+        (observations, count) int64, and float32 of the same shape.
     """
-    best = []
-    for part in rows_in_cache(scores):
+
+    def best(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         indices = largest(part, count)
         chosen = part.gather(1, indices)
         highest = chosen[:, :1].clone()
         total = part.sub_(highest).exp_().sum(dim=1, keepdim=True)
-        best.append((indices, (chosen - highest).exp() / total))
-    return torch.cat([indices for indices, _ in best]), torch.cat([own for _, own in best])
+        return indices, (chosen - highest).exp() / total
+
+    indices, probabilities = collect_rows(len(scores), map(best, rows_in_cache(scores)))
+    return indices, probabilities
 
 
 def rank_on(
