@@ -7,6 +7,7 @@ if __name__ == "__main__":
 
 import traceback
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 
@@ -23,18 +24,23 @@ from kernel.submission import fallback_answer, write_submission
 
 
 def embed_test_set(setup: Setup) -> tuple[list[Embeddings], torch.device]:
-    """Embed the test set with each encoder of each member.
+    """Embed the test set with each encoder of each member. Members that share one and its views share the embeddings.
 
     Returns:
         The embeddings by each encoder that there was time for, and the first of the encoders' devices.
     """
     steps = [(member, spec) for member in setup.weights.manifest.members for spec in member.encoders]
+    inputs = [(spec, member.views, member.pooling) for member, spec in steps]
+    first_uses = [inputs.index(each) for each in inputs]
+    distinct = sorted(set(first_uses))
+    different = [steps[index] for index in distinct]
     # The processes of the loaders are forked before CUDA starts, and decode while the first encoder is opened.
     photos, gpus = list_photos(setup.table.observations), torch.cuda.device_count()
-    loaders = [PhotoLoader.for_gpus(photos, spec.preprocessing, gpus) for _, spec in steps]
+    loaders = [PhotoLoader.for_gpus(photos, spec.preprocessing, gpus) for _, spec in different]
     try:
         devices = pick_devices()
-        return embed_in_steps(setup, steps, loaders, devices), devices[0]
+        found = dict(zip(distinct, embed_in_steps(setup, different, loaders, devices), strict=False))
+        return [found[index] for index in takewhile(found.__contains__, first_uses)], devices[0]
     finally:
         for loader in loaders:
             loader.close()
@@ -48,27 +54,21 @@ def embed_in_steps(
 ) -> list[Embeddings]:
     """Embed the test set with one encoder after another, the best first, as far as time allows; at least with one.
 
-    In the scored rerun an error costs only what is not embedded yet. Members that share an encoder and its views share
-    the embeddings.
+    In the scored rerun an error costs only what is not embedded yet.
 
     Args:
         steps: each encoder with the member that it is of.
         loaders: of the photos, one for each encoder.
     """
     embedded: list[Embeddings] = []
-    inputs = [(spec, member.views, member.pooling) for member, spec in steps]
-    first_use = [inputs.index(each) for each in inputs]
     for index, ((member, spec), loader) in enumerate(zip(steps, loaders, strict=True)):
-        if first_use[index] < index:
-            embedded.append(embedded[first_use[index]])
-            continue
         name, encoder = spec.architecture, None  # frees the memory of the encoder before
         try:
             encoder = open_encoder(setup.weights.file(spec.file), spec, devices)
             name += f" on {' and '.join(map(str, encoder.devices))}"
             limits = Limits(
                 setup.budget,
-                fraction=1 / sum(first >= index for first in set(first_use)),
+                fraction=1 / (len(steps) - index),
                 is_optional=index > 0,
                 tolerates_errors=setup.is_rerun,
             )
