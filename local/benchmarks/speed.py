@@ -279,13 +279,13 @@ def speed_row(rounds: Sequence[Mapping[str, float]], views: int, whole: str, on_
     def fastest(part: str, of: Mapping[str, float]) -> str:
         return max((name for name in of if name.startswith(part)), key=of.get)
 
-    def share(one: Mapping[str, float]) -> float:
+    def fraction(one: Mapping[str, float]) -> float:
         decode, forward = one[fastest("decode", one)], one[fastest("forward", one)] / views
         return one[whole] / (1 / (1 / decode + 1 / forward) if on_cpu else min(decode, forward))
 
     ways = {part: fastest(part, rates) for part in ("decode", "forward")}
     row = {"views": views, "decode": rates[ways["decode"]], "forward": rates[ways["forward"]] / views}
-    row |= {"end_to_end": rates[whole], "share_of_limit": median(map(share, rounds))}
+    row |= {"end_to_end": rates[whole], "share_of_limit": median(map(fraction, rounds))}
     row |= {"fastest": {part: name.partition(", ")[2] for part, name in ways.items()}}
     return row | {key: rates.get(key) if views == 1 else None for key in ("plain_pipeline", "one_by_one", "pybioclip")}
 
