@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kernel.budget import MARGIN, UNLIMITED, Budget, Pace
-from kernel.encoders import Encoder, Submitted
+from kernel.encoders import Encoder, Submitted, torch_threads
 from kernel.loader import PhotoLoader
 from kernel.observations import Observation
 from kernel.progress import Progress
@@ -184,8 +184,9 @@ def embed_batches(
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Embed batch after batch: each with (photos, views, features) float32.
 
-    Beside a GPU the next batch is queued before the result of one is waited for, so that the GPU never waits. After an
-    error, those that are queued still come before it is raised.
+    Beside a GPU the next batch is queued before the result of one is waited for, so that the GPU never waits. Torch
+    computes in this thread alone meanwhile: its other threads would wait for the cores that decode. After an error, the
+    batches that are queued still come before it is raised.
 
     Args:
         pace: gets the times of the forward passes.
@@ -200,15 +201,16 @@ def embed_batches(
         return batch, embedded
 
     failure = None
-    try:
-        for batch in batches:
-            queued.append((batch, encoder.submit(batch.pixels, [VIEWS[view] for view in batch.views])))
-            if len(queued) > encoder.queued:
-                yield finish()
-    except Exception as error:
-        failure = error
-    while queued:
-        yield finish()
+    with torch_threads(1 if encoder.queued else torch.get_num_threads()):
+        try:
+            for batch in batches:
+                queued.append((batch, encoder.submit(batch.pixels, [VIEWS[view] for view in batch.views])))
+                if len(queued) > encoder.queued:
+                    yield finish()
+        except Exception as error:
+            failure = error
+        while queued:
+            yield finish()
     if failure:
         raise failure
 
@@ -227,11 +229,12 @@ class Schedule:
     def batches(self) -> Iterator[Batch]:
         """The batches of the loader with their views, until the budget is spent."""
         budget, pace, encoder, total = self.limits.budget, self.pace, self.encoder, len(self.loader.paths)
+        arriving = self.loader.batches(encoder, budget.remaining)
         requested = arrived = budget.elapsed()
         deadline = requested + budget.remaining() * self.limits.fraction
         queued = 0  # photos of which the forward passes may not have ended
         is_first = 0 < budget.remaining() < math.inf
-        for photos, pixels in self.loader.batches(encoder, budget.remaining):
+        for photos, pixels in arriving:
             before, arrived = arrived, budget.elapsed()
             pace.record_decode(len(photos), arrived - requested, arrived - before)
             if is_first:

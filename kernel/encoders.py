@@ -9,9 +9,9 @@ import importlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
@@ -22,6 +22,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel.inputs import InputError, shorten
 from kernel.manifest import EncoderSpec, Member, Preprocessing
@@ -132,17 +133,18 @@ class Encoder:
         batches = []
         while len(photos):
             batch = photos[: self.batch_size]
+            size = self.batch_size if self.queued else len(batch)  # a GPU gets no smaller batch
             try:
                 batches.append(self._start_parts(batch, views))
                 photos = photos[len(batch) :]
                 continue
             except RuntimeError as error:
-                if len(batch) == 1 or not OUT_OF_MEMORY.search(str(error)):
+                if size == 1 or not OUT_OF_MEMORY.search(str(error)):
                     raise
             # Outside the except clause, because the traceback keeps the tensors alive.
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.batch_size = (len(batch) + 1) // 2
+            self.batch_size = (size + 1) // 2
             print(f"out of memory: continuing with batches of {self.batch_size} photos", flush=True)
         return batches
 
@@ -194,7 +196,7 @@ class Encoder:
     ) -> "Part":
         """Queue the work on a GPU. Nothing here waits for the GPU, and the copy runs beside the batch before.
 
-        cuDNN's search for the fastest algorithms stays off: it would search again for a last, smaller batch.
+        All batches have the same size, because cuDNN takes a second to set up the convolutions for another one.
         """
         clear_eval_caches(module)
         with torch.cuda.device(device):
@@ -208,8 +210,9 @@ class Encoder:
                 pixels = photos.to(device, non_blocking=True)
             compute.wait_stream(copies)
             pixels.record_stream(compute)  # its memory is reused only after the work that reads it
+            pixels = pad_batch(pixels, -(-self.batch_size // len(self.devices)))
             # Without blocking, the result is copied into pinned memory.
-            embedded = self._embed_views(pixels, views, module, device).to("cpu", non_blocking=True)
+            embedded = self._embed_views(pixels, views, module, device)[: len(photos)].to("cpu", non_blocking=True)
             end.record(compute)
             return Part(embedded, start, end)
 
@@ -293,6 +296,23 @@ def use_one_torch_thread() -> None:
         restorer = threading.Thread(target=torch.set_num_threads, args=(before,))
         restorer.start()
         restorer.join()
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch compute in so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def pad_batch(photos: torch.Tensor, size: int) -> torch.Tensor:
+    """Append black photos until there are `size`."""
+    missing = max(0, size - len(photos))
+    return nn.functional.pad(photos, (0, 0) * (photos.ndim - 1) + (0, missing)) if missing else photos
 
 
 def gpu_batch_size(preprocessing: Preprocessing) -> int:
@@ -466,6 +486,15 @@ def library_versions(spec: EncoderSpec) -> str:
     return f"{name} {here} (trained with {spec.packages.get(name, 'an unknown version')})"
 
 
+class SkipRandomWeights(TorchDispatchMode):
+    """Draws no random weights: those of a file replace them, and a large transformer would draw them for seconds."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if operation in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0]
+        return operation(*args, **(kwargs or {}))
+
+
 def read_module(path: Path, spec: EncoderSpec) -> nn.Module:
     """Build an encoder and load its weights from a file: on the CPU in fp32, in evaluation mode, parameters frozen.
 
@@ -473,7 +502,8 @@ def read_module(path: Path, spec: EncoderSpec) -> nn.Module:
         InputError: the installed version of the library cannot build the architecture, or the weights do not fit it.
     """
     try:
-        module = build_module(spec.library, spec.architecture, spec.arguments, spec.pool)
+        with SkipRandomWeights():
+            module = build_module(spec.library, spec.architecture, spec.arguments, spec.pool)
     except Exception as error:  # the type depends on the library's version and on what it does not know
         reason = shorten(f"{type(error).__name__}: {error}")
         raise InputError(

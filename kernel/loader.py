@@ -1,8 +1,8 @@
 """Decode photos in worker processes, in order, ahead of the encoder.
 
 A photo that hangs, or that kills its worker, costs only itself: another worker takes over. The pixels go through memory
-that the processes share, and no lock is taken that a killed process could hold. Where processes cannot serve, threads
-do the same work.
+that the processes share, from which a GPU copies them, and no lock is taken that a killed process could hold. Where
+processes cannot serve, threads do the same work.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ from kernel.inputs import InputError
 from kernel.manifest import Preprocessing
 from kernel.photos import decode
 
-FIRST_BATCH = 8  # photos by which the time is planned; few, since on a slow machine the first pass is the slowest
+FIRST_BATCH = 8  # photos by which the time on a CPU is planned; few, since the first pass may take long
 AHEAD = 2  # batches that are decoded ahead beside a GPU
 FEW_PHOTOS = 64  # up to so many are decoded in threads: processes take up to half a second to start and to end
 PHOTO_SECONDS = 60.0  # without a decoded photo, after which those that are being decoded are given up
@@ -61,15 +61,18 @@ class PhotoLoader:
         self.paths, self.preprocessing, self.ahead = paths, preprocessing, ahead
         self.unreadable: list[tuple[Path, str]] = []
         self.taken = 0
-        slots, side = min(max(batch_size, FIRST_BATCH) + ahead, len(paths)), preprocessing.decoded_size
+        # A photo's slot is its index modulo their number, so that the photos of a batch lie side by side.
+        slots, side = min(2 * max(batch_size, FIRST_BATCH) + ahead, len(paths)), preprocessing.decoded_size
         workers = min(count_cores(), slots)
         self._pixels = shared_array((slots + REPLACEMENTS, side, side, 3), np.uint8)
-        self._free, self._spare = list(range(slots)), list(range(slots, slots + REPLACEMENTS))
+        self._slots, self._spare = list(range(slots)), list(range(slots, slots + REPLACEMENTS))
+        self._previous = 0  # first photo of the last batch
+        self._freed = 0  # first photo whose slot is not free yet
+        self._pinned = 0  # address of the pixels, if CUDA holds them in memory
         self._current = shared_array((workers + REPLACEMENTS,), np.int32)  # the photo that each worker decodes
         self._current[:] = -1
         self._queued = 0  # photos that have been given to the workers
         self._decoding: dict[int, int] = {}  # photo -> slot
-        self._decoded: dict[int, int] = {}  # photo -> slot
         self._causes: dict[int, str] = {}  # photo -> why it could not be read
         self._uses_processes = len(paths) > FEW_PHOTOS and sys.platform == "linux" and hasattr(os, "fork")
         self._tasks, self._results = (RecordPipe() if self._uses_processes else queue.SimpleQueue() for _ in range(2))
@@ -100,18 +103,25 @@ class PhotoLoader:
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Batches of readable photos: their indices in `paths`, and (batch, 3, decoded_size, decoded_size) uint8.
 
+        The pixels of a batch are valid until the second one after it is requested: their memory is used again.
+
         Args:
-            encoder: whose batches they are. A GPU gets them in pinned memory.
+            encoder: whose batches they are. A GPU gets them in pinned memory, from which it copies while it computes.
             remaining: seconds that a batch may take. When it takes longer, as when a disk hangs, no more batches come.
 
         Raises:
             InputError: too many workers had to be replaced, and no time limit ends the waiting.
         """
         self.ahead *= encoder.queued
-        size = FIRST_BATCH
+        if encoder.device.type == "cuda" and not self._pinned:
+            self._pinned = pin_array(self._pixels)
+        return self._take_all(encoder, remaining)
+
+    def _take_all(self, encoder: Encoder, remaining: Callable[[], float]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        size = encoder.batch_size if encoder.queued else FIRST_BATCH
         while self.taken < len(self.paths):
             try:
-                indices, photos = self.take(size, remaining(), pin=encoder.device.type == "cuda")
+                indices, photos = self.take(size, remaining())
             except TimeoutError as error:
                 if math.isinf(remaining()):
                     raise InputError(f"photos cannot be read: {error}") from error
@@ -120,28 +130,38 @@ class PhotoLoader:
                 yield indices, photos
             size = encoder.batch_size
 
-    def take(self, count: int, seconds: float = float("inf"), pin: bool = False) -> tuple[list[int], torch.Tensor]:
+    def take(self, count: int, seconds: float = float("inf")) -> tuple[list[int], torch.Tensor]:
         """The next photos, `count` at most: the indices of those that can be read, and their pixels.
 
         Args:
+            count: the size of the largest batch at most.
             seconds: to wait for them, at most.
-            pin: whether to put the pixels in pinned memory, from which a GPU copies while it computes.
 
         Raises:
             TimeoutError: they took longer, or too many workers had to be replaced.
         """
+        self._freed = self._previous
+        end_of_slots = self.taken + len(self._slots) - self.taken % len(self._slots)
         self._give_out(self.taken + count)
-        batch = range(self.taken, min(self.taken + count, self._queued))
+        batch = range(self.taken, min(self.taken + count, self._queued, end_of_slots))
         self._wait_for(batch, seconds)
-        self.taken = batch.stop
-        self.unreadable += [(self.paths[photo], self._causes.pop(photo)) for photo in batch if photo in self._causes]
-        indices = [photo for photo in batch if photo in self._decoded]
-        slots = [self._decoded.pop(photo) for photo in indices]
-        photos = torch.empty((len(slots), *self._pixels.shape[1:]), dtype=torch.uint8, pin_memory=pin)
-        np.take(self._pixels, np.array(slots, np.intp), axis=0, out=photos.numpy(), mode="clip")  # "raise" copies twice
-        self._free += slots
+        self._previous, self.taken = batch.start, batch.stop
+        causes = {photo: self._causes.pop(photo) for photo in batch if photo in self._causes}
+        self.unreadable += [(self.paths[photo], cause) for photo, cause in causes.items()]
         self._give_out(self.taken + self.ahead)
-        return indices, photos.permute(0, 3, 1, 2)
+        indices = [photo for photo in batch if photo not in causes]
+        return indices, self._pixels_in([self._slots[photo % len(self._slots)] for photo in indices])
+
+    def _pixels_in(self, slots: Sequence[int]) -> torch.Tensor:
+        """(slots, 3, decoded_size, decoded_size) uint8, without a copy where the slots lie side by side."""
+        first = slots[0] if slots else 0
+        if slots == list(range(first, first + len(slots))):
+            photos = torch.from_numpy(self._pixels[first : first + len(slots)])
+        else:
+            shape = (len(slots), *self._pixels.shape[1:])
+            photos = torch.empty(shape, dtype=torch.uint8, pin_memory=bool(self._pinned))
+            np.take(self._pixels, slots, axis=0, out=photos.numpy(), mode="clip")  # "raise" copies twice
+        return photos.permute(0, 3, 1, 2)
 
     def close(self) -> None:
         """End the workers. A thread that hangs waits until the process ends."""
@@ -156,13 +176,17 @@ class PhotoLoader:
         for worker in workers:
             worker.join(end)
         self._workers.clear()
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned)
+            self._pinned = 0
 
     def _give_out(self, stop: int) -> None:
-        """Queue the photos before `stop` for the workers, as far as there are slots."""
-        while self._queued < min(stop, len(self.paths)) and self._free:
-            self._decoding[self._queued] = slot = self._free.pop()
-            self._tasks.put((self._queued, slot))
-            self._queued += 1
+        """Queue the photos before `stop` for the workers, as far as there are free slots."""
+        photos = range(self._queued, min(stop, len(self.paths), self._freed + len(self._slots)))
+        for photo in photos:
+            self._decoding[photo] = slot = self._slots[photo % len(self._slots)]
+            self._tasks.put((photo, slot))
+        self._queued = max(self._queued, photos.stop)
 
     def _wait_for(self, batch: range, seconds: float) -> None:
         """Wait until every photo of the batch is decoded or given up.
@@ -171,20 +195,21 @@ class PhotoLoader:
             TimeoutError: see `take`.
         """
         end, silence = time.monotonic() + seconds, 0.0
-        while any(photo in self._decoding for photo in batch):
-            timeout = min(CHECK_SECONDS, max(0, end - time.monotonic()))
-            if self._receive(timeout):
-                silence = 0.0
-                while self._receive(0):
-                    pass
-            elif time.monotonic() >= end:
-                raise TimeoutError("no time is left")
-            else:
-                silence += timeout  # added up, since the clock runs on while the whole machine is stopped
-                self._replace_dead_workers()
-                if silence >= PHOTO_SECONDS:
+        for photo in batch:
+            while photo in self._decoding:
+                timeout = min(CHECK_SECONDS, max(0, end - time.monotonic()))
+                if self._receive(timeout):
                     silence = 0.0
-                    self._give_up_photos()
+                    while self._receive(0):
+                        pass
+                elif time.monotonic() >= end:
+                    raise TimeoutError("no time is left")
+                else:
+                    silence += timeout  # added up, since the clock runs on while the whole machine is stopped
+                    self._replace_dead_workers()
+                    if silence >= PHOTO_SECONDS:
+                        silence = 0.0
+                        self._give_up_photos()
 
     def _receive(self, timeout: float) -> bool:
         """Take in the next result. Returns False if none arrives in time."""
@@ -193,13 +218,8 @@ class PhotoLoader:
         except queue.Empty:
             return False
         slot = self._decoding.pop(photo, None)
-        if slot is None:  # it was given up
-            return True
-        if is_readable:
-            self._decoded[photo] = slot
-        else:
+        if not (slot is None or is_readable):  # None if it was given up
             self._causes[photo] = self._pixels[slot].tobytes()[:CAUSE_BYTES].rstrip(b"\0").decode()
-            self._free.append(slot)
         return True
 
     def _replace_dead_workers(self) -> None:
@@ -235,9 +255,9 @@ class PhotoLoader:
         self._workers[index] = None
         photo = int(self._current[index])
         if self._decoding.pop(photo, None) is not None:
-            # Its slot is not used again, since a thread that was abandoned may still write into it.
             self._causes[photo] = cause
-            self._free.append(self._spare.pop())
+            # Its slot is not used again, since a thread that was abandoned may still write into it.
+            self._slots[photo % len(self._slots)] = self._spare.pop()
         if len(self._workers) == len(self._current) or not self._spare:
             raise TimeoutError(
                 f"{REPLACEMENTS} of them hung or ended the process that read them; check disk and memory"
@@ -385,6 +405,22 @@ def shared_array(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """An array of zeros that processes share which are forked from this one. Pages that nobody uses take no memory."""
     count = int(np.prod(shape))
     return np.frombuffer(mmap.mmap(-1, count * np.dtype(dtype).itemsize), dtype, count).reshape(shape)
+
+
+def pin_array(array: np.ndarray) -> int:
+    """Keep an array in memory at its place, so that GPUs copy from it while the program goes on.
+
+    Returns:
+        Its address, by which CUDA releases it; 0 if CUDA cannot pin it. Then the program waits for each copy.
+    """
+    address, for_all_gpus = array.ctypes.data, 1
+    try:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, array.nbytes, for_all_gpus))
+        return address
+    except torch.cuda.CudaError:
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda").add_(1)  # the next operation would raise the error again
+        return 0
 
 
 def count_cores() -> int:

@@ -9,7 +9,7 @@ from kernel.encoders import Encoder
 from local.base.console import counted, say
 
 SLOW = 8.0  # seconds of a photo in all its views from which the first batch is not awaited to estimate the time
-STEADY = 5.0  # seconds after which the start-up of the first batch hardly counts
+STEADY = 5.0  # seconds on a CPU after which the start-up of the first batch hardly counts
 LONG = 3 * 3600  # seconds on a CPU from which the estimate also says what to do
 
 
@@ -61,8 +61,8 @@ class Cost:
         if self.is_estimated or self.done >= self.photos * self.rounds:
             return
         now, (before, began) = self.clock(), self.first
-        if before == 0 and now - began < STEADY:
-            self.first = (self.done, now)  # the first batch is slow: it also starts processes and threads
+        if before == 0 and (self.device != "cpu" or now - began < STEADY):
+            self.first = (self.done, now)  # the first batch is slow: it also starts processes, threads and CUDA
             return
         self.estimate((now - began) / (self.done - before))
 

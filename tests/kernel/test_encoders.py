@@ -24,6 +24,7 @@ from kernel.encoders import (
     is_out_of_memory,
     make_encoder,
     open_encoder,
+    pad_batch,
     pick_devices,
     use_one_torch_thread,
 )
@@ -51,6 +52,15 @@ def test_an_encoder_embeds_as_the_module_it_was_saved_from(tmp_path):
     assert torch.allclose(found.norm(dim=1), torch.ones(3), atol=1e-5)
     assert (torch.cosine_similarity(found, expected) > 0.99999).all()
     assert not any(parameter.requires_grad for parameter in encoder.module.parameters())
+
+
+def test_opening_an_encoder_draws_no_random_weights(tmp_path):
+    path = saved(tmp_path, build_module("timm", "test_resnet", {}))
+    before = torch.get_rng_state()
+    open_encoder(path, SPEC, [torch.device("cpu")])
+    assert torch.equal(torch.get_rng_state(), before)
+    build_module("timm", "test_resnet", {})
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("architecture", ["levit_128s", "tiny_vit_5m_224"])
@@ -350,6 +360,16 @@ def test_one_photo_that_does_not_fit_and_any_other_failure_are_errors(encoder):
         full.embed(photos, [VIEWS["plain"]])
     with pytest.raises(RuntimeError, match="size"):
         encoder.embed(photos, [lambda pixels: pixels[:, :2]])
+
+
+def test_a_batch_for_a_gpu_is_filled_up_with_black_photos():
+    photos = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    filled = pad_batch(photos, 5)
+    assert torch.equal(filled[:3], photos)
+    assert not filled[3:].any()
+    assert filled.shape == (5, 3, 8, 8)
+    assert filled.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(pad_batch(photos, 3), photos)
 
 
 def test_several_devices_give_the_same_embeddings_as_one(encoder):

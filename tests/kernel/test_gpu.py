@@ -1,5 +1,7 @@
 """A GPU gives what the CPU gives: with batches in flight, little memory, several GPUs, and in training."""
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,10 @@ from kernel.__main__ import embed_test_set, write_predictions
 from kernel.budget import UNLIMITED, Budget
 from kernel.embeddings import Batch, Limits, embed_batches, embed_observations
 from kernel.encoders import Encoder, build_module, make_encoder, open_encoder, pick_devices
-from kernel.loader import PhotoLoader
+from kernel.loader import PhotoLoader, pin_array
 from kernel.manifest import read_weights
 from kernel.observations import Observation, find_test_table
+from kernel.photos import decode
 from kernel.start import Setup
 from kernel.views import VIEWS
 from tests.conftest import photo
@@ -139,11 +142,54 @@ def test_observations_are_embedded_as_on_the_cpu(weights, tmp_path, limit):
     assert_alike(found.values, embed_observations(on_cpu, observations, ["plain", "hflip"]).values)
 
 
-def test_a_gpu_gets_its_photos_in_pinned_memory(weights, tmp_path):
+@pytest.mark.parametrize("unreadable", [[], ["missing.jpg"]])
+def test_a_gpu_gets_its_photos_in_pinned_memory(weights, tmp_path, unreadable):
     encoder = open_encoder(weights, SPEC, [GPU])
-    paths = [photo(tmp_path / f"{seed}.jpg", seed) for seed in range(30)]
+    paths = [photo(tmp_path / f"{seed}.jpg", seed) for seed in range(70)] + [tmp_path / name for name in unreadable]
     with PhotoLoader.for_encoder(paths, encoder) as loader:
         assert all(pixels.is_pinned() for _, pixels in loader.batches(encoder))
+
+
+def test_an_embedding_does_not_depend_on_the_other_photos_of_its_batch(weights):
+    encoder = open_encoder(weights, SPEC, [GPU])
+    photos = random_photos(20, side=64)
+    whole = encoder.embed(photos, [VIEWS["plain"]])
+    assert torch.equal(encoder.embed(photos[:3], [VIEWS["plain"]]), whole[:3])
+    assert torch.equal(encoder.embed(photos[19:], [VIEWS["plain"]]), whole[19:])
+
+
+def test_a_worker_that_replaces_a_killed_one_decodes_into_pinned_memory(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("kernel.loader.decode", decode_or_be_killed)
+    paths = [photo(tmp_path / f"{seed}.jpg", seed) for seed in range(200)]
+    deadly = photo(tmp_path / "deadly.jpg", 0)
+    observations = [Observation(str(index), (path,)) for index, path in enumerate([*paths[:100], deadly, *paths[100:]])]
+    on_gpu, on_cpu = open_encoder(weights, SPEC, [GPU]), open_encoder(weights, SPEC, [CPU])
+    on_gpu.batch_size = 8  # many batches
+    found = embed_observations(on_gpu, observations, ["plain"])
+    assert (found.late, found.unreadable) == (0, [(deadly, "SIGKILL")])
+    assert_alike(found.values[101:], embed_observations(on_cpu, observations[101:], ["plain"]).values)
+
+
+def decode_or_be_killed(path, preprocessing):
+    if path.name == "deadly.jpg":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return decode(path, preprocessing)
+
+
+def test_memory_that_cannot_be_pinned_costs_no_photo(weights, tmp_path, monkeypatch):
+    encoder = open_encoder(weights, SPEC, [GPU])
+    paths = [photo(tmp_path / f"{seed}.jpg", seed) for seed in range(70)]
+    observations = [Observation(str(index), (path,)) for index, path in enumerate(paths)]
+    expected = embed_observations(encoder, observations, ["plain"]).values
+
+    def fail_to_pin(array):
+        assert pin_array(array)
+        assert not pin_array(array)  # a second time is an error of CUDA, as too little memory is
+        torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
+        return 0
+
+    monkeypatch.setattr("kernel.loader.pin_array", fail_to_pin)
+    assert torch.equal(embed_observations(encoder, observations, ["plain"]).values, expected)
 
 
 def test_a_run_trained_on_a_gpu_predicts_there_as_on_a_cpu(trained, drawn, tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def take_all(loader: PhotoLoader, size: int) -> tuple[list[int], torch.Tensor]:
     while loader.taken < len(loader.paths):
         photos, batch = loader.take(size)
         indices += photos
-        pixels.append(batch)
+        pixels.append(batch.clone())  # its memory is used again
     return indices, torch.cat(pixels)
 
 
@@ -85,11 +85,22 @@ def test_photos_are_decoded_ahead_of_the_batch_that_is_asked_for_and_no_further(
     with PhotoLoader(paths, CROP, batch_size=8, ahead=10) as loader:
         assert loader.take(8)[0] == list(range(8))
         wait_until(lambda: not loader._receive(0) and not loader._decoding)
-        assert sorted(loader._decoded) == list(range(8, 18))
+        assert loader._queued == 18
     with PhotoLoader(paths, CROP, batch_size=8, ahead=0) as loader:
         loader.take(8)
-        assert not loader._decoding
-        assert not loader._decoded
+        assert loader._queued == 8
+
+
+def test_the_pixels_of_a_batch_stay_until_the_second_one_after_it_is_requested(paths, workers):
+    expected = [decode(path, CROP) for path in paths]
+    with PhotoLoader(paths, CROP, batch_size=8, ahead=3) as loader:  # 19 slots, which do not divide into batches
+        batches = []
+        while loader.taken < 30:
+            batches.append(loader.take(4))
+            wait_until(lambda: not loader._receive(0) and not loader._decoding)  # all that is decoded ahead
+            for indices, pixels in batches[-2:]:
+                assert np.array_equal(pixels.permute(0, 2, 3, 1), [expected[index] for index in indices])
+    assert [index for indices, _ in batches for index in indices] == list(range(30))
 
 
 @pytest.fixture
