@@ -9,10 +9,10 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 
 from kernel.bank import rank, read_banks
 from kernel.competitions import competition_named
+from kernel.competitions.competition import Competition
 from kernel.encoders import Encoder
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation, TestTable
@@ -39,9 +40,14 @@ FEATURES = 768  # of a ViT-B
 TEST = 8  # times fewer observations to predict, as in Herbarium
 WRITTEN = 32_768  # photos whose embeddings are drawn at once
 NOISE = 0.9  # of a photo around the centre of its class, of length 1: about half of the queries are right
+BANK_FILE = "bank.safetensors"
 SAMPLED = 0.05  # seconds between two readings of the memory
+REPEATS, SHORT = 3, 10.0  # runs of a step, fewer if they take this many seconds in all
 SETTINGS = BankSettings(views=("plain",), resize_mode="crop", genus_weight=0.25, class_prior_exponent=0.25)
 CHOOSE = ("whitening",)  # the slowest to choose; so every size evaluates the same five candidates
+
+
+Result = TypeVar("Result")
 
 
 class Memory(threading.Thread):
@@ -69,18 +75,35 @@ class Memory(threading.Thread):
             self.peak = max(self.peak, self.now())
 
 
-@contextmanager
-def measured(rows: list[dict], photos: int, classes: int, step: str) -> Iterator[None]:
-    """Append a row with the time and the memory of a step, and print it."""
-    memory, start, cpu_start = Memory(), time.perf_counter(), time.process_time()
-    memory.start()
-    yield
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    memory.ended.set()
-    memory.join()
-    row = {"photos": photos, "classes": classes, "step": step, "seconds": seconds, "cpu_seconds": cpu_seconds}
-    rows.append(row | {"peak_gb": memory.peak})
-    say(f"| {photos:,} | {step} | {seconds:.1f} | {cpu_seconds:.1f} | {memory.peak:.2f} |")
+class Measurement:
+    """The steps for one number of photos, a row for each.
+
+    Attributes:
+        rows: what was measured.
+    """
+
+    def __init__(self, photos: int, classes: int) -> None:
+        self.photos, self.classes, self.rows = photos, classes, []
+
+    def run(self, step: str, work: Callable[[], Result], repeats: int = REPEATS) -> Result:
+        """Run a step, print its time and memory, and return its result.
+
+        Short steps are repeated, and the fastest run counts: all that disturbs a machine makes it slower.
+        """
+        memory, times, result = Memory(), [], None
+        memory.start()
+        while not times or (len(times) < repeats and sum(seconds for seconds, _ in times) < SHORT):
+            result = None  # the memory of the run before
+            start, cpu_start = time.perf_counter(), time.process_time()
+            result = work()
+            times.append((time.perf_counter() - start, time.process_time() - cpu_start))
+        memory.ended.set()
+        memory.join()
+        seconds, cpu_seconds = (min(each) for each in zip(*times, strict=True))
+        row = {"photos": self.photos, "classes": self.classes, "step": step, "seconds": seconds}
+        self.rows.append(row | {"cpu_seconds": cpu_seconds, "peak_gb": memory.peak})
+        say(f"| {self.photos:,} | {step} | {seconds:.2f} | {cpu_seconds:.2f} | {memory.peak:.2f} |")
+        return result
 
 
 def draw_labels(photos: int, classes: int, rng: np.random.Generator) -> np.ndarray:
@@ -98,17 +121,21 @@ class DrawnEmbeddings:
     """
 
     def __init__(self, labels: np.ndarray, classes: int, features: int):
-        self.labels, self.features = labels, features
-        self.centres = np.random.default_rng(0).normal(size=(classes, features)).astype(np.float32)
+        self.labels, self.classes, self.features = labels, classes, features
 
     def parts(self) -> Iterator[tuple[slice, np.ndarray]]:
         """A slice of the photos and their (photos, features), of length 1."""
+        centres_of_classes = np.random.default_rng(0).standard_normal((self.classes, self.features), dtype=np.float32)
         for number, first in enumerate(range(0, len(self.labels), WRITTEN)):
             part = slice(first, first + WRITTEN)
-            centres = self.centres[self.labels[part]]
+            centres = centres_of_classes[self.labels[part]]
             noise = np.random.default_rng((1, number)).standard_normal(centres.shape, dtype=np.float32)
             # A shared direction, as in all embeddings of encoders, and centres that the noise nearly hides.
             yield part, l2_normalize(0.3 + 0.25 * centres + NOISE * noise)
+
+    def whole(self) -> torch.Tensor:
+        """(photos, features) float32."""
+        return torch.cat([torch.from_numpy(values.astype(np.float32)) for _, values in self.parts()])
 
 
 def draw_encoder(features: int) -> Encoder:
@@ -134,51 +161,69 @@ def measure_scale(photos: int, classes: int, features: int, folder: Path) -> lis
     Args:
         folder: for the cache and the files of the run, which are removed with it.
     """
-    rows: list[dict] = []
-    rng = np.random.default_rng(0)
-    labels = draw_labels(photos, classes, rng)
-    competition, encoder = competition_named("herbarium-2021"), draw_encoder(features)
-    paths = [Path(f"/nowhere/{number}.jpg") for number in range(photos)]
+    measurement, rng = Measurement(photos, classes), np.random.default_rng(0)
+    competition, labels = competition_named("herbarium-2021"), draw_labels(photos, classes, rng)
     labelled = LabelledObservations(
         folder=folder,
         competition=competition,
         resolution="300p",
-        observations=[Observation(str(number), (path,)) for number, path in enumerate(paths)],
+        observations=[Observation(str(number), (Path(f"/nowhere/{number}.jpg"),)) for number in range(photos)],
         class_ids=np.array([str(label) for label in labels], dtype=object),
         is_val=np.zeros(photos, dtype=bool),
         taxa={str(label): ("", "", "", str(label // 50), str(label // 5)) for label in range(classes)},
         species={},
         poisonous={},
     )
-    with measured(rows, photos, classes, "write the cache"):
-        fill_cache(EmbeddingCache(folder, encoder), paths, DrawnEmbeddings(labels, classes, features))
-    with measured(rows, photos, classes, "make the folds"):
-        plan = plan_bank(split_for_validation(labelled, 0), "train+val", is_tuned=False, is_macro=True)
-    selection = BankSelection(SETTINGS, CHOOSE, plan, WeightedEncoders((encoder,)), folder)
-    with measured(rows, photos, classes, "read the cache"):
-        selection.embed_all()
-    # With one photo of each class nothing can be held out, and nothing chosen.
-    with measured(rows, photos, classes, "choose and evaluate the settings") if plan.folds else nullcontext():
-        chosen = selection.evaluate()
-    with measured(rows, photos, classes, "fit the bank"):
-        bank = selection.fit(chosen)
-    with measured(rows, photos, classes, "save the bank"):
-        save_banks(bank.banks[-1], folder / "bank.safetensors")
-        write_reference(plan, selection.embed_reference(bank.settings), folder / REFERENCE_FILE)
-    del selection, plan
+    measure_training(measurement, labelled, DrawnEmbeddings(labels, classes, features))
+    del labelled  # the kernel has no such thing
     test = draw_labels(max(classes, photos) // TEST, classes, rng)[: photos // TEST]
-    with measured(rows, photos, classes, "read and pool the test set"):
-        drawn = DrawnEmbeddings(test, classes, features)
-        embeddings = torch.cat([torch.from_numpy(values.astype(np.float32)) for _, values in drawn.parts()])
-    with measured(rows, photos, classes, "rank the classes"):
-        banks = read_banks(folder / "bank.safetensors")
-        ranked = rank([banks], [1.0], [embeddings], competition.guesses)
-    class_ids = sorted(map(str, range(classes)), key=int)
-    table = TestTable(folder, competition, [Observation(str(number), ()) for number in range(len(test))])
-    with measured(rows, photos, classes, "write the submission"):
+    measure_prediction(measurement, folder, competition, DrawnEmbeddings(test, classes, features))
+    return measurement.rows
+
+
+def measure_training(measurement: Measurement, labelled: LabelledObservations, drawn: DrawnEmbeddings) -> None:
+    """From the cache to the bank, which is saved in the folder of the observations."""
+    folder, encoder = labelled.folder, draw_encoder(drawn.features)
+    paths = [photo for observation in labelled.observations for photo in observation.photos]
+    measurement.run("write the cache", lambda: fill_cache(EmbeddingCache(folder, encoder), paths, drawn), repeats=1)
+    split = split_for_validation(labelled, 0)
+    plan = measurement.run("make the folds", lambda: plan_bank(split, "train+val", is_tuned=False, is_macro=True))
+
+    def read() -> BankSelection:
+        selection = BankSelection(SETTINGS, CHOOSE, plan, WeightedEncoders((encoder,)), folder)
+        selection.embed_all()
+        return selection
+
+    selection = measurement.run("read the cache", read)
+    if plan.folds:
+        chosen = measurement.run("choose and evaluate the settings", selection.evaluate, repeats=1)
+    else:  # with one photo of each class nothing can be held out, and nothing chosen
+        chosen = selection.evaluate()
+    bank = measurement.run("fit the bank", lambda: selection.fit(chosen))
+
+    def save() -> None:
+        save_banks(bank.banks[-1], folder / BANK_FILE)
+        write_reference(plan, selection.embed_reference(bank.settings), folder / REFERENCE_FILE)
+
+    measurement.run("save the bank", save)
+
+
+def measure_prediction(
+    measurement: Measurement, folder: Path, competition: Competition, drawn: DrawnEmbeddings
+) -> None:
+    """From the embeddings of the test set to the submission."""
+    embeddings = measurement.run("read and pool the test set", drawn.whole)
+    ranked = measurement.run(
+        "rank the classes", lambda: rank([read_banks(folder / BANK_FILE)], [1.0], [embeddings], competition.guesses)
+    )
+    class_ids = sorted(map(str, range(measurement.classes)), key=int)
+    table = TestTable(folder, competition, [Observation(str(number), ()) for number in range(len(embeddings))])
+
+    def write() -> None:
         answers = ({class_ids[index]: 1.0 for index in indices} for indices in ranked.tolist())
         write_submission(folder / "submission.csv", table, answers, class_ids)
-    return rows
+
+    measurement.run("write the submission", write)
 
 
 def scale(photos: Sequence[int], classes: int, features: int = FEATURES) -> dict:
