@@ -65,7 +65,7 @@ class Encoder:
         self.batch_size = on_cpu if self.device.type == "cpu" else gpu_batch_size(preprocessing) * len(devices)
         self.queued = 0 if self.device.type == "cpu" else 1
         # (pixels / 255 - mean) / std as one multiplication and one subtraction.
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self._constants = {torch.device("cpu"): (1 / (255 * std), mean / std)}  # and on other devices, once needed
         self._copies: dict[torch.device, torch.cuda.Stream] = {}
         self._threads: dict[int, ThreadPoolExecutor] = {}  # by their number; they end with the encoder
@@ -75,8 +75,10 @@ class Encoder:
         """Normalise (batch, 3, size, size) uint8 to float32 on the device."""
         if device not in self._constants:
             self._constants[device] = tuple(value.to(device) for value in self._constants[torch.device("cpu")])
-        factor, offset = self._constants[device]
-        return (photos.to(device, non_blocking=True).float() * factor).sub_(offset)
+        photos = photos.to(device, non_blocking=True)
+        rows = photos.permute(0, 2, 3, 1).flatten(2)  # with the channels side by side, as they are in memory
+        factor, offset = (value.repeat(photos.shape[3]) for value in self._constants[device])
+        return rows.float().mul_(factor).sub_(offset).unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
 
     def forward(self, pixels: torch.Tensor, module: nn.Module) -> torch.Tensor:
         """Embed (batch, 3, size, size) float32. Returns (batch, features) float32, L2-normalised."""
@@ -359,15 +361,13 @@ def keep_freed_memory() -> None:
     """Make glibc reuse freed memory instead of returning it to the system. Other C libraries are not changed.
 
     By default, the activations of every layer (tens of megabytes) are mapped and zeroed again, page by page, which
-    takes as long as the arithmetic itself. All threads share one heap, since the heaps that glibc makes for threads are
-    always returned.
+    takes as long as the arithmetic itself.
     """
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, -1)
-        libc.mallopt(arena_max, 1)
 
 
 def pick_dtype(device: torch.device, precision: str = "half") -> torch.dtype:

@@ -4,6 +4,7 @@ Kaggle used to mount a dataset at `/kaggle/input/<slug>`, and now mounts it at `
 competitions moved likewise. So no path is fixed here: a folder is recognised by the files in it.
 """
 
+import ctypes
 import hashlib
 import importlib
 import os
@@ -42,13 +43,17 @@ def escape_unprintable(*streams: TextIO) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def wait_passively() -> None:
-    """Let the threads of torch sleep while they wait for each other; call it before torch is loaded.
+def prepare_threads() -> None:
+    """Let threads sleep while they wait for each other, and share one heap; call it before torch is loaded.
 
-    By default they spin. Beside other busy processes, a thread that spins takes the core from the one that it waits
-    for. A user's own OMP_WAIT_POLICY is kept.
+    By default those of torch spin. Beside other busy processes, a thread that spins takes the core from the one that it
+    waits for. A user's own OMP_WAIT_POLICY is kept. The heaps that glibc would make for threads are returned to the
+    system whenever they are empty, and so after every layer of an encoder.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    arena_max = -8  # M_ARENA_MAX of malloc.h
+    with suppress(OSError, AttributeError):  # other C libraries are not changed
+        ctypes.CDLL("libc.so.6").mallopt(arena_max, 1)
 
 
 def sha256(path: Path) -> str:

@@ -77,6 +77,8 @@ class PhotoLoader:
         self._uses_processes = len(paths) > FEW_PHOTOS and sys.platform == "linux" and hasattr(os, "fork")
         self._tasks, self._results = (RecordPipe() if self._uses_processes else queue.SimpleQueue() for _ in range(2))
         self._workers: list[WorkerProcess | WorkerThread | None] = []  # None for one that was replaced
+        if self._uses_processes:
+            release_freed_memory()
         for _ in range(workers):
             self._start_worker()
         self._give_out(ahead)
@@ -405,6 +407,15 @@ def shared_array(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """An array of zeros that processes share which are forked from this one. Pages that nobody uses take no memory."""
     count = int(np.prod(shape))
     return np.frombuffer(mmap.mmap(-1, count * np.dtype(dtype).itemsize), dtype, count).reshape(shape)
+
+
+def release_freed_memory() -> None:
+    """Return freed memory to the system before processes are forked.
+
+    They would share it, and every page of it would be copied when this process writes to it again.
+    """
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def pin_array(array: np.ndarray) -> int:

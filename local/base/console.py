@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TypeVar
 
-from kernel.inputs import InputError, escape_control, escape_unprintable, wait_passively
+from kernel.inputs import InputError, escape_control, escape_unprintable, prepare_threads
 from kernel.progress import Progress
 from kernel.progress import counted as counted
 
@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
     ends without a message.
     """
     escape_unprintable(sys.stdout, sys.stderr)
-    wait_passively()
+    prepare_threads()
     try:
         with sigterm_raises():
             main()

@@ -54,6 +54,16 @@ def test_an_encoder_embeds_as_the_module_it_was_saved_from(tmp_path):
     assert not any(parameter.requires_grad for parameter in encoder.module.parameters())
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 3, 1, 2)], ids=["by channel", "by pixel, as decoded"])
+def test_pixels_are_normalised_by_channel(encoder, order):
+    photos = torch.randint(0, 256, (2, 3, 3, 3), dtype=torch.uint8).permute(order)
+    mean, std = (
+        torch.tensor(each).view(1, 3, 1, 1) for each in (encoder.preprocessing.mean, encoder.preprocessing.std)
+    )
+    found = encoder.normalise(photos, torch.device("cpu"))
+    assert torch.allclose(found, (photos / 255 - mean) / std, atol=1e-6)
+
+
 def test_opening_an_encoder_draws_no_random_weights(tmp_path):
     path = saved(tmp_path, build_module("timm", "test_resnet", {}))
     before = torch.get_rng_state()
