@@ -35,9 +35,16 @@ def read_header(path: Path) -> list[str]:
     """The columns of a CSV file; none if it cannot be read."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return next(csv.reader(file), [])
+            return next(csv.reader(file, delimiter=delimiter_of(file)), [])
     except (OSError, UnicodeDecodeError, csv.Error):
         return []
+
+
+def delimiter_of(file: TextIO) -> str:
+    """What separates the cells of a CSV file, which is read from its start: a semicolon if the header has no comma."""
+    header = file.readline()
+    file.seek(0)
+    return ";" if ";" in header and "," not in header else ","
 
 
 def iterate_table(
@@ -55,7 +62,8 @@ def iterate_table(
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
+            delimiter = delimiter_of(file)
+            reader = csv.DictReader(file, delimiter=delimiter)
             missing = sorted(set(needed) - set(reader.fieldnames or ()))
             if missing:
                 found = ", ".join(reader.fieldnames or ()) or "none"
@@ -68,15 +76,15 @@ def iterate_table(
                 elif left_out is not None:
                     left_out[f"rows of {path.name} without {blank}"] += 1
             if any("\n" in str(cell) or "\r" in str(cell) for cell in row.values()):
-                _refuse_open_quote(file, path)
+                _refuse_open_quote(file, path, delimiter)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} cannot be read as CSV: {error}") from error
 
 
-def _refuse_open_quote(file: TextIO, path: Path) -> None:
+def _refuse_open_quote(file: TextIO, path: Path, delimiter: str) -> None:
     """Raise an InputError if the last row takes in the rest of the file because its quote is never closed."""
     file.seek(0)
-    start, reader = 1, csv.reader(file, strict=True)
+    start, reader = 1, csv.reader(file, delimiter=delimiter, strict=True)
     try:
         for _ in reader:
             start = reader.line_num + 1

@@ -3,7 +3,7 @@
 import pytest
 
 from kernel.inputs import InputError
-from kernel.tables import clean_id, read_table, respell
+from kernel.tables import clean_id, read_header, read_table, respell
 
 
 def test_bytes_that_are_not_text_are_refused_in_one_line(tmp_path):
@@ -24,6 +24,18 @@ def test_a_quote_that_is_not_closed_is_refused_with_its_line(tmp_path, end):
 def test_a_last_row_that_takes_in_no_other_is_read(tmp_path, last):
     (tmp_path / "table.csv").write_text(f"id,note\n1,fine\n{last}")
     assert [row["id"] for row in read_table(tmp_path / "table.csv", ("id",))] == ["1", "2"]
+
+
+def test_cells_may_be_separated_by_semicolons_where_the_header_has_no_comma(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text('id;note\n1;"a, b;c"\n2;d\n', encoding="utf-8-sig")
+    assert read_header(path) == ["id", "note"]
+    assert read_table(path, ("id",)) == [{"id": "1", "note": "a, b;c"}, {"id": "2", "note": "d"}]
+    path.write_text("id,a;b\n1,c;d\n")
+    assert read_table(path, ("id",)) == [{"id": "1", "a;b": "c;d"}]
+    path.write_text('id;note\n1;"open\n2;lost\n')
+    with pytest.raises(InputError, match=r"table\.csv, line 2: a quote is not closed"):
+        read_table(path, ("id",))
 
 
 @pytest.mark.parametrize(
