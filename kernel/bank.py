@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -467,3 +468,38 @@ def rank(
 ) -> torch.Tensor:
     """The indices of `rank_with_probabilities`, (observations, guesses) int64."""
     return rank_with_probabilities(members, weights, embeddings, guesses, metadata_prior, device)[0]
+
+
+def as_answer(indices: torch.Tensor, probabilities: torch.Tensor) -> dict[int, float]:
+    """The classes of one row of `rank_with_probabilities` with their probabilities, best first."""
+    return dict(zip(indices.tolist(), probabilities.tolist(), strict=True))
+
+
+def best_of_tiles(
+    ranked: torch.Tensor, probabilities: torch.Tensor, has_embedding: torch.Tensor, observations: int
+) -> Iterator[dict[int, float]]:
+    """The classes of each observation, each with its probability in the best of the tiles, most probable first.
+
+    Args:
+        ranked, probabilities: (observations x tiles, guesses), those of `rank_with_probabilities`; the tiles of an
+            observation are one after another.
+        has_embedding: (observations x tiles,) bool. The other tiles do not count.
+    """
+    tiles = len(ranked) // observations
+    for indices, own, is_row in zip(
+        *(each.split(tiles) for each in (ranked, probabilities, has_embedding)), strict=True
+    ):
+        classes, positions = indices[is_row].unique(return_inverse=True)
+        best = own.new_zeros(len(classes)).scatter_reduce_(0, positions.flatten(), own[is_row].flatten(), "amax")
+        order = best.sort(descending=True, stable=True).indices
+        yield as_answer(classes[order], best[order])
+
+
+def probable_classes(answer: dict[int, float], threshold: float, most: int) -> dict[int, float]:
+    """The classes with at least a probability, `most` at most, and one at least.
+
+    Args:
+        answer: classes with their probabilities, most probable first.
+    """
+    count = sum(probability >= threshold for probability in answer.values())
+    return dict(islice(answer.items(), min(max(1, count), most)))

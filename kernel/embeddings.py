@@ -20,7 +20,7 @@ from kernel.encoders import Encoder, Submitted, torch_threads
 from kernel.loader import PhotoLoader
 from kernel.observations import Observation
 from kernel.progress import Progress
-from kernel.views import VIEWS
+from kernel.views import ALL_VIEWS
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Embeddings:
 
     Attributes:
         pooled: (observations, features) float32, the mean or maximum over photos, or zero where no photo was embedded.
-        photos: (observations,) number of photos in each row.
+            Without pooling (observations x views, features), the views of an observation one after another.
+        photos: number of photos in each row.
         unreadable: path and cause of every photo that could not be read.
         late: number of observations left out because the budget was spent, or because of an error.
         views: number of photos by the number of their views.
@@ -43,7 +44,7 @@ class Embeddings:
 
     @property
     def values(self) -> torch.Tensor:
-        """(observations, features) float32, each row of length 1 or 0."""
+        """The rows of `pooled`, each of length 1 or 0."""
         return concatenate([self.pooled], [1.0])
 
     @property
@@ -53,7 +54,7 @@ class Embeddings:
 
     @property
     def has_embedding(self) -> torch.Tensor:
-        """(observations,) bool: which rows are not zero."""
+        """Which rows are not zero, bool."""
         return self.photos > 0
 
 
@@ -78,30 +79,37 @@ class Pool:
     """Combines photo embeddings by observation. Its memory grows with the observations, not with the photos.
 
     Args:
-        pooling: "mean", or element-wise "max".
+        views: of a photo, at most.
+        pooling: "mean", or element-wise "max"; with "none" every view of an observation's photo has a row of its own.
     """
 
-    def __init__(self, observations: int, features: int, pooling: str):
-        self.pooling = pooling
-        self.totals = torch.full((observations, features), 0.0 if pooling == "mean" else -torch.inf)
-        self.counts = torch.zeros(observations, dtype=torch.long)
+    def __init__(self, observations: int, views: int, features: int, pooling: str):
+        self.pooling, self.rows = pooling, views if pooling == "none" else 1
+        shape = (observations * self.rows, features)
+        self.totals = torch.full(shape, -torch.inf if pooling == "max" else 0.0)
+        self.counts = torch.zeros(len(self.totals), dtype=torch.long)
 
     def add(self, indices: Sequence[int], embedded: torch.Tensor) -> None:
-        """Add (photos, features) to the observations of these indices, one per photo."""
+        """Add (photos, views, features) to the observations of these indices, one per photo."""
         index = torch.tensor(indices)
-        if self.pooling == "mean":
-            self.totals.index_add_(0, index, embedded)
+        if self.pooling == "none":
+            index = (index[:, None] * self.rows + torch.arange(embedded.shape[1])).flatten()
+            embedded = embedded.flatten(0, 1)
         else:
+            embedded = embedded.mean(dim=1)
+        if self.pooling == "max":
             self.totals.scatter_reduce_(0, index[:, None].expand_as(embedded), embedded, "amax")
+        else:
+            self.totals.index_add_(0, index, embedded)
         self.counts.index_add_(0, index, torch.ones_like(index))
 
     def drop_from(self, first: int) -> int:
         """Drop the observations from `first` on, since some of their photos are missing. Returns how many."""
-        self.counts[first:] = 0
-        return len(self.counts) - first
+        self.counts[first * self.rows :] = 0
+        return len(self.counts) // self.rows - first
 
     def pooled(self) -> torch.Tensor:
-        """(observations, features), zero without a photo."""
+        """The rows, zero without a photo."""
         pooled = self.totals.where(self.counts[:, None] > 0, torch.zeros(()))
         return pooled / self.counts.clamp(min=1)[:, None] if self.pooling == "mean" else pooled
 
@@ -132,8 +140,8 @@ def embed_observations(
     """Embed every observation: photos averaged over views, then pooled over the observation, then normalised.
 
     Args:
-        views: keys of VIEWS, the most useful first. When time is short, photos get the first of them.
-        pooling: over an observation's photos, "mean" or element-wise "max".
+        views: keys of ALL_VIEWS, the most useful first. When time is short, photos get the first of them.
+        pooling: over an observation's photos, "mean" or element-wise "max"; "none" keeps each view of the only photo.
         limits: None sets none.
         name: of the encoder, for the plan and for the progress in the log; empty prints neither.
         loader: of all photos of the observations, in order, if it has been started already. It is closed at the end.
@@ -141,12 +149,13 @@ def embed_observations(
     limits = limits or Limits()
     observation_index = [index for index, observation in enumerate(observations) for _ in observation.photos]
     loader = loader or PhotoLoader.for_encoder(list_photos(observations), encoder)
-    pool, schedule = Pool(len(observations), encoder.features, pooling), Schedule(encoder, loader, views, limits, name)
+    pool = Pool(len(observations), len(views), encoder.features, pooling)
+    schedule = Schedule(encoder, loader, views, limits, name)
     photos_by_views, end = Counter(), 0
     try:
         with loader, Progress(name, len(observation_index), "photo") as progress:
             for batch, embedded in embed_batches(encoder, schedule.batches(), schedule.pace):
-                pool.add([observation_index[photo] for photo in batch.photos], embedded.mean(dim=1))
+                pool.add([observation_index[photo] for photo in batch.photos], embedded)
                 photos_by_views[len(batch.views)] += len(batch.photos)
                 end = batch.photos[-1] + 1
                 progress.advance(len(batch.photos), f"{len(batch.views)} of {len(views)} views")
@@ -171,7 +180,7 @@ class Batch:
     Attributes:
         photos: their indices.
         pixels: (photos, 3, decoded_size, decoded_size) uint8.
-        views: keys of VIEWS.
+        views: keys of ALL_VIEWS.
     """
 
     photos: list[int]
@@ -204,7 +213,7 @@ def embed_batches(
     with torch_threads(1 if encoder.queued else torch.get_num_threads()):
         try:
             for batch in batches:
-                queued.append((batch, encoder.submit(batch.pixels, [VIEWS[view] for view in batch.views])))
+                queued.append((batch, encoder.submit(batch.pixels, [ALL_VIEWS[view] for view in batch.views])))
                 if len(queued) > encoder.queued:
                     yield finish()
         except Exception as error:
@@ -256,9 +265,9 @@ class Schedule:
 
 def time_one_view(encoder: Encoder, pixels: torch.Tensor, view: str, budget: Budget) -> float:
     """Seconds that one view of a batch takes. A first pass is not timed, since it also sets the libraries up."""
-    encoder.embed(pixels, [VIEWS[view]])
+    encoder.embed(pixels, [ALL_VIEWS[view]])
     start = budget.elapsed()
-    encoder.embed(pixels, [VIEWS[view]])
+    encoder.embed(pixels, [ALL_VIEWS[view]])
     return budget.elapsed() - start
 
 

@@ -90,7 +90,7 @@ class Encoder:
 
         Args:
             photos: (batch, 3, decoded_size, decoded_size) uint8, on the CPU.
-            views: of VIEWS.
+            views: of ALL_VIEWS.
 
         Returns:
             (batch, views, features) float32, L2-normalised, on the CPU.
@@ -318,9 +318,14 @@ def pad_batch(photos: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def gpu_batch_size(preprocessing: Preprocessing) -> int:
-    """Photos that fill a GPU: 256 of 224 pixels, or as many larger ones as have the same number of pixels."""
+    """Photos that fill a GPU: 256 of 224 pixels, or as many larger ones as have the same number of pixels.
+
+    A photo as decoded may have two and a half times the pixels, as for crops. For tiles it has up to 25 times as many,
+    and so large a batch would take gigabytes.
+    """
     side = max(preprocessing.size, preprocessing.larger_size)
-    return max(32, min(256, 256 * 224**2 // side**2))
+    pixels = max(side**2, int(preprocessing.decoded_size**2 / 2.5))
+    return max(32, min(256, 256 * 224**2 // pixels))
 
 
 def clear_eval_caches(module: nn.Module) -> None:

@@ -6,7 +6,8 @@ reads, checks and writes the JSON; the rest of the code uses these dataclasses.
 
 import json
 import os
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -31,7 +32,7 @@ class Preprocessing:
         resize_mode: "crop" resizes the shorter side and crops the centre, which loses the margins. "squash" resizes
             both sides, which loses the aspect ratio.
         larger_size: side of the input in the view `larger`, in pixels; 0 if the views do not include it.
-        cropped_size: side of the square from which the views that are crops are cut; 0 if there are none.
+        cropped_size: side of the square from which crops and tiles are cut; 0 if there are none.
     """
 
     size: int
@@ -102,7 +103,7 @@ class Member:
         encoders: whose embeddings are concatenated.
         encoder_weights: of their embeddings in the concatenation.
         views: names of the test-time views, the most useful first.
-        pooling: how the embeddings of an observation's photos are combined.
+        pooling: how the embeddings of an observation's photos are combined; "none" for a photo in tiles.
         banks: names of their files: over the embeddings of the first encoder, of the first two, and so on. A kernel
             that has no time for the last encoders uses an earlier one.
         metadata_prior: name of its file; None if there is no metadata prior.
@@ -163,6 +164,7 @@ class Manifest:
         class_ids: ids of all classes, in the order of the banks.
         fallback_classes: ids of the most common classes, predicted for an observation without a readable photo.
         class_counts: observations of each class in the reference; none in weights of an earlier version.
+        threshold: where an answer is a set of classes, it has those with at least this probability; None elsewhere.
         members: the best first, because a kernel that is short of time skips the last.
         validation: scores of an ensemble on held-out observations; None for one member, which has its own, and where
             they are not known.
@@ -175,9 +177,36 @@ class Manifest:
     class_ids: tuple[str, ...]
     fallback_classes: tuple[str, ...]
     class_counts: tuple[int, ...] = ()
+    threshold: float | None = None
     members: tuple[Member, ...]
     validation: dict[str, float] | None = None
     files: dict[str, str]
+
+
+def tile_names(grids: Sequence[int]) -> tuple[str, ...]:
+    """The views that are the tiles of grids of n x n, row after row of each, such as "tile-3-0-2"."""
+    return tuple(f"tile-{n}-{row}-{column}" for n in grids for row in range(n) for column in range(n))
+
+
+def tiled(preprocessing: Preprocessing, grids: Sequence[int]) -> Preprocessing:
+    """How a photo is decoded for its tiles: whole, as a crop would lose its margins, and with the detail of a tile."""
+    size = preprocessing.size
+    return replace(preprocessing, crop_pct=1.0, resize_mode="squash", larger_size=0, cropped_size=size * max(grids))
+
+
+def in_tiles(manifest: Manifest, grids: Sequence[int]) -> Manifest:
+    """The manifest for test photos that are cut into tiles, each embedded alone; itself without grids.
+
+    Args:
+        grids: of the competition.
+    """
+    if not grids:
+        return manifest
+    members = []
+    for member in manifest.members:
+        encoders = tuple(replace(one, preprocessing=tiled(one.preprocessing, grids)) for one in member.encoders)
+        members.append(replace(member, encoders=encoders, views=tile_names(grids), pooling="none"))
+    return replace(manifest, members=tuple(members))
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -7,6 +7,8 @@ from functools import cache, partial
 import torch
 from torch import nn
 
+from kernel.manifest import tile_names
+
 CROP = 0.65  # of the side of a photo; the photo is decoded so large that a crop has the encoder's size
 
 
@@ -37,9 +39,16 @@ def crop(photos: torch.Tensor, left: float, top: float) -> torch.Tensor:
     return photos[:, :, y : y + cut, x : x + cut]
 
 
+def tile(grid: int, row: int, column: int, photos: torch.Tensor) -> torch.Tensor:
+    """Cut one of grid x grid tiles out of (batch, 3, side, side). Together they cover the photo; none overlap."""
+    side = photos.shape[-1]
+    top, bottom, left, right = (round(side * edge / grid) for edge in (row, row + 1, column, column + 1))
+    return photos[:, :, top:bottom, left:right]
+
+
 def resize_batch(photos: torch.Tensor, size: int) -> torch.Tensor:
-    """Resize (batch, 3, side, side) with antialiasing; photos that have the size already are returned as they are."""
-    if photos.shape[-1] == size:
+    """Resize (batch, 3, height, width) with antialiasing; photos of that size already are returned as they are."""
+    if photos.shape[-2:] == (size, size):
         return photos
     return nn.functional.interpolate(photos, size=(size, size), mode="bicubic", antialias=True)
 
@@ -64,18 +73,20 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bottom-right": partial(crop, left=1, top=1),
     "larger": larger,
 }
+# Of test photos that show several classes, for a competition that has them; a recipe does not name them.
+TILES = {name: partial(tile, *map(int, name.split("-")[1:])) for name in tile_names(range(1, 7))}
+ALL_VIEWS = VIEWS | TILES
 CROPS = [VIEWS[name] for name in ("centre", "top-left", "top-right", "bottom-left", "bottom-right")]
+CUT = [*CROPS, *TILES.values()]  # from the photo as decoded, which has the most detail
 
 
 def make_view(view: Callable, decoded: torch.Tensor, pixels: torch.Tensor, larger_size: int) -> torch.Tensor:
     """One view of photos, (batch, 3, size, size), or at `larger_size` in the view `larger`.
 
-    Crops are cut from the photo as decoded, which has the most detail.
-
     Args:
-        view: of VIEWS.
+        view: of ALL_VIEWS.
         decoded, pixels: the photos as decoded, (batch, 3, side, side), and at the size of the encoder.
     """
     if view is larger:
         return resize_batch(decoded, larger_size or pixels.shape[-1])
-    return resize_batch(view(decoded), pixels.shape[-1]) if view in CROPS else view(pixels)
+    return resize_batch(view(decoded), pixels.shape[-1]) if view in CUT else view(pixels)

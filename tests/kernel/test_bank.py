@@ -12,8 +12,10 @@ from kernel.bank import (
     TRANSDUCTION_ROUNDS,
     Bank,
     Layer,
+    best_of_tiles,
     classify,
     largest,
+    probable_classes,
     rank,
     rank_with_probabilities,
     read_banks,
@@ -302,6 +304,23 @@ def test_the_ranking_is_a_full_sort_by_score_and_then_by_class(seed):
 def test_more_guesses_than_classes_gives_all_and_no_queries_give_none():
     assert rank([[random_bank(classes=3)]], [1.0], [torch.randn(2, 8)], 10).shape == (2, 3)
     assert rank([[random_bank()]], [1.0], [torch.zeros(0, 8)], 10).shape == (0, 10)
+
+
+def test_a_class_is_as_probable_as_in_its_best_tile_and_tiles_without_an_embedding_do_not_count():
+    ranked = torch.tensor([[2, 0], [0, 5], [1, 2], [3, 4], [4, 3], [0, 1]])
+    probabilities = torch.tensor([[0.6, 0.2], [0.7, 0.1], [0.9, 0.05], [0.5, 0.25], [0.4, 0.3], [0.1, 0.1]])
+    has_embedding = torch.tensor([True, True, False, True, True, True])
+    first, second = best_of_tiles(ranked, probabilities, has_embedding, 2)
+    assert list(first.items()) == [(0, pytest.approx(0.7)), (2, pytest.approx(0.6)), (5, pytest.approx(0.1))]
+    assert list(second) == [3, 4, 0, 1]
+    assert list(best_of_tiles(ranked[:2], probabilities[:2], torch.zeros(2, dtype=torch.bool), 1)) == [{}]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "most", "expected"), [(0.6, 9, [0, 2]), (0.61, 9, [0]), (0.8, 9, [0]), (0, 2, [0, 2])]
+)
+def test_an_answer_has_the_classes_from_a_probability_on_and_one_at_least(threshold, most, expected):
+    assert list(probable_classes({0: 0.7, 2: 0.6, 5: 0.1}, threshold, most)) == expected
 
 
 def test_a_bias_moves_a_class_up():

@@ -15,7 +15,7 @@ from kernel.loader import PhotoLoader
 from kernel.manifest import read_weights
 from kernel.observations import Observation
 from kernel.photos import DRAFT, decode
-from kernel.views import CROP, VIEWS
+from kernel.views import ALL_VIEWS, CROP, VIEWS
 from local.drawing.fungi import draw, traits
 from tests.conftest import photo
 
@@ -38,7 +38,7 @@ def pixels_of(encoder, path):
 
 
 def by_hand(encoder, path, views=("plain",)):
-    return encoder.embed(pixels_of(encoder, path), [VIEWS[view] for view in views])[0].mean(dim=0)
+    return encoder.embed(pixels_of(encoder, path), [ALL_VIEWS[view] for view in views])[0].mean(dim=0)
 
 
 def test_an_observation_is_the_normalised_mean_of_its_photos(encoder, observations):
@@ -53,6 +53,24 @@ def test_max_pooling_takes_the_largest_of_each_feature(encoder, observations):
     found = embed_observations(encoder, observations, ["plain"], pooling="max")
     largest = torch.stack([by_hand(encoder, path) for path in observations[2].photos]).amax(dim=0)
     assert torch.allclose(found.values[2], largest / largest.norm(), atol=1e-5)
+
+
+def test_without_pooling_every_view_has_a_row_and_those_without_a_photo_are_zero(encoder, observations, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"")
+    shown = [
+        Observation("a", observations[0].photos[:1]),
+        Observation("broken", (tmp_path / "broken.jpg",)),
+        Observation("none", ()),
+        Observation("b", observations[1].photos[:1]),
+    ]
+    views = ["plain", "hflip", "tile-2-0-1"]
+    found = embed_observations(encoder, shown, views, pooling="none")
+    assert found.has_embedding.tolist() == [True] * 3 + [False] * 6 + [True] * 3
+    assert not found.values[3:9].any()
+    rows = found.values.view(4, 3, -1)
+    for index in (0, 3):
+        for column, view in enumerate(views):
+            assert torch.allclose(rows[index, column], by_hand(encoder, shown[index].photos[0], [view]), atol=1e-5)
 
 
 def test_an_embedding_is_the_mean_over_the_views(encoder, observations):

@@ -21,6 +21,7 @@ from kernel.encoders import (
     Encoder,
     build_module,
     describe_versions,
+    gpu_batch_size,
     is_out_of_memory,
     make_encoder,
     open_encoder,
@@ -29,7 +30,7 @@ from kernel.encoders import (
     use_one_torch_thread,
 )
 from kernel.inputs import InputError
-from kernel.views import VIEWS
+from kernel.views import CROP, VIEWS
 from tests.manifests import encoder_spec, member
 
 SPEC = encoder_spec()
@@ -423,3 +424,11 @@ def test_an_encoder_with_a_weight_too_large_for_half_precision_is_used_in_full_p
     encoder = make_encoder(module, SPEC, [torch.device("cpu")])
     assert torch.equal(encoder.embed(photos, [VIEWS["plain"]]), expected)
     assert "weights of this encoder overflow in half precision" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [96, 224, 256, 336, 448])
+def test_a_gpus_batch_is_as_large_with_crops_as_without_and_small_with_tiles(size):
+    plain = replace(SPEC.preprocessing, size=size)
+    crops, tiles = replace(plain, cropped_size=round(size / CROP)), replace(plain, cropped_size=5 * size)
+    assert gpu_batch_size(crops) == gpu_batch_size(plain) == max(64, min(256, 256 * 224**2 // size**2))
+    assert gpu_batch_size(tiles) == (139 if size == 96 else 32)

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from kernel.views import CROP, CROPS, VIEWS, make_view, resize_batch, rotate
+from kernel.manifest import Preprocessing, tile_names, tiled
+from kernel.photos import resize
+from kernel.views import CROP, CROPS, TILES, VIEWS, make_view, resize_batch, rotate
 
 
 @pytest.fixture
@@ -56,3 +59,33 @@ def test_crops_show_the_part_that_their_name_says():
     assert means["top-right"] == pytest.approx(1 - CROP / 2, abs=0.01)
     down = ramp.transpose(-1, -2)
     assert VIEWS["bottom-left"](down).mean() > 0.65 > 0.35 > VIEWS["top-right"](down).mean()
+
+
+@pytest.mark.parametrize("grid", [1, 2, 3, 4, 5, 6])
+def test_the_tiles_of_a_grid_have_each_pixel_once(grid):
+    side = 67
+    photo = torch.arange(side * side).view(1, 1, side, side)
+    tiles = [TILES[name](photo) for name in tile_names([grid])]
+    assert len(tiles) == grid**2
+    assert torch.cat([tile.flatten() for tile in tiles]).sort().values.tolist() == list(range(side * side))
+    sizes = [size for tile in tiles for size in tile.shape[-2:]]
+    assert max(sizes) - min(sizes) <= 1
+    rows = [torch.cat(tiles[first : first + grid], dim=-1) for first in range(0, grid**2, grid)]
+    assert torch.equal(torch.cat(rows, dim=-2), photo)  # row after row
+
+
+def test_a_photo_is_decoded_for_its_tiles_without_losing_its_margins_or_their_detail():
+    cropping = Preprocessing(64, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.875, "crop", larger_size=96)
+    preprocessing = tiled(cropping, (1, 3, 5))
+    photo = Image.new("RGB", (400, 320))
+    photo.paste("red", (0, 0, 80, 64))
+    photo.paste("blue", (320, 256, 400, 320))
+    decoded = torch.from_numpy(resize(photo, preprocessing)).permute(2, 0, 1)[None].float()
+    assert decoded.shape == (1, 3, 320, 320)
+    for name, colour in (("tile-5-0-0", 0), ("tile-5-4-4", 2)):
+        view = make_view(TILES[name], decoded, resize_batch(decoded, 64), 0)
+        assert view.shape == (1, 3, 64, 64)
+        assert torch.equal(view, TILES[name](decoded))  # at its full size, so not resized
+        assert view[0, colour, 4:60, 4:60].min() > 250
+        assert view.sum() == view[:, colour].sum()
+    assert make_view(TILES["tile-3-0-1"], decoded, resize_batch(decoded, 64), 0).shape == (1, 3, 64, 64)
