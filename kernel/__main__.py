@@ -18,7 +18,7 @@ from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, describe_unreadable
 from kernel.loader import PhotoLoader
 from kernel.embeddings import Embeddings, Limits, concatenate, embed_observations, list_photos
 from kernel.metadata_prior import weighted_prior
-from kernel.bank import rank_with_probabilities, read_banks
+from kernel.bank import as_answer, best_of_tiles, probable_classes, rank_with_probabilities, read_banks
 from kernel.inputs import InputError
 from kernel.submission import fallback_answer, write_submission
 
@@ -91,7 +91,7 @@ def embed_in_steps(
 
 
 def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torch.device) -> int:
-    """Rank the classes of each observation and write the submission.
+    """Rank the classes of each observation, or of each tile of its photo, and write the submission.
 
     Args:
         embedded: by each encoder that there was time for.
@@ -117,11 +117,14 @@ def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torc
     if metadata_prior is not None:
         is_predicted = torch.ones_like(is_predicted)
     fallback = fallback_answer(table, manifest)
+    rows = map(as_answer, ranked, probabilities)
+    if table.competition.grids:
+        best = best_of_tiles(ranked, probabilities, is_predicted, len(table.observations))
+        rows = (probable_classes(answer, manifest.threshold, count) for answer in best)
+        is_predicted = is_predicted.view(len(table.observations), -1).any(dim=1)
     answers = (
-        {class_ids[index]: value for index, value in zip(indices.tolist(), own.tolist(), strict=True)}
-        if predicted
-        else fallback
-        for indices, own, predicted in zip(ranked, probabilities, is_predicted.tolist(), strict=True)
+        {class_ids[index]: value for index, value in row.items()} if predicted else fallback
+        for row, predicted in zip(rows, is_predicted.tolist(), strict=True)
     )
     write_submission(setup.working / "submission.csv", table, answers, class_ids)
     return len(is_predicted) - int(is_predicted.sum())

@@ -1,5 +1,6 @@
 """Find the competition among what is mounted, and read its test set: the observations to predict, and their photos."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,8 +71,14 @@ def recognise(folder: Path, among: Sequence[Competition] = COMPETITIONS) -> Comp
         among: if one of them has settings, these are used for its name.
     """
     by_name = {competition.name: competition for competition in among}
-    found = [one for own in COMPETITIONS if (one := by_name.get(own.name, own).recognise(folder))]
-    lowest = min((one.competition.generality for one in found), default=0)
+    found: list[CompetitionFolder] = []
+    lowest = math.inf
+    for own in sorted(COMPETITIONS, key=lambda one: one.generality):
+        if own.generality > lowest:
+            break  # to find the columns of a large table would take seconds
+        if one := by_name.get(own.name, own).recognise(folder):
+            found.append(one)
+            lowest = min(lowest, one.competition.generality)
     candidates = [one for one in found if one.competition.generality == lowest and one.competition.name in by_name]
     return max(candidates, key=lambda one: one.split_folder("test").is_dir(), default=None)
 

@@ -9,11 +9,11 @@ import shutil
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kernel.inputs import InputError, escape_control, escape_unprintable, install_wheels, list_folder, prepare_threads
-from kernel.manifest import MANIFEST_SHA256, Weights, find_weights
+from kernel.manifest import MANIFEST_SHA256, Weights, find_weights, in_tiles
 from kernel.observations import TestTable, find_test_table
 from kernel.submission import fallback_answer, write_submission
 from kernel.tables import describe_left_out
@@ -28,7 +28,7 @@ class Setup:
     """What is known once the fallback submission is written.
 
     Attributes:
-        weights: the bundle's.
+        weights: the bundle's, with the views of test photos.
         table: the test observations.
         budget: the time limit, which counts from the start of the process.
         working: the folder of the submission.
@@ -51,6 +51,7 @@ def start() -> Setup:
     handle_errors(options.working, is_rerun, "the fallback submission")
     weights, table = write_fallback(options.input, options.working / "submission.csv")
     limit = options.time_limit or weights.manifest.competition.time_limit
+    weights = replace(weights, manifest=in_tiles(weights.manifest, table.competition.grids))
     setup = Setup(weights, table, Budget(limit, STARTED), options.working, is_rerun)
     install_wheels(weights.wheels(), options.working / PACKAGES)
     return setup

@@ -17,6 +17,8 @@ from kernel.observations import TestTable
 def fallback_answer(table: TestTable, manifest: Manifest | None = None) -> dict[str, float]:
     """What to predict for an observation of which no photo can be read: the commonest classes, or all frequencies.
 
+    Of a set of classes, the commonest alone.
+
     Args:
         manifest: of the weights; without them, the first row of the sample submission counts.
 
@@ -30,7 +32,7 @@ def fallback_answer(table: TestTable, manifest: Manifest | None = None) -> dict[
             return sample[0][1]
         raise InputError(f"{table.folder} has no sample submission and no weights are attached: attach the weights")
     if not form.classes:
-        classes = manifest.fallback_classes[: form.guesses]
+        classes = manifest.fallback_classes[: 1 if form.is_set else form.guesses]
         return dict.fromkeys(classes, 1 / len(classes))
     counts = manifest.class_counts or (1,) * len(manifest.class_ids)
     frequencies = {name: count / sum(counts) for name, count in zip(manifest.class_ids, counts, strict=True)}

@@ -10,6 +10,9 @@ first. The photos of a sub-folder are one observation and have one line; with --
 cannot be read are named. The classes and their order are those of the kernel, without metadata. Several runs are
 weighted as bundle.py weights them. A long list is predicted in parts: the CSV has the rows of all parts that are done.
 
+A run of quadrats (PlantCLEF) gives the species of each photo that are as probable as in an answer, --top at most. Its
+photos are never grouped.
+
 With --data, the test set of a competition is predicted instead, with its ids and metadata, as the kernel predicts it: a
 table of classes and probabilities to mix with other models. oof.csv in a run is the same for its held-out observations.
 """
@@ -26,6 +29,7 @@ from typing import TYPE_CHECKING
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from kernel.competitions import competition_of
 from kernel.competitions.class_folders import find_photos
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, Weights, read_weights
@@ -67,8 +71,8 @@ def split_paths(paths: Sequence[Path], takes_photos: bool = True) -> tuple[list[
     return weights, photos
 
 
-def group_photos(paths: Sequence[Path], together: bool) -> list[Observation]:
-    """Observations of photos: each photo alone, or all of a sub-folder, or all `together`.
+def group_photos(paths: Sequence[Path], together: bool, are_grouped: bool = True) -> list[Observation]:
+    """Observations of photos: each photo alone, or all of a sub-folder if they `are_grouped`, or all `together`.
 
     Raises:
         InputError: there is no photo.
@@ -76,7 +80,7 @@ def group_photos(paths: Sequence[Path], together: bool) -> list[Observation]:
     groups, left_out = {}, Counter()
     for path in paths:
         for photo in find_photos(path, left_out) if path.is_dir() else [path]:
-            name = photo if photo.parent == path or photo == path else photo.parent
+            name = photo.parent if are_grouped and photo.parent != path and photo != path else photo
             groups.setdefault(paths[0] if together else name, {})[photo] = None
     if left_out:
         say(f"{', '.join(map(str, paths))}{describe_left_out(left_out)}")
@@ -132,7 +136,11 @@ def predict(
     for path in filter(None, (table, page)):
         refuse_unwritable_file(path)
     top = min(top, len(weights[0].manifest.class_ids))
-    observations, shown = read_test_set(data, weights) if data else group_photos(photos, together), []
+    is_set = competition_of(weights[0].manifest.competition).form.is_set
+    if together and is_set:
+        raise InputError("--together is not for a run of quadrats, each of which is one photo: leave it out")
+    observations = read_test_set(data, weights) if data else group_photos(photos, together, not is_set)
+    shown: list[Prediction] = []
     with Progress("loading the encoders"):
         from local.prediction.model import Model  # imports torch
 

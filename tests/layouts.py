@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from tests.conftest import photo
 
 # Of each class its phylum, class, order, family, genus and species.
@@ -108,6 +110,59 @@ def herbarium(folder: Path, year: int) -> Path:
     return write_csv(folder / "solution.csv", [("Id", "Predicted"), *answers])
 
 
+COLOURS = {"7": (200, 40, 40), "12": (40, 150, 60), "340": (60, 60, 190)}  # of plants: parts of one look like the whole
+
+
+def plants(path: Path, labels: Sequence[str], shade: int) -> None:
+    """A photo of one plant, or of one beside the other, each in the colour of its species, brighter by a shade."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", (120, 120))
+    width = 120 // len(labels)
+    for index, label in enumerate(labels):
+        colour = tuple(value + shade for value in COLOURS[label])
+        picture.paste(colour, (index * width, 0, (index + 1) * width, 120))
+    picture.save(path, quality=95)
+
+
+def plantclef(
+    folder: Path, has_test_table: bool = True, is_nested: bool = True, has_splits: bool = False, suffix: str = ""
+) -> Path:
+    """PlantCLEF with one or two photos of a plant, and quadrats of one or two species; returns a solution.
+
+    Args:
+        is_nested: whether the quadrats are in a folder within a folder of the same name.
+        has_splits: whether the photos of plants are in folders of train, val and test.
+        suffix: of the ids in the sample submission.
+    """
+    columns = ("image_name", "organ", "species_id", "obs_id", "species", "genus", "family", "learn_tag")
+    rows = []
+    for number in range(4):
+        for label, (*_, family, genus, species) in SPECIES.items():
+            tag = ("train", "train", "val", "test")[number]
+            for index in range(2 - number % 2):
+                name = f"{label}{number}{index}.jpg"
+                root = folder / "plants" / "images_max_side_800" / (tag if has_splits else "")
+                plants(root / label / name, [label], 8 * number + 4 * index)
+                rows.append((name, "leaf", label, f"{number}{label}", f'"{species}" L.', genus, family, tag))
+    path = folder / "PlantCLEF2024singleplanttrainingdata.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=";").writerows([columns, *rows])
+    test = folder / "PlantCLEF2025_test_images"
+    test = test / test.name if is_nested else test
+    test.mkdir(parents=True)
+    truth, labels = {}, list(SPECIES)
+    for number in range(3 * TEST_OBSERVATIONS):
+        name = f"CBN-{number:02}-2024"
+        truth[name + suffix] = list(dict.fromkeys((labels[number % 3], labels[(number + number % 2) % 3])))
+        plants(test / f"{name}.jpg", truth[name + suffix], number)
+    if has_test_table:
+        table = [f"{number};{name.removesuffix(suffix)}.jpg" for number, name in enumerate(truth)]
+        (folder / "PlantCLEF2025_test.csv").write_text("\n".join(["number;file", *table]) + "\n")
+    header = ("quadrat_id", "species_ids")
+    write_csv(folder / "sample_submission.csv", [header, *((name, "[7]") for name in truth)])
+    return write_csv(folder / "solution.csv", [header, *((name, f"[{', '.join(own)}]") for name, own in truth.items())])
+
+
 def class_folders(folder: Path) -> None:
     """A folder per class, one with a space in its name, and a test folder."""
     for seed, name in enumerate(("apple", "bell pepper", "carrot")):
@@ -175,6 +230,7 @@ SMALLEST: dict[str, Callable[[Path], object]] = {
     "herbarium": lambda folder: herbarium(folder, 2020),
     "herbarium-2021": lambda folder: herbarium(folder, 2021),
     "herbarium-2022": lambda folder: herbarium(folder, 2022),
+    "plantclef": plantclef,
     "table": table,
     "class-folders": class_folders,
 }

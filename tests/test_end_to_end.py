@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,7 +29,7 @@ from local.training.checkpoints import read_checkpoint
 from local.training.checks import CHECKPOINTS
 from local.training.run import train_run
 from tests.conftest import LEARNING, ROOT, TINY, command, photo
-from tests.layouts import SPECIES, fungitastic, herbarium, table
+from tests.layouts import SPECIES, fungitastic, herbarium, plantclef, table
 
 
 @pytest.fixture(scope="module")
@@ -457,3 +458,30 @@ def test_a_table_competition_with_probabilities_goes_all_the_way(tmp_path, capsy
     predict([tmp_path / "build"], 3, tmp_path / "p.csv", None, together=False, data=data)
     by_kernel = {row[0]: max(zip(map(float, row[1:]), labels, strict=True))[1] for row in answers}
     assert {row[0]: row[2] for row in rows(tmp_path / "p.csv")[1:]} == by_kernel
+
+
+def test_the_species_of_quadrats_are_found_from_photos_of_single_plants(tmp_path, capsys):
+    data, run, build = tmp_path / "data", tmp_path / "run", tmp_path / "build"
+    solution = plantclef(data)
+    train_run(
+        make_recipe({**TINY, "reference": "train+val", "epochs": 0, "choose": ["transduction"]}, "the tests"), data, run
+    )
+    said, manifest = capsys.readouterr().out, read_manifest(run / MANIFEST)
+    assert "transduction is 0, since test photos are cut into tiles" in said
+    assert re.search(r"to choose a threshold: \d+ quadrats of 2 to 6 classes", said)
+    assert f"chosen: threshold = {manifest.threshold}, on the same quadrats with F1 per observation" in said
+    assert manifest.members[0].validation["sample_f1"] > 0
+    bundle([run], build)
+    script = (build / "kernel.py").read_text()
+    assert re.findall(r"kernel/competitions/(\w+)\.py", script).count("plantclef")
+    assert not re.search(r"kernel/competitions/(fungi|herbarium|table|class_folders)\.py", script)
+    with Rehearsal(data, build, solution) as rehearsal:
+        report = play_all(rehearsal, ["plain"])
+    assert not report.failed, report
+    header, *answers = rows(build / "rehearsal" / "plain" / "submission.csv")
+    assert header == ["quadrat_id", "species_ids"]
+    assert [row[0] for row in answers] == [row[0] for row in rows(data / "sample_submission.csv")[1:]]
+    assert report.scores["sample_f1"] > 0.9  # of the fallback .33, of all three species in each row .65
+    predict([build], 3, tmp_path / "p.csv", None, together=False, data=data)
+    by_predict = {one[0]: f"[{', '.join(filter(None, one[2::3][:3]))}]" for one in rows(tmp_path / "p.csv")[1:]}
+    assert by_predict == dict(answers)

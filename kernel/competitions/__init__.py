@@ -1,11 +1,12 @@
 """All supported competitions. To support another one, add its module here and to the tests' SMALLEST."""
 
-from kernel.competitions import class_folders, fungi, herbarium, table
+from kernel.competitions import class_folders, fungi, herbarium, plantclef, table
 from kernel.competitions.competition import Competition
 from kernel.inputs import InputError
 from kernel.manifest import CompetitionSpec
 
-MODULES = (fungi, herbarium, table, class_folders)  # a folder may fit several competitions; the first of equals counts
+# A folder may fit several competitions; the first of equals counts.
+MODULES = (fungi, herbarium, plantclef, table, class_folders)
 COMPETITIONS = tuple(competition for module in MODULES for competition in module.COMPETITIONS)
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kernel.inputs import InputError
 from kernel.manifest import from_json
@@ -67,8 +67,10 @@ class AnswerForm:
             classes are scored here.
         classes: the class id of each column of probabilities; empty where a cell has class ids. A last class without a
             column has the rest of the probability.
+        is_set: whether a cell has as many classes as the observation shows, `guesses` at most, in place of so many.
     """
 
+    is_set: ClassVar[bool] = False
     header: tuple[str, ...]
     guesses: int
     classes: tuple[str, ...] = ()
@@ -151,6 +153,8 @@ class Competition:
         resolutions: subfolders of `photos`, if the competition ships the photos in several sizes.
         sample: glob of the sample submission.
         form: of an answer in the submission.
+        grids: where a test photo shows several classes, and is its own observation: it is cut into n x n tiles for each
+            of these n, and a class is as probable as in its best tile. An answer is then a set.
         metric: score of the leaderboard, by its name in a run's validation scores.
         time_limit: of a kernel with a GPU, seconds.
         leaderboard: number of observations of its public and its private part, if known.
@@ -182,6 +186,7 @@ class Competition:
     resolutions: tuple[str, ...] = ()
     sample: str
     form: AnswerForm
+    grids: tuple[int, ...] = ()
     metric: str
     time_limit: float
     leaderboard: tuple[int, ...] = ()

@@ -222,10 +222,18 @@ def _find(folder: Path) -> Competition | None:
         return None
     header = read_header(folder / samples[0][0])
     classes = tuple(header[1:]) if len(header) > 2 else ()
-    if len(header) < 2:
+    if len(header) < 2 or _has_lists(folder / samples[0][0]):
         return None
     settings = TableSettings(sample=samples[0][0], header=tuple(header), classes=classes)
     return replace(configure(settings), generality=3)
+
+
+def _has_lists(sample: Path) -> bool:
+    """Whether a sample submission answers with lists in brackets, as for photos that show several classes."""
+    try:
+        return any("[" in (cell or "") for cell in list(next(iterate_table(sample, ()), {}).values())[1:])
+    except InputError:
+        return False
 
 
 # The kernel does not need the functions below, as it knows the settings. Training finds them and reads the labelled

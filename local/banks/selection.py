@@ -354,6 +354,12 @@ class BankSelection:
             prior = self._fit_prior(reference) if settings.metadata_weight else None
         return dataclasses.replace(selected, banks=banks, metadata_prior=prior)
 
+    def fit_fold(self, selected: SelectedBank) -> list[Bank]:
+        """The banks of the selected settings without the queries of the first fold."""
+        embedded = self.embed(selected.settings.resize_mode)
+        reference, _ = self.plan.folds[0]
+        return fit_banks(selected.settings, embedded, reference, selected.logit_scales, self.plan.seed)
+
     def _embedded_by_first(self, count: int, embedded: Embedded) -> Embedded:
         """The embeddings of the first encoders alone, of length 1."""
         encoders = self.encoders.first(count)

@@ -1,7 +1,7 @@
 """Scores over observations, each with a 95% interval."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -136,6 +136,24 @@ def macro_f1_gain(
     return {"value": gain(every), "low": low, "high": high}
 
 
+def sample_f1(truth: Sequence[Collection], answers: Sequence[Collection]) -> np.ndarray:
+    """(observations,) F1 of each answer that is a set: twice what both have, divided by the sum of their sizes.
+
+    Its mean is `sklearn.metrics.f1_score(average="samples")`.
+
+    Args:
+        truth, answers: the classes of each observation, each once.
+    """
+    pairs = zip(truth, answers, strict=True)
+    return np.array([2 * len({*own} & {*answer}) / (len(own) + len(answer)) for own, answer in pairs])
+
+
+def set_scores(f1: np.ndarray) -> dict[str, float]:
+    """The mean of (observations,) F1 of `sample_f1` as a score, with the bounds of its 95% interval; see `score`."""
+    found = bounded(f1)
+    return {"sample_f1": found["value"], "sample_f1_low": found["low"], "sample_f1_high": found["high"]}
+
+
 def hit_matrix(truth: Sequence[str], guesses: Sequence[Sequence[str]]) -> np.ndarray:
     """(observations, len(GUESSES)) float: whether the true class is among the first 1, 5, 10 guesses."""
     rows = [[answer in row[:count] for count in GUESSES] for answer, row in zip(truth, guesses, strict=True)]
@@ -250,7 +268,7 @@ def describe(scores: dict[str, float], guesses: int = max(GUESSES), prefix: str 
     """
     counts = [count for count in GUESSES if count <= guesses]
     names = {f"recall_at_{count}": f"Recall@{count}" for count in counts} | {"macro_f1": "macro-F1"}
-    names[LOG_LOSS] = "log-loss"
+    names |= {LOG_LOSS: "log-loss", "sample_f1": "F1 per observation"}
     return "  ".join(
         f"{label} {scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]"
         for name, label in ((prefix + name, label) for name, label in names.items())

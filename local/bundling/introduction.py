@@ -5,8 +5,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from kernel.competitions import competition_of
 from kernel.inputs import InputError, shorten
-from kernel.manifest import Member, Weights
+from kernel.manifest import Member, Weights, in_tiles
 from local.base.console import counted
 
 INTRODUCTION = """\
@@ -49,7 +50,8 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
     Raises:
         InputError: the file of a bank is damaged, or of an earlier version.
     """
-    manifest = weights.manifest
+    grids = competition_of(weights.manifest.competition).grids
+    manifest = in_tiles(weights.manifest, grids)
     members, spec = manifest.members, manifest.competition
     lines = [f"  competition  {spec.name}, {counted(len(manifest.class_ids), 'class')}"]
     for number, member in enumerate(members, 1):
@@ -61,8 +63,13 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
     if any(member.metadata_prior for member in members):
         terms.append("the weighted log p(c | metadata)")
     ranking = f"The classes are ranked by {' + '.join(terms)}."
+    if grids:
+        sizes = ", ".join(f"{n} x {n}" for n in grids)
+        lines.append(f"  tiles        {sizes}; an answer has the classes of p(c) >= {manifest.threshold:.3g} in a tile")
     is_single = all(len(member.encoders) == 1 for member in members)
     embedding = EMBEDDING if is_single else CONCATENATED
+    if grids:
+        embedding = embedding.replace("mean over an observation's photos and their views of ", "")
     return INTRODUCTION.format(
         model="\n".join(lines), embedding=embedding, ranking=ranking, commit=commit, digest=digest
     )
@@ -82,11 +89,12 @@ def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
             yield "tokens", POOLED[encoder.pool]
         yield "photos", f"{size} x {size} pixels, resize_mode {resize_mode}"
     first = ", the most useful first" if len(member.views) > 1 else ""
-    yield "views", f"{len(member.views)}{first}: {', '.join(member.views)}"
+    names = "tiles, each ranked alone" if member.pooling == "none" else ", ".join(member.views)
+    yield "views", f"{len(member.views)}{first}: {names}"
     if member.reference_counts:
         observations, photos = (counted(member.reference_counts[f"{one}s"], one) for one in ("observation", "photo"))
         yield "reference", f"{member.recipe.get('reference', 'train')}: {observations}, {photos}"
-    if member.pooling != "mean":
+    if member.pooling == "max":
         yield "pooling", f"{member.pooling} over an observation's photos, instead of the mean"
     try:
         banks = list(describe_banks(folder / member.banks[-1]))

@@ -63,12 +63,20 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         class_ids=first.class_ids,
         fallback_classes=first.fallback_classes,
         class_counts=first.class_counts,
+        threshold=mean_threshold(members),
         members=tuple(copied),
         validation=validation,
         files={path.relative_to(folder).as_posix(): sha256(path) for path in files},
     )
     write_manifest(manifest, folder / MANIFEST)
     return folder / MANIFEST
+
+
+def mean_threshold(members: Sequence[tuple[Weights, float]]) -> float | None:
+    """The mean of the thresholds of runs, weighted as their log-probabilities are; None where they have none."""
+    values = [(run.manifest.threshold, weight) for run, weight in members if run.manifest.threshold is not None]
+    total = sum(weight for _, weight in values)
+    return sum(threshold * weight for threshold, weight in values) / total if values else None
 
 
 def choose_members(runs: Sequence[Weights]) -> list[tuple[Weights, float]]:
@@ -125,7 +133,7 @@ def warn_of_few_classes(manifest: Manifest) -> str:
     """A warning if there are fewer classes than a row of the submission has room for; otherwise an empty string."""
     form, classes = competition_of(manifest.competition).form, len(manifest.class_ids)
     guesses = form.guesses
-    if classes >= guesses or form.classes:
+    if classes >= guesses or form.classes or form.is_set:
         return ""
     return (
         f"warning: a row of the submission has room for {guesses} classes, and the run was trained on {classes}: "

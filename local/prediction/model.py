@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernel.bank import Bank, rank_with_probabilities, read_banks
+from kernel.bank import Bank, as_answer, best_of_tiles, probable_classes, rank_with_probabilities, read_banks
+from kernel.competitions import competition_of
 from kernel.embeddings import concatenate, embed_observations
 from kernel.encoders import Encoder, open_encoder, pick_devices
 from kernel.inputs import InputError
-from kernel.manifest import Member, Weights
+from kernel.manifest import Member, Weights, in_tiles
 from kernel.metadata_prior import WeightedPrior, weighted_prior
 from kernel.observations import Observation
 from local.base.run_folder import REFERENCE_FILE
-from local.bundling.weights import check_same_task, choose_members
+from local.bundling.weights import check_same_task, choose_members, mean_threshold
 
 CHUNK, GPU_CHUNK = 64, 1024  # observations predicted at once
 
@@ -96,7 +97,7 @@ class OpenMember:
     banks: list[Bank]
 
     def embed(self, observations: Sequence[Observation]) -> tuple[torch.Tensor, dict[Path, str]]:
-        """(observations, features) on the CPU, 0 where an encoder could read no photo; and the cause of each such."""
+        """The rows of `Embeddings` on the CPU, 0 where an encoder could read no photo; and the cause of each such."""
         member = self.member
         found = [embed_observations(one, observations, member.views, member.pooling) for one in self.encoders]
         values = concatenate([one.pooled.cpu() for one in found], member.encoder_weights)
@@ -119,8 +120,9 @@ class Model:
         chosen = choose_members(weights) if len(weights) > 1 else [(weights[0], 1.0)]
         devices = pick_devices()
         self.class_ids, self.members = weights[0].manifest.class_ids, []
+        self.competition, self.threshold = competition_of(weights[0].manifest.competition), mean_threshold(chosen)
         for run, weight in chosen:
-            for member in run.manifest.members:
+            for member in in_tiles(run.manifest, self.competition.grids).members:
                 encoders = [open_encoder(run.file(spec.file), spec, devices) for spec in member.encoders]
                 banks = read_banks(run.file(member.banks[-1]))
                 self.members.append(OpenMember(run, member, weight * member.weight, encoders, banks))
@@ -142,7 +144,7 @@ class Model:
         """Predictions of the observations, in parts as soon as each is known.
 
         Args:
-            top: guesses of each.
+            top: guesses of each; of a set, at most.
         """
         chunk, parts, prior = self.chunk, [], self._prior(observations)
         for first in range(0, len(observations), chunk):
@@ -179,14 +181,19 @@ class Model:
         banks, weights = [one.banks for one in self.members], [one.weight for one in self.members]
         device = self.members[0].encoders[0].device
         best, probabilities = rank_with_probabilities(banks, weights, values, top, prior, device)
-        is_readable = torch.stack([own.norm(dim=1) > 0 for own in values]).all(dim=0).tolist()
+        is_readable = torch.stack([own.norm(dim=1) > 0 for own in values]).all(dim=0)
+        answers = list(map(as_answer, best, probabilities))
+        if self.competition.grids:
+            tiles = best_of_tiles(best, probabilities, is_readable, len(observations))
+            answers = [probable_classes(one, self.threshold, top) for one in tiles]
+            is_readable = is_readable.view(len(observations), -1).any(dim=1)
+        has_reference = self.reference and not self.competition.grids  # no photo of one class resembles a quadrat
         names = self.reference.names if self.reference else self.class_ids
         found = []
         for row, observation in enumerate(observations):
-            labels = best[row].tolist() if is_readable[row] else []
-            pairs = zip(labels, probabilities[row].tolist(), strict=bool(labels))
-            guesses = [Guess(self.class_ids[label], names[label], probability) for label, probability in pairs]
-            nearest = self.reference.nearest(values[0][row], labels[0]) if self.reference and labels else None
+            answer = answers[row] if is_readable[row] else {}
+            guesses = [Guess(self.class_ids[label], names[label], own) for label, own in answer.items()]
+            nearest = self.reference.nearest(values[0][row], next(iter(answer))) if has_reference and answer else None
             failed = [(path, unreadable[path]) for path in observation.photos if path in unreadable]
             found.append(Prediction(observation, guesses, nearest, failed))
         return found

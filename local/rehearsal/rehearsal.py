@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kernel.competitions import competition_of
 from kernel.inputs import InputError
-from kernel.manifest import CompetitionSpec, read_weights
+from kernel.manifest import CompetitionSpec, in_tiles, read_weights
 from kernel.observations import TestTable, find_test_table, recognise
 from kernel.submission import check_submission, fallback_answer
 from local.base.console import Progress, say
@@ -122,7 +122,7 @@ class Rehearsal(AbstractContextManager):
     """A bundle, a competition, and a temporary folder in which to run the one over the other.
 
     Attributes:
-        truth: class id of each observation; empty without a solution.
+        truth: class id of each observation, or of a set all, separated by spaces; empty without a solution.
         runs: runs of the script, by scenario.
         results: of the scenarios that were played, by name.
     """
@@ -153,14 +153,15 @@ class Rehearsal(AbstractContextManager):
         self.data, self.build, self.kills, self.seed = data, build, kills, seed
         self.metadata = read_kernel_metadata(ROOT / "kernel-metadata.json")
         check_bundle(build)
-        self.manifest = read_weights(build / "weights").manifest
-        check_competition(data, self.manifest.competition)
-        self.competition = competition_of(self.manifest.competition)
+        manifest = read_weights(build / "weights").manifest
+        check_competition(data, manifest.competition)
+        self.competition = competition_of(manifest.competition)
+        self.manifest = in_tiles(manifest, self.competition.grids)
         self.limit = time_limit or self.manifest.competition.time_limit
         self.truth: dict[str, str] = {}
         if solution:
             ids = [observation.id for observation in self.find_table(data).observations]
-            self.truth = read_solution(solution, ids, self.manifest.class_ids)
+            self.truth = read_solution(solution, ids, self.manifest.class_ids, self.competition.form)
             missing = [identity for identity in ids if identity not in self.truth]
             if missing:
                 raise InputError(f"{solution} lacks observation {missing[0]}: give the matching solution")

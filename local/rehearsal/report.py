@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from local.base.console import say
-from local.base.metrics import describe, losses_of, score
+from local.base.metrics import describe, losses_of, sample_f1, score, set_scores
 from local.bundling.record import ScenarioResult, record_results
 from local.rehearsal.rehearsal import Rehearsal
 from local.rehearsal.scenarios import SCENARIOS, play
@@ -69,11 +69,14 @@ def play_all(rehearsal: Rehearsal, names: Sequence[str]) -> Report:
     run, scores = rehearsal.runs["plain"][0], {}
     if rehearsal.truth and not run.failure:
         truth = [rehearsal.truth[observation] for observation in run.guesses]
-        competition, losses = run.table.competition, None
+        competition, guesses, losses = run.table.competition, list(run.guesses.values()), None
         if competition.form.classes:
             submitted = competition.read_submission(rehearsal.output("plain") / "submission.csv")
             losses = losses_of(truth, [answer for _, answer in submitted])
-        scores = score(truth, list(run.guesses.values()), losses=losses)
+        if competition.form.is_set:
+            scores = set_scores(sample_f1([own.split() for own in truth], guesses))
+        else:
+            scores = score(truth, guesses, losses=losses)
         say(describe(scores, competition.guesses))
     speed = run.summary.speed if run.summary else None
     if run.summary:

@@ -14,13 +14,15 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from math import ceil
 from pathlib import Path
 
 from kernel.budget import MARGIN
+from kernel.competitions.competition import AnswerForm
 from kernel.inputs import shorten
 from local.base.console import counted, say
-from local.base.metrics import GUESSES, hit_matrix
+from local.base.metrics import GUESSES, hit_matrix, sample_f1
 from local.bundling.record import ScenarioResult
 from local.bundling.wheels import IMAGE
 from local.rehearsal.rehearsal import DONE, FALLBACK_WRITTEN, PLANNED, KernelRun, Rehearsal, Summary
@@ -238,7 +240,7 @@ def gone(rehearsal: Rehearsal) -> str:
     """Observations without photos: they get the fallback, and the rows of the others do not change.
 
     Batches are composed differently now, and other rounding may swap guesses that were nearly equal. So two swaps are
-    allowed in a row of ten.
+    allowed in a row of ten. Of a set, one class may come or go.
     """
     mounts = rehearsal.mount("gone")
     table = rehearsal.find_table(mounts.inputs)
@@ -248,11 +250,13 @@ def gone(rehearsal: Rehearsal) -> str:
     run = rehearsal.run(mounts)
     check_scored(run)
     before, fallback = baseline(rehearsal).guesses, rehearsal.fallback(table)
-    allowed = int(0.4 * table.competition.guesses)
+    is_set = table.competition.form.is_set
+    allowed = 1 if is_set else int(0.4 * table.competition.guesses)
     for observation, guesses in run.guesses.items():
         if observation in removed and guesses != fallback:
             raise Failed(f"observation {observation} has no photo, but its row is not the fallback")
-        different = sum(new != old for new, old in zip(guesses, before[observation], strict=True))
+        pairs = zip_longest(guesses, before[observation])
+        different = len({*guesses} ^ {*before[observation]}) if is_set else sum(new != old for new, old in pairs)
         if observation not in removed and different > allowed:
             raise Failed(f"observation {observation} has all its photos, but its row changed")
     count = counted(len(run.guesses), "observation")
@@ -291,16 +295,24 @@ def throttled(rehearsal: Rehearsal) -> str:
     note = f"{done.late} of {counted(done.observations, 'observation')}; views {done.views} instead of {views}"
     if rehearsal.truth:
         truth = [rehearsal.truth[originals[observation]] for observation in run.guesses]
-        column = 1 if run.table.competition.guesses >= GUESSES[1] else 0
-        recall = hit_matrix(truth, list(run.guesses.values()))[:, column].mean()
-        floor = hit_matrix(truth, [rehearsal.fallback(run.table)] * len(truth))[:, column].mean()
-        note += f", Recall@{GUESSES[column]} {recall:.3f}, of the fallback {floor:.3f}"
-        if recall <= floor:
+        form, fallback = run.table.competition.form, [rehearsal.fallback(run.table)] * len(truth)
+        name, value = rate(form, truth, list(run.guesses.values()))
+        _, floor = rate(form, truth, fallback)
+        note += f", {name} {value:.3f}, of the fallback {floor:.3f}"
+        if value <= floor:
             raise Failed(f"no better than the fallback: {note}")
     if not left_something_out(run, base):
         attempts = counted(len(runs), "attempt")
         raise Skipped(f"nothing had to be left out in {attempts}, the machine's speed changes too much: {note}")
     return f"left out {note}"
+
+
+def rate(form: AnswerForm, truth: Sequence[str], guesses: Sequence[Sequence[str]]) -> tuple[str, float]:
+    """The name and the value of a score: a recall, or the mean F1 of sets."""
+    if form.is_set:
+        return "F1 per observation", sample_f1([own.split() for own in truth], guesses).mean()
+    column = 1 if form.guesses >= GUESSES[1] else 0
+    return f"Recall@{GUESSES[column]}", hit_matrix(truth, guesses)[:, column].mean()
 
 
 def split_time(run: KernelRun) -> tuple[float, float]:

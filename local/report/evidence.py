@@ -118,6 +118,12 @@ class Evidence:
     view_votes: np.ndarray
 
     @property
+    def metric(self) -> str:
+        """The metric of the competition; macro-F1 where that is of sets, since a held-out observation has one class."""
+        competition = self.labelled.competition
+        return "macro_f1" if competition.form.is_set else competition.metric
+
+    @property
     def is_macro(self) -> bool:
         """Whether the weights give every class the same weight."""
         return self.recipe.train.monitor == "macro_f1"

@@ -101,7 +101,7 @@ def compute_figures(evidence: Evidence, others: Sequence[Path], focus: Sequence[
         InputError: another run has no held-out observation in common; a species is not known.
     """
     labels = [label for name in focus for label in failures.find_classes(evidence, name)]
-    metric, look, computed = evidence.labelled.competition.metric, closeup.Closeup(evidence), {}
+    metric, look, computed = evidence.metric, closeup.Closeup(evidence), {}
     is_weighted = not np.allclose(evidence.weights, 1)
     sections = {
         "headline": lambda: scores.score_headline(evidence),

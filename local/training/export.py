@@ -109,8 +109,14 @@ def refuse_other_embeddings(
         )
 
 
-def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, bank: SelectedBank) -> None:
-    """Write the files of a run's folder, except metrics.json and those that training has written already."""
+def export_run(
+    folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, bank: SelectedBank, threshold: float | None = None
+) -> None:
+    """Write the files of a run's folder, except metrics.json and those that training has written already.
+
+    Args:
+        threshold: see `Manifest`.
+    """
     recipe = dataclasses.replace(inputs.recipe, bank=bank.settings)
     files = []
     for index, encoder in enumerate(inputs.encoders):
@@ -145,6 +151,7 @@ def export_run(folder: Path, inputs: Inputs, tuning: Tuning, plan: BankPlan, ban
         class_ids=tuple(plan.classes),
         fallback_classes=tuple(commonest_classes(class_ids, plan.classes, max(10, labelled.competition.guesses))),
         class_counts=tuple(counts[class_id] for class_id in plan.classes),
+        threshold=threshold,
         members=(describe_member(inputs, recipe, plan, bank),),
         files={name: sha256(folder / name) for name in files},
     )

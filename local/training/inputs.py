@@ -79,14 +79,24 @@ def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -
     if train.subset:
         say(describe_subset(whole, labelled, train.subset))
     modes = {spec.preprocessing.resize_mode for spec in specs}
+    used = without_transduction(recipe) if labelled.competition.grids else recipe
     resolved = dataclasses.replace(
-        recipe,
-        encoder=dataclasses.replace(recipe.encoder, resolution=resolution),
-        bank=dataclasses.replace(recipe.bank, resize_mode=modes.pop() if len(modes) == 1 else "encoder"),
+        used,
+        encoder=dataclasses.replace(used.encoder, resolution=resolution),
+        bank=dataclasses.replace(used.bank, resize_mode=modes.pop() if len(modes) == 1 else "encoder"),
     )
     cpu = torch.device("cpu")
     encoders = tuple(Encoder(module, spec.preprocessing, spec.features, [cpu]) for module, spec in loaded)
     return Inputs(recipe, resolved, encoders, specs, labelled, whole.observations_digest(), labelled.digest())
+
+
+def without_transduction(recipe: Recipe) -> Recipe:
+    """The same where test photos are cut into tiles: most show part of a class or none, and would move prototypes."""
+    choose = tuple(name for name in recipe.search.choose if name != "transduction")
+    if choose != recipe.search.choose or recipe.bank.transduction:
+        say("transduction is 0, since test photos are cut into tiles")
+    bank = dataclasses.replace(recipe.bank, transduction=0.0)
+    return dataclasses.replace(recipe, bank=bank, search=dataclasses.replace(recipe.search, choose=choose))
 
 
 def load_described(recipe: Recipe, encoder: OneEncoder) -> tuple[nn.Module, EncoderSpec]:

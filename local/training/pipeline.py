@@ -30,6 +30,7 @@ from local.training.inputs import (
 )
 from local.training.log import peak_memory_gb
 from local.training.resuming import is_done, refuse_other_checkpoints
+from local.training.threshold import choose_threshold
 
 
 def make_run(recipe: Recipe, data: Path, out: Path, uses_val: bool, resumes: bool) -> None:
@@ -78,8 +79,11 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
     if not is_first():
         return
     write_unreadable(list(selection.unreadable.items()), folder / UNREADABLE_FILE)
-    bank = selection.select()
-    export_run(folder, inputs, tuning, plan, bank)
+    bank, threshold = selection.select(), None
+    if inputs.labelled.competition.grids:
+        threshold, scores = choose_threshold(selection, bank)
+        bank = dataclasses.replace(bank, scores=bank.scores | scores)
+    export_run(folder, inputs, tuning, plan, bank, threshold)
     write_reference(plan, selection.embed_reference(bank.settings), folder / REFERENCE_FILE)
     metrics = {
         "validation": bank.scores,

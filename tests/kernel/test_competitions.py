@@ -42,6 +42,7 @@ RULES = {
     "herbarium": ("herbarium-2020-fgvc7", *PLANTS, "macro_f1", 9, {}),
     "herbarium-2021": ("herbarium-2021-fgvc8", *PLANTS, "macro_f1", 9, {}),
     "herbarium-2022": ("herbarium-2022-fgvc9", *PLANTS, "macro_f1", 9, {}),
+    "plantclef": ("plantclef-2025", ("quadrat_id", "species_ids"), 20, "sample_f1", 9, {}),
     "table": ("", ("specimen", "label"), 1, "recall_at_1", 9, {}),
     "class-folders": ("", ("image_name", "pred_label"), 1, "recall_at_1", 9, {}),
 }
@@ -138,7 +139,9 @@ def test_a_submission_has_the_form_and_the_order_of_the_sample(competition, fold
     written = rows_of(tmp_path / "submission.csv")
     competition = table.competition
     assert tuple(written[0]) == competition.header
-    assert {cell for _, cell in written[1:]} == {" ".join(classes[: competition.guesses])}
+    form = competition.form
+    expected = "[12]" if form.is_set else " ".join(classes[: competition.guesses])
+    assert {cell for _, cell in written[1:]} == {expected}
     assert competition.read_submission(tmp_path / "submission.csv") == [
         (observation.id, answer) for observation in table.observations
     ]
@@ -146,7 +149,7 @@ def test_a_submission_has_the_form_and_the_order_of_the_sample(competition, fold
         expected = rows_of(sample)
         assert written[0] == expected[0]
         assert [row[0] for row in written] == [row[0] for row in expected]
-        assert " ".join(fallback_answer(table)) == expected[1][1]
+        assert form.write(fallback_answer(table)) == [expected[1][1]]
 
 
 def test_the_rehearsal_sees_the_same_test_set_and_no_training_photo(folder, staged, own):
@@ -215,7 +218,7 @@ def test_a_test_set_is_made_smaller_and_larger_without_writing_into_the_users_fi
 
 def test_a_submission_is_recorded_by_the_metric_of_its_competition(competition, folder, monkeypatch):
     monkeypatch.setattr(Bundle, "commit", "c")
-    values = {"recall_at_1": 0.1, "recall_at_5": 0.5, "recall_at_10": 0.7, "macro_f1": 0.3}
+    values = {"recall_at_1": 0.1, "recall_at_5": 0.5, "recall_at_10": 0.7, "macro_f1": 0.3, "sample_f1": 0.4}
     manifest = manifests.manifest(members=(manifests.member(name="run", validation=values),))
     metadata, record = {"competition_sources": ["a-competition"]}, RehearsalRecord(BundleDigests("k", "m"))
     row = make_submission(Bundle(Path(), metadata, manifest, find_test_table(folder), record), 1)
@@ -249,7 +252,7 @@ def test_the_script_of_a_competition_reads_it_and_no_script_of_another_does(comp
     ended = run_without_torch(scripts[own], tmp_path, tmp_path / "working", competition.name)
     assert "ModuleNotFoundError" in ended.stderr  # torch, once the fallback is on disk
     written = rows_of(tmp_path / "working" / "submission.csv")
-    expected = "12 7" if competition.guesses > 1 else "12"
+    expected = "[12]" if competition.form.is_set else "12 7" if competition.guesses > 1 else "12"
     assert written[1:] == [[observation.id, expected] for observation in find_test_table(folder).observations]
     for module in MODULES:
         other = module.__name__.rpartition(".")[2]

@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import bootstrap
 from sklearn import metrics
 from sklearn.metrics import f1_score
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from local.base.metrics import (
     MIN_OBSERVATIONS,
@@ -21,7 +22,9 @@ from local.base.metrics import (
     mean_recall,
     objective,
     paired_gain,
+    sample_f1,
     score,
+    set_scores,
 )
 
 
@@ -245,3 +248,15 @@ def test_a_log_loss_has_an_interval_and_may_be_what_settings_are_chosen_by():
     assert scores["log_loss"] == pytest.approx(np.average(capped, weights=[2, 1, 1]))
     assert scores["log_loss_low"] < scores["log_loss"] < scores["log_loss_high"]
     assert "log-loss" in describe(scores)
+
+
+def test_the_f1_of_sets_is_that_of_scikit_learn_over_samples():
+    truth = [["a"], ["a", "b", "c"], ["b", "c"], ["c"]]
+    answers = [["a", "b"], ["b", "d"], ["c", "b"], ["a"]]
+    encode = MultiLabelBinarizer(classes=list("abcd")).fit_transform
+    assert sample_f1(truth, answers).tolist() == pytest.approx([2 / 3, 0.4, 1, 0])
+    expected = f1_score(encode(truth), encode(answers), average="samples")
+    scores = set_scores(sample_f1(truth, answers))
+    assert scores["sample_f1"] == pytest.approx(expected)
+    assert scores["sample_f1_low"] < expected < scores["sample_f1_high"]
+    assert describe(scores).startswith("F1 per observation 0.517 [")

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from kernel.inputs import InputError
-from kernel.manifest import Weights
+from kernel.manifest import CompetitionSpec, Weights
 from local.bundling.introduction import introduce
 from tests.manifests import encoder_spec, manifest, member
 
@@ -39,6 +39,17 @@ def test_a_run_is_its_encoder_views_and_bank(tmp_path):
     ]
     assert "  The classes are ranked by log p(c)." in lines
     assert lines[-2:] == ["  commit       commit", "  manifest     digest"]
+
+
+def test_tiles_are_named_with_the_probability_of_a_class_in_an_answer(tmp_path):
+    save_file(bank(), tmp_path / "bank.safetensors")
+    plants = CompetitionSpec(name="plantclef", resolution="300p", time_limit=60)
+    own = manifest(competition=plants, members=(member(views=("plain", "hflip")),), threshold=0.84)
+    lines = introduce(Weights(tmp_path, own), "digest", "commit").splitlines()
+    assert "  photos       64 x 64 pixels, resize_mode squash" in lines
+    assert "  views        51, the most useful first: tiles, each ranked alone" in lines
+    assert "  tiles        1 x 1, 3 x 3, 4 x 4, 5 x 5; an answer has the classes of p(c) >= 0.84 in a tile" in lines
+    assert "  embedding    = normalize(normalize(encoder(view)))" in lines
 
 
 def test_a_pooling_of_tokens_is_named_if_it_is_not_the_librarys(tmp_path):

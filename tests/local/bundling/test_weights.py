@@ -5,17 +5,19 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from kernel.bank import read_banks
 from kernel.inputs import sha256
-from kernel.manifest import MANIFEST, read_manifest, write_manifest
+from kernel.manifest import MANIFEST, Weights, read_manifest, write_manifest
 from local.banks.ensemble import HeldOutPredictions, weigh_runs
 from local.banks.estimators import save_banks
 from local.base.run_folder import VALIDATION_FILE
 from local.base.runs import scores_of
-from local.bundling.weights import gather_weights
+from local.bundling.weights import gather_weights, mean_threshold
 from local.bundling.wheels import IMAGE
+from tests import manifests
 from tests.conftest import trained_with
 
 QUERIES = 300
@@ -71,3 +73,10 @@ def test_runs_with_the_same_encoder_share_its_file(trained, tmp_path):
     assert first.banks != second.banks
     assert {*first.banks, *second.banks, first.encoders[0].file} <= bundled.files.keys()
     assert sum("encoder" in name for name in bundled.files) == 1
+
+
+def test_the_threshold_of_an_ensemble_is_the_weighted_mean_of_those_of_its_runs():
+    runs = [Weights(Path(), manifests.manifest(threshold=threshold)) for threshold in (0.8, 0.4)]
+    assert mean_threshold(list(zip(runs, (0.75, 0.25), strict=True))) == pytest.approx(0.7)
+    assert mean_threshold([(runs[1], 1.0)]) == 0.4
+    assert mean_threshold([(Weights(Path(), manifests.manifest()), 1.0)]) is None
