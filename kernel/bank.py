@@ -37,6 +37,7 @@ CPU_CHUNK, GPU_CHUNK = 30 << 20, 256 << 20
 CPU_CACHE = 2 << 20  # bytes of scores that stay in a core's cache from one operation to the next
 MIN_OBSERVATIONS = 64  # in a chunk, however many classes there are; with fewer, reading the prototypes takes the time
 BLOCK = 128  # classes of which `largest` first finds the maximum
+NO_SHARE = -80.0  # a score so far below the highest adds nothing to a float32 sum; below -87 a CPU computes exp slowly
 TRANSDUCTION_ROUNDS = 3  # with more rounds the prototypes drift
 
 
@@ -387,7 +388,7 @@ def best_classes(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.
         indices = largest(part, count)
         chosen = part.gather(1, indices)
         highest = chosen[:, :1].clone()
-        total = part.sub_(highest).exp_().sum(dim=1, keepdim=True)
+        total = part.sub_(highest).clamp_(min=NO_SHARE).exp_().sum(dim=1, keepdim=True)
         return indices, (chosen - highest).exp() / total
 
     indices, probabilities = collect_rows(len(scores), map(best, rows_in_cache(scores)))
