@@ -6,7 +6,8 @@ Nothing here imports Kaggle's client, which signs in when it is imported.
 import mmap
 import os
 import re
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -231,12 +232,23 @@ def find_secret(files: Iterable[Path], credentials: Credentials, fix: str = "bun
     """
     own = [secret.encode() for secret in credentials.secrets if len(secret) >= 8]
     for path in filter(os.path.getsize, files):  # an empty file cannot be mapped
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            offsets = [content.find(secret) for secret in own]
-            # Weights are text only in their JSON header, whose length is in the first eight bytes.
-            end = 8 + int.from_bytes(content[:8], "little") if path.suffix == ".safetensors" else len(content)
-            offsets += [found.start() for found in SECRETS.finditer(content[:end])]
-            first = min((offset for offset in offsets if offset >= 0), default=None)
-            if first is not None:
-                line = content[:first].count(b"\n") + 1
-                raise InputError(f"{path} has what looks like a secret in line {line}: remove it, then {fix}")
+        if zipfile.is_zipfile(path):  # compressed, a secret looks like anything, and anything like a secret
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    refuse_secret(f"{path}, {name},", archive.read(name), own, fix)
+        else:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                refuse_secret(str(path), content, own, fix)
+
+
+def refuse_secret(name: str, content: bytes | mmap.mmap, own: Sequence[bytes], fix: str) -> None:
+    """Raise an InputError if the content of a file has one of the user's own secrets, or what looks like anybody's."""
+    offsets = [content.find(secret) for secret in own]
+    # Weights are text only in their JSON header, whose length is in the first eight bytes.
+    is_weights = name.rstrip(",").endswith(".safetensors")
+    end = 8 + int.from_bytes(content[:8], "little") if is_weights else len(content)
+    offsets += [found.start() for found in SECRETS.finditer(content[:end])]
+    first = min((offset for offset in offsets if offset >= 0), default=None)
+    if first is not None:
+        line = content[:first].count(b"\n") + 1
+        raise InputError(f"{name} has what looks like a secret in line {line}: remove it, then {fix}")
