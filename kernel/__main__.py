@@ -18,13 +18,13 @@ from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, describe_unreadable
 from kernel.loader import PhotoLoader
 from kernel.embeddings import Embeddings, Limits, concatenate, embed_observations, list_photos
 from kernel.metadata_prior import weighted_prior
-from kernel.bank import as_answer, best_of_tiles, probable_classes, rank_with_probabilities, read_banks
+from kernel.bank import make_answers, rank_with_probabilities, read_banks
 from kernel.inputs import InputError
 from kernel.submission import fallback_answer, write_submission
 
 
 def embed_test_set(setup: Setup) -> tuple[list[Embeddings], torch.device]:
-    """Embed the test set with each encoder of each member. Members that share one and its views share the embeddings.
+    """Embed the test set with each encoder of each member. Members with the same encoder and views share embeddings.
 
     Returns:
         The embeddings by each encoder that there was time for, and the first of the encoders' devices.
@@ -117,17 +117,13 @@ def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torc
     if metadata_prior is not None:
         is_predicted = torch.ones_like(is_predicted)
     fallback = fallback_answer(table, manifest)
-    rows = map(as_answer, ranked, probabilities)
-    if table.competition.grids:
-        best = best_of_tiles(ranked, probabilities, is_predicted, len(table.observations))
-        rows = (probable_classes(answer, manifest.threshold, count) for answer in best)
-        is_predicted = is_predicted.view(len(table.observations), -1).any(dim=1)
+    is_predicted = is_predicted.view(len(table.observations), -1)  # a column for each tile
     answers = (
-        {class_ids[index]: value for index, value in row.items()} if predicted else fallback
-        for row, predicted in zip(rows, is_predicted.tolist(), strict=True)
+        {class_ids[index]: value for index, value in answer.items()} if answer else fallback
+        for answer in make_answers(ranked, probabilities, is_predicted, manifest.threshold)
     )
     write_submission(setup.working / "submission.csv", table, answers, class_ids)
-    return len(is_predicted) - int(is_predicted.sum())
+    return int((~is_predicted.any(dim=1)).sum())
 
 
 def summarise(setup: Setup, embedded: Sequence[Embeddings], fallbacks: int, seconds: float) -> None:

@@ -37,7 +37,7 @@ CPU_CHUNK, GPU_CHUNK = 30 << 20, 256 << 20
 CPU_CACHE = 2 << 20  # bytes of scores that stay in a core's cache from one operation to the next
 MIN_OBSERVATIONS = 64  # in a chunk, however many classes there are; with fewer, reading the prototypes takes the time
 BLOCK = 128  # classes of which `largest` first finds the maximum
-NO_SHARE = -80.0  # a score so far below the highest adds nothing to a float32 sum; below -87 a CPU computes exp slowly
+MIN_EXPONENT = -80.0  # exp of less adds nothing to a float32 sum of 1; below -87 it is denormal, slow on a CPU
 TRANSDUCTION_ROUNDS = 3  # with more rounds the prototypes drift
 
 
@@ -388,7 +388,7 @@ def best_classes(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.
         indices = largest(part, count)
         chosen = part.gather(1, indices)
         highest = chosen[:, :1].clone()
-        total = part.sub_(highest).clamp_(min=NO_SHARE).exp_().sum(dim=1, keepdim=True)
+        total = part.sub_(highest).clamp_(min=MIN_EXPONENT).exp_().sum(dim=1, keepdim=True)
         return indices, (chosen - highest).exp() / total
 
     indices, probabilities = collect_rows(len(scores), map(best, rows_in_cache(scores)))
@@ -476,20 +476,36 @@ def as_answer(indices: torch.Tensor, probabilities: torch.Tensor) -> dict[int, f
     return dict(zip(indices.tolist(), probabilities.tolist(), strict=True))
 
 
+def make_answers(
+    ranked: torch.Tensor, probabilities: torch.Tensor, has_embedding: torch.Tensor, threshold: float | None
+) -> Iterator[dict[int, float]]:
+    """The classes of each observation with their probabilities, most probable first; none without an embedding.
+
+    Args:
+        ranked, probabilities: (observations x tiles, guesses), those of `rank_with_probabilities`.
+        has_embedding: (observations, tiles) bool; one tile where photos are not cut.
+        threshold: for photos in tiles, see `probable_classes`; None for others.
+    """
+    if threshold is not None:
+        for answer in best_of_tiles(ranked, probabilities, has_embedding):
+            yield probable_classes(answer, threshold, ranked.shape[1])
+        return
+    for indices, own, is_row in zip(ranked, probabilities, has_embedding.flatten().tolist(), strict=True):
+        yield as_answer(indices, own) if is_row else {}
+
+
 def best_of_tiles(
-    ranked: torch.Tensor, probabilities: torch.Tensor, has_embedding: torch.Tensor, observations: int
+    ranked: torch.Tensor, probabilities: torch.Tensor, has_embedding: torch.Tensor
 ) -> Iterator[dict[int, float]]:
     """The classes of each observation, each with its probability in the best of the tiles, most probable first.
 
     Args:
         ranked, probabilities: (observations x tiles, guesses), those of `rank_with_probabilities`; the tiles of an
             observation are one after another.
-        has_embedding: (observations x tiles,) bool. The other tiles do not count.
+        has_embedding: (observations, tiles) bool. The other tiles do not count.
     """
-    tiles = len(ranked) // observations
-    for indices, own, is_row in zip(
-        *(each.split(tiles) for each in (ranked, probabilities, has_embedding)), strict=True
-    ):
+    tiles = has_embedding.shape[1]
+    for indices, own, is_row in zip(ranked.split(tiles), probabilities.split(tiles), has_embedding, strict=True):
         classes, positions = indices[is_row].unique(return_inverse=True)
         best = own.new_zeros(len(classes)).scatter_reduce_(0, positions.flatten(), own[is_row].flatten(), "amax")
         order = best.sort(descending=True, stable=True).indices

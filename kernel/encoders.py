@@ -4,14 +4,13 @@ The `EncoderSpec` in the manifest says how to build an encoder. Nothing is downl
 """
 
 import copy
-import ctypes
 import importlib
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
@@ -24,7 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernel.inputs import InputError, shorten
+from kernel.inputs import InputError, call_libc, shorten
 from kernel.manifest import EncoderSpec, Member, Preprocessing
 from kernel.views import VIEWS, make_view, resize_batch
 
@@ -369,10 +368,8 @@ def keep_freed_memory() -> None:
     takes as long as the arithmetic itself.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    with suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
+    call_libc("mallopt", mmap_max, 0)
+    call_libc("mallopt", trim_threshold, -1)
 
 
 def pick_dtype(device: torch.device, precision: str = "half") -> torch.dtype:

@@ -43,8 +43,14 @@ def escape_unprintable(*streams: TextIO) -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def call_libc(function: str, *arguments: int) -> None:
+    """Call a function of the C library; nothing happens on a system whose library does not have it."""
+    with suppress(OSError, AttributeError, TypeError):
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
 def prepare_threads() -> None:
-    """Let threads sleep while they wait for each other, and share one heap; call it before torch is loaded.
+    """Make waiting threads sleep, and let all threads use one heap; call it before torch is loaded.
 
     By default those of torch spin. Beside other busy processes, a thread that spins takes the core from the one that it
     waits for. A user's own OMP_WAIT_POLICY is kept. The heaps that glibc would make for threads are returned to the
@@ -52,8 +58,7 @@ def prepare_threads() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arena_max = -8  # M_ARENA_MAX of malloc.h
-    with suppress(OSError, AttributeError):  # other C libraries are not changed
-        ctypes.CDLL("libc.so.6").mallopt(arena_max, 1)
+    call_libc("mallopt", arena_max, 1)
 
 
 def sha256(path: Path) -> str:

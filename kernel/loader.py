@@ -5,7 +5,6 @@ that the processes share, from which a GPU copies them, and no lock is taken tha
 processes cannot serve, threads do the same work.
 """
 
-import ctypes
 import gc
 import math
 import mmap
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 
 from kernel.encoders import Encoder, gpu_batch_size, use_one_torch_thread
-from kernel.inputs import InputError
+from kernel.inputs import InputError, call_libc
 from kernel.manifest import Preprocessing
 from kernel.photos import decode
 
@@ -184,11 +183,10 @@ class PhotoLoader:
 
     def _give_out(self, stop: int) -> None:
         """Queue the photos before `stop` for the workers, as far as there are free slots."""
-        photos = range(self._queued, min(stop, len(self.paths), self._freed + len(self._slots)))
-        for photo in photos:
+        for photo in range(self._queued, min(stop, len(self.paths), self._freed + len(self._slots))):
             self._decoding[photo] = slot = self._slots[photo % len(self._slots)]
             self._tasks.put((photo, slot))
-        self._queued = max(self._queued, photos.stop)
+            self._queued += 1
 
     def _wait_for(self, batch: range, seconds: float) -> None:
         """Wait until every photo of the batch is decoded or given up.
@@ -412,14 +410,13 @@ def shared_array(shape: tuple[int, ...], dtype: type) -> np.ndarray:
 def release_freed_memory() -> None:
     """Return freed memory to the system before processes are forked.
 
-    They would share it, and every page of it would be copied when this process writes to it again.
+    A fork makes memory copy-on-write: this process would copy every page of it before it writes to that page again.
     """
-    with suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    call_libc("malloc_trim", 0)
 
 
 def pin_array(array: np.ndarray) -> int:
-    """Keep an array in memory at its place, so that GPUs copy from it while the program goes on.
+    """Pin the memory of an array, so that GPUs copy from it while the program goes on.
 
     Returns:
         Its address, by which CUDA releases it; 0 if CUDA cannot pin it. Then the program waits for each copy.
@@ -450,7 +447,6 @@ def end_with_parent(parent: int) -> None:
         parent: the process id, since the parent may have ended already.
     """
     os.setsid()
-    with suppress(OSError, AttributeError, TypeError):  # Linux alone has prctl
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    call_libc("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # Linux alone has it
     if os.getppid() != parent:
         os._exit(1)

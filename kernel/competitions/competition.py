@@ -67,7 +67,7 @@ class AnswerForm:
             classes are scored here.
         classes: the class id of each column of probabilities; empty where a cell has class ids. A last class without a
             column has the rest of the probability.
-        is_set: whether a cell has as many classes as the observation shows, `guesses` at most, in place of so many.
+        is_set: whether a cell has all classes that the observation shows, from 1 to `guesses`.
     """
 
     is_set: ClassVar[bool] = False

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernel.bank import Bank, as_answer, best_of_tiles, probable_classes, rank_with_probabilities, read_banks
+from kernel.bank import Bank, make_answers, rank_with_probabilities, read_banks
 from kernel.competitions import competition_of
 from kernel.embeddings import concatenate, embed_observations
 from kernel.encoders import Encoder, open_encoder, pick_devices
@@ -182,16 +182,11 @@ class Model:
         device = self.members[0].encoders[0].device
         best, probabilities = rank_with_probabilities(banks, weights, values, top, prior, device)
         is_readable = torch.stack([own.norm(dim=1) > 0 for own in values]).all(dim=0)
-        answers = list(map(as_answer, best, probabilities))
-        if self.competition.grids:
-            tiles = best_of_tiles(best, probabilities, is_readable, len(observations))
-            answers = [probable_classes(one, self.threshold, top) for one in tiles]
-            is_readable = is_readable.view(len(observations), -1).any(dim=1)
+        answers = make_answers(best, probabilities, is_readable.view(len(observations), -1), self.threshold)
         has_reference = self.reference and not self.competition.grids  # no photo of one class resembles a quadrat
         names = self.reference.names if self.reference else self.class_ids
         found = []
-        for row, observation in enumerate(observations):
-            answer = answers[row] if is_readable[row] else {}
+        for row, (observation, answer) in enumerate(zip(observations, answers, strict=True)):
             guesses = [Guess(self.class_ids[label], names[label], own) for label, own in answer.items()]
             nearest = self.reference.nearest(values[0][row], next(iter(answer))) if has_reference and answer else None
             failed = [(path, unreadable[path]) for path in observation.photos if path in unreadable]

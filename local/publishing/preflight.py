@@ -235,7 +235,7 @@ def find_secret(files: Iterable[Path], credentials: Credentials, fix: str = "bun
         if zipfile.is_zipfile(path):  # compressed, a secret looks like anything, and anything like a secret
             with zipfile.ZipFile(path) as archive:
                 for name in archive.namelist():
-                    refuse_secret(f"{path}, {name},", archive.read(name), own, fix)
+                    refuse_secret(f"{path}/{name}", archive.read(name), own, fix)
         else:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 refuse_secret(str(path), content, own, fix)
@@ -245,8 +245,7 @@ def refuse_secret(name: str, content: bytes | mmap.mmap, own: Sequence[bytes], f
     """Raise an InputError if the content of a file has one of the user's own secrets, or what looks like anybody's."""
     offsets = [content.find(secret) for secret in own]
     # Weights are text only in their JSON header, whose length is in the first eight bytes.
-    is_weights = name.rstrip(",").endswith(".safetensors")
-    end = 8 + int.from_bytes(content[:8], "little") if is_weights else len(content)
+    end = 8 + int.from_bytes(content[:8], "little") if name.endswith(".safetensors") else len(content)
     offsets += [found.start() for found in SECRETS.finditer(content[:end])]
     first = min((offset for offset in offsets if offset >= 0), default=None)
     if first is not None:

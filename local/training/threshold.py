@@ -117,7 +117,7 @@ def rank_tiles(selection: BankSelection, selected: SelectedBank, quadrats: Seque
     values = concatenate(each, encoders.scales.tolist())
     banks, device = selection.fit_fold(selected), encoders.encoders[0].device
     ranked, probabilities = rank_with_probabilities([banks], [1.0], [values], competition.guesses, device=device)
-    return list(best_of_tiles(ranked, probabilities, values.norm(dim=1) > 0, len(quadrats)))
+    return list(best_of_tiles(ranked, probabilities, (values.norm(dim=1) > 0).view(len(quadrats), -1)))
 
 
 def embed_tiles(encoder: Encoder, quadrats: Sequence[Quadrat], grids: Sequence[int]) -> torch.Tensor:

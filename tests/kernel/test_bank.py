@@ -310,10 +310,10 @@ def test_a_class_is_as_probable_as_in_its_best_tile_and_tiles_without_an_embeddi
     ranked = torch.tensor([[2, 0], [0, 5], [1, 2], [3, 4], [4, 3], [0, 1]])
     probabilities = torch.tensor([[0.6, 0.2], [0.7, 0.1], [0.9, 0.05], [0.5, 0.25], [0.4, 0.3], [0.1, 0.1]])
     has_embedding = torch.tensor([True, True, False, True, True, True])
-    first, second = best_of_tiles(ranked, probabilities, has_embedding, 2)
+    first, second = best_of_tiles(ranked, probabilities, has_embedding.view(2, -1))
     assert list(first.items()) == [(0, pytest.approx(0.7)), (2, pytest.approx(0.6)), (5, pytest.approx(0.1))]
     assert list(second) == [3, 4, 0, 1]
-    assert list(best_of_tiles(ranked[:2], probabilities[:2], torch.zeros(2, dtype=torch.bool), 1)) == [{}]
+    assert list(best_of_tiles(ranked[:2], probabilities[:2], torch.zeros(1, 2, dtype=torch.bool))) == [{}]
 
 
 @pytest.mark.parametrize(

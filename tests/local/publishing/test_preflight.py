@@ -1,15 +1,17 @@
 """Everything that can be checked offline is checked before the first request to Kaggle."""
 
 import json
+import zipfile
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from kernel.inputs import sha256
+from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST
 from local.base.files import write_json
 from local.bundling.record import PLAIN, RECORD
-from local.publishing.preflight import SECRETS
+from local.publishing.credentials import Credentials
+from local.publishing.preflight import SECRETS, find_secret
 from tests.conftest import command
 from tests.local.publishing.conftest import DATASET, KERNEL, set_credentials
 from tests.local.publishing.loopback import KEY, OWNER, TOKEN
@@ -153,3 +155,16 @@ def test_no_secret_is_sent_with_the_weights(world, secret, name):
     message = world.refusal()
     assert f"{world.build / 'weights' / name} has what looks like a secret" in message
     assert world.kaggle.requests == []
+
+
+def test_a_secret_in_a_zip_is_found_and_bytes_of_the_zip_itself_are_none(tmp_path):
+    path, credentials = tmp_path / "kit.zip", Credentials("kaggle.json", OWNER, (KEY,))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("local/fine.py", "print()\n" * 9)
+        archive.comment = b"://somebody:password@"  # as compressed bytes may look by chance
+    find_secret([path], credentials)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("local/secret.py", f"\nkey = '{KEY}'\n")
+    with pytest.raises(InputError, match=r"kit\.zip/local/secret\.py has .* a secret in line 2") as refused:
+        find_secret([path], credentials)
+    assert KEY not in str(refused.value)
