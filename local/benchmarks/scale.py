@@ -42,7 +42,7 @@ WRITTEN = 32_768  # photos whose embeddings are drawn at once
 NOISE = 0.9  # of a photo around the centre of its class, of length 1: about half of the queries are right
 BANK_FILE = "bank.safetensors"
 SAMPLED = 0.05  # seconds between two readings of the memory
-REPEATS, SHORT = 3, 10.0  # runs of a step, fewer if they take this many seconds in all
+REPEATS, SHORT = 10, 5.0  # runs of a step, fewer if they take this many seconds in all
 SETTINGS = BankSettings(views=("plain",), resize_mode="crop", genus_weight=0.25, class_prior_exponent=0.25)
 CHOOSE = ("whitening",)  # the slowest to choose; so every size evaluates the same five candidates
 
@@ -199,7 +199,8 @@ def measure_training(measurement: Measurement, labelled: LabelledObservations, d
         chosen = measurement.run("choose and evaluate the settings", selection.evaluate, repeats=1)
     else:  # with one photo of each class nothing can be held out, and nothing chosen
         chosen = selection.evaluate()
-    bank = measurement.run("fit the bank", lambda: selection.fit(chosen))
+    # Once, because the selection keeps what it has fitted.
+    bank = measurement.run("fit the bank", lambda: selection.fit(chosen), repeats=1)
 
     def save() -> None:
         save_banks(bank.banks[-1], folder / BANK_FILE)
