@@ -16,6 +16,7 @@ from kernel.inputs import InputError
 RESOLUTIONS = ("300p", "500p", "720p", "fullsize")  # folders of photos by their shorter side in pixels, smallest first
 TAXONOMY = ("phylum", "class", "order", "family", "genus")  # ranks above the species, highest first
 HIDDEN = ("__MACOSX", "@eaDir")  # left in archives by macOS and Synology; names with a leading dot are hidden too
+csv.field_size_limit(1 << 30)  # characters of a cell; Python's own limit of 128 KiB is less than some cells have
 NULLS = frozenset(("", "nan", "<na>", "none", "null", "na", "n/a"))  # what programs write for a missing value
 # What people write for an unknown value.
 BLANKS = NULLS | frozenset(

@@ -3,7 +3,7 @@
 PlantCLEF2024singleplanttrainingdata.csv   a row per photo, with semicolons: image_name, species_id, obs_id, ...
 images_max_side_800/1355868/abc.jpg        a folder per species_id, at any depth; perhaps in train, val and test first
 PlantCLEF2025_test.csv                     the names of the quadrats' photos, in whichever column; may be missing
-PlantCLEF2025_test_images/...              these photos, perhaps in a folder of the same name
+PlantCLEF2025_test_images/...              these photos, at any depth; in Pl@ntNet's archive beside their table
 sample_submission.csv                      quadrat_id,species_ids: species in brackets; may be missing
 
 A quadrat is a plot of vegetation, photographed from above with all its species. So its photo is cut into tiles.
@@ -24,6 +24,9 @@ from kernel.tables import TAXONOMY, clean_id, format_table, is_blank, iterate_ta
 NEEDED = ("image_name", "species_id", "obs_id")  # columns of the training table
 ARRANGEMENT = f"a training table with the columns {', '.join(NEEDED)}"
 SUFFIX = re.compile(r"\.(jpe?g|png|webp|tiff?)$", re.IGNORECASE)
+TEST = "PlantCLEF2025_test_images"
+CSV = "*.[cC][sS][vV]"
+ANSWERS = re.compile("solution|submission", re.IGNORECASE)  # a table that names the quadrats, but is no test table
 LOOKED_AT = 50  # rows of a table by which a column or a folder is found
 
 
@@ -55,12 +58,17 @@ def _stem(name: str) -> str:
 
 
 def _list_quadrats(folder: Path) -> dict[str, str]:
-    """The paths of the photos in a folder, or in the one of the same name within it, by their names without suffix."""
-    for inner in ("", f"{folder.name}/"):
-        names = [path.name for path in visible((folder / inner).glob("*")) if SUFFIX.search(path.name)]
-        if names:
-            return {_stem(name): inner + name for name in names}
-    return {}
+    """The names of the photos in a folder, by those without suffix."""
+    return {_stem(path.name): path.name for path in visible(folder.glob("*")) if SUFFIX.search(path.name)}
+
+
+def _go_down(folder: Path) -> Path:
+    """The folder with photos: this one, or as long as it has none, the only folder in it."""
+    below = [folder]
+    while len(below) == 1:
+        folder = below[0]
+        below = [] if _list_quadrats(folder) else [path for path in visible(folder.glob("*")) if path.is_dir()]
+    return folder
 
 
 def _find_column(table: Path, quadrats: Collection[str]) -> str:
@@ -86,9 +94,8 @@ def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
     has_suffix = any(map(SUFFIX.search, ids))  # an id is the name of a photo, with its suffix or without
     photos = []
     for row in rows:
-        stem = _stem(row[column])
-        photo = quadrats.get(stem, f"{stem}.jpg")
-        photos.append(PhotoRow(photo.rpartition("/")[2] if has_suffix else stem, photo, row if column else {}))
+        photo = quadrats.get(stem := _stem(row[column]), f"{stem}.jpg")
+        photos.append(PhotoRow(photo if has_suffix else stem, photo, row if column else {}))
     return photos
 
 
@@ -96,21 +103,26 @@ def _find(folder: Path) -> Competition | None:
     """The competition with the names of its test set; None if a folder has neither that nor a training table.
 
     A bundle finds them again: a run may be trained before the test set is there, and quadrats of another year fit it.
+    Without a table of quadrats, or a sample submission, only a folder with such a name as TEST counts.
     """
-    tables = visible(folder.glob("*.[cC][sS][vV]"))
-    headers = {path: set(read_header(path)) for path in tables}
-    train = next((path.name for path in tables if headers[path].issuperset(NEEDED)), "")
-    is_named = not train and not any(headers[path].issuperset(PLANTCLEF.header) for path in tables)
-    named = re.compile("plantclef.*test" if is_named else "test", re.IGNORECASE)
-    tests = {path: _list_quadrats(path) for path in visible(folder.iterdir()) if named.search(path.name)}
-    test, quadrats = next(((path.name, own) for path, own in reversed(tests.items()) if own), ("test", {}))
-    if not train and not quadrats:
+    headers = {path: read_header(path) for path in visible(folder.glob(CSV))}
+    train = next((path.name for path, header in headers.items() if {*NEEDED} <= {*header}), "")
+    is_known = any(PLANTCLEF.header[0] in own and "solution" not in path.name for path, own in headers.items())
+    named = re.compile("test" if is_known else "plantclef.*test", re.IGNORECASE)
+    places = [path for path in visible(folder.iterdir()) if path.is_dir() and (is_known or named.search(path.name))]
+    sets = []  # of photos that a table names, or whose folder is named for them
+    for path in map(_go_down, reversed(places)):
+        own, name = _list_quadrats(path), path.relative_to(folder).as_posix()
+        if not own or path.name.isdecimal():  # a species' folder
+            continue
+        near = sorted({*headers, *visible(path.parent.glob(CSV))})
+        hits = [one for one in near if not ANSWERS.search(one.name) and _find_column(one, own)]
+        if hits or named.search(name):
+            sets.append((hits[0].relative_to(folder).as_posix() if hits else "", name, len(own)))
+    if not train and not sets:
         return None
-    others = [path for path in tables if path.name != train and not re.search("solution|submission", path.name.lower())]
-    table = next((path.name for path in others if _find_column(path, quadrats)), "")
-    note = (
-        f"{folder} (plantclef): {train or 'no training table'}, {table or 'no test table'}, {len(quadrats):,} quadrats"
-    )
+    table, test, quadrats = min(sets, key=lambda one: (not named.search(one[1]), not one[0]), default=("", TEST, 0))
+    note = f"{folder} (plantclef): {train or 'no training table'}, {table or 'no test table'}, {quadrats:,} quadrats"
     return replace(
         PLANTCLEF,
         find_settings=None,  # found
@@ -126,15 +138,21 @@ def _find(folder: Path) -> Competition | None:
 
 
 def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter) -> list[LabelledPhoto]:
-    table = next(path for path in visible(found.path.glob("*.[cC][sS][vV]")) if {*NEEDED} <= {*read_header(path)})
+    table = next(path for path in visible(found.path.glob(CSV)) if {*NEEDED} <= {*read_header(path)})
     root, has_splits = _find_photos(found.path, table)
-    photos, splits, shared = [], {}, {}  # equal texts and taxa are one object each: they repeat in a million rows
+    folders: dict[str, Path] = {}  # of each tag; all photos may have been gathered in that of one
+    photos, known, shared = [], {}, {}  # equal texts and taxa are one object each: they repeat in a million rows
     for row in iterate_table(table, NEEDED, NEEDED[:2], left_out):
         species, tag = clean_id(row["species_id"]), (row.get("learn_tag") or "").strip()
         observation = row["image_name"] if is_blank(row["obs_id"]) else clean_id(row["obs_id"])
         # The training data were split into train, val and test; an observation is in the split of its first photo.
-        split = splits.setdefault(observation, "val" if tag in ("val", "test") else "train")
-        path = (root / tag if has_splits else root) / species / photo_name(row["image_name"])
+        own = ("val" if tag in ("val", "test") else "train", species)
+        split, first = known.setdefault(observation, shared.setdefault(own, own))
+        if species != first:  # the ids of several sources; another of them has it too
+            observation = f"{observation}-{species}"
+        if tag not in folders:
+            folders[tag] = root.parent / tag if has_splits and (root.parent / tag).is_dir() else root
+        path = folders[tag] / species / photo_name(row["image_name"])
         taxa, name = tuple(row.get(rank) or "" for rank in TAXONOMY), row.get("species") or ""
         species, taxa, name = (shared.setdefault(value, value) for value in (species, taxa, name))
         photos.append(LabelledPhoto(split, observation, species, path, taxa=taxa, species=name))
@@ -152,8 +170,7 @@ def _find_photos(folder: Path, table: Path) -> tuple[Path, bool]:
     root = next(find_folders(folder, lambda one: any((one / name).is_file() for name in names)), None)
     if root is None:
         raise InputError(f"{folder} lacks the photos of {table.name}, such as {''.join(names[:1])}: unpack them there")
-    has_splits = root.name in {(row.get("learn_tag") or "").strip() for row in first}
-    return (root.parent, True) if has_splits else (root, False)
+    return root, root.name in {(row.get("learn_tag") or "").strip() for row in first}
 
 
 def _format_tables(found: CompetitionFolder, rows: Sequence[PhotoRow]) -> dict[Path, bytes]:

@@ -4,7 +4,7 @@ import pytest
 
 from kernel.competitions import competition_named
 from kernel.inputs import InputError
-from kernel.observations import Observation, TestTable, find_test_table, recognise
+from kernel.observations import Observation, TestTable, find_test_table, read_test, recognise
 from kernel.submission import check_submission, write_submission
 from kernel.views import TILES, tile_names
 from local.data.competition import read_competition
@@ -14,6 +14,7 @@ from tests.layouts import plantclef, write_csv
 
 PLANTCLEF = competition_named("plantclef")
 TRAINING = "PlantCLEF2024singleplanttrainingdata.csv"
+PACKAGE = "data/PlantCLEF/PlantCLEF2025/DataOut/test/package"  # in the archive of the test set
 QUADRATS = [f"CBN-{number:02}-2024" for number in range(12)]
 
 
@@ -45,6 +46,64 @@ def test_a_folder_of_quadrats_with_another_name_is_known_by_the_sample_submissio
     (tmp_path / "sample_submission.csv").unlink()
     (tmp_path / "solution.csv").unlink()
     assert recognise(tmp_path, [PLANTCLEF]) is None
+
+
+@pytest.mark.parametrize("top", ["", "PlantCLEF2025test", "test_2025"])
+@pytest.mark.parametrize("place", ["package", "top", "none"])
+def test_quadrats_are_found_where_the_archive_has_them(tmp_path, top, place):
+    plantclef(tmp_path, has_test_table=False)
+    (tmp_path / "sample_submission.csv").unlink()  # which Kaggle does not offer
+    (tmp_path / "solution.csv").unlink()
+    package = tmp_path / top / PACKAGE
+    package.mkdir(parents=True)
+    (tmp_path / "PlantCLEF2025_test_images" / "PlantCLEF2025_test_images").rename(package / "images")
+    (tmp_path / "PlantCLEF2025_test_images").rmdir()
+    if place != "none":
+        table = (package if place == "package" else tmp_path) / "PlantCLEF2025_test.csv"
+        rows = [f'"{name}";"A; B"' for name in reversed(QUADRATS)]
+        table.write_text("\n".join(['"quadrat_id";"author"', *rows]))
+    if place != "top" and top != "PlantCLEF2025test":  # where a kernel would not find them
+        with pytest.raises(
+            InputError, match="PlantCLEF2025_test_images has no test observation: put the test set there"
+        ):
+            read_test(find_competition(tmp_path))
+        return
+    observations = read_test(find_competition(tmp_path)).observations
+    assert [one.id for one in observations] == (QUADRATS if place == "none" else QUADRATS[::-1])
+    assert all(one.photos[0].is_file() for one in observations)
+    (tmp_path / TRAINING).unlink()
+    assert find_test_table(tmp_path, "plantclef").observations == observations
+
+
+def test_photos_of_the_training_data_are_no_quadrats(tmp_path):
+    plantclef(tmp_path, has_splits=True)
+    for path in list((tmp_path / "plants" / "images_max_side_800").iterdir()):
+        path.rename(tmp_path / path.name)
+    for path in list((tmp_path / "test").iterdir())[1:]:
+        path.rename(tmp_path / "val" / path.name / "more")  # so test has one species
+    (tmp_path / "PlantCLEF2025_test.csv").unlink()
+    assert [one.id for one in read_test(find_competition(tmp_path)).observations] == QUADRATS
+    for path in (tmp_path / "PlantCLEF2025_test_images").rglob("*.jpg"):
+        path.unlink()
+    with pytest.raises(InputError, match="has no test observation"):
+        read_test(find_competition(tmp_path))
+
+
+def test_photos_of_all_splits_may_be_gathered_in_the_folder_of_one(tmp_path):
+    plantclef(tmp_path)
+    (tmp_path / "plants" / "images_max_side_800").rename(tmp_path / "train")
+    training = read_competition(tmp_path)
+    assert all(path.is_file() for path in training.photos)
+    assert [len(training.in_splits(split)) for split in ("train", "val")] == [6, 6]
+
+
+def test_an_id_that_several_species_have_is_that_of_several_observations(tmp_path):
+    plantclef(tmp_path)
+    path = tmp_path / TRAINING
+    path.write_text(path.read_text().replace(";12;012;", ";12;07;"))
+    training = read_competition(tmp_path)
+    assert len(training.photos) == 18
+    assert {"07": "7", "07-12": "12"}.items() <= dict(zip(training.ids, training.class_ids, strict=True)).items()
 
 
 @pytest.mark.parametrize("has_test_table", [False, True])

@@ -38,6 +38,15 @@ def test_cells_may_be_separated_by_semicolons_where_the_header_has_no_comma(tmp_
         read_table(path, ("id",))
 
 
+def test_a_cell_may_be_longer_than_128_kib(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(f"id,authors\n1,{'a' * 200_000}\n2,b\n")
+    assert [len(row["authors"]) for row in read_table(path, ("id",))] == [200_000, 1]
+    path.write_text('id,authors\n1,"open\n' + "2,b\n" * 50_000)
+    with pytest.raises(InputError, match=r"table\.csv, line 2: a quote is not closed"):
+        read_table(path, ("id",))
+
+
 @pytest.mark.parametrize(
     ("text", "id"),
     [
