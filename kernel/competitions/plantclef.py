@@ -113,11 +113,9 @@ def _find(folder: Path) -> Competition | None:
     sets = []  # of photos that a table names, or whose folder is named for them
     for path in map(_go_down, reversed(places)):
         own, name = _list_quadrats(path), path.relative_to(folder).as_posix()
-        if not own or path.name.isdecimal():  # a species' folder
-            continue
         near = sorted({*headers, *visible(path.parent.glob(CSV))})
         hits = [one for one in near if not ANSWERS.search(one.name) and _find_column(one, own)]
-        if hits or named.search(name):
+        if own and not path.name.isdecimal() and (hits or named.search(name)):  # a number is a species' folder
             sets.append((hits[0].relative_to(folder).as_posix() if hits else "", name, len(own)))
     if not train and not sets:
         return None
