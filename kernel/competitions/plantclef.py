@@ -92,24 +92,23 @@ def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
         rows = list(iterate_table(table, (column,), (column,), left_out))
         ids = ids or [row[column] for row in rows if column == header[0]]
     has_suffix = any(map(SUFFIX.search, ids))  # an id is the name of a photo, with its suffix or without
-    photos = []
-    for row in rows:
-        photo = quadrats.get(stem := _stem(row[column]), f"{stem}.jpg")
-        photos.append(PhotoRow(photo if has_suffix else stem, photo, row if column else {}))
-    return photos
+    named = [(stem := _stem(row[column]), quadrats.get(stem, f"{stem}.jpg"), row) for row in rows]
+    return [PhotoRow(photo if has_suffix else stem, photo, row if column else {}) for stem, photo, row in named]
 
 
 def _find(folder: Path) -> Competition | None:
     """The competition with the names of its test set; None if a folder has neither that nor a training table.
 
-    A bundle finds them again: a run may be trained before the test set is there, and quadrats of another year fit it.
-    Without a table of quadrats, or a sample submission, only a folder with such a name as TEST counts.
+    A bundle finds them again: a run may be trained before they are there, and those of another year fit it. Without a
+    table of quadrats or a sample submission, only the archive or a folder with a name like TEST counts.
     """
     headers = {path: read_header(path) for path in visible(folder.glob(CSV))}
     train = next((path.name for path, header in headers.items() if {*NEEDED} <= {*header}), "")
     is_known = any(PLANTCLEF.header[0] in own and "solution" not in path.name for path, own in headers.items())
     named = re.compile("test" if is_known else "plantclef.*test", re.IGNORECASE)
-    places = [path for path in visible(folder.iterdir()) if path.is_dir() and (is_known or named.search(path.name))]
+    places = [path for path in visible(folder.iterdir()) if path.is_dir()]
+    if not is_known:  # the archive has its photos in data/PlantCLEF/...
+        places = [path for path in places if named.search(path.name) or (path / "PlantCLEF").is_dir()]
     sets = []  # of photos that a table names, or whose folder is named for them
     for path in map(_go_down, reversed(places)):
         own, name = _list_quadrats(path), path.relative_to(folder).as_posix()
@@ -183,7 +182,7 @@ PLANTCLEF = Competition(
     name="plantclef",
     slug="plantclef-2025",
     table="",
-    arrangement=ARRANGEMENT,
+    arrangement=f"{ARRANGEMENT}, or photos in {TEST}",
     find_settings=_find,
     photos="{split}",
     sample="*[sS]ubmission*.csv",

@@ -62,7 +62,7 @@ def test_quadrats_are_found_where_the_archive_has_them(tmp_path, top, place):
         table = (package if place == "package" else tmp_path) / "PlantCLEF2025_test.csv"
         rows = [f'"{name}";"A; B"' for name in reversed(QUADRATS)]
         table.write_text("\n".join(['"quadrat_id";"author"', *rows]))
-    if place != "top" and top != "PlantCLEF2025test":  # where a kernel would not find them
+    if place != "top" and top == "test_2025":  # where a kernel would not find them
         with pytest.raises(
             InputError, match="PlantCLEF2025_test_images has no test observation: put the test set there"
         ):
@@ -147,6 +147,8 @@ def test_what_is_missing_is_said_in_one_line(tmp_path):
     for path in tmp_path.rglob("*.jpg"):
         path.unlink()
     assert recognise(tmp_path, [PLANTCLEF]) is None
+    with pytest.raises(InputError, match="or photos in PlantCLEF2025_test_images; attach the competition"):
+        find_test_table(tmp_path, "plantclef")
 
 
 @pytest.fixture
