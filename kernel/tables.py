@@ -42,10 +42,12 @@ def read_header(path: Path) -> list[str]:
 
 
 def delimiter_of(file: TextIO) -> str:
-    """What separates the cells of a CSV file, which is read from its start: a semicolon if the header has no comma."""
+    """What separates the cells of a CSV file, which is read from its start: of comma, semicolon and tab the first that
+    its header has.
+    """
     header = file.readline()
     file.seek(0)
-    return ";" if ";" in header and "," not in header else ","
+    return next((sign for sign in ",;\t" if sign in header), ",")
 
 
 def iterate_table(
@@ -79,7 +81,8 @@ def iterate_table(
             if any("\n" in str(cell) or "\r" in str(cell) for cell in row.values()):
                 _refuse_open_quote(file, path, delimiter)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}") from error
+        advice = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise InputError(f"{path} cannot be read as CSV: {error}{advice}") from error
 
 
 def _refuse_open_quote(file: TextIO, path: Path, delimiter: str) -> None:
@@ -198,8 +201,8 @@ def is_hidden(name: str) -> bool:
 
 
 def photo_name(cell: str) -> str:
-    """The relative path of a photo in a table's cell, which may have Windows' backslashes."""
-    return cell.strip().replace("\\", "/").lstrip("/")
+    """The relative path of a photo in a table's cell, which may have Windows' backslashes; "7.0" is the photo "7"."""
+    return clean_id(cell).replace("\\", "/").lstrip("/")
 
 
 def describe_left_out(left_out: Counter) -> str:

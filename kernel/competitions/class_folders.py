@@ -1,9 +1,11 @@
 """Photos in one folder per class.
 
-train/CLASS/photo     or CLASS/photo, without train/
-val/CLASS/photo       may be missing, or be called valid or validation
+train/CLASS/photo     or CLASS/photo, without train/; a folder in this and the following may have another usual name,
+                      such as train_images, and may be in a folder of the same name
+val/CLASS/photo       may be missing
 test/photo            in subfolders too
-sample_submission.csv may be missing; its columns say how an answer is written: the class, or a probability of each
+sample_submission.csv or as `SAMPLES` say; may be missing; its columns say how an answer is written: the class, or a
+                      probability of each
 classes.csv           of any name, where the sample submission has ids of classes and not the names of their folders: a
                       column of each
 
@@ -12,19 +14,34 @@ so is each folder in train/CLASS/.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from glob import escape
 from itertools import permutations
 from pathlib import Path
 
-from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
+from kernel.competitions.competition import (
+    SAMPLES,
+    AnswerForm,
+    Competition,
+    CompetitionFolder,
+    LabelledPhoto,
+    PhotoRow,
+    find_tables_of,
+    matching,
+)
 from kernel.inputs import InputError
 from kernel.tables import RESOLUTIONS, clean_id, compose, is_hidden, read_header, read_table, visible
 
-SAMPLE = "sample_submission.csv"
-
-SPLITS = ("train", "val", "valid", "validation", "test")  # usual names of the folders of splits
+SPLITS = ("train", "val", "test")
+# Usual names of the folders of splits in lower case, such as "validation_set", "train images" and "test_stg1".
+SPLIT_FOLDER = re.compile(
+    r"(train|val|test)(ing|id|idation)?"
+    r"([_\- ]?(images?|imgs?|photos?|pictures?|jpe?gs?|pngs?|(data)?set|data|features|sta?ge?\d+|\d+))*"
+)
 # All formats that Pillow decodes by itself. A list, because Pillow cannot be imported this early.
 PHOTO_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff",
@@ -42,8 +59,12 @@ class FolderSettings:
     Attributes:
         header: its columns.
         classes: the class of each column of probabilities; empty if a row names a class.
+        sample: the name of the sample submission.
+        test_folder: of the test photos, relative to the competition's folder.
     """
 
+    sample: str = "sample_submission.csv"
+    test_folder: str = "test"
     header: tuple[str, ...] = ("image_name", "pred_label")
     classes: tuple[str, ...] = ()
 
@@ -72,13 +93,30 @@ def find_photos(folder: Path, left_out: Counter) -> list[Path]:
     return list(visit(folder))
 
 
-def _is_recognised(folder: Path) -> bool:
+def _is_recognised(folder: Path, test_folder: str = "test") -> bool:
     """Whether a folder has folders of classes, or a test folder of photos that is not another competition's."""
-    test = folder / "test"
+    test = folder / test_folder
     if _find_classes(folder):
         return True
-    others = (*RESOLUTIONS, *SPLITS, "metadata.json")
+    others = (*RESOLUTIONS, *SPLITS, "valid", "validation", "metadata.json")
     return test.is_dir() and not any((test / name).exists() for name in others) and not any(folder.glob("*train*.csv"))
+
+
+def _split_of(path: Path) -> str:
+    """The split that the name of a folder says; empty if it says none."""
+    match = SPLIT_FOLDER.fullmatch(path.name.lower())
+    return match[1] if match else ""
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """The folder of a split: of its name, or else the only one with another usual name.
+
+    Some archives are unpacked into a folder that has nothing but a folder of the same name.
+    """
+    named = [path for path in visible(folder.iterdir()) if _split_of(path) == split and path.is_dir()]
+    found = named[0] if len(named) == 1 else folder / split
+    inner = found / found.name
+    return inner if inner.is_dir() and visible(found.iterdir()) == [inner] else found
 
 
 def _find_classes(folder: Path) -> list[Path]:
@@ -86,13 +124,12 @@ def _find_classes(folder: Path) -> list[Path]:
 
     Folders named after splits or resolutions are not classes, nor is what lies in one split beside others.
     """
-    is_split = folder.name.lower() in SPLITS and any(
-        (folder.parent / split).is_dir() for split in {*SPLITS} - {folder.name}
-    )
-    root = folder / "train" if (folder / "train").is_dir() else folder
-    found = visible(path for path in (root.iterdir() if root.is_dir() else ()) if path.is_dir())
-    names = {path.name.lower() for path in found}
-    if not names or is_split or names & {*RESOLUTIONS, *SPLITS}:
+    own = _split_of(folder)
+    is_split = own and any(_split_folder(folder.parent, split).is_dir() for split in SPLITS if split != own)
+    train = _split_folder(folder, "train")
+    root = train if train.is_dir() else folder
+    found = visible(path for path in root.iterdir() if path.is_dir())
+    if not found or is_split or any(path.name.lower() in RESOLUTIONS or _split_of(path) for path in found):
         return []
 
     def have_photos(pattern: str) -> bool:
@@ -104,7 +141,7 @@ def _find_classes(folder: Path) -> list[Path]:
 
 def _has_folders(folder: Path) -> bool:
     """Whether the sample submission names folders in test/, each with the photos of one observation."""
-    names = {compose(path.name) for path in (folder / "test").glob("*") if path.is_dir()}
+    names = {compose(path.name) for path in _split_folder(folder, "test").glob("*") if path.is_dir()}
     return bool(names) and not names.isdisjoint(map(compose, _read_form(folder).sample_ids(folder)))
 
 
@@ -143,16 +180,17 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
     if not classes:
         raise InputError(
             f"{folder} (class-folders) has no folders of classes: arrange the photos as train/CLASS/photo, "
-            "val/CLASS/photo and test/photo, or as CLASS/photo alone"
+            "val/CLASS/photo and test/photo, or as CLASS/photo alone, or list them with their classes in a train.csv"
         )
-    val = next((folder / name for name in ("val", "valid", "validation") if (folder / name).is_dir()), None)
-    outside = [path for root in {classes[0].parent, val} - {None} for path in visible(root.iterdir()) if path.is_file()]
+    val = _split_folder(folder, "val")
+    roots = [root for root in (classes[0].parent, val) if root.is_dir()]
+    outside = [path for root in roots for path in visible(root.iterdir()) if path.is_file()]
     if outside:
         left_out["files in no class's folder"] += len(outside)
     folders = [("train", path) for path in classes]
-    folders += [("val", path) for path in visible(val.iterdir() if val else ()) if path.is_dir()]
+    folders += [("val", path) for path in visible(val.iterdir() if val.is_dir() else ()) if path.is_dir()]
     has_folders = _has_folders(folder)
-    id_of = _find_ids(folder, [own.name for own in classes], found.competition.sample_classes(folder))
+    id_of = _find_ids(found.competition, folder, [own.name for own in classes])
     photos = [
         LabelledPhoto(
             split,
@@ -176,18 +214,30 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
 
 def _read_form(folder: Path) -> Competition:
     """The competition with the columns of the sample submission of a folder."""
-    header = tuple(read_header(folder / SAMPLE))
+    test = _split_folder(folder, "test").relative_to(folder).as_posix()
+    samples = matching(find_tables_of(folder), SAMPLES)
+    settings = FolderSettings(sample=samples[0][0] if samples else FolderSettings.sample, test_folder=test)
+    header = tuple(read_header(folder / settings.sample))
     if len(header) < 2:
-        return configure(FolderSettings())
-    return configure(FolderSettings(header=header, classes=header[1:] if len(header) > 2 else ()))
+        return configure(settings)
+    return configure(replace(settings, header=header, classes=header[1:] if len(header) > 2 else ()))
 
 
 def _find(folder: Path) -> Competition:
     """The same, with a problem if its classes are no folders."""
     found = _read_form(folder)
     names = [path.name for path in _find_classes(folder)]
-    said = found.sample_classes(folder) if names else []
-    ids = _find_ids(folder, names, said)
+    sample = folder / found.settings.sample
+    if not names:  # a folder of test photos with another name may be any other competition's; of tables, more is known
+        return replace(configure(replace(found.settings, test_folder=FolderSettings.test_folder)), generality=4)
+    twice = [name for name, count in Counter(found.sample_ids(folder)).items() if count > 1]
+    if twice:
+        return replace(
+            found,
+            problem=f"{sample} lists {twice[0]!r} more than once: expected the ids of test photos in its first column",
+        )
+    said = found.sample_classes(folder)
+    ids = _find_ids(found, folder, names)
     others = sorted({*map(compose, said)} - {*map(compose, ids.values() or names)})
     is_understood = not found.form.classes and (
         ids  # a row may have any class of them
@@ -199,39 +249,36 @@ def _find(folder: Path) -> Competition:
     named = ", ".join(map(repr, others[:3]))
     return replace(
         found,
-        problem=f"{folder / SAMPLE} has classes that are no folders of classes, such as {named}: rename the folders, "
-        "write their names there, or add a classes.csv with a column of these names and one of the ids",
+        problem=f"{sample} has classes that are no folders of classes, such as {named}: rename the folders, write "
+        "their names there, or add a classes.csv with a column of these names and one of the ids",
     )
 
 
-def _find_ids(folder: Path, names: Sequence[str], said: Sequence[str]) -> dict[str, str]:
+def _find_ids(found: Competition, folder: Path, names: Sequence[str]) -> dict[str, str]:
     """The ids by which the sample submission names classes, by the names of their folders, in Unicode's composed form.
 
     They are in a table with a column of the folders' names and one of the ids. It is looked for only if the sample
     submission has none of these names.
 
-    Args:
-        said: the classes of the sample submission.
-
     Returns:
         Empty if there is no such table, or if it has several columns that may be the ids.
     """
-    names, said = set(map(compose, names)), set(map(compose, said))
+    names, said = set(map(compose, names)), set(map(compose, found.sample_classes(folder) if names else ()))
     if not said or said & names:
         return {}
-    found: list[dict[str, str]] = []
+    matched: list[dict[str, str]] = []
     for path in visible(folder.glob("*.csv")):
-        rows, header = read_table(path, ()) if path.name != SAMPLE else [], read_header(path)
+        rows, header = read_table(path, ()) if path.name != found.settings.sample else [], read_header(path)
         columns = {column: [clean_id(row[column] or "") for row in rows] for column in header}
         for own, ids in permutations(columns.values(), 2):
             pairs = set(zip(map(compose, own), ids, strict=True))
             id_of = dict(pairs)
             is_one_to_one = len(pairs) == len(id_of) == len(set(id_of.values()))
-            if is_one_to_one and names <= id_of.keys() and id_of not in found:
-                found.append(id_of)
-    named = [id_of for id_of in found if said <= set(map(compose, id_of.values()))]
+            if is_one_to_one and names <= id_of.keys() and id_of not in matched:
+                matched.append(id_of)
+    named = [id_of for id_of in matched if said <= set(map(compose, id_of.values()))]
     if not named and _is_placeholder(said):
-        named = [id_of for id_of in found if all(one.isdecimal() for one in id_of.values())]
+        named = [id_of for id_of in matched if all(one.isdecimal() for one in id_of.values())]
     return named[0] if len(named) == 1 else {}
 
 
@@ -243,7 +290,15 @@ def _is_placeholder(said: Collection[str]) -> bool:
 def configure(settings: FolderSettings) -> Competition:
     """The competition that some settings describe."""
     form = AnswerForm(settings.header, min(10, len(settings.classes)) or 1, settings.classes)
-    return replace(CLASS_FOLDERS, settings=settings, form=form)
+    return replace(
+        CLASS_FOLDERS,
+        settings=settings,
+        form=form,
+        table=settings.test_folder,
+        is_recognised=partial(_is_recognised, test_folder=settings.test_folder),
+        splits={"test": settings.test_folder},
+        sample=escape(settings.sample),
+    )
 
 
 CLASS_FOLDERS = Competition(
@@ -257,7 +312,7 @@ CLASS_FOLDERS = Competition(
     configure=configure,
     settings_type=FolderSettings,
     photos="{split}",
-    sample=SAMPLE,
+    sample=FolderSettings.sample,
     form=AnswerForm(FolderSettings.header, guesses=1),
     metric="recall_at_1",
     time_limit=9 * 3600,

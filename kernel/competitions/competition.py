@@ -1,6 +1,7 @@
 """What a competition is: one object that knows all that differs between competitions."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,24 @@ from kernel.inputs import InputError
 from kernel.manifest import from_json
 from kernel.tables import RESOLUTIONS, find_path, is_blank, iterate_table, visible
 
+# Patterns of usual names of the sample submission, in lower case, the likely ones first.
+SAMPLES = (r"sample.*sub|sub.*sample", r"^sample", r"^submission\.csv$", r"submission|submit")
 SUM_TOLERANCE = 1e-3  # by which the probabilities of a row may miss 1, since they are written with few digits
+
+
+def matching(names: Sequence[str], patterns: Sequence[str], without: str = "^$") -> list[list[str]]:
+    """The names that match each pattern, each name once; patterns that none matches are left out."""
+    found: list[list[str]] = []
+    for pattern in patterns:
+        left = [name for name in names if not any(name in own for own in found)]
+        own = [name for name in left if re.search(pattern, name.lower()) and not re.search(without, name.lower())]
+        found += [own] if own else []
+    return found
+
+
+def find_tables_of(folder: Path) -> list[str]:
+    """The names of the CSV files in a folder, sorted."""
+    return [path.name for path in visible(folder.glob("*.[cC][sS][vV]")) if path.is_file()]
 
 
 @dataclass(frozen=True, slots=True)  # there may be millions

@@ -18,12 +18,20 @@ from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
 
-from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
+from kernel.competitions.competition import (
+    SAMPLES,
+    AnswerForm,
+    Competition,
+    CompetitionFolder,
+    LabelledPhoto,
+    PhotoRow,
+    find_tables_of,
+    matching,
+)
 from kernel.inputs import InputError
 from kernel.tables import (
     TAXONOMY,
     clean_id,
-    compose,
     find_path,
     format_table,
     is_blank,
@@ -39,20 +47,9 @@ from kernel.tables import (
 SETTINGS_FILE = "competition.toml"
 DEPTH = 4  # levels of folders below that of the photos
 PHOTO_SUFFIX = re.compile(r"\.(jpe?g|png|webp|tiff?|bmp|gif)$", re.IGNORECASE)
-# Patterns of usual names of the sample submission and of the training table, in lower case, the likely ones first.
-SAMPLES = (r"sample.*sub|sub.*sample", r"^sample", r"^submission\.csv$")
+# Patterns of usual names of the training table, in lower case, the likely ones first.
 TRAINING = (r"^train\.csv$", r"^training\.csv$", r"^train.*label", r"train", r"^labels\.csv$", r"label|annotation")
 NOT_TRAINING = r"test|solution|submission|val"
-
-
-def matching(names: Sequence[str], patterns: Sequence[str], without: str = "^$") -> list[list[str]]:
-    """The names that match each pattern, each name once; patterns that none matches are left out."""
-    found: list[list[str]] = []
-    for pattern in patterns:
-        left = [name for name in names if not any(name in own for own in found)]
-        own = [name for name in left if re.search(pattern, name.lower()) and not re.search(without, name.lower())]
-        found += [own] if own else []
-    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,19 +101,28 @@ class TableSettings:
     is_complete: bool = False
 
 
-def index_photos(folder: Path) -> dict[str, str]:
-    """The path of each file in a folder and below it, relative to the folder, by its name; not of equal names.
+def photo_keys(name: str) -> tuple[str, str]:
+    """What the name of a photo has in common with other spellings of it, with its suffix and, in case, without.
 
-    The names are in Unicode's composed form.
+    These are no folder, Unicode's composed form, a suffix in lower case, and a number without leading zeros.
     """
+    name = name.rpartition("/")[2]
+    stem = plain_number(PHOTO_SUFFIX.sub("", name))
+    return stem + name[len(PHOTO_SUFFIX.sub("", name)) :].lower(), stem
+
+
+def index_photos(folder: Path) -> dict[str, str]:
+    """The path of each file in a folder and below it, relative to the folder, by `photo_keys`; not of equal keys."""
     paths: dict[str, str] = {}
     several = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         below = os.path.relpath(root, folder)
         folders[:] = [name for name in folders if not is_hidden(name)] if below.count(os.sep) < DEPTH else []
-        several.update(name for name in map(compose, names) if name in paths)
-        paths.update((compose(name), Path(below, name).as_posix()) for name in names)
-    return {name: path for name, path in paths.items() if name not in several}
+        for name in names:
+            for key in dict.fromkeys(photo_keys(name)):
+                if paths.setdefault(key, path := Path(below, name).as_posix()) != path:
+                    several.add(key)
+    return {key: path for key, path in paths.items() if key not in several}
 
 
 class PhotoPaths:
@@ -132,7 +138,7 @@ class PhotoPaths:
         has_suffix = name.endswith(tuple(filter(None, self.suffixes))) or PHOTO_SUFFIX.search(name)
         names = [name] if has_suffix else [name + suffix for suffix in self.suffixes] or [name]
         if self.index:
-            keys = [compose(one.rpartition("/")[2]) for one in names]
+            keys = [key for one in names for key in photo_keys(one)]
             return [next((self.index[key] for key in keys if key in self.index), names[0])]
         names = [find_path(self.folder, one) for one in names]
         if len(names) > 1:
@@ -201,7 +207,8 @@ def configure(settings: TableSettings, notes: Sequence[str] = (), problem: str =
         settings=settings,
         notes=tuple(notes),
         problem=problem,
-        table=escape(settings.sample or SETTINGS_FILE),  # without a sample submission there is a problem
+        # Without a sample submission there is a problem.
+        table=escape(settings.sample or settings.train_table or SETTINGS_FILE),
         splits={"train": settings.train_folder, "test": settings.test_folder},
         sample=escape(settings.sample or SETTINGS_FILE),
         form=AnswerForm(settings.header, guesses, settings.classes),
@@ -216,7 +223,7 @@ def _find(folder: Path) -> Competition | None:
 
     local/data/table_search.py finds all settings. Any other competition that recognises the folder comes first.
     """
-    names = sorted(path.name for path in visible(folder.glob("*.[cC][sS][vV]")))
+    names = find_tables_of(folder)
     samples = matching(names, SAMPLES)
     if not samples or not matching([name for name in names if name != samples[0][0]], TRAINING, NOT_TRAINING):
         return None

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import compress
 from pathlib import Path
 
-from kernel.competitions.competition import Competition
+from kernel.competitions.class_folders import PHOTO_SUFFIXES
+from kernel.competitions.competition import SAMPLES, Competition, matching
 from kernel.competitions.table import (
     NOT_TRAINING,
-    SAMPLES,
+    PHOTO_SUFFIX,
     SETTINGS_FILE,
     TRAINING,
     Spelling,
@@ -24,12 +26,23 @@ from kernel.competitions.table import (
     index_photos,
     is_one,
     list_photos_of,
-    matching,
+    photo_keys,
 )
 from kernel.inputs import InputError, shorten
 from kernel.manifest import from_json
-from kernel.tables import clean_id, compose, find_path, is_blank, is_hidden, iterate_table, photo_name, read_header
+from kernel.tables import (
+    clean_id,
+    compose,
+    find_path,
+    is_blank,
+    is_hidden,
+    iterate_table,
+    photo_name,
+    read_header,
+    visible,
+)
 
+OTHER_FORMATS = (".dcm", ".dicom", ".nii", ".npy", ".npz", ".mat", ".h5", ".hdf5", ".svs", ".heic")
 METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1", "log_loss")
 FOUND_ONLY = ("header", "is_nested", "is_complete")
 KEYS = tuple(one.name for one in fields(TableSettings) if one.name not in FOUND_ONLY)
@@ -37,7 +50,9 @@ TRIED = 60  # names of a column with which a folder of photos is found
 COMPLETE = 0.9  # fraction of a column's photos with which it is not looked for further
 FOLDERS = 300  # that may hold the photos
 CATEGORIES = 200  # most values of a column of metadata, unless they are numbers
+WORD_SUFFIX = r"[_-][A-Za-z]+\.\w+$"  # as in 7_left.jpg
 LISTED = 200  # files of a folder whose suffixes are tried
+ARCHIVE = re.compile(r"\.(zip|7z|rar|gz|tgz|tar|bz2|xz)$", re.IGNORECASE)
 # Where photos are looked for, each if the ones before do not find them: the last takes listing all files.
 WAYS = ("in a folder", "in a folder of their own", "below a folder")
 # Usual names of the column of classes, without spaces and underscores: those of ids or of either kind, then of names.
@@ -47,7 +62,7 @@ LABELS = (
 )
 BOXES = (
     *({name} for name in ("bbox", "bboxes", "boundingbox", "boundingboxes", "encodedpixels", "rle", "segmentation")),
-    *({"polygon"}, {"xmin", "ymin"}, {"x1", "y1"}, {"x", "y", "width", "height"}, {"x", "y", "w", "h"}),
+    *({"encoding"}, {"polygon"}, {"xmin", "ymin"}, {"x1", "y1"}, {"x", "y", "width", "height"}, {"x", "y", "w", "h"}),
 )
 
 
@@ -162,8 +177,8 @@ def read_columns(path: Path) -> Table:
 def find_tables(folder: Path) -> Competition | None:
     """The competition that the tables in a folder describe; None if it has none.
 
-    A folder with a sample submission and a training table is one, and so is one with a competition.toml. The `problem`
-    of the competition says why it cannot be trained on.
+    A folder with a sample submission or a train.csv is one, and so is one with a competition.toml. The `problem` of the
+    competition says why it cannot be trained on.
     """
     stamps = []
     try:
@@ -175,9 +190,7 @@ def find_tables(folder: Path) -> Competition | None:
                     stamps.append((entry.name, status.st_mtime_ns, status.st_size))
     except OSError:
         return None
-    if len(stamps) < 2 and (SETTINGS_FILE not in [name for name, *_ in stamps]):
-        return None
-    return _search(folder, tuple(sorted(stamps)))
+    return _search(folder, tuple(sorted(stamps))) if stamps else None
 
 
 @lru_cache(maxsize=64)  # a command asks for the same folder several times
@@ -191,32 +204,39 @@ def _search(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> Competiti
             state.settings = from_json(TableSettings, dict(state.given), "")
         tables = _find_files(state, names)
         if not tables:
-            if not has_settings:
-                return None
-            what, key = ("training table", "train_table") if state.settings.sample else ("sample submission", "sample")
-            raise InputError(f"{folder} has {SETTINGS_FILE}, but no {what}: name it there as {key}")
+            if not has_settings and not state.settings.sample:
+                if not (train := matching(names, TRAINING[:1])):
+                    return None
+                state.put(train_table=train[0][0])
+            raise InputError(_missing_table(state))
         state, problem = _try_tables(state, tables)
     except InputError as error:
         problem = str(error)
-    notes = () if problem else (f"{folder}: {describe(state.settings)}",)
+    notes = () if problem else (f"{folder}: {describe(state.settings)}", *_unused_tables(state, names))
     competition = configure(state.settings, (*notes, *state.doubts), problem)
     # Where the tables cannot be used, and nobody says that they should be, there may be folders of classes.
     return replace(competition, generality=3) if problem and not has_settings else competition
 
 
-def _try_tables(state: Search, tables: Sequence[str]) -> tuple[Search, str]:
-    """The search with the first training table that can be used; if none can, with the first, and what is wrong."""
+def _try_tables(state: Search, tables: Sequence[Sequence[str]]) -> tuple[Search, str]:
+    """The search with the first training table that can be used; if none can, with the first, and what is wrong.
+
+    Args:
+        tables: names that are equally likely, the likely ones first.
+    """
     tried = []
-    for name in tables:
-        own, problem = replace(state, doubts=[*state.doubts]), ""
-        own.put(train_table=name)
-        try:
-            _find_columns(own)
-        except InputError as error:
-            problem = str(error)
-        if not problem:
+    for names in tables:
+        for number, name in enumerate(names):
+            own = replace(state, doubts=[*state.doubts])
+            own.put(train_table=name)
+            try:
+                _find_columns(own)
+            except InputError as error:
+                tried.append((own, str(error)))
+                continue
+            if others := names[number + 1 :]:
+                own.doubt("the training table", name, others, "train_table")
             return own, ""
-        tried.append((own, problem))
     return tried[0]
 
 
@@ -249,6 +269,44 @@ def read_settings(path: Path) -> dict[str, object]:
     return given
 
 
+def _missing_table(state: Search) -> str:
+    """That the sample submission or the training table is missing, and what to do, by what else is there."""
+    folder, sample = state.folder, state.settings.sample
+    what, key, patterns = "sample submission", "sample", SAMPLES
+    if sample:
+        what, key, patterns = "training table", "train_table", TRAINING
+    entries = [path.name for path in visible(folder.iterdir())]
+    archives = [name for name in entries if ARCHIVE.search(name)]
+    below = matching([path.relative_to(folder).as_posix() for path in visible(folder.glob("*/*.csv"))], patterns)
+    if archives:
+        advice = f"unpack {archives[0]} there"
+    elif below:
+        advice = f"write its path, such as {key} = {below[0][0]!r}, into {SETTINGS_FILE}"
+    elif not sample:
+        advice = f"name it in {SETTINGS_FILE} as {key}, or write one with an id and an answer in each row"
+    else:
+        advice = (
+            f"name it in {SETTINGS_FILE} as {key}, write a train.csv of the photos and their classes, or arrange the "
+            "photos as train/CLASS/photo"
+        )
+        if listings := [name for name in entries if name.lower().endswith(".json")]:
+            advice += f" ({listings[0]} is not read)"
+    return f"{folder} has no {what}: {advice}"
+
+
+def _unused_tables(state: Search, names: Sequence[str]) -> list[str]:
+    """Lines for the tables that list labelled photos too, but are not read."""
+    settings = state.settings
+    columns = {settings.image_column, *filter(None, (settings.label_column or settings.classes[0],))}
+    used = (settings.sample, settings.train_table, settings.test_table)
+    return [
+        f"{state.folder / name} has {' and '.join(map(repr, sorted(columns)))} too, but is not read: to train on its "
+        f"rows, append them to {settings.train_table}"
+        for name in names
+        if name not in used and columns <= set(read_header(state.path(name)))
+    ]
+
+
 def describe(settings: TableSettings) -> str:
     """One line: the tables, their columns, and the folders."""
     label = f"classes in {settings.label_column!r}" if settings.label_column else "a column for each class"
@@ -271,8 +329,8 @@ def describe(settings: TableSettings) -> str:
 # Files
 
 
-def _find_files(state: Search, names: Sequence[str]) -> list[str]:
-    """Find the sample submission and the test table; returns the names that the training table may have, likely first.
+def _find_files(state: Search, names: Sequence[str]) -> list[list[str]]:
+    """Find the sample submission and the test table; returns the names that the training table may have.
 
     None are returned without a sample submission.
     """
@@ -296,11 +354,8 @@ def _find_files(state: Search, names: Sequence[str]) -> list[str]:
     state.put(test_table=test)
     left = [name for name in left if name != test]
     if "train_table" in state.given:
-        return [str(state.given["train_table"])]
-    train = matching(left, TRAINING, NOT_TRAINING)
-    if train and len(train[0]) > 1:
-        state.doubt("the training table", train[0][0], train[0], "train_table")
-    return [name for own in train for name in own]
+        return [[str(state.given["train_table"])]]
+    return matching(left, (*TRAINING, ""), NOT_TRAINING)  # at last, any other
 
 
 # Photos
@@ -337,9 +392,15 @@ def _first_files(folder: Path) -> list[str]:
         return []
 
 
-def _commonest_suffixes(names: Iterable[str]) -> list[str]:
-    counts = Counter(os.path.splitext(name)[1] for name in names)
-    return [suffix for suffix, _ in counts.most_common() if suffix and suffix.lower() not in (".csv", ".toml")][:3]
+def _is_of_photo(name: str) -> bool:
+    """Whether a file's name has a photo's suffix, or none."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in PHOTO_SUFFIXES or not re.fullmatch(r"\.[a-z]\w*", suffix)
+
+
+def _commonest_suffixes(names: Iterable[str], pattern: str = r"\.\w+$") -> list[str]:
+    found = (re.search(pattern, name) for name in names if _is_of_photo(name))
+    return [suffix for suffix, _ in Counter(one[0] for one in found if one).most_common(3)]
 
 
 def find_photos_of(state: Search, cells: Collection[str], split: str, way: str) -> PhotoFolder:
@@ -356,7 +417,7 @@ def find_photos_of(state: Search, cells: Collection[str], split: str, way: str) 
     if key in state.given:
         return _try_folder(state, str(state.given[key]), tried, way)
     state.folders = state.folders or _folders_of_photos(state.folder)
-    every = [name for name in state.folders if way != WAYS[2] or "/" not in name]
+    every = [name for name in state.folders if way != WAYS[2] or "/" not in name or split in name.lower()]
     own = [name for name in every if other not in name.lower()]
     best = PhotoFolder()
     for folders in (own, [name for name in every if name not in own]):
@@ -388,17 +449,21 @@ def _try_folder(state: Search, name: str, tried: Sequence[str], way: str) -> Pho
 
     def exists(photo: str) -> bool:
         if is_nested:
-            return compose(photo.rpartition("/")[2]) in state.indices[name]
-        return os.path.isfile(folder / find_path(folder, photo))
+            return not state.indices[name].keys().isdisjoint(photo_keys(photo))
+        return _is_of_photo(photo) and os.path.isfile(folder / find_path(folder, photo))
 
     exact = sum(map(exists, tried))
-    there = (
-        _commonest_suffixes(state.indices[name] if is_nested else _first_files(folder)) if exact < len(tried) else ()
-    )
+    there: list[str] = []
+    if exact < len(tried):
+        names = list(state.indices[name].values() if is_nested else _first_files(folder))
+        there = _commonest_suffixes(names)
+        if is_nested:  # where nothing was found by plain suffixes
+            there += _commonest_suffixes(names, WORD_SUFFIX)
     suffixes = state.given.get("suffixes", there)
     used: Counter = Counter()
     for one in tried:
-        suffix = next((suffix for suffix in suffixes if exists(one + suffix)), None)
+        has_suffix = PHOTO_SUFFIX.search(one)
+        suffix = next((suffix for suffix in suffixes if not has_suffix and exists(one + suffix)), None)
         if suffix is not None:
             used[suffix] += 1
     hits = min(exact + used.total(), len(tried))
@@ -441,7 +506,13 @@ def _find_image_column(
     if not found:
         return given, PhotoFolder()
     best = max(found, key=lambda one: one[:5])
-    equal = [one[5] for one in found if one[:5] == best[:5] and one[6].folder != best[6].folder]
+    stems = {one[5]: {photo_keys(photo_name(cell))[1] for cell in table.values(one[5])} for one in found}
+    equal = [
+        one[5]
+        for one in found
+        if one[:4] == best[:4]
+        and ((one[4] == best[4] and one[6].folder != best[6].folder) or stems[one[5]].isdisjoint(stems[best[5]]))
+    ]
     if equal:
         state.doubt(f"the column of photos in {table.path.name}", best[5], equal, key)
     return best[5], best[6]
@@ -471,6 +542,9 @@ def _find_columns(state: Search) -> None:
     _guess_form(state, sample)
     has_photos = _find_test_columns(state, sample)
     train = read_columns(table)
+    if not has_photos and "test_table" not in state.given and _lists_test_photos(state, train, sample):
+        state.put(test_table=state.settings.train_table)
+        has_photos = _find_test_columns(state, sample)
     refuse_boxes(state, train)
     preferred = (state.settings.test_image_column, header[0])
     image, photo_folder = _find_image_column(state, train, "train", "image_column", preferred)
@@ -481,25 +555,31 @@ def _find_columns(state: Search) -> None:
         if photo_folder.others:
             state.doubt("the folder of the training photos", photo_folder.folder, photo_folder.others, "train_folder")
     if not has_photos:
-        _expect_test_photos(state)
+        _expect_test_photos(state, sample)
     if not state.settings.test_image_column and state.settings.test_table:
         name = image if image in read_header(state.path(state.settings.test_table)) else state.settings.id_column
         state.put(test_image_column=name)
     _find_observations(state, train)
-    problem = problem or _find_labels(state, train, sample)
-    if not problem and state.settings.metric == "log_loss" and not state.settings.classes:
-        problem = (
+    label_problem = _find_labels(state, train, sample)
+    if not label_problem and state.settings.metric == "log_loss" and not state.settings.classes:
+        label_problem = (
             f"{state.folder / SETTINGS_FILE} has the metric log_loss, but {sample.path.name} has no probabilities: "
             "give another metric"
         )
-    if not photo_folder.hits and not problem:
-        names = ", ".join(map(repr, list(train.columns)[:8]))
-        problem = (
-            f"no column of {table} names photos in {state.folder} (it has {names}): unpack the photos there, or write "
-            f"image_column, train_folder and suffixes into {SETTINGS_FILE}"
-        )
-    if problem:
+    photo_problem = "" if photo_folder.hits else _describe_missing_photos(state, train)
+    if problem := problem or photo_problem or label_problem:
         raise InputError(problem)
+
+
+def _describe_missing_photos(state: Search, train: Table) -> str:
+    names = ", ".join(map(repr, list(train.columns)[:8]))
+    files = (name for folder in state.folders for name in _first_files(state.path(folder)))
+    others = sorted({os.path.splitext(name)[1].lower() for name in files}.intersection(OTHER_FORMATS))
+    return (
+        f"no column of {train.path} names photos in {state.folder} (it has {names}): unpack the photos there, or write "
+        f"image_column, train_folder and suffixes into {SETTINGS_FILE}"
+        + (f"; {', '.join(others)} files cannot be read: convert them to .png" if others else "")
+    )
 
 
 def _merged(known: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
@@ -552,9 +632,33 @@ def _find_test_columns(state: Search, sample: Table) -> bool:
     return bool(photo_folder.hits)
 
 
-def _expect_test_photos(state: Search) -> None:
-    """Guess where photos will be on Kaggle of which none is here: in a folder named test, or one like that of train."""
+def _lists_test_photos(state: Search, train: Table, sample: Table) -> bool:
+    """Whether the training table has the ids of the sample submission too, in rows without a class."""
+    ids = list(sample.values(next(iter(sample.columns))))
+    spelling, column = Spelling(ids), _find_id_column(replace(state, doubts=[]), train, sample.path, ids)
+    if not column:
+        return False
+    is_test = [spelling.find(cell) is not None for cell in train.columns[column]]
+    return any(
+        all(map(is_blank, compress(cells, is_test))) and not all(map(is_blank, cells))
+        for cells in train.columns.values()
+    )
+
+
+def _expect_test_photos(state: Search, sample: Table) -> None:
+    """Guess where photos will be on Kaggle of which none is here: in a folder named test, or one like that of train.
+
+    Raises:
+        InputError: such a folder has photos, of other names than the ids.
+    """
     named = [name for name in state.folders if "test" in name.lower()]
+    others = [f"{name}/{photo}" for name in named for photo in list_photos_of(state.path(name))]
+    if others and "test_folder" not in state.given:
+        column = next(iter(sample.columns))
+        raise InputError(
+            f"{sample.path} has ids such as {next(iter(sample.values(column)))!r} in {column!r}, but {state.folder} "
+            f"photos such as {others[0]!r}, and no table says which is which: write a test.csv with both"
+        )
     folder = state.settings.train_folder
     state.put(test_folder=named[0] if named else re.sub("(?i)train(ing)?", "test", folder))
     state.doubts.append(
@@ -656,7 +760,12 @@ def _find_labels(state: Search, train: Table, sample: Table) -> str:
     if len(answers) > 1:
         return _match_classes(state, sample.path, train.path, labels)
     cells = [clean_id(cell) for cell in sample.values(answers[0])]
-    if len(labels) == 2 and cells and all(map(_is_fraction, cells)):
+    if not given and len(labels) > 1 and len(labels) == sum(not is_blank(cell) for cell in train.columns[label]):
+        return (
+            f"{train.path} has another {label!r} in each row, so these are no classes: write label_column into "
+            f"{SETTINGS_FILE}"
+        )
+    if len(labels) == 2 and all(map(_is_number, cells)) and any(map(_is_fraction, cells)):
         positive = next((name for name in labels if name == compose(answers[0])), max(labels))
         state.put(classes=(positive, min(labels - {positive})))
     elif labels == {"0", "1"} and not given:
@@ -664,7 +773,7 @@ def _find_labels(state: Search, train: Table, sample: Table) -> str:
             f"{sample.path} is taken to have one class in a row: if it has the probability of '1', write "
             f'classes = ["1", "0"] into {SETTINGS_FILE}'
         )
-    return "" if state.settings.classes else _count_guesses(state, sample.path, cells, labels)
+    return "" if state.settings.classes else _count_guesses(state, sample, cells, labels)
 
 
 def _is_number(cell: str) -> bool:
@@ -694,6 +803,7 @@ def _find_label_column(
     values = {name: {clean_id(cell) for cell in train.values(name)} for name in train.columns if name not in used}
     left = [name for name, own in values.items() if len(own) > 1]
     plain = {name: re.sub(r"[\s_]", "", name.casefold()) for name in left}
+    test = read_header(state.path(settings.test_table)) if settings.test_table else []
     classes = set(settings.classes)
     matched = {name: len(values[name] & classes) for name in left}
     # A single number is what a sample submission answers everywhere without meaning it.
@@ -706,6 +816,7 @@ def _find_label_column(
         lambda name: bool(said & values[name]) and plain[name] in LABELS[0] + LABELS[1],
         lambda name: plain[name] in LABELS[0],
         lambda name: plain[name] in LABELS[1],
+        lambda name: name not in test,
         lambda name: 2 * len(values[name]) <= train.rows and not all(map(_is_fraction, values[name])),
     )
     for is_likely in filters:
@@ -741,7 +852,7 @@ def _find_several_labels(state: Search, train: Table, label: str, labels: Collec
                     f"{first[image]!r} and {cell!r}: localisation and multi-label competitions are not supported"
                 )
     for separator in () if "label_column" in state.given else "|;, ":
-        cells = [[token.strip() for token in one.split(separator)] for one in labels]
+        cells = [[token.strip() for token in one.split(separator)] for one in sorted(labels)]
         counts = Counter(token for tokens in cells for token in set(tokens))
         compound = [tokens for tokens in cells if len(tokens) > 1]
         several = [
@@ -788,29 +899,62 @@ def _match_classes(state: Search, sample: Path, train: Path, labels: Collection[
     return ""
 
 
-def _count_guesses(state: Search, sample: Path, cells: Sequence[str], labels: Set[str]) -> str:
-    """How many classes a row of the submission has."""
+def _count_guesses(state: Search, sample: Table, cells: Sequence[str], labels: Set[str]) -> str:
+    """How many classes a row of the submission has; returns why its answers are no classes, or an empty string."""
     guesses, has_spaces = state.settings.guesses, any(" " in label for label in labels)
     for separator in "|;,":
         split = [token.strip() for cell in cells if separator in cell for token in cell.split(separator)]
         if split and labels.issuperset(split) and not labels.intersection(cells):
             return (
-                f"{sample} has classes separated by {separator!r}: only one class, or several by spaces, are supported"
+                f"{sample.path} has classes separated by {separator!r}: only one class, or several by spaces, are "
+                "supported"
             )
-    if "guesses" in state.given:
-        pass
-    elif all(cell in labels for cell in cells) or guesses == 1:
-        guesses = 1
-    elif has_spaces and not all(clean_id(token) in labels for cell in cells for token in cell.split()):
-        state.doubts.append(
-            f"{sample} has cells such as {cells[0]!r}, taken to be one class: if they are several, write guesses into "
-            f"{SETTINGS_FILE}"
+    others = {cell: list(map(clean_id, cell.split())) for cell in cells if cell not in labels}
+    said = {token for tokens in others.values() for token in tokens}
+    if "guesses" not in state.given:
+        if wrong := _find_other_answers(sample, others, labels):
+            return f"{sample.path} {wrong}; if a row has classes, write guesses into {SETTINGS_FILE}"
+        counts = {len(tokens) for tokens in others.values()}
+        if has_spaces and not labels.issuperset(said):
+            guesses = 1
+        guesses = guesses if others else 1
+        if guesses > 1 and len(counts) > 1:
+            state.doubts.append(
+                f"{sample.path} has {min(counts)} to {guesses} classes in a row: each row gets {guesses}, unless "
+                f"{SETTINGS_FILE} has another number of guesses"
+            )
+    if said and "label_column" not in state.given and all(map(_is_number, labels)) and not any(map(_is_number, said)):
+        return (
+            f"{sample.path} answers with words such as {cells[0]!r}, but {state.settings.label_column!r} of "
+            f"{state.settings.train_table} has numbers: write label_column into {SETTINGS_FILE}, or add a column of "
+            "the words"
         )
-        guesses = 1
     state.put(guesses=guesses)
     if guesses > 1 and has_spaces:
         spaced = min(label for label in labels if " " in label)
         return (
-            f"{sample} has {guesses} classes in a row, separated by spaces, which the class {spaced!r} has in its name"
+            f"{sample.path} has {guesses} classes in a row, separated by spaces, which the class {spaced!r} has in its "
+            "name"
         )
+    return ""
+
+
+def _find_other_answers(sample: Table, cells: Mapping[str, Sequence[str]], labels: Set[str]) -> str:
+    """What a sample submission answers with, if these are no classes; empty if they may be.
+
+    Args:
+        cells: its answers that are no class, each with its words.
+    """
+    ids = set(sample.columns[next(iter(sample.columns))])
+    words = {word for label in labels for word in label.split()}
+    for cell, tokens in cells.items():
+        example = f"such as {cell!r}"
+        if ids.issuperset(cell.split()):
+            return f"answers with its own ids, {example}: to find photos of the same class is not supported"
+        if _is_fraction(cell):
+            return f"answers with numbers, {example}, that are no classes: to predict a number is not supported"
+        if len(tokens) > 1 and _is_fraction(tokens[-1]) and tokens[-1] not in labels:
+            return f"answers with a class and a number, {example}: confidences are not supported"
+        if len(tokens) > 1 and not labels.issuperset(tokens) and 2 * len(words.intersection(tokens)) > len(tokens):
+            return f"answers with words of several classes, {example}: multi-label competitions are not supported"
     return ""

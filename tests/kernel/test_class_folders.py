@@ -13,6 +13,7 @@ from kernel.manifest import CompetitionSpec, to_json
 from kernel.observations import find_test_table
 from local.data.competition import read_competition
 from local.data.folder import find_competition
+from local.rehearsal.staging import stage_competition
 from local.rehearsal.variations import keep_observations, repeat_observations
 from tests import layouts
 from tests.conftest import photo
@@ -199,7 +200,7 @@ def test_folders_within_those_of_train_are_no_classes_where_the_sample_submissio
             photo(tmp_path / "train" / kind / name / "0.png", 1)
             photo(tmp_path / "test" / kind / f"{name}.png", 1)
     (tmp_path / "sample_submission.csv").write_text("id,label\napple,apple\nleek,apple\n")
-    with pytest.raises(InputError, match="has no folders of classes"):
+    with pytest.raises(InputError, match="has no training table"):
         read_competition(tmp_path)
 
 
@@ -219,3 +220,39 @@ def test_the_folders_that_the_sample_submission_names_are_observations(tmp_path)
     assert (len(labelled), len(labelled.photos)) == (6, 12)
     originals = repeat_observations(tmp_path, 2)
     assert (set(originals), len(originals)) == (set(ids_of(tmp_path)), 12)
+
+
+@pytest.mark.parametrize("sample", ["sampleSubmission.csv", "sample_submission_stg1.csv", "submission_format.csv"])
+@pytest.mark.parametrize(
+    "folders",
+    [("Train", "Test"), ("train_images", "test_stg1"), ("train/train", "test/test"), ("train", "Test Images/0")],
+)
+def test_folders_of_splits_and_the_sample_submission_may_have_other_usual_names(tmp_path, folders, sample):
+    for seed, name in enumerate(("ALB", "BET")):
+        photo(tmp_path / folders[0] / name / f"a{seed}.jpg", seed)
+        photo(tmp_path / folders[1] / f"b{seed}.jpg", seed)
+    (tmp_path / sample).write_text("image,ALB,BET\nb0.jpg,0.5,0.5\nb1.jpg,0.5,0.5\n")
+    labelled, found = read_competition(tmp_path), find_competition(tmp_path)
+    assert (labelled.classes, found.competition.form.classes) == (["ALB", "BET"], ("ALB", "BET"))
+    trained = competition_of(
+        CompetitionSpec(
+            name="class-folders", resolution="300p", time_limit=1, settings=to_json(found.competition.settings)
+        )
+    )
+    stage_competition(tmp_path, tmp_path / "staged")
+    table = find_test_table(tmp_path / "staged", "class-folders", settings=trained.settings)
+    assert [one.id for one in table.observations] == ["b0.jpg", "b1.jpg"]
+    assert all(path.is_file() for one in table.observations for path in one.photos)
+
+
+def test_a_class_that_is_named_like_a_split_and_more_is_a_class(tmp_path):
+    for seed, name in enumerate(("steam train", "test tube", "tram")):
+        photo(tmp_path / name / "0.jpg", seed)
+    assert read_competition(tmp_path).classes == ["steam train", "test tube", "tram"]
+
+
+def test_a_sample_submission_with_other_than_ids_in_its_first_column_is_refused(tmp_path):
+    layouts.class_folders(tmp_path)
+    (tmp_path / "sample_submission.csv").write_text("label,id\napple,apple 0\napple,apple 1\n")
+    with pytest.raises(InputError, match="lists 'apple' more than once: expected the ids of test photos in its first"):
+        find_competition(tmp_path)

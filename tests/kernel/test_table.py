@@ -168,6 +168,123 @@ def test_ids_are_written_as_the_sample_submission_spells_them(tmp_path):
     assert rows_of(tmp_path / "submission.csv") == [["id", "label"], *([name, "oak"] for name in ids)]
 
 
+@pytest.mark.parametrize(
+    ("named", "file"),
+    [
+        ("{}.0", "{}.jpg"),
+        ("{}", "{:05}.jpg"),
+        ("{:05}.jpg", "{}.jpg"),
+        ("{}.jpg", "{}.JPG"),
+        ("{}.dcm.png", "{}.dcm.jpg"),
+        ("{}", "{}_rgb.jpg"),
+    ],
+)
+def test_photos_are_found_whose_names_another_program_wrote(tmp_path, named, file):
+    """Numbers as floats or without zeros; suffixes of another format, in capitals, or with a word before them."""
+    for split, first, count in (("train", 0, 6), ("test", 10, 3)):
+        for number in range(first, first + count):
+            photo(tmp_path / split / "more" / file.format(number), number % 3)
+    write_csv(tmp_path / "train.csv", [("image", "label"), *((named.format(i), LABELS[i % 3]) for i in range(6))])
+    sample = [("image", "label"), *((named.format(i), "oak") for i in range(10, 13))]
+    write_csv(tmp_path / "sample_submission.csv", sample)
+    labelled, table = read_competition(tmp_path), read_test(find_competition(tmp_path))
+    assert [path.name for path in labelled.photos] == [file.format(number) for number in range(6)]
+    assert [one.id for one in table.observations] == [row[0] for row in sample[1:]]
+    assert [one.photos[0].name for one in table.observations] == [file.format(number) for number in range(10, 13)]
+    assert all(path.is_file() for one in table.observations for path in one.photos)
+
+
+def test_files_that_are_no_photos_are_passed_over(tmp_path):
+    rows = [("id", "label"), *((f"a{i}", LABELS[i % 3]) for i in range(6))]
+    for name, photos in (("both", "jpeg/{}.jpg"), ("one", "../others/{}.jpg")):
+        trees(tmp_path / name, rows, photos=photos)
+        for number in range(6):
+            (tmp_path / name / "train" / f"a{number}.dcm").touch()
+    assert all(path.suffix == ".jpg" and path.is_file() for path in read_competition(tmp_path / "both").photos)
+    shutil.rmtree(tmp_path / "one" / "others")
+    assert "no column of" in (message := refusal(tmp_path / "one"))
+    assert message.endswith("; .dcm files cannot be read: convert them to .png")
+
+
+def test_a_table_of_any_name_may_have_the_classes(tmp_path):
+    trees(tmp_path, train_rows("subject", "label", make=lambda number: (f"p{number % 2}", LABELS[number % 3])))
+    (tmp_path / "train.csv").rename(tmp_path / "drivers.csv")
+    write_csv(tmp_path / "colours.csv", [("name", "colour"), ("oak", "green"), ("elm", "red")])
+    assert set(read_competition(tmp_path).class_ids) == set(LABELS)
+
+
+def test_one_table_may_list_training_and_test_photos(tmp_path):
+    trees(tmp_path, folders=("images/known", "images/asked"))
+    known = [(number, f"images/known/a{number}.jpg", LABELS[number % 3], "known") for number in range(6)]
+    asked = [(6 + number, f"images/asked/b{number}.jpg", "", "asked") for number in range(3)]
+    write_csv(tmp_path / "metadata.csv", [("image_id", "path", "identity", "split"), *known, *asked])
+    (tmp_path / "train.csv").unlink()
+    write_csv(tmp_path / "sample_submission.csv", [("image_id", "identity"), *((row[0], "new") for row in asked)])
+    labelled, found = read_competition(tmp_path), find_competition(tmp_path)
+    assert [path.name for path in labelled.photos] == [f"a{number}.jpg" for number in range(6)]
+    stage_competition(tmp_path, tmp_path / "staged")
+    assert "identity" not in rows_of(tmp_path / "staged" / "metadata.csv")[0]
+    table = find_test_table(tmp_path / "staged", "table", settings=found.competition.settings)
+    assert {one.id: one.photos[0].name for one in table.observations} == {"6": "b0.jpg", "7": "b1.jpg", "8": "b2.jpg"}
+    assert all(path.is_file() for one in table.observations for path in one.photos)
+
+
+def test_tables_of_labelled_photos_that_are_not_read_are_said(tmp_path):
+    trees(tmp_path)
+    shutil.copy(tmp_path / "train.csv", tmp_path / "val_labels.csv")
+    assert "val_labels.csv has 'image' and 'label' too, but is not read: to train on its rows" in said_of(tmp_path)
+
+
+def test_photos_in_two_columns_are_said(tmp_path):
+    trees(
+        tmp_path,
+        [("left", "right", "label"), *((f"a{2 * i}.jpg", f"a{2 * i + 1}.jpg", LABELS[i % 2]) for i in range(3))],
+    )
+    assert "the column of photos in train.csv is taken to be 'left', but may be 'right'" in said_of(tmp_path)
+
+
+def test_a_column_that_the_test_table_lacks_has_the_classes(tmp_path):
+    trees(
+        tmp_path, train_rows("sex", "grade", make=lambda i: ("fm"[i % 2], i % 3)), sample_rows("answer", answer=("0",))
+    )
+    write_csv(tmp_path / "test.csv", [("image", "sex"), *((f"b{i}.jpg", "f") for i in range(3))])
+    assert read_competition(tmp_path).classes == ["0", "1", "2"]
+
+
+def test_tabs_may_separate_cells(tmp_path):
+    trees(tmp_path)
+    for name in ("train.csv", "sample_submission.csv"):
+        (tmp_path / name).write_text((tmp_path / name).read_text().replace(",", "\t"))
+    assert set(read_competition(tmp_path).class_ids) == set(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("table", "becomes", "complaint"),
+    [
+        ("sample_submission.csv", "kept", "no sample submission: name it in competition.toml as sample, or write one"),
+        (
+            "sample_submission.csv",
+            "sample_submission.csv.zip",
+            "no sample submission: unpack sample_submission.csv.zip",
+        ),
+        ("train.csv", "kept", "no training table: name it in competition.toml as train_table, write a train.csv"),
+        ("train.csv", "train.json", r"arrange the photos as train/CLASS/photo \(train.json is not read\)"),
+        ("train.csv", "train/train.csv", "no training table: write its path, such as train_table = 'train/train.csv'"),
+    ],
+)
+def test_a_missing_table_is_named_with_what_to_do(tmp_path, table, becomes, complaint):
+    trees(tmp_path)
+    (tmp_path / table).rename(tmp_path / becomes)
+    with pytest.raises(InputError, match=complaint):
+        find_competition(tmp_path)
+
+
+def test_tables_may_be_in_folders_that_competition_toml_names(tmp_path):
+    trees(tmp_path, settings='train_table = "train/train.csv"')
+    (tmp_path / "train.csv").rename(tmp_path / "train" / "train.csv")
+    assert set(read_competition(tmp_path).class_ids) == set(LABELS)
+
+
 def test_photos_of_several_suffixes_that_the_tables_leave_out_are_found(tmp_path):
     trees(tmp_path, [("image", "label"), *((f"a{i}", LABELS[i % 3]) for i in range(6))], sample_rows("label"))
     (tmp_path / "train" / "a1.jpg").rename(tmp_path / "train" / "a1.png")
@@ -236,6 +353,34 @@ SEVERAL = {
     "commas in an answer": (None, sample_rows("label", answer=("oak,elm",)), "separated by ','"),
     "no class in common": (None, sample_rows("A", "B", answer=("0.5", "0.5")), "none is both"),
     "no photo": ([("image", "label"), ("c0.jpg", "oak"), ("c1.jpg", "elm")], None, "no column of .* names photos"),
+    "no class twice": (
+        train_rows("title", make=lambda number: (f"no. {number}",)),
+        None,
+        "another 'title' in each row",
+    ),
+    "masks": (train_rows("label", "Encoding", make=lambda number: ("oak", "1 5 9 2")), None, "boxes or masks"),
+    "numbers": (
+        train_rows("score", make=lambda number: (7 + number % 3,)),
+        sample_rows("score", answer=("8.25",)),
+        "answers with numbers, such as '8.25'",
+    ),
+    "a confidence": (None, sample_rows("label", answer=("oak 0.1",)), "a class and a number, such as 'oak 0.1'"),
+    "photos of the same class": (None, sample_rows("label", answer=("b0.jpg b2.jpg",)), "with its own ids, such as"),
+    "words of several classes": (
+        train_rows("label", make=lambda number: (("old oak", "young elm", "old elm")[number % 3],)),
+        sample_rows("label", answer=("old young oak",)),
+        "words of several classes, such as 'old young oak'",
+    ),
+    "words for numbers": (
+        train_rows("label", make=lambda number: (number % 3,)),
+        sample_rows("name", answer=("oak",)),
+        "words such as 'oak', but 'label' of train.csv has numbers",
+    ),
+    "no id of a test photo": (
+        None,
+        [("row", "label"), *((f"{number}", "oak") for number in range(3))],
+        "ids such as '0' in 'row', but .* photos such as 'test/b0.jpg'",
+    ),
 }
 
 
@@ -275,7 +420,7 @@ def test_a_mistake_in_the_settings_is_one_line(tmp_path, settings, complaint):
 
 def test_settings_without_a_sample_submission_say_what_is_missing(tmp_path):
     (tmp_path / "competition.toml").write_text("guesses = 1")
-    assert "no sample submission: name it there as sample" in refusal(tmp_path)
+    assert "no sample submission: name it in competition.toml as sample" in refusal(tmp_path)
 
 
 def test_stray_tables_do_not_make_a_table_competition_of_class_folders(tmp_path):
