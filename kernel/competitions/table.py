@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from glob import escape
+from itertools import filterfalse
 from pathlib import Path
 
 from kernel.competitions.competition import (
@@ -46,6 +47,7 @@ from kernel.tables import (
 
 SETTINGS_FILE = "competition.toml"
 DEPTH = 4  # levels of folders below that of the photos
+DICOM_SUFFIX = re.compile(r"\.(dcm|dicom)$", re.IGNORECASE)  # of what must be converted, and the tables then still name
 PHOTO_SUFFIX = re.compile(r"\.(jpe?g|png|webp|tiff?|bmp|gif)$", re.IGNORECASE)
 # Patterns of usual names of the training table, in lower case, the likely ones first.
 TRAINING = (r"^train\.csv$", r"^training\.csv$", r"^train.*label", r"train", r"^labels\.csv$", r"label|annotation")
@@ -107,22 +109,29 @@ def photo_keys(name: str) -> tuple[str, str]:
     These are no folder, Unicode's composed form, a suffix in lower case, and a number without leading zeros.
     """
     name = name.rpartition("/")[2]
-    stem = plain_number(PHOTO_SUFFIX.sub("", name))
-    return stem + name[len(PHOTO_SUFFIX.sub("", name)) :].lower(), stem
+    suffix = PHOTO_SUFFIX.search(name)
+    stem = plain_number(DICOM_SUFFIX.sub("", PHOTO_SUFFIX.sub("", name)))
+    return stem + (suffix[0].lower() if suffix else ""), stem
 
 
 def index_photos(folder: Path) -> dict[str, str]:
-    """The path of each file in a folder and below it, relative to the folder, by `photo_keys`; not of equal keys."""
+    """The path of each file in a folder and below it, relative to the folder, by one of its `photo_keys`.
+
+    That is the one without a suffix, or, of files that have it in common, the one with a suffix. Files that have both in
+    common are left out.
+    """
     paths: dict[str, str] = {}
-    several = set()
+    others: list[str] = []
     for root, folders, names in os.walk(folder, followlinks=True):
-        below = os.path.relpath(root, folder)
-        folders[:] = [name for name in folders if not is_hidden(name)] if below.count(os.sep) < DEPTH else []
-        for name in names:
-            for key in dict.fromkeys(photo_keys(name)):
-                if paths.setdefault(key, path := Path(below, name).as_posix()) != path:
-                    several.add(key)
-    return {key: path for key, path in paths.items() if key not in several}
+        below = Path(os.path.relpath(root, folder)).as_posix()
+        folders[:] = [name for name in folders if not is_hidden(name)] if below.count("/") < DEPTH else []
+        for name in filterfalse(DICOM_SUFFIX.search, names):
+            path = name if below == "." else f"{below}/{name}"
+            if paths.setdefault(photo_keys(name)[1], path) is not path:
+                others.append(path)
+    others += [paths.pop(stem) for stem in {photo_keys(path)[1] for path in others}]
+    counts = Counter(photo_keys(path)[0] for path in others)
+    return paths | {key: path for path in others if counts[key := photo_keys(path)[0]] == 1}
 
 
 class PhotoPaths:

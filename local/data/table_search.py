@@ -157,9 +157,10 @@ def _missing_table(state: Search) -> str:
     elif not sample:
         advice = f"name it in {SETTINGS_FILE} as {key}, or write one with an id and an answer in each row"
     else:
-        advice = (
-            f"name it in {SETTINGS_FILE} as {key}, write a train.csv of the photos and their classes, or arrange the "
-            "photos as train/CLASS/photo"
+        advice = f"name it in {SETTINGS_FILE} as {key}, write a train.csv of the photos and their classes, or " + (
+            f"remove {SETTINGS_FILE} if each class has a folder"  # it is for tables alone
+            if (folder / SETTINGS_FILE).exists()
+            else "arrange the photos as train/CLASS/photo"
         )
         if listings := [name for name in entries if name.lower().endswith(".json")]:
             advice += f" ({listings[0]} is not read)"
@@ -342,7 +343,8 @@ def _expect_test_photos(state: Search, sample: Table) -> None:
         column = next(iter(sample.columns))
         raise InputError(
             f"{sample.path} has ids such as {next(iter(sample.values(column)))!r} in {column!r}, but {state.folder} "
-            f"photos such as {others[0]!r}, and no table says which is which: write a test.csv with both"
+            f"photos such as {others[0]!r}, and no table that is read says which is which: write test_table, with its "
+            f"id_column, or test_folder into {SETTINGS_FILE}"
         )
     folder = state.settings.train_folder
     state.put(test_folder=named[0] if named else re.sub("(?i)train(ing)?", "test", folder))

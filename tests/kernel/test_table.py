@@ -175,7 +175,8 @@ def test_ids_are_written_as_the_sample_submission_spells_them(tmp_path):
         ("{}", "{:05}.jpg"),
         ("{:05}.jpg", "{}.jpg"),
         ("{}.jpg", "{}.JPG"),
-        ("{}.dcm.png", "{}.dcm.jpg"),
+        ("{}.dcm", "{}.png"),
+        ("{}.png", "{}.jpg"),
         ("{}", "{}_rgb.jpg"),
     ],
 )
