@@ -117,8 +117,8 @@ def photo_keys(name: str) -> tuple[str, str]:
 def index_photos(folder: Path) -> dict[str, str]:
     """The path of each file in a folder and below it, relative to the folder, by one of its `photo_keys`.
 
-    That is the one without a suffix, or, of files that have it in common, the one with a suffix. Files that have both in
-    common are left out.
+    That is the one without a suffix, or, of files that have it in common, the one with a suffix. Files that have both
+    in common are left out.
     """
     paths: dict[str, str] = {}
     others: list[str] = []

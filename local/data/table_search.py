@@ -309,6 +309,8 @@ def _find_test_columns(state: Search, sample: Table) -> bool:
         for way in WAYS:
             if not photo_folder.is_complete:
                 more = find_photos_of(state, ids, "test", way)
+                if way == WAYS[2] and more.hits < 0.5:  # a few may have the number of another photo
+                    continue
                 photo_folder = max(photo_folder, more, key=lambda one: (round(one.hits, 1), not one.is_of_other))
     if photo_folder.hits:
         state.put(test_folder=photo_folder.folder, suffixes=_merged(state.settings.suffixes, photo_folder.suffixes))
@@ -361,7 +363,7 @@ def _find_id_column(state: Search, table: Table, sample: Path, ids: Sequence[str
     spelling = Spelling(ids)
     known = {
         column: len({name for cell in table.values(column) if (name := spelling.find(cell)) is not None})
-        for column in table.columns
+        for column in filter(None, table.columns)  # the one without a name has the numbers of rows
     }
     most = max(known.values(), default=0)
     best = [column for column, count in known.items() if count == most]
