@@ -246,6 +246,12 @@ def _find(folder: Path) -> Competition:
     )
     if is_understood or not others:
         return found
+    if any(re.fullmatch(r"\d*\.\d+", name) for name in others):
+        return replace(
+            found,
+            problem=f"{sample} has one number in a row, such as {others[0]!r}: list the photos with their classes in a "
+            "train.csv, of which the probability of one class can be predicted",
+        )
     named = ", ".join(map(repr, others[:3]))
     return replace(
         found,

@@ -236,7 +236,7 @@ def _count_guesses(state: Search, sample: Table, cells: Sequence[str], labels: S
     if "guesses" not in state.given:
         if wrong := _find_other_answers(sample, others, labels):
             return f"{sample.path} {wrong}; if a row has classes, write guesses into {SETTINGS_FILE}"
-        counts = {len(tokens) for tokens in others.values()}
+        counts = {len(cell.split()) for cell in cells}
         if has_spaces and not labels.issuperset(said):
             guesses = 1
         guesses = guesses if others else 1
@@ -252,6 +252,12 @@ def _count_guesses(state: Search, sample: Table, cells: Sequence[str], labels: S
             "the words"
         )
     state.put(guesses=guesses)
+    unknown = [cell for cell in (said if guesses > 1 else others) if cell not in labels and not is_number(cell)]
+    if unknown:
+        state.doubts.append(
+            f"{sample.path} answers with {min(unknown)!r}, which is no class in {state.settings.train_table}: it is "
+            "never predicted"
+        )
     if guesses > 1 and has_spaces:
         spaced = min(label for label in labels if " " in label)
         return (
@@ -271,7 +277,7 @@ def _find_other_answers(sample: Table, cells: Mapping[str, Sequence[str]], label
     words = {word for label in labels for word in label.split()}
     for cell, tokens in cells.items():
         example = f"such as {cell!r}"
-        if ids.issuperset(cell.split()):
+        if ids.issuperset(cell.split()) and not all(map(is_number, tokens)):
             return f"answers with its own ids, {example}: to find photos of the same class is not supported"
         if _is_fraction(cell):
             return f"answers with numbers, {example}, that are no classes: to predict a number is not supported"

@@ -222,8 +222,11 @@ def find_photos_of(state: Search, cells: Collection[str], split: str, way: str) 
             ):
                 best = PhotoFolder()
                 continue  # folders of classes, whose photos have the same names
-            others = tuple(one.folder for one in equal if one.folder != best.folder)
-            return replace(best, others=others, is_of_other=best.folder not in own)
+            others = [one.folder for one in equal if one.folder != best.folder]
+            if best.is_nested:  # the folder itself and those within the best have the same photos
+                best = next((one for one in equal if one.folder != "."), best)
+                others = [name for name in others if name != "." and not f"{name}/".startswith(f"{best.folder}/")]
+            return replace(best, others=tuple(others), is_of_other=best.folder not in own)
     return best
 
 
@@ -250,11 +253,9 @@ def _try_folder(state: Search, name: str, tried: Sequence[str], way: str) -> Pho
     suffixes = state.given.get("suffixes", there)
     used: Counter = Counter()
     for one in tried:
-        has_suffix = PHOTO_SUFFIX.search(one)
-        suffix = next((suffix for suffix in suffixes if not has_suffix and exists(one + suffix)), None)
-        if suffix is not None:
-            used[suffix] += 1
-    hits = min(exact + used.total(), len(tried))
+        if not PHOTO_SUFFIX.search(one) and not exists(one):
+            used.update([suffix for suffix in suffixes if exists(one + suffix)][:1])
+    hits = exact + used.total()
     return PhotoFolder(
         name, tuple(suffix for suffix, _ in used.most_common()), hits / max(1, len(tried)), exact, is_nested
     )
@@ -294,16 +295,21 @@ def find_image_column(
     if not found:
         return given, PhotoFolder()
     best = max(found, key=lambda one: one[:5])
-    stems = {one[5]: {photo_keys(photo_name(cell))[1] for cell in table.values(one[5])} for one in found}
     equal = [
         one[5]
         for one in found
-        if one[:4] == best[:4]
-        and ((one[4] == best[4] and one[6].folder != best[6].folder) or stems[one[5]].isdisjoint(stems[best[5]]))
+        if (one[:5] == best[:5] and one[6].folder != best[6].folder)
+        or (one[:4] == best[:4] and not _share_photos(table, one[5], best[5]))
     ]
     if equal:
         state.doubt(f"the column of photos in {table.path.name}", best[5], equal, key)
     return best[5], best[6]
+
+
+def _share_photos(table: Table, column: str, other: str) -> bool:
+    """Whether two columns name the same photo in one of the first rows."""
+    rows = list(zip(table.columns[column], table.columns[other], strict=True))[:TRIED]
+    return any(photo_keys(photo_name(one))[1] == photo_keys(photo_name(two))[1] for one, two in rows)
 
 
 def describe_missing_photos(state: Search, train: Table) -> str:

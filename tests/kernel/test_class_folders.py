@@ -245,6 +245,13 @@ def test_folders_of_splits_and_the_sample_submission_may_have_other_usual_names(
     assert all(path.is_file() for one in table.observations for path in one.photos)
 
 
+def test_one_probability_in_a_row_needs_a_table(tmp_path):
+    layouts.class_folders(tmp_path)
+    (tmp_path / "sample_submission.csv").write_text("id,label\napple 0,0.5\napple 1,0.5\n")
+    with pytest.raises(InputError, match=r"one number in a row, such as '0\.5': list the photos .* in a train\.csv"):
+        find_competition(tmp_path)
+
+
 def test_a_class_that_is_named_like_a_split_and_more_is_a_class(tmp_path):
     for seed, name in enumerate(("steam train", "test tube", "tram")):
         photo(tmp_path / name / "0.jpg", seed)

@@ -192,6 +192,7 @@ def test_photos_are_found_whose_names_another_program_wrote(tmp_path, named, fil
     assert [path.name for path in labelled.photos] == [file.format(number) for number in range(6)]
     assert [one.id for one in table.observations] == [row[0] for row in sample[1:]]
     assert [one.photos[0].name for one in table.observations] == [file.format(number) for number in range(10, 13)]
+    assert "may be" not in said_of(tmp_path)
     assert all(path.is_file() for one in table.observations for path in one.photos)
 
 
@@ -223,6 +224,7 @@ def test_one_table_may_list_training_and_test_photos(tmp_path):
     write_csv(tmp_path / "sample_submission.csv", [("image_id", "identity"), *((row[0], "new") for row in asked)])
     labelled, found = read_competition(tmp_path), find_competition(tmp_path)
     assert [path.name for path in labelled.photos] == [f"a{number}.jpg" for number in range(6)]
+    assert "answers with 'new', which is no class in metadata.csv: it is never predicted" in said_of(tmp_path)
     stage_competition(tmp_path, tmp_path / "staged")
     assert "identity" not in rows_of(tmp_path / "staged" / "metadata.csv")[0]
     table = find_test_table(tmp_path / "staged", "table", settings=found.competition.settings)
@@ -250,6 +252,17 @@ def test_a_column_that_the_test_table_lacks_has_the_classes(tmp_path):
     )
     write_csv(tmp_path / "test.csv", [("image", "sex"), *((f"b{i}.jpg", "f") for i in range(3))])
     assert read_competition(tmp_path).classes == ["0", "1", "2"]
+
+
+def test_a_number_that_is_no_class_may_be_an_id_too(tmp_path):
+    trees(
+        tmp_path,
+        train_rows("label", make=lambda number: (1 + number % 3,)),
+        [("id", "label"), *((i, 0) for i in range(3))],
+    )
+    for number in range(3):
+        (tmp_path / "test" / f"b{number}.jpg").rename(tmp_path / "test" / f"{number}.jpg")
+    assert read_competition(tmp_path).classes == ["1", "2", "3"]
 
 
 def test_tabs_may_separate_cells(tmp_path):
