@@ -2,12 +2,14 @@
 
 sample_submission.csv   an id, and one class, several classes separated by spaces, or a column of probability per class
 train.csv               a row per photo: its name, with or without suffix, and its class, or a 0 or 1 for each class
-test.csv                may be missing; it may list several photos of one observation, and metadata
-train/..., test/...     the photos, in folders of any name
+test.csv                may be missing; it may list several photos of one observation, and metadata; it may be the
+                        training table, with rows that have no class
+train/..., test/...     the photos, in folders of any name; see `photo_keys` for how tables may spell theirs
 
-Columns and folders are found by what they hold: names of photos that exist, ids of the sample submission, classes that
-it names, few distinct values. What was found is printed. Where a guess is wrong, a file competition.toml beside the
-tables decides: its keys are the fields of `TableSettings`. Several classes of one photo, and boxes, are refused.
+The tables may have other names. Columns and folders are found by what they hold: names of photos that exist, ids of
+the sample submission, classes that it names, few distinct values. What was found is printed. Where a guess is wrong, a
+file competition.toml beside the tables decides: its keys are the fields of `TableSettings`. Several classes of one
+photo, and boxes, are refused.
 """
 
 import os

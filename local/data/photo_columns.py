@@ -57,6 +57,7 @@ class PhotoFolder:
         exact: how many of those that were tried are so without an added suffix.
         is_nested: see `TableSettings`.
         others: folders in which as many are.
+        other_suffixes: with which names are those of files too.
         is_of_other: whether the folder is named like the other split.
     """
 
@@ -67,6 +68,7 @@ class PhotoFolder:
     is_nested: bool = False
     others: tuple[str, ...] = ()
     is_of_other: bool = False
+    other_suffixes: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -103,6 +105,15 @@ class Search:
             f"{self.folder}: {what} is taken to be {taken!r}, but may be {others}: to decide, write {key} into "
             f"{SETTINGS_FILE}"
         )
+
+    def put_photos(self, split: str, found: "PhotoFolder") -> None:
+        """Settings of where the photos of "train" or "test" are; notes what else they may be."""
+        self.put(**{f"{split}_folder": found.folder}, is_nested=self.settings.is_nested or found.is_nested)
+        self.put(suffixes=tuple(dict.fromkeys((*self.settings.suffixes, *found.suffixes))))
+        if found.others:
+            self.doubt(f"the folder of the {split} photos", found.folder, found.others, f"{split}_folder")
+        if found.other_suffixes:
+            self.doubt(f"the end of the {split} photos' names", found.suffixes[0], found.other_suffixes, "suffixes")
 
     def given_column(self, key: str, table: "Table") -> str:
         """A column that competition.toml gives; empty if it does not.
@@ -188,7 +199,8 @@ def _is_of_photo(name: str) -> bool:
 
 def _commonest_suffixes(names: Iterable[str], pattern: str = r"\.\w+$") -> list[str]:
     found = (re.search(pattern, name) for name in names if _is_of_photo(name))
-    return [suffix for suffix, _ in Counter(one[0] for one in found if one).most_common(3)]
+    counts = Counter(one[0] for one in found if one)
+    return sorted(counts, key=lambda suffix: (-counts[suffix], suffix))[:3]  # alike in the folders of train and test
 
 
 def find_photos_of(state: Search, cells: Collection[str], split: str, way: str) -> PhotoFolder:
@@ -251,13 +263,20 @@ def _try_folder(state: Search, name: str, tried: Sequence[str], way: str) -> Pho
         if is_nested:  # where nothing was found by plain suffixes
             there += _commonest_suffixes(names, WORD_SUFFIX)
     suffixes = state.given.get("suffixes", there)
-    used: Counter = Counter()
+    used, left = Counter(), Counter()
     for one in tried:
         if not PHOTO_SUFFIX.search(one) and not exists(one):
-            used.update([suffix for suffix in suffixes if exists(one + suffix)][:1])
+            there = [suffix for suffix in suffixes if exists(one + suffix)]
+            used.update(there[:1])
+            left.update(there[1:])
     hits = exact + used.total()
     return PhotoFolder(
-        name, tuple(suffix for suffix, _ in used.most_common()), hits / max(1, len(tried)), exact, is_nested
+        name,
+        tuple(suffix for suffix, _ in used.most_common()),
+        hits / max(1, len(tried)),
+        exact,
+        is_nested,
+        other_suffixes=tuple(left),
     )
 
 

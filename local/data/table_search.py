@@ -263,10 +263,7 @@ def _find_columns(state: Search) -> None:
     image, photo_folder = find_image_column(state, train, "train", "image_column", preferred)
     state.put(image_column=image or next((name for name in preferred if name in train.columns), ""))
     if photo_folder.hits:
-        state.put(train_folder=photo_folder.folder, suffixes=_merged(state.settings.suffixes, photo_folder.suffixes))
-        state.put(is_nested=state.settings.is_nested or photo_folder.is_nested)
-        if photo_folder.others:
-            state.doubt("the folder of the training photos", photo_folder.folder, photo_folder.others, "train_folder")
+        state.put_photos("train", photo_folder)
     if not has_photos:
         _expect_test_photos(state, sample)
     if not state.settings.test_image_column and state.settings.test_table:
@@ -282,10 +279,6 @@ def _find_columns(state: Search) -> None:
     photo_problem = "" if photo_folder.hits else describe_missing_photos(state, train)
     if problem := problem or photo_problem or label_problem:
         raise InputError(problem)
-
-
-def _merged(known: Sequence[str], more: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*known, *more)))
 
 
 def _find_test_columns(state: Search, sample: Table) -> bool:
@@ -313,10 +306,7 @@ def _find_test_columns(state: Search, sample: Table) -> bool:
                     continue
                 photo_folder = max(photo_folder, more, key=lambda one: (round(one.hits, 1), not one.is_of_other))
     if photo_folder.hits:
-        state.put(test_folder=photo_folder.folder, suffixes=_merged(state.settings.suffixes, photo_folder.suffixes))
-        state.put(is_nested=state.settings.is_nested or photo_folder.is_nested)
-        if photo_folder.others:
-            state.doubt("the folder of the test photos", photo_folder.folder, photo_folder.others, "test_folder")
+        state.put_photos("test", photo_folder)
     return bool(photo_folder.hits)
 
 

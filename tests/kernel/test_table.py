@@ -246,6 +246,17 @@ def test_photos_in_two_columns_are_said(tmp_path):
     assert "the column of photos in train.csv is taken to be 'left', but may be 'right'" in said_of(tmp_path)
 
 
+def test_several_photos_of_one_name_are_said_with_the_key_that_decides(tmp_path):
+    trees(tmp_path, [("id", "label"), *((f"a{i}", LABELS[i % 3]) for i in range(6))], photos="{}_red.png")
+    for path in sorted(tmp_path.rglob("*_red.png")):
+        shutil.copy(path, path.with_name(path.name.replace("red", "blue")))
+    write_csv(tmp_path / "sample_submission.csv", [("id", "label"), *((f"b{i}", "oak") for i in range(3))])
+    assert "is taken to be '_blue.png', but may be '_red.png': to decide, write suffixes into" in said_of(tmp_path)
+    (tmp_path / "competition.toml").write_text('suffixes = ["_red.png"]')
+    assert "may be" not in said_of(tmp_path)
+    assert [path.name for path in read_competition(tmp_path).photos] == [f"a{number}_red.png" for number in range(6)]
+
+
 def test_a_column_that_the_test_table_lacks_has_the_classes(tmp_path):
     trees(
         tmp_path, train_rows("sex", "grade", make=lambda i: ("fm"[i % 2], i % 3)), sample_rows("answer", answer=("0",))
