@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import compress
+from itertools import compress, permutations
 from pathlib import Path
 
 from kernel.competitions.competition import SAMPLES, Competition, matching
@@ -18,16 +18,19 @@ from kernel.competitions.table import (
     NOT_TRAINING,
     SETTINGS_FILE,
     TRAINING,
+    PhotoPaths,
     Spelling,
     TableSettings,
     configure,
     list_photos_of,
+    photo_keys,
 )
 from kernel.inputs import InputError, shorten
 from kernel.manifest import from_json
-from kernel.tables import find_path, is_blank, is_hidden, read_header, visible
+from kernel.tables import find_path, is_blank, is_hidden, photo_name, read_header, visible
 from local.data.class_columns import find_labels, guess_form, refuse_boxes
 from local.data.photo_columns import (
+    TRIED,
     WAYS,
     PhotoFolder,
     Search,
@@ -253,18 +256,22 @@ def _find_columns(state: Search) -> None:
     table = state.path(state.settings.train_table)
     refuse_boxes(state, sample)
     guess_form(state, sample)
-    has_photos = _find_test_columns(state, sample)
+    test_photos = _find_test_columns(state, sample)
     train = read_columns(table)
-    if not has_photos and "test_table" not in state.given and _lists_test_photos(state, train, sample):
+    if not test_photos.hits and "test_table" not in state.given and _lists_test_photos(state, train, sample):
         state.put(test_table=state.settings.train_table)
-        has_photos = _find_test_columns(state, sample)
+        test_photos = _find_test_columns(state, sample)
     refuse_boxes(state, train)
     preferred = (state.settings.test_image_column, header[0])
     image, photo_folder = find_image_column(state, train, "train", "image_column", preferred)
     state.put(image_column=image or next((name for name in preferred if name in train.columns), ""))
     if photo_folder.hits:
         state.put_photos("train", photo_folder)
-    if not has_photos:
+    if photo_folder.folder == test_photos.folder and test_photos.others:  # of equals, not that of the training photos
+        test_photos = replace(test_photos, folder=test_photos.others[0], others=test_photos.others[1:])
+    if test_photos.hits:
+        state.put_photos("test", test_photos)
+    else:
         _expect_test_photos(state, sample)
     if not state.settings.test_image_column and state.settings.test_table:
         name = image if image in read_header(state.path(state.settings.test_table)) else state.settings.id_column
@@ -277,12 +284,41 @@ def _find_columns(state: Search) -> None:
             "give another metric"
         )
     photo_problem = "" if photo_folder.hits else describe_missing_photos(state, train)
-    if problem := problem or photo_problem or label_problem:
+    if problem := problem or photo_problem or label_problem or _find_shared_photo(state, train, sample):
         raise InputError(problem)
 
 
-def _find_test_columns(state: Search, sample: Table) -> bool:
-    """Find the columns of the test table, and the folder of the test photos; whether any photo is there."""
+def _find_shared_photo(state: Search, train: Table, sample: Table) -> str:
+    """Why a photo is both of train and of test, in one line: one of the two folders is missing; empty if none is."""
+    settings = state.settings
+    names = ("train_folder", "test_folder")
+    roots = {name: Path(find_path(state.folder, getattr(settings, name))) for name in names}
+    is_apart = not any(one in (other, *other.parents) for one, other in permutations(roots.values()))
+    if is_apart or settings.test_table == settings.train_table or state.given.keys() >= set(names):
+        return ""
+    paths = {name: PhotoPaths(settings, state.path(root)) for name, root in roots.items()}
+
+    def photos_of(name: str, cell: str) -> set[Path]:
+        return {roots[name] / photo for photo in paths[name].find(cell)}
+
+    test = read_columns(state.path(settings.test_table)) if settings.test_table else sample
+    cells = test.values(settings.test_image_column if settings.test_table else settings.header[0])
+    tried = {path for cell in list(cells)[:: max(1, len(cells) // TRIED)] for path in photos_of("test_folder", cell)}
+    stems = {photo_keys(path.name)[1] for path in tried}
+    labels = train.columns[settings.label_column or settings.image_column]
+    for cell, label in zip(train.columns[settings.image_column], labels, strict=True):
+        if not is_blank(label) and photo_keys(photo_name(cell))[1] in stems:
+            shared = [path.as_posix() for path in photos_of("train_folder", cell) & tried if state.path(path).exists()]
+            if shared:
+                return (
+                    f"{shared[0]!r} in {state.folder} would be both a training and a test photo: unpack the photos of "
+                    f"both, or write {' and '.join(names)} into {SETTINGS_FILE}"
+                )
+    return ""
+
+
+def _find_test_columns(state: Search, sample: Table) -> PhotoFolder:
+    """Find the columns of the test table, and the folder of the test photos."""
     ids = list(sample.values(next(iter(sample.columns))))
     if state.settings.test_table:
         test = read_columns(state.path(state.settings.test_table))
@@ -305,9 +341,7 @@ def _find_test_columns(state: Search, sample: Table) -> bool:
                 if way == WAYS[2] and more.hits < 0.5:  # a few may have the number of another photo
                     continue
                 photo_folder = max(photo_folder, more, key=lambda one: (round(one.hits, 1), not one.is_of_other))
-    if photo_folder.hits:
-        state.put_photos("test", photo_folder)
-    return bool(photo_folder.hits)
+    return photo_folder
 
 
 def _lists_test_photos(state: Search, train: Table, sample: Table) -> bool:

@@ -257,6 +257,30 @@ def test_several_photos_of_one_name_are_said_with_the_key_that_decides(tmp_path)
     assert [path.name for path in read_competition(tmp_path).photos] == [f"a{number}_red.png" for number in range(6)]
 
 
+@pytest.mark.parametrize("missing", ["train", "test"])
+def test_photos_of_the_other_split_are_not_read_where_one_is_missing(tmp_path, missing):
+    """Where both are called 0.jpg, 1.jpg and so on."""
+    for split, count in (("train", 6), ("test", 3)):
+        for number in range(count):
+            photo(tmp_path / split / f"{number}.jpg", number % 3)
+    write_csv(tmp_path / "train.csv", [("id", "label"), *((i, LABELS[i % 3]) for i in range(6))])
+    write_csv(tmp_path / "sample_submission.csv", [("id", "label"), *((i, "oak") for i in range(3))])
+    shutil.rmtree(tmp_path / missing)
+    assert f"'{'test' if missing == 'train' else 'train'}/0.jpg' in" in (message := refusal(tmp_path))
+    assert "would be both a training and a test photo: unpack the photos of both" in message
+
+
+def test_of_two_folders_with_the_names_of_the_test_photos_the_other_one_has_those_of_train(tmp_path):
+    trees(tmp_path, sample=[("image", "label"), *((f"a{i}.jpg", "oak") for i in range(3))], folders=("known", "a"))
+    for number in range(3):
+        (tmp_path / "a" / f"b{number}.jpg").rename(tmp_path / "a" / f"a{number}.jpg")
+    settings = find_competition(tmp_path).competition.settings
+    assert (settings.train_folder, settings.test_folder) == ("known", "a")
+    (tmp_path / "a").rename(tmp_path / "new")
+    settings = find_competition(tmp_path.rename(tmp_path.with_name("other names"))).competition.settings
+    assert (settings.train_folder, settings.test_folder) == ("known", "new")
+
+
 def test_a_column_that_the_test_table_lacks_has_the_classes(tmp_path):
     trees(
         tmp_path, train_rows("sex", "grade", make=lambda i: ("fm"[i % 2], i % 3)), sample_rows("answer", answer=("0",))
