@@ -28,6 +28,7 @@ from kernel.manifest import EncoderSpec, Member, Preprocessing
 from kernel.views import VIEWS, make_view, resize_batch
 
 PHOTOS_PER_THREAD = 8  # that a thread embeds at a time on a CPU: enough to compute at full speed
+STAGES = 2  # of an encoder whose feature maps become smaller, that are pooled beside its final features
 SETTING_THREADS = threading.Lock()
 # The wording of CUDA, of its libraries, and of CPU allocators on Linux and Windows. That no engine was found is what
 # torch says where there was no memory for the workspace of any of cuDNN's convolutions.
@@ -407,8 +408,24 @@ class TokenPool(nn.Module):
         return f"{self.pool}, prefix={self.prefix}"  # embeddings are cached by what str(module) says
 
 
-def pool_tokens(module: nn.Module, pool: str) -> nn.Module:
-    """Replace the pooling of a vision transformer. What comes after it, a norm or a projection, stays the library's.
+class StagePool(nn.Module):
+    """Concatenates the features of an encoder with the means of the feature maps of its last STAGES stages.
+
+    The last layers know the classes of their training, those before them know shapes and textures, of which another
+    domain has others.
+    """
+
+    def forward(self, features: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(batch, features) and feature maps (batch, channels, height, width) to (batch, all features).
+
+        Each part has length 1, because otherwise the longest alone would count.
+        """
+        parts = [features, *(each.mean(dim=(2, 3)) for each in maps)]
+        return torch.cat([nn.functional.normalize(part.float(), dim=1) for part in parts], dim=1)
+
+
+def set_pooling(module: nn.Module, pool: str) -> nn.Module:
+    """Replace the pooling of an encoder. What comes after it, a norm or a projection, stays the library's.
 
     The module keeps the names of its weights, because only its methods are replaced.
 
@@ -416,9 +433,16 @@ def pool_tokens(module: nn.Module, pool: str) -> nn.Module:
         pool: as in EncoderSpec; "auto" changes nothing.
 
     Raises:
-        ValueError: it does not have both a class token and patches.
+        ValueError: it does not have stages, or not both a class token and patches.
     """
     if pool == "auto":
+        return module
+    if pool == "stages":
+        sizes = [stage["reduction"] for stage in getattr(module, "feature_info", ())[-STAGES:]]
+        if len(set(sizes)) < STAGES or not hasattr(module, "forward_intermediates"):
+            raise ValueError("it does not have stages of feature maps that become smaller")
+        module.stage_pool = StagePool()
+        module.forward = MethodType(_pool_stages, module)
         return module
     transformer = getattr(module, "trunk", module)  # of timm, inside an open_clip tower
     is_timm = hasattr(transformer, "forward_head")
@@ -434,6 +458,11 @@ def pool_tokens(module: nn.Module, pool: str) -> nn.Module:
         transformer._global_pool = MethodType(_pool_in_open_clip, transformer)
     module.register_forward_hook(_concatenate)
     return module
+
+
+def _pool_stages(encoder: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    final, maps = encoder.forward_intermediates(pixels, indices=STAGES)
+    return encoder.stage_pool(encoder.forward_head(final), maps)
 
 
 def _pool_in_timm(transformer: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -466,7 +495,7 @@ def build_module(library: str, architecture: str, arguments: dict, pool: str = "
         module = open_clip_model._build_vision_tower(**{k: v for k, v in arguments.items() if k != "trunk_size"})
         if trunk_size:
             module.trunk.set_input_size(trunk_size)
-    return pool_tokens(module, pool)
+    return set_pooling(module, pool)
 
 
 def describe_versions(members: Sequence[Member]) -> str:

@@ -59,7 +59,8 @@ class EncoderSpec:
         architecture: its name in that library.
         arguments: keyword arguments for the library. They include another input size than that of its training.
         pool: what is returned of a class token and patches: the token, the mean of the patches, or both, concatenated.
-            "auto" is what the library returns.
+            "stages" is the final features and the means of the last feature maps, concatenated. "auto" is what the
+            library returns.
         packages: name -> version of the Python packages with which it was built.
         preprocessing: of the photos.
         features: length of an embedding.
@@ -72,7 +73,7 @@ class EncoderSpec:
     library: Literal["timm", "open_clip"]
     architecture: str
     arguments: dict[str, Any]
-    pool: Literal["auto", "token", "avg", "token+avg"] = "auto"
+    pool: Literal["auto", "token", "avg", "token+avg", "stages"] = "auto"
     packages: dict[str, str] = field(default_factory=dict)
     preprocessing: Preprocessing
     features: int

@@ -41,6 +41,7 @@ POOLED = {
     "token": "the class token",
     "avg": "the mean of the patches",
     "token+avg": "the class token and the mean of the patches, concatenated",
+    "stages": "the final features and the means of the last feature maps, concatenated",
 }
 
 
@@ -86,7 +87,7 @@ def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
             f"{encoder.architecture} of {encoder.library}, {encoder.features:,} features, {precision}{weighted}",
         )
         if encoder.pool != "auto":
-            yield "tokens", POOLED[encoder.pool]
+            yield "pooling", POOLED[encoder.pool]
         yield "photos", f"{size} x {size} pixels, resize_mode {resize_mode}"
     first = ", the most useful first" if len(member.views) > 1 else ""
     names = "tiles, each ranked alone" if member.pooling == "none" else ", ".join(member.views)

@@ -40,7 +40,8 @@ def load_encoder(
             formats, `timm:hf-hub:OWNER/NAME` and the like choose one.
         pretrained: False gives `timm:NAME` random weights.
         image_size: side of the input in pixels; 0 is the encoder's own.
-        pool: "token", "avg" or "token+avg" of an encoder that has a class token and patches; see `Variant` for "auto".
+        pool: "token", "avg" or "token+avg" of an encoder that has a class token and patches; see `Variant` for "auto"
+            and "stages".
 
     Returns:
         The module, which maps (batch, 3, size, size) to (batch, features), and its description, in which `file` is

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from kernel.encoders import build_module, pool_tokens
+from kernel.encoders import build_module, set_pooling
 from kernel.inputs import InputError
 from kernel.manifest import EncoderSpec
 
@@ -26,7 +26,8 @@ class Variant:
         name: of the encoder, for messages.
         image_size: side of the input in pixels; 0 is the encoder's own.
         pool: see EncoderSpec. "auto" keeps the encoder's own, but takes the class token of a DINOv3, which timm leaves
-            out (https://github.com/huggingface/pytorch-image-models/issues/2681).
+            out (https://github.com/huggingface/pytorch-image-models/issues/2681). So does "stages" for an encoder
+            without such stages.
     """
 
     name: str
@@ -44,7 +45,9 @@ def vary(spec: EncoderSpec, variant: Variant) -> EncoderSpec:
     if size not in (0, spec.preprocessing.size):
         arguments = find_arguments(spec, variant.name, size)
         spec = replace(spec, arguments=arguments, preprocessing=replace(spec.preprocessing, size=size))
-    if pool == "auto":
+    if pool == "stages" and has_stages(spec):
+        return replace(spec, pool=pool)
+    if pool in ("auto", "stages"):
         is_dinov3 = spec.library == "timm" and "dinov3" in spec.architecture and "global_pool" not in spec.arguments
         return replace(spec, pool="token") if is_dinov3 and spec.pool == "auto" else spec
     try:
@@ -54,6 +57,14 @@ def vary(spec: EncoderSpec, variant: Variant) -> EncoderSpec:
             f"pool = {pool}: {variant.name} does not have both a class token and patches; leave it at auto"
         ) from error
     return replace(spec, pool=pool)
+
+
+def has_stages(spec: EncoderSpec) -> bool:
+    """Whether an encoder of timm has stages of feature maps that become smaller, as convolutional networks have."""
+    try:
+        return spec.library == "timm" and count_features(replace(spec, pool="stages"), spec.preprocessing.size) > 0
+    except Exception:  # its type depends on the architecture
+        return False
 
 
 def check_variant(describe: Callable[[], EncoderSpec], variant: Variant) -> None:
@@ -76,7 +87,7 @@ def check_variant(describe: Callable[[], EncoderSpec], variant: Variant) -> None
 def apply_variant(module: nn.Module, before: EncoderSpec, after: EncoderSpec) -> nn.Module:
     """The encoder that `after` describes, made of the one that `before` describes. It may be the same object."""
     sized = resample(module, before, after)
-    return sized if sized is module and after.pool == before.pool else pool_tokens(sized, after.pool)
+    return sized if sized is module and after.pool == before.pool else set_pooling(sized, after.pool)
 
 
 def find_arguments(spec: EncoderSpec, name: str, size: int) -> dict:

@@ -57,7 +57,10 @@ class Recipe:
         obstacles = {
             "encoder": (len(self.encoder.each) > 1, "several encoders have no text tower in common"),
             "epochs": (self.train.epochs, "an encoder that is trained leaves the space of its text tower"),
-            "pool": (self.encoder.pool != "auto", f"pool = {self.encoder.pool} is not in the space of the text tower"),
+            "pool": (
+                self.encoder.pool not in ("auto", "stages"),  # which leave an encoder with a text tower as it is
+                f"pool = {self.encoder.pool} is not in the space of the text tower",
+            ),
             "matcher": ("means" not in matchers, f'it shrinks class means, and the matcher is "{self.bank.matcher}"'),
         }
         return {name: reason for name, (is_there, reason) in obstacles.items() if is_there}

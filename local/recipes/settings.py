@@ -164,8 +164,10 @@ class EncoderSettings:
     pool: str | tuple[str, ...] = setting(
         "auto",
         "What a transformer with a class token returns. token: that token. avg: the mean of the patches. token+avg: "
-        "both, concatenated. auto: what the library returns, but the class token of a DINOv3.",
-        choices=("auto", "token", "avg", "token+avg"),
+        "both, concatenated. auto: what the library returns, but the class token of a DINOv3. stages: the final "
+        "features of a convolutional network and the means of its last two stages, concatenated; of another encoder, "
+        "as auto.",
+        choices=("auto", "token", "avg", "token+avg", "stages"),
         is_per_encoder=True,
     )
     resolution: str = setting(

@@ -102,6 +102,8 @@ def without_transduction(recipe: Recipe) -> Recipe:
 def load_described(recipe: Recipe, encoder: OneEncoder) -> tuple[nn.Module, EncoderSpec]:
     """One encoder of a recipe, and its description with the recipe's preprocessing."""
     module, spec = load_encoder(encoder.name, recipe.encoder.pretrained, encoder.image_size, encoder.pool)
+    if encoder.pool == "stages" and spec.pool != "stages":
+        say(f"{encoder.name} has no stages of feature maps that become smaller: pool = auto")
     module, spec = size_for_views(module, spec, recipe.bank.views)
     if recipe.bank.resize_mode != "encoder":
         resized = dataclasses.replace(spec.preprocessing, resize_mode=recipe.bank.resize_mode)

@@ -55,7 +55,7 @@ def test_tiles_are_named_with_the_probability_of_a_class_in_an_answer(tmp_path):
 def test_a_pooling_of_tokens_is_named_if_it_is_not_the_librarys(tmp_path):
     save_file(bank(), tmp_path / "bank.safetensors")
     lines = introduction(tmp_path, member(encoders=(encoder_spec(pool="token+avg"),)))
-    assert "  tokens       the class token and the mean of the patches, concatenated" in lines
+    assert "  pooling      the class token and the mean of the patches, concatenated" in lines
 
 
 def test_an_ensemble_names_its_members_and_what_it_sums(tmp_path):

@@ -39,6 +39,8 @@ def test_a_family_of_timm_gives_one_vector_per_photo_or_one_clear_line(family):
         assert re.fullmatch(r"\S+ (returns|was trained with) [^\n]+, expected [^\n]+: choose [^\n]+", str(error))
         return
     assert described.features > 0
+    stages = vary(described, Variant(name, pool="stages"))
+    assert (count_features(stages, described.preprocessing.size) > described.features) == (stages.pool == "stages")
     if not module.pretrained_cfg.get("fixed_input_size") or family == "sequencer":  # of an LSTM, every step is tried
         return
     size = described.preprocessing.size

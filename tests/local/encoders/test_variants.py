@@ -237,6 +237,37 @@ def test_a_pooled_encoder_is_trained_by_its_layers_and_named_by_its_pooling(tmp_
     assert len(group_by_layer(plain, optim)) == len(group_by_layer(pooled, optim))
 
 
+@pytest.mark.parametrize("architecture", ["test_resnet", "test_efficientnet", "test_convnext"])
+def test_of_stages_the_final_features_and_the_means_of_the_last_two_are_taken_in_one_forward_pass(
+    tmp_path, photos, architecture
+):
+    write_timm(tmp_path, architecture)
+    plain, (module, described) = load_encoder(str(tmp_path))[0].eval(), load_encoder(str(tmp_path), pool="stages")
+    pixels, passes = torch.randn(2, 3, 64, 64), []
+    last = [stage["module"] for stage in plain.feature_info[-2:]]
+    hooks = [
+        plain.get_submodule(name).register_forward_hook(lambda layer, inputs, maps: passes.append(maps.mean((2, 3))))
+        for name in last
+    ]
+    assert len(hooks) == 2
+    with torch.inference_mode():
+        expected = torch.cat([normalize(part) for part in (plain(pixels), *passes)], dim=1)
+        assert torch.allclose(module.eval()(pixels), expected, atol=1e-6)
+        copied = copy.deepcopy(module)
+        randomise(module)
+        assert torch.allclose(copied(pixels), expected, atol=1e-6)
+    assert (described.pool, described.features) == ("stages", expected.shape[1])
+    assert list(plain.state_dict()) == list(module.state_dict())
+    assert "StagePool" in str(module)  # by which cached embeddings are told from those of another pooling
+    assert_rebuilds(module, described, photos)
+
+
+def test_an_encoder_without_stages_keeps_its_own_pooling(tmp_path):
+    write_timm(tmp_path / "timm", VIT, SMALL | {"img_size": 64}, input_size=[3, 64, 64])
+    for folder in (tmp_path / "timm", write_clip(tmp_path / "clip")):
+        assert load_encoder(str(folder), pool="stages")[1] == load_encoder(str(folder))[1]
+
+
 @pytest.mark.parametrize(
     "spec",
     [
