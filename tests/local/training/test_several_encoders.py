@@ -127,7 +127,7 @@ def test_photos_that_one_encoder_cannot_read_are_left_out_of_both(encoder, tmp_p
         (["epochs=1"], "several encoders are used as they are: set epochs = 0"),
         (["image_size=[64,32,96]"], "image_size has 3 values for 2 encoders"),
         (["encoder_weights=[1]"], "encoder_weights has 1 values for 2 encoders"),
-        (['pool=["auto","best"]'], "expected one of auto, token, avg, token\\+avg for pool"),
+        (['pool=["auto","best"]'], "expected one of auto, token, avg, token\\+avg, stages for pool"),
     ],
 )
 def test_settings_that_do_not_fit_several_encoders_are_refused(settings, message):
