@@ -39,6 +39,7 @@ MIN_OBSERVATIONS = 64  # in a chunk, however many classes there are; with fewer,
 BLOCK = 128  # classes of which `largest` first finds the maximum
 MIN_EXPONENT = -80.0  # exp of less adds nothing to a float32 sum of 1; below -87 it is denormal, slow on a CPU
 TRANSDUCTION_ROUNDS = 3  # with more rounds the prototypes drift
+MIN_LENGTH = 1e-6  # squared, of a prototype: of one that is made of a single test observation, nothing is left
 
 
 def observations_at_once(columns: int, device: torch.device) -> int:
@@ -193,15 +194,23 @@ class Bank:
         """
         if self.has_one_prototype_per_class():
             return transformed @ self.prototypes.T
-        classes, labels, device = len(self.bias), self.prototype_labels, transformed.device
-        # With a row per class: on a CPU, the maxima of rows take a sixth of the time of those of columns. In parts,
-        # since there may be many more prototypes than classes.
-        nearest = transformed.new_full((classes, len(transformed)), -torch.inf)
-        size = observations_at_once(len(transformed), device)
-        for prototypes, own in zip(self.prototypes.split(size), labels.split(size), strict=True):
-            similarities = prototypes @ transformed.T
-            nearest.scatter_reduce_(0, own[:, None].expand_as(similarities), similarities, "amax")
-        nearest[torch.bincount(labels, minlength=classes) == 0] = -1.0
+        # In parts, since there may be many more prototypes than classes.
+        parts = self.prototypes.split(observations_at_once(len(transformed), transformed.device))
+        return self.nearest_of_classes(len(transformed), (part @ transformed.T for part in parts))
+
+    def nearest_of_classes(self, observations: int, similarities: Iterable[torch.Tensor]) -> torch.Tensor:
+        """(observations, classes), the highest similarity to a prototype of each; see `similarities`.
+
+        Args:
+            similarities: parts of (prototypes, observations). With a row per class: on a CPU, the maxima of rows take a
+                sixth of the time of those of columns.
+        """
+        classes, left = len(self.bias), self.prototype_labels
+        nearest = self.bias.new_full((classes, observations), -torch.inf)
+        for part in similarities:
+            own, left = left[: len(part)], left[len(part) :]
+            nearest.scatter_reduce_(0, own[:, None].expand_as(part), part, "amax")
+        nearest[torch.bincount(self.prototype_labels, minlength=classes) == 0] = -1.0
         return nearest.T.contiguous()
 
     def scores(self, transformed: torch.Tensor) -> torch.Tensor:
@@ -220,7 +229,7 @@ class Bank:
         logits = (observations @ self.prototypes.T).mul_(self.logit_scale).add_(self.bias[self.prototype_labels])
         return observations, logits.softmax(dim=1)
 
-    def refined(self, transformed: torch.Tensor) -> "Bank":
+    def refined(self, transformed: torch.Tensor) -> "RefinedBank":
         """The bank with its prototypes moved towards the test observations that resemble them.
 
         Soft k-means that starts at the prototypes: each becomes the mean of itself, weighted by `counts`, and of the
@@ -232,12 +241,54 @@ class Bank:
         bank, start = self, self.prototypes * self.counts[:, None]
         size = observations_at_once(len(start), start.device)
         for _ in range(TRANSDUCTION_ROUNDS):
-            total = torch.zeros_like(start)
+            before, total = bank, torch.zeros_like(start)
             for observations, probabilities in in_chunks(len(transformed), size, partial(bank.assign, transformed)):
                 total.addmm_(probabilities.T, observations)
-            prototypes = nn.functional.normalize(start + self.transduction * total, dim=1)
-            bank = replace(bank, prototypes=prototypes)
-        return bank
+            sums = start + self.transduction * total
+            bank = replace(bank, prototypes=nn.functional.normalize(sums, dim=1))
+        return RefinedBank(bank, before, sums)
+
+
+@dataclass(frozen=True)
+class RefinedBank:
+    """A bank after transduction, or without it.
+
+    Attributes:
+        bank: with the prototypes after it.
+        before: the bank that gave the observations to the prototypes in the last round; None without transduction.
+        sums: (prototypes, features), the prototypes before they were scaled to length 1.
+    """
+
+    bank: Bank
+    before: Bank | None = None
+    sums: torch.Tensor | None = None
+
+    def scores(self, transformed: torch.Tensor) -> torch.Tensor:
+        """(observations, features of the prototypes) -> (observations, classes), as `Bank.scores`.
+
+        After transduction, an observation is compared with the prototypes that all others give. Otherwise each would
+        confirm its own first guess, right or wrong, and the probabilities would be too high.
+        """
+        if self.before is None:
+            return self.bank.scores(transformed)
+        size = observations_at_once(len(self.sums), transformed.device)
+        parts = in_chunks(len(transformed), size, partial(self._without_own, transformed))
+        [similarities] = collect_rows(len(transformed), ((part,) for part in parts))
+        return similarities.mul_(self.bank.logit_scale).add_(self.bank.bias)
+
+    def _without_own(self, transformed: torch.Tensor, chunk: slice) -> torch.Tensor:
+        """(observations of the chunk, classes), similarities to prototypes without the observation's own part.
+
+        A prototype without it is s - t p x, of which the product with x and the length follow from s x.
+        """
+        observations, own = self.before.assign(transformed, chunk)
+        own = own.mul_(self.bank.transduction)
+        products = observations @ self.sums.T
+        lengths = self.sums.square().sum(dim=1) - own * (2 * products - own)
+        similarities = products.sub_(own).div_(lengths.clamp_(min=MIN_LENGTH).sqrt_())
+        if self.bank.has_one_prototype_per_class():
+            return similarities
+        return self.bank.nearest_of_classes(len(observations), [similarities.T])
 
 
 def read_banks(path: Path) -> list[Bank]:
@@ -260,17 +311,17 @@ def read_banks(path: Path) -> list[Bank]:
     return banks
 
 
-def refine_transductively(bank: Bank, transformed: torch.Tensor) -> Bank:
-    """The bank after transduction; the bank itself if that is off or fails, because the kernel must continue.
+def refine_transductively(bank: Bank, transformed: torch.Tensor) -> RefinedBank:
+    """The bank after transduction, or without it if that is off or fails, because the kernel must continue.
 
     Raises:
         RuntimeError: it fails on a GPU. On the CPU it may succeed.
     """
     if not bank.transduction or not len(transformed):
-        return bank
+        return RefinedBank(bank)
     try:
         refined = bank.refined(transformed)
-        if refined.prototypes.isfinite().all():
+        if refined.sums.isfinite().all():
             return refined
         reason = "the prototypes are not finite"
     except (RuntimeError, MemoryError) as error:
@@ -278,7 +329,7 @@ def refine_transductively(bank: Bank, transformed: torch.Tensor) -> Bank:
             raise
         reason = str(error).splitlines()[0]
     print(f"predicting without transduction: {reason}", flush=True)
-    return bank
+    return RefinedBank(bank)
 
 
 @dataclass(frozen=True)
@@ -292,7 +343,7 @@ class Classifier:
             no part in transduction, and all its classes are equally probable.
     """
 
-    banks: Sequence[Bank]
+    banks: Sequence[RefinedBank]
     transformed: Sequence[torch.Tensor]
     has_embedding: torch.Tensor
 
@@ -302,7 +353,8 @@ class Classifier:
         mean = each[0]
         if len(each) > 1:
             weighted = [
-                log_softmax_(part).add_(bank.mixture_weight.log()) for bank, part in zip(self.banks, each, strict=True)
+                log_softmax_(part).add_(refined.bank.mixture_weight.log())
+                for refined, part in zip(self.banks, each, strict=True)
             ]
             mean = torch.stack(weighted).logsumexp(dim=0)
         if not self.has_embedding[chunk].all():

@@ -109,7 +109,7 @@ class Member:
             that has no time for the last encoders uses an earlier one.
         metadata_prior: name of its file; None if there is no metadata prior.
         metadata_prior_weight: weight of the log-probabilities by metadata, which are added to those by photos.
-        weight: weight of the member's log-probabilities in the ensemble.
+        weight: of the member's log-probabilities: the inverse of their temperature, times the weight in an ensemble.
         validation: scores on held-out observations; empty if none could be held out.
         reference_counts: how many "observations" and "photos" the bank is made of.
         recipe: the settings, including those that were resolved and chosen.

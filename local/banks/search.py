@@ -6,8 +6,9 @@ from itertools import chain
 
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 
-from kernel.bank import Bank, Layer, classify, collect_rows, largest, refine_transductively
+from kernel.bank import Bank, Layer, classify, collect_rows, largest, log_softmax_, refine_transductively
 from kernel.metadata_prior import WeightedPrior
 from local.banks.estimators import (
     HUBNESS_SAMPLES,
@@ -262,13 +263,15 @@ class Evaluation:
         top: (queries, at most 10) classes, best first.
         ranks: (queries,) rank of the true class, 0 for the first; the number of classes if the bank lacks it.
         losses: (queries,) minus the log-probability of the true class; NaN if the bank lacks it.
-        logit_scales: the inverse temperatures with the lowest log-loss.
+        logit_scales: those of the banks, with the lowest log-loss before transduction.
+        inverse_temperature: times which the log-probabilities are these; see `fit_inverse_temperature`.
     """
 
     top: np.ndarray
     ranks: np.ndarray
     losses: np.ndarray
     logit_scales: tuple[float, ...] = ()
+    inverse_temperature: float = 1.0
 
 
 def evaluate_predictions(log_probabilities: torch.Tensor | Iterable[torch.Tensor], truth: np.ndarray) -> Evaluation:
@@ -350,8 +353,12 @@ class Search:
         """The evaluation of one candidate on all queries, fold after fold."""
         if settings not in self.evaluations:
             folds, logit_scales = self.fit_folds(settings)
-            evaluation = evaluate_predictions(self.predict(settings, folds), self.truth)
-            self.evaluations[settings] = replace(evaluation, logit_scales=logit_scales)
+            predicted = self.predict_all(settings, folds)
+            inverse_temperature = self.fit_inverse_temperature(predicted, np.ones(len(self.truth), dtype=bool))
+            evaluation = evaluate_predictions(sharpen_(predicted, inverse_temperature), self.truth)
+            self.evaluations[settings] = replace(
+                evaluation, logit_scales=logit_scales, inverse_temperature=inverse_temperature
+            )
         return self.evaluations[settings]
 
     def weighted_objective(self, settings: BankSettings) -> np.ndarray:
@@ -400,10 +407,26 @@ class Search:
                 first += len(predicted)
                 yield predicted.log_softmax(dim=1) if settings.metadata_weight else predicted
 
+    def predict_all(self, settings: BankSettings, folds: Iterable[Sequence[Bank]]) -> torch.Tensor:
+        """The same of all queries at once, (queries, classes); a search has few enough."""
+        [predicted] = collect_rows(len(self.truth), ((part,) for part in self.predict(settings, folds)))
+        return predicted
+
+    def fit_inverse_temperature(self, predicted: torch.Tensor, query_mask: np.ndarray) -> float:
+        """`fit_inverse_temperature` on some of the queries, weighted as their scores are.
+
+        Args:
+            predicted: of `predict_all`.
+            query_mask: (queries,) bool.
+        """
+        rows = np.flatnonzero(query_mask)
+        rows = rows[draw_mask(len(rows), LOGIT_SCALE_QUERIES)]
+        return fit_inverse_temperature(predicted[torch.from_numpy(rows)], self.truth[rows], self.weights[rows])
+
     def view_votes(self, settings: BankSettings, folds: Sequence[Sequence[Bank]], query_mask: np.ndarray) -> np.ndarray:
         """(rows, 3) int: a query, a class, and how many views of its photos have that class as their first guess.
 
-        Each view is classified as its observation is, with the same bank and metadata.
+        Each view is classified with the bank and the metadata of its observation, after transduction by all queries.
 
         Args:
             folds: of `fit_folds`.
@@ -418,7 +441,7 @@ class Search:
             pooled = self.pooled(settings, queries)
             usable = pooled[pooled.norm(dim=1) > 0]
             refined = [refine_transductively(bank, bank.transform(usable)) for bank in banks]
-            fixed = [replace(bank, transduction=torch.tensor(0.0)) for bank in refined]
+            fixed = [replace(one.bank, transduction=torch.tensor(0.0)) for one in refined]
             photos = np.flatnonzero(queries[embedded.observations] & (index[embedded.observations] >= 0))
             views = torch.tensor(embedded.values[photos][:, columns].astype(np.float32)).flatten(0, 1)
             owners = embedded.observations[photos].repeat(len(columns))
@@ -448,6 +471,45 @@ def draw_mask(count: int, drawn: int) -> np.ndarray:
     mask = np.zeros(count, dtype=bool)
     mask[torch.randperm(count, generator=torch.Generator().manual_seed(0))[:drawn].numpy()] = True
     return mask
+
+
+def sharpen_(log_probabilities: torch.Tensor, inverse_temperature: float) -> torch.Tensor:
+    """(queries, classes) log-probabilities at another temperature, in the same memory."""
+    return log_softmax_(log_probabilities.mul_(inverse_temperature))
+
+
+def fit_inverse_temperature(log_probabilities: torch.Tensor, truth: np.ndarray, weights: np.ndarray) -> float:
+    """The factor of a run's log-probabilities with the lowest log-loss on queries, as of `fit_logit_scale`.
+
+    A logit scale is that of one classifier before transduction, which moves prototypes towards the queries and so makes
+    the same logits larger. Mixtures with nearest neighbours and with metadata change the temperature too. This factor
+    corrects all of that, and leaves the order of the classes as it is.
+
+    One more query counts, whose true class is the second guess, with the average probability of all second guesses: the
+    rule of succession. Without it, no temperature would be low enough where all first guesses are right.
+
+    Args:
+        log_probabilities: (queries, classes).
+        truth: (queries,); those of classes that the bank lacks, -1, do not count.
+        weights: (queries,), not negative.
+
+    Returns:
+        1 where no query counts.
+    """
+    is_counted = (truth >= 0) & (weights > 0)
+    if not is_counted.any():
+        return 1.0
+    logits, target = log_probabilities[torch.from_numpy(is_counted)], torch.tensor(truth[is_counted])
+    own = torch.from_numpy(weights[is_counted] / weights[is_counted].mean())
+    second = logits.topk(min(2, logits.shape[1]), dim=1).values[:, -1]
+
+    def loss(log_factor: float) -> float:
+        factor = float(np.exp(log_factor))
+        total = (factor * logits).logsumexp(dim=1)
+        losses = total - factor * logits.gather(1, target[:, None])[:, 0]
+        return (own @ losses.double() + (own @ (total - factor * second).double()) / len(own)).item()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-4, 2), method="bounded", options={"xatol": 0.01}).x))
 
 
 def fit_logit_scale(
@@ -583,24 +645,22 @@ class NestedPredictions:
 
 
 def nested_predictions(search: Search, settings: BankSettings, choose: Sequence[str]) -> NestedPredictions:
-    """Predict each fifth of the queries with the settings that the other queries choose, which is unbiased.
+    """Predict each fifth of the queries as the other queries choose, the settings and the temperature: unbiased.
 
     Args:
         choose: the settings to choose; with none, all queries are predicted with `settings`.
     """
     count, rng = len(search.truth), np.random.default_rng(search.seed)
-    part, chosen = np.zeros(count, dtype=int), [settings]
+    part, chosen = rng.permutation(count) % FOLDS, [settings] * FOLDS
     if choose:
-        part = rng.permutation(count) % FOLDS
         parts = progress(range(FOLDS), "evaluating the selection", unit="part")
         chosen = [coordinate_ascent(search, settings, choose, part != number) for number in parts]
     predicted, votes = torch.empty(count, len(search.embed(settings.resize_mode).taxonomy.genus)), []
     for own in progress(list(dict.fromkeys(chosen)), "predicting the held-out observations", unit="choice"):
         folds, _ = search.fit_folds(own)
-        rows, first = np.isin(part, [number for number, one in enumerate(chosen) if one == own]), 0
-        for found in search.predict(own, folds):
-            mask = torch.tensor(rows[first : first + len(found)])
-            predicted[first : first + len(found)][mask] = found[mask]
-            first += len(found)
-        votes.append(search.view_votes(own, folds, rows))
+        found, numbers = search.predict_all(own, folds), [number for number, one in enumerate(chosen) if one == own]
+        for number in numbers:
+            rows = torch.from_numpy(np.flatnonzero(part == number))
+            predicted[rows] = sharpen_(found[rows], search.fit_inverse_temperature(found, part != number))
+        votes.append(search.view_votes(own, folds, np.isin(part, numbers)))
     return NestedPredictions(predicted, np.concatenate(votes))

@@ -23,9 +23,10 @@ from local.banks.search import (
     fit_banks,
     most_candidates,
     nested_predictions,
+    sharpen_,
 )
 from local.base.console import Progress, counted, say
-from local.base.metrics import LOG_LOSS, describe, held_out_scores
+from local.base.metrics import LOG_LOSS, SCORE_NAMES, describe, held_out_scores
 from local.base.scratch import scratch_array
 from local.data.duplicates import NEAR_DUPLICATE, find_near_duplicates, plain_column
 from local.data.observations import Split, encode_labels, sort_ids
@@ -127,6 +128,7 @@ class SelectedBank:
         candidates: the rows of the table of all settings that were compared.
         predictions: of the held-out observations; None where nothing could be held out.
         logit_scales: of the banks; empty where nothing could be held out.
+        inverse_temperature: of all predictions; see `local.banks.search.fit_inverse_temperature`.
     """
 
     settings: BankSettings
@@ -137,6 +139,7 @@ class SelectedBank:
     candidates: list[dict] = dataclasses.field(default_factory=list)
     predictions: HeldOutPredictions | None = None
     logit_scales: tuple[float, ...] = ()
+    inverse_temperature: float = 1.0
 
 
 class BankSelection:
@@ -243,7 +246,8 @@ class BankSelection:
 
                 def note(row: dict) -> None:
                     candidates.append(row)
-                    say(describe_candidate(row))  # not at the end: with thousands of classes that takes minutes
+                    # Not at the end: with thousands of classes that takes minutes.
+                    say(describe_candidate(row, search.metric))
                     bar.advance()
 
                 every_query = np.ones(len(search.truth), dtype=bool)
@@ -264,7 +268,7 @@ class BankSelection:
         if len(search.truth) < held_out:  # the other observations had no part in the choice
             prototypes = len(plan.labels) if settings.nearest_neighbour_weight else len(plan.classes)
             scored = self._search(MAX_FINAL_SCORES // prototypes)
-            drawn, found = found, self._evaluate_all(scored, settings, evaluation.logit_scales)
+            drawn, found = found, self._evaluate_all(scored, settings, evaluation)
             is_drawn = np.isin(scored.queries, search.queries)
             found.top[is_drawn], found.losses[is_drawn] = drawn.top, drawn.losses
         scores = self._score(scored, found)
@@ -280,6 +284,7 @@ class BankSelection:
             candidates=candidates,
             predictions=predictions,
             logit_scales=evaluation.logit_scales,
+            inverse_temperature=evaluation.inverse_temperature,
         )
 
     def _search(self, limit: int) -> Search:
@@ -298,17 +303,18 @@ class BankSelection:
             self.labelled.competition.metric,
         )
 
-    def _evaluate_all(self, search: Search, settings: BankSettings, logit_scales: tuple[float, ...]) -> Evaluation:
-        """The evaluation of some settings on all queries."""
+    def _evaluate_all(self, search: Search, settings: BankSettings, drawn: Evaluation) -> Evaluation:
+        """The evaluation of some settings on all queries, at the scales and the temperature of that of a part."""
         with Progress("evaluating all held-out observations", len(search.truth), "observation") as bar:
 
             def shown(chunks: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
                 for chunk in chunks:
-                    yield chunk
+                    yield sharpen_(chunk, drawn.inverse_temperature)
                     bar.advance(len(chunk))
 
             embedded, seed = self.embed(settings.resize_mode), self.plan.seed
-            banks = (fit_banks(settings, embedded, reference, logit_scales, seed) for reference, _ in search.folds)
+            scales = drawn.logit_scales
+            banks = (fit_banks(settings, embedded, reference, scales, seed) for reference, _ in search.folds)
             return evaluate_predictions(shown(search.predict(settings, banks)), search.truth)
 
     def _score(self, search: Search, found: Evaluation) -> dict[str, float]:
@@ -384,11 +390,13 @@ class BankSelection:
         return WeightedPrior(((1.0, prior, rows),)) if has_known_value(rows) else None
 
 
-def describe_candidate(row: dict) -> str:
+def describe_candidate(row: dict, metric: str = "") -> str:
     """A row of the table of candidates as a line, with its paired gain over the settings that it would replace.
 
-    The value comes last, because the names of views are too long for a column, and end differently.
+    A gain is positive if it is better, also in a log-loss. The value comes last, because the names of views are too
+    long for a column, and end differently.
     """
     gain = f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
-    scores = f"Recall@1 {row['recall_at_1']:.3f}  Recall@5 {row['recall_at_5']:.3f}  gain {gain}"
-    return f"{row['key']:24}  {scores}  {row['value']}"
+    names = (LOG_LOSS, "recall_at_1") if metric == LOG_LOSS else ("recall_at_1", "recall_at_5")
+    scores = "  ".join(f"{SCORE_NAMES[name]} {row[name]:.3f}" for name in names)
+    return f"{row['key']:24}  {scores}  gain {gain}  {row['value']}"

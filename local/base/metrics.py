@@ -8,6 +8,7 @@ import numpy as np
 GUESSES = (1, 5, 10)
 METRIC_NAMES = {f"recall_at_{count}": f"Recall@{count}" for count in GUESSES} | {"macro_f1": "macro-F1"}
 LOG_LOSS = "log_loss"  # the only score of which less is better
+SCORE_NAMES = METRIC_NAMES | {"weighted_f1": "weighted F1", LOG_LOSS: "log-loss"}
 WORST_LOSS = -math.log(1e-15)  # Kaggle raises smaller probabilities to this
 RESAMPLES = 2000
 MIN_OBSERVATIONS = 6  # for the 95% interval of a gain: fewer can all agree by chance more than once in 20 times
@@ -260,15 +261,15 @@ def interval_of(scores: dict[str, float], name: str) -> dict[str, float]:
 
 
 def describe(scores: dict[str, float], guesses: int = max(GUESSES), prefix: str = "") -> str:
-    """One line: `Recall@1 .432 [.401, .463]  Recall@5 ...`.
+    """One line: `Recall@1 .432 [.401, .463]  Recall@5 ...`, after the log-loss, if it is known.
 
     Args:
         guesses: in a row of the submission; recalls at more than these are left out, since they repeat the last.
         prefix: of the names of the scores: `unweighted_`, or none.
     """
     counts = [count for count in GUESSES if count <= guesses]
-    names = {f"recall_at_{count}": f"Recall@{count}" for count in counts} | {"macro_f1": "macro-F1"}
-    names |= {LOG_LOSS: "log-loss", "sample_f1": "F1 per observation"}
+    names = {LOG_LOSS: "log-loss"} | {f"recall_at_{count}": f"Recall@{count}" for count in counts}
+    names |= {"macro_f1": "macro-F1", "sample_f1": "F1 per observation"}
     return "  ".join(
         f"{label} {scores[name]:.3f} [{scores[name + '_low']:.3f}, {scores[name + '_high']:.3f}]"
         for name, label in ((prefix + name, label) for name, label in names.items())

@@ -374,7 +374,8 @@ def open_bundle(task: Task, runs: Sequence[Path], weights: Sequence[float], cach
     queries = task.queries(resolution)
     members, is_readable = [], np.ones(len(queries), dtype=bool)
     for run, own, weight in opened:
-        member = replace(own.manifest.members[0], weight=weight)
+        [member] = own.manifest.members
+        member = replace(member, weight=weight * member.weight)
         photos = embed_with_run(run, queries, member.views, cache)
         embeddings = pool(photos.values, photos.observations, len(queries), member.pooling)
         banks = read_banks(own.file(member.banks[-1]))

@@ -60,7 +60,8 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
             run = shorten(member.run, 60)
             lines.append(f"  member {number} of {len(members)}, weight {member.weight:.3g}, from the run {run}")
         lines += [f"  {name:11}  {text}" for name, text in describe_member(member, weights.folder)]
-    terms = ["log p(c)"] if len(members) == 1 else ["the sum over the members of weight * log p(c)"]
+    factor = "" if members[0].weight == 1 else f"{members[0].weight:.3g} * "
+    terms = [f"{factor}log p(c)"] if len(members) == 1 else ["the sum over the members of weight * log p(c)"]
     if any(member.metadata_prior for member in members):
         terms.append("the weighted log p(c | metadata)")
     ranking = f"The classes are ranked by {' + '.join(terms)}."

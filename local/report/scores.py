@@ -15,12 +15,11 @@ from kernel.observations import find_test_table
 from local.banks.ensemble import read_predictions
 from local.banks.search import Evaluation, evaluate_predictions
 from local.base import metrics
-from local.base.metrics import GUESSES, LOG_LOSS, METRIC_NAMES, RESAMPLES
+from local.base.metrics import GUESSES, LOG_LOSS, METRIC_NAMES, RESAMPLES, SCORE_NAMES
 from local.data.observations import encode_labels, sort_ids
 from local.report.evidence import Evidence, evaluate_answers
 
 RECALLS = {f"recall_at_{count}": count for count in GUESSES}
-SCORE_NAMES = METRIC_NAMES | {"weighted_f1": "weighted F1", LOG_LOSS: "log-loss"}
 CELLS = 20_000_000  # drawn counts in memory at once
 
 

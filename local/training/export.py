@@ -221,7 +221,7 @@ def describe_member(inputs: Inputs, recipe: Recipe, plan: BankPlan, bank: Select
         banks=tuple(bank_file(index, count) for index in range(count)),
         metadata_prior=PRIOR_FILE if bank.metadata_prior else None,
         metadata_prior_weight=settings.metadata_weight,
-        weight=1.0,
+        weight=bank.inverse_temperature,
         validation=bank.scores,
         recipe=settings_of(recipe),
         given=GivenSettings(recipe=settings_of(inputs.given), weights=weights_digest(inputs.given.encoder)),

@@ -116,7 +116,8 @@ def rank_tiles(selection: BankSelection, selected: SelectedBank, quadrats: Seque
     each = [embed_tiles(encoder, quadrats, competition.grids) for encoder in encoders.encoders]
     values = concatenate(each, encoders.scales.tolist())
     banks, device = selection.fit_fold(selected), encoders.encoders[0].device
-    ranked, probabilities = rank_with_probabilities([banks], [1.0], [values], competition.guesses, device=device)
+    weights, guesses = [selected.inverse_temperature], competition.guesses
+    ranked, probabilities = rank_with_probabilities([banks], weights, [values], guesses, device=device)
     return list(best_of_tiles(ranked, probabilities, (values.norm(dim=1) > 0).view(len(quadrats), -1)))
 
 

@@ -113,11 +113,16 @@ def in_double_precision(bank, queries):
     queries = normalize(queries.double() @ weight + bias, dim=1)
     has_photo, prototypes, counts = queries[:-1], bank.prototypes.double(), bank.counts.double()[:, None]
     labels, start = bank.prototype_labels, bank.prototypes.double()
+    own = torch.zeros(len(queries), len(prototypes), 1, dtype=torch.float64)  # the part of each query in a prototype
+    sums = start
     for _ in range(TRANSDUCTION_ROUNDS if bank.transduction else 0):
         logits = bank.logit_scale.double() * has_photo @ prototypes.T + bank.bias.double()[labels]
-        moved = logits.softmax(dim=1).T @ has_photo
-        prototypes = normalize(start * counts + bank.transduction.double() * moved, dim=1)
-    classes = [(queries @ prototypes[labels == label].T).amax(dim=1) for label in range(len(bank.bias))]
+        own[:-1] = bank.transduction.double() * logits.softmax(dim=1)[:, :, None]
+        sums = start * counts + (own[:-1] * has_photo[:, None]).sum(dim=0)
+        prototypes = normalize(sums, dim=1)
+    others = normalize(sums - own * queries[:, None], dim=2)  # (queries, prototypes, features)
+    found = (others * queries[:, None]).sum(dim=2)
+    classes = [found[:, labels == label].amax(dim=1) for label in range(len(bank.bias))]
     return (torch.stack(classes, dim=1) * bank.logit_scale.double() + bank.bias.double()).log_softmax(dim=1)
 
 
@@ -353,7 +358,23 @@ def test_transduction_is_soft_k_means_that_starts_at_the_prototypes():
         sums = [counts[c] * reference[c] + weight * (probabilities[:, c, None] * queries).sum(dim=0) for c in range(2)]
         prototypes = normalize(torch.stack(sums))
     bank = transductive(reference, counts=counts, bias=bias, transduction=torch.tensor(weight))
-    assert torch.allclose(bank.refined(queries).prototypes, prototypes, atol=1e-5)
+    refined = bank.refined(queries)
+    assert torch.allclose(refined.bank.prototypes, prototypes, atol=1e-5)
+    # Each observation is compared with the prototypes that the others give.
+    for row, query in enumerate(queries):
+        others = torch.stack(sums) - weight * probabilities[row, :, None] * query
+        expected = 10 * normalize(others) @ query + bias
+        assert torch.allclose(refined.scores(queries)[row], expected, atol=1e-4)
+
+
+def test_an_observation_alone_does_not_confirm_its_own_guess():
+    reference, queries, _ = shifted()
+    for layout in (reference, reference.repeat(2, 1)):  # one prototype for each class, or two
+        labels = torch.arange(len(layout)) % 2
+        shared = {"prototype_labels": labels, "counts": torch.ones(len(layout))}
+        moving, fixed = (transductive(layout, transduction=torch.tensor(one), **shared) for one in (2.0, 0.0))
+        assert torch.allclose(classified([moving], queries[:1]), classified([fixed], queries[:1]), atol=1e-4)
+        assert not torch.allclose(classified([moving], queries), classified([fixed], queries), atol=0.1)
 
 
 def test_observations_without_a_readable_photo_take_no_part_in_transduction():
@@ -367,7 +388,7 @@ def test_observations_without_a_readable_photo_take_no_part_in_transduction():
 @pytest.mark.parametrize(("count", "is_fixed"), [(0.0, False), (1e9, True)])
 def test_a_prototype_of_many_observations_hardly_moves(count, is_fixed):
     reference, queries, _ = shifted()
-    refined = transductive(reference, counts=torch.full((2,), count)).refined(queries).prototypes
+    refined = transductive(reference, counts=torch.full((2,), count)).refined(queries).bank.prototypes
     assert torch.allclose(refined, reference, atol=1e-4) == is_fixed
 
 

@@ -17,7 +17,7 @@ from kernel.bank import classify, rank
 from kernel.metadata_prior import MetadataPrior, WeightedPrior
 from local.banks import search as search_module
 from local.banks.estimators import class_means_bank, l2_normalize
-from local.banks.folds import macro_weights, make_folds, shot_weights
+from local.banks.folds import FOLDS, macro_weights, make_folds, shot_weights
 from local.banks.search import (
     LOGIT_SCALE_FACTORS,
     Embedded,
@@ -25,6 +25,7 @@ from local.banks.search import (
     coordinate_ascent,
     evaluate_predictions,
     fit_banks,
+    fit_inverse_temperature,
     most_candidates,
     nested_predictions,
 )
@@ -219,16 +220,19 @@ def test_a_selection_among_noise_is_not_reported_as_a_gain():
     assert (evaluate_predictions(nested, search.truth).ranks < 5).mean() < optimistic
 
 
-def test_without_a_choice_the_nested_predictions_are_those_of_the_settings(search):
-    found = nested_predictions(search, SETTINGS, ())
-    assert torch.equal(found.log_probabilities, predicted(search, SETTINGS))
+def test_without_a_choice_the_nested_predictions_are_at_the_temperature_that_the_others_choose(search):
+    found, plain = nested_predictions(search, SETTINGS, ()).log_probabilities, predicted(search, SETTINGS)
+    part = np.random.default_rng(search.seed).permutation(len(plain)) % FOLDS
+    for number in range(FOLDS):
+        others, own = part != number, torch.tensor(part == number)
+        factor = fit_inverse_temperature(plain[torch.tensor(others)], search.truth[others], search.weights[others])
+        assert torch.allclose(found[own], (factor * plain[own]).log_softmax(dim=1), atol=1e-4)
 
 
-@pytest.mark.parametrize("transduction", [0.0, 1.0])
-def test_the_only_view_of_an_observation_votes_for_its_first_guess(transduction):
+def test_the_only_view_of_an_observation_votes_for_its_first_guess():
     embedded = crowded()
     search = search_over(embedded)
-    settings = BankSettings(views=("plain",), resize_mode="crop", whitening=1.0, transduction=transduction)
+    settings = BankSettings(views=("plain",), resize_mode="crop", whitening=1.0)
     found = nested_predictions(search, settings, ())
     queries = np.arange(len(search.truth))
     expected = np.stack([queries, found.log_probabilities.argmax(dim=1), np.ones_like(queries)], axis=1)
@@ -281,7 +285,8 @@ def test_logistic_regression_predicts_as_scikit_learn_at_the_best_temperature_of
     grid = {scale: log_loss(search.truth, softmax(scale * logits, axis=1)) for scale in LOGIT_SCALE_FACTORS}
     assert 1.0 in grid  # that of the model
     assert evaluation.logit_scales == (min(grid, key=grid.get),)
-    assert np.mean(evaluation.losses) == pytest.approx(min(grid.values()), abs=1e-4)
+    plain = predicted(search, settings)[np.arange(len(logits)), search.truth]
+    assert -plain.mean().item() == pytest.approx(min(grid.values()), abs=1e-4)
     # Without held-out observations the model's own is used.
     (bank,) = fit_banks(settings, embedded, everyone)
     found = torch.cat(list(classify([bank], torch.tensor(values, dtype=torch.float32)))).numpy()
@@ -303,7 +308,41 @@ def test_the_temperature_of_cosines_is_the_best_of_a_grid_and_does_not_change_th
     scales = 16 * LOGIT_SCALE_FACTORS
     grid = {scale: log_loss(search.truth, softmax(scale * cosines + priors, axis=1)) for scale in scales}
     assert search.evaluate(settings).logit_scales == (min(grid, key=grid.get),)
-    assert np.mean(search.evaluate(settings).losses) == pytest.approx(min(grid.values()), abs=1e-4)
+    plain = predicted(search, settings)[np.arange(len(cosines)), search.truth]
+    assert -plain.mean().item() == pytest.approx(min(grid.values()), abs=1e-4)
+
+
+def test_the_temperature_of_all_predictions_is_that_of_the_lowest_log_loss_with_one_more_wrong_guess():
+    rng = np.random.default_rng(0)
+    logits, truth, weights = 8 * rng.normal(size=(60, 5)), rng.integers(0, 5, 60), rng.uniform(0, 2, 60)
+    logits[np.arange(60), truth] += 8
+    weights[:5], truth[5:8] = 0, -1  # of classes that the bank lacks
+    found = fit_inverse_temperature(torch.tensor(logits).log_softmax(dim=1), truth, weights)
+    rows = (weights > 0) & (truth >= 0)
+    second = np.argsort(logits, axis=1)[:, -2]
+
+    def loss(factor: float) -> float:
+        sharp, own = softmax(factor * logits[rows], axis=1), {"labels": range(5), "sample_weight": weights[rows]}
+        return rows.sum() * log_loss(truth[rows], sharp, **own) + log_loss(second[rows], sharp, **own)
+
+    assert found == pytest.approx(min(np.exp(np.arange(-4, 2, 0.01)), key=loss), rel=0.02)
+    assert found < 0.9
+
+
+@pytest.mark.parametrize("count", [1, 9, 99])
+def test_where_all_guesses_are_right_the_next_one_is_wrong_by_the_rule_of_succession(count):
+    log_probabilities = torch.tensor([[100.0, 0.0]] * count).log_softmax(dim=1)
+    truth, weights = np.zeros(count, dtype=int), np.ones(count)
+    found = fit_inverse_temperature(log_probabilities / 20, truth, weights)
+    wrong = (found * log_probabilities / 20).softmax(dim=1)[0, 1].item()
+    assert wrong == pytest.approx(1 / (count + 1), rel=0.05)
+
+
+def test_transduction_makes_the_probabilities_of_a_few_queries_no_higher():
+    search = search_over(crowded())
+    fixed = BankSettings(views=("plain",), resize_mode="crop", whitening=1.0)
+    before, after = (search.evaluate(replace(fixed, transduction=one)) for one in (0.0, 1.0))
+    assert after.inverse_temperature == pytest.approx(before.inverse_temperature, rel=0.1)
 
 
 def test_metadata_are_added_with_their_weight_and_normalised_again():
