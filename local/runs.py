@@ -15,6 +15,7 @@ as the run is the one that was submitted; that of an ensemble has a row of its o
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -47,7 +48,7 @@ COLUMNS = {
     **{f"unweighted_{name}": f"unweighted {label}" for name, label in SCORES.items()},
     **{name: name for name in ("public", "private", "submitted", "recipe", "encoder", "reference", "data", "note")},
 }
-NEWEST_FIRST = ("trained", "submitted")  # times; other text is sorted from a to z, and scores from the highest
+NEWEST_FIRST = ("trained", "submitted")  # times; other text is sorted from a to z, and scores from the best
 TIME = "%Y-%m-%d %H:%M:%S"
 WIDTH = 60  # of a long cell on the console
 
@@ -189,11 +190,20 @@ def sort_rows(rows: Sequence[Row], column: str) -> list[Row]:
         raise InputError(f"--sort {column}: no such column; there are {', '.join(COLUMNS.values())}")
     known = [row for row in rows if row.get(name)]
     if name.removeprefix("unweighted_") in SCORES or name in ("public", "private"):
-        is_reverse = not name.endswith("log_loss")  # of which less is better
-        known.sort(key=lambda row: -1 if number(row[name]) is None else number(row[name]), reverse=is_reverse)
+        known.sort(key=lambda row: badness(row, name))
     else:
         known.sort(key=lambda row: str(row[name]), reverse=name in NEWEST_FIRST)
     return known + [row for row in rows if not row.get(name)]
+
+
+def badness(row: Row, name: str) -> float:
+    """What the rows of a column of scores are sorted by, the best first; texts come last.
+
+    A leaderboard shows the log-loss where the run has one. Of that, less is better.
+    """
+    score = number(row[name])
+    is_loss = name.endswith("log_loss") or (name in ("public", "private") and row.get("log_loss"))
+    return math.inf if score is None else score if is_loss else -score
 
 
 def number(value: object) -> float | None:

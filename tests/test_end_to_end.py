@@ -438,11 +438,11 @@ def test_a_table_competition_with_probabilities_goes_all_the_way(tmp_path, capsy
     """The photos of a class are alike, so that the true class is always the most probable."""
     data, labels = tmp_path / "data", ("boletus edulis", "amanita", "morchella")
     solution = table(data, "probabilities", labels)
-    (data / "competition.toml").write_text('metric = "log_loss"\n')
     train_run(make_recipe({**TINY, "epochs": 0}, "the tests"), data, tmp_path / "run")
     said = capsys.readouterr().out
     validation = read_manifest(tmp_path / "run" / MANIFEST).members[0].validation
-    assert f"log-loss {validation['log_loss']:.3f} [" in said
+    assert "scored by log_loss, unless another metric is in competition.toml" in said
+    assert f": log-loss {validation['log_loss']:.3f} [" in said
     bundle([tmp_path / "run"], tmp_path / "build")
     with Rehearsal(data, tmp_path / "build", solution) as rehearsal:
         report = play_all(rehearsal, ["plain", "one-row", "weights-missing"])

@@ -30,6 +30,7 @@ from kernel.competitions.competition import (
     CompetitionFolder,
     LabelledPhoto,
     PhotoRow,
+    default_metric,
     find_tables_of,
     matching,
 )
@@ -245,7 +246,8 @@ def _find(folder: Path) -> Competition:
         or (_is_placeholder(set(said)) and all(name.isdecimal() for name in names))
     )
     if is_understood or not others:
-        return found
+        has = f"{sample}: a row has the probabilities of {len(found.form.classes)} classes; scored by {found.metric}"
+        return replace(found, notes=(has,) if found.form.classes else ())
     if any(re.fullmatch(r"\d*\.\d+", name) for name in others):
         return replace(
             found,
@@ -300,6 +302,7 @@ def configure(settings: FolderSettings) -> Competition:
         CLASS_FOLDERS,
         settings=settings,
         form=form,
+        metric=default_metric(form),
         table=settings.test_folder,
         is_recognised=partial(_is_recognised, test_folder=settings.test_folder),
         splits={"test": settings.test_folder},

@@ -143,6 +143,13 @@ class AnswerForm:
         return ""
 
 
+def default_metric(form: AnswerForm) -> str:
+    """The usual metric of competitions with such answers, where nothing says which one a competition has."""
+    if form.classes:
+        return "log_loss"
+    return "recall_at_5" if form.guesses >= 5 else "recall_at_1"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Competition:
     """A competition: its files, the form of its submission, and its rules.

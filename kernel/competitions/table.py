@@ -28,6 +28,7 @@ from kernel.competitions.competition import (
     CompetitionFolder,
     LabelledPhoto,
     PhotoRow,
+    default_metric,
     find_tables_of,
     matching,
 )
@@ -76,7 +77,7 @@ class TableSettings:
         guesses: class ids in a row of the submission, separated by spaces.
         classes: the class of each column of probabilities; empty if a row names classes. A last class without a column
             has the rest of the probability.
-        metric: one of METRICS of local/data/table_search.py; empty for recall_at_1, or recall_at_5 with five guesses.
+        metric: one of METRICS of local/data/table_search.py; empty for that of `default_metric`.
         time_limit: of a kernel with a GPU, seconds.
         header: of the sample submission; this and the following are always found.
         is_nested: whether the photos are in folders below these, of classes for example, which the tables leave out.
@@ -213,6 +214,7 @@ def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
 def configure(settings: TableSettings, notes: Sequence[str] = (), problem: str = "") -> Competition:
     """The competition that some settings describe."""
     guesses = min(10, len(settings.classes)) if settings.classes else settings.guesses
+    form = AnswerForm(settings.header, guesses, settings.classes)
     return replace(
         TABLE,
         settings=settings,
@@ -222,8 +224,8 @@ def configure(settings: TableSettings, notes: Sequence[str] = (), problem: str =
         table=escape(settings.sample or settings.train_table or SETTINGS_FILE),
         splits={"train": settings.train_folder, "test": settings.test_folder},
         sample=escape(settings.sample or SETTINGS_FILE),
-        form=AnswerForm(settings.header, guesses, settings.classes),
-        metric=settings.metric or ("recall_at_5" if not settings.classes and guesses >= 5 else "recall_at_1"),
+        form=form,
+        metric=settings.metric or default_metric(form),
         time_limit=settings.time_limit,
         metadata=settings.metadata_columns,
     )

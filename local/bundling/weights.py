@@ -1,5 +1,6 @@
 """Collect the weights of one or several runs in the folder that becomes a Kaggle dataset."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, Manifest, Member, Weights, write_manifest
 from kernel.tables import RESOLUTIONS
 from local.base.console import say
-from local.base.metrics import describe
+from local.base.metrics import LOG_LOSS, describe
 from local.base.runs import open_run
 from local.bundling.wheels import make_wheel, needed_wheels
 
@@ -86,7 +87,7 @@ def choose_members(runs: Sequence[Weights]) -> list[tuple[Weights, float]]:
 
 def in_order(runs: Sequence[Weights], weights: Sequence[float]) -> list[tuple[Weights, float]]:
     """Runs that have a weight, with it, the best run first: a kernel that is short of time drops the last ones."""
-    order = sorted(range(len(runs)), key=lambda index: -sum_of_recalls(runs[index]))
+    order = sorted(range(len(runs)), key=lambda index: -quality_of(runs[index]))
     return [(runs[index], weights[index]) for index in order if weights[index]]
 
 
@@ -141,9 +142,14 @@ def warn_of_few_classes(manifest: Manifest) -> str:
     )
 
 
-def sum_of_recalls(run: Weights) -> float:
-    """The sum of a run's recalls on held-out observations; 0 if nothing was held out."""
+def quality_of(run: Weights) -> float:
+    """How good a run is on held-out observations: the sum of its recalls, or minus the log-loss if that is the metric.
+
+    Runs where nothing was held out come last.
+    """
     validation = run.manifest.members[0].validation
+    if competition_of(run.manifest.competition).metric == LOG_LOSS:
+        return -validation.get(LOG_LOSS, math.inf)
     return sum(validation.get(name, 0.0) for name in RECALLS)
 
 

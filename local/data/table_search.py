@@ -193,6 +193,8 @@ def describe(settings: TableSettings) -> str:
         answer = f"the probabilities of {len(settings.classes)} classes"
     test = f"{settings.test_table or settings.sample} has the test photos of {settings.test_folder}/"
     said = f"table competition: {train}{group}; {test}; a row of {settings.sample} has {answer}"
+    own = "of" if settings.metric else "unless another metric is in"
+    said += f"; scored by {configure(settings).metric}, {own} {SETTINGS_FILE}"
     if suffixes := list(filter(None, settings.suffixes)):
         said += f"; added to names: {' or '.join(suffixes)}"
     if "" in settings.suffixes:

@@ -116,7 +116,7 @@ def of_probabilities(evidence: Evidence, figures: "Figures") -> Iterator[Advice]
             f"Dividing its log-probabilities by {best.value:.2f} would lower the log-loss from "
             f"{best.log_loss_now:.3f} to {best.log_loss:.3f}.",
             "The order of the guesses would stay the same; only decisions by probability would change, such as "
-            "warnings of poisonous species.",
+            "warnings of poisonous species, and a log-loss.",
             len(evidence.queries),
         )
 

@@ -122,6 +122,15 @@ def test_columns_that_are_no_folders_of_classes_are_refused(tmp_path):
         find_competition(tmp_path)
 
 
+def test_columns_of_probabilities_are_scored_by_the_log_loss(tmp_path):
+    layouts.class_folders(tmp_path)
+    assert find_competition(tmp_path).competition.metric == "recall_at_1"
+    (tmp_path / "sample_submission.csv").write_text("id,apple,bell pepper,carrot\napple 0,0.3,0.3,0.4\n")
+    competition = find_competition(tmp_path).competition
+    assert competition.metric == "log_loss"
+    assert competition.notes[0].endswith("a row has the probabilities of 3 classes; scored by log_loss")
+
+
 SPELLINGS = [("NFC", "NFD"), ("NFD", "NFC")]
 
 

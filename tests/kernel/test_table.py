@@ -757,3 +757,21 @@ def test_the_metric_log_loss_needs_probabilities(tmp_path):
     sample = sample_rows(*LABELS, answer=("0.3", "0.3", "0.4"))
     trees(tmp_path / "each", sample=sample, settings='metric = "log_loss"')
     assert find_competition(tmp_path / "each").competition.metric == "log_loss"
+
+
+@pytest.mark.parametrize(
+    ("answer", "settings", "metric", "said"),
+    [
+        (("0.3", "0.3", "0.4"), "", "log_loss", "scored by log_loss, unless another metric is in competition.toml"),
+        (("0.3", "0.3", "0.4"), 'metric = "recall_at_1"', "recall_at_1", "scored by recall_at_1, of competition.toml"),
+        (None, "", "recall_at_1", "scored by recall_at_1, unless another metric is in competition.toml"),
+    ],
+)
+def test_probabilities_are_scored_by_the_log_loss_unless_the_settings_say_otherwise(
+    tmp_path, answer, settings, metric, said
+):
+    options = {"sample": sample_rows(*LABELS, answer=answer)} if answer else {}
+    trees(tmp_path / "data", settings=settings, **options)
+    competition = find_competition(tmp_path / "data").competition
+    assert competition.metric == metric
+    assert f"; {said}" in competition.notes[0]

@@ -79,6 +79,8 @@ def test_the_csv_has_all_digits_and_whole_texts_and_any_column_sorts(trained, tm
     [first, *_] = by_score = table(tmp_path, "--sort", "R@5")
     assert [row["run"] for row in by_score] == ["b", "c", "a"]
     assert [row["run"] for row in table(tmp_path, "--sort", "run")] == ["a", "b", "c"]
+    copy_run(trained, tmp_path / "d", log_loss=1.5)
+    assert table(tmp_path, "--sort", "log-loss")[0]["run"] == "d"
     scores = read_manifest(tmp_path / "b" / MANIFEST).members[0].validation
     assert scores.keys() - first.keys() <= {"observations"}
     for name in scores.keys() & first.keys():
@@ -153,6 +155,17 @@ def test_a_submission_is_in_the_row_of_the_run_that_was_submitted(trained, tmp_p
     ]
     assert (rows[3]["recall_at_5"], rows[3]["unweighted_recall_at_5"]) == ("0.7", "0.65")
     assert rows[1]["recall_at_5"] != "0.7"
+
+
+def test_of_leaderboard_scores_the_lower_log_loss_comes_first(trained, tmp_path):
+    for version, (name, public) in enumerate((("worse", "0.9"), ("better", "0.4"), ("pending", "")), 1):
+        run = copy_run(trained, tmp_path / name, log_loss=1.0, log_loss_low=0.9, log_loss_high=1.1)
+        manifest = read_manifest(run / MANIFEST)
+        manifest = dataclasses.replace(manifest, files=manifest.files | {"encoder.safetensors": name})
+        write_manifest(manifest, run / MANIFEST)
+        row = submission(manifest, name, version=version, public=public, status="complete" if public else "pending")
+        save_submission(row, tmp_path / "submissions.csv")
+    assert [row["public"] for row in table(tmp_path, "--sort", "public")] == ["0.4", "0.9", "pending"]
 
 
 def test_a_damaged_ledger_costs_no_run(trained, tmp_path):

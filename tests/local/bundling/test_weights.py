@@ -15,7 +15,7 @@ from local.banks.ensemble import HeldOutPredictions, weigh_runs
 from local.banks.estimators import save_banks
 from local.base.run_folder import VALIDATION_FILE
 from local.base.runs import scores_of
-from local.bundling.weights import gather_weights, mean_threshold
+from local.bundling.weights import gather_weights, in_order, mean_threshold
 from local.bundling.wheels import IMAGE
 from tests import manifests
 from tests.conftest import trained_with
@@ -80,3 +80,21 @@ def test_the_threshold_of_an_ensemble_is_the_weighted_mean_of_those_of_its_runs(
     assert mean_threshold(list(zip(runs, (0.75, 0.25), strict=True))) == pytest.approx(0.7)
     assert mean_threshold([(runs[1], 1.0)]) == 0.4
     assert mean_threshold([(Weights(Path(), manifests.manifest()), 1.0)]) is None
+
+
+def test_the_first_run_of_an_ensemble_is_that_of_the_lowest_log_loss_where_that_is_the_metric():
+    settings = {"header": ["id", "elm", "oak"], "classes": ["elm", "oak"]}
+    competition = manifests.manifest().competition
+    runs = [
+        Weights(
+            Path(name),
+            manifests.manifest(
+                competition=dataclasses.replace(competition, settings=own),
+                members=(manifests.member(validation={"recall_at_1": recall, "log_loss": loss}),),
+            ),
+        )
+        for own in ({}, settings)
+        for name, recall, loss in (("a", 0.8, 0.9), ("b", 0.7, 0.5))
+    ]
+    assert [run.folder.name for run, _ in in_order(runs[:2], [0.5, 0.5])] == ["a", "b"]
+    assert [run.folder.name for run, _ in in_order(runs[2:], [0.5, 0.5])] == ["b", "a"]
