@@ -30,7 +30,7 @@ if not __package__:  # run as a script
 
 from local.base.console import Progress, command_parser, counted, run, say
 from local.base.files import read_json, write_json, write_text
-from local.base.metrics import METRIC_NAMES, SCORE_NAMES
+from local.base.metrics import headline_names
 from local.base.run_folder import require_answers
 from local.base.runs import open_run
 from local.data.folder import find_competition
@@ -85,12 +85,10 @@ def main() -> None:
 def describe_scores(figures: dict) -> Iterator[str]:
     """The headline, without weights and without near-duplicates if there are any, and the gain over each other run."""
 
-    names = {figures["metric"]: SCORE_NAMES[figures["metric"]]} | METRIC_NAMES
-
     def described(scores: dict, sign: str = "") -> str:
         return "  ".join(
             f"{label} {one['value']:{sign}.3f} [{one['low']:{sign}.3f}, {one['high']:{sign}.3f}]"
-            for name, label in names.items()
+            for name, label in headline_names(figures["metric"]).items()
             if (one := scores[name])
         )
 

@@ -14,6 +14,11 @@ RESAMPLES = 2000
 MIN_OBSERVATIONS = 6  # for the 95% interval of a gain: fewer can all agree by chance more than once in 20 times
 
 
+def headline_names(metric: str) -> dict[str, str]:
+    """The scores that are always shown, with their labels; the log-loss first, where it is the competition's metric."""
+    return ({LOG_LOSS: SCORE_NAMES[LOG_LOSS]} if metric == LOG_LOSS else {}) | METRIC_NAMES
+
+
 def score(
     truth: Sequence[str],
     guesses: Sequence[Sequence[str]],

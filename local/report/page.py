@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from kernel.manifest import MANIFEST
 from kernel.photos import read_photo
 from local.base.console import Progress, progress
-from local.base.metrics import METRIC_NAMES
+from local.base.metrics import headline_names
 from local.data.duplicates import MAX_BACKGROUND
 from local.report import pictures
 from local.report.failures import ClassScores, Mistake
@@ -69,7 +69,7 @@ def render(figures: Figures, folder: Path) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, **options)
     environment.filters |= {one.__name__: one for one in (bounds, number, percent, duration, code, breakable)}
     environment.globals |= {name: draw for name, draw in vars(pictures).items() if name.startswith("draw_")}
-    environment.globals |= {"metric_names": METRIC_NAMES, "score_names": SCORE_NAMES, "small": SMALL}
+    environment.globals |= {"headline_names": headline_names, "score_names": SCORE_NAMES, "small": SMALL}
     environment.globals["max_background"] = MAX_BACKGROUND
     environment.globals |= {"map_colours": (*pictures.GROUPS, pictures.OTHERS)}
     classes = class_rows(figures)
