@@ -442,6 +442,7 @@ def test_a_table_competition_with_probabilities_goes_all_the_way(tmp_path, capsy
     said = capsys.readouterr().out
     validation = read_manifest(tmp_path / "run" / MANIFEST).members[0].validation
     assert "scored by log_loss, unless another metric is in competition.toml" in said
+    assert read_manifest(tmp_path / "run" / MANIFEST).members[0].weight != 1  # the inverse temperature
     assert f": log-loss {validation['log_loss']:.3f} [" in said
     bundle([tmp_path / "run"], tmp_path / "build")
     with Rehearsal(data, tmp_path / "build", solution) as rehearsal:

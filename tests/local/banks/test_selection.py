@@ -171,5 +171,6 @@ def test_the_optimistic_scores_are_those_of_the_selected_settings(encoder, drawn
     again = BankSelection(selected.settings, [], own, WeightedEncoders((encoder,)), tmp_path).select()
     assert selected.optimistic_scores == again.scores
     assert again.optimistic_scores == {}
+    assert again.inverse_temperature == selected.inverse_temperature != 1
     hits = evaluate_predictions(selected.predictions.log_probabilities, selected.predictions.truth).ranks < 1
     assert selected.scores["unweighted_recall_at_1"] == pytest.approx(hits.mean())
