@@ -279,7 +279,8 @@ class RefinedBank:
     def _without_own(self, transformed: torch.Tensor, chunk: slice) -> torch.Tensor:
         """(observations of the chunk, classes), similarities to prototypes without the observation's own part.
 
-        A prototype without it is s - t p x, of which the product with x and the length follow from s x.
+        Of the observation x, with the weight of transduction t, a share p went into a prototype of the sum s. Without
+        it the sum is s - t p x, whose product with x and length follow from the product of s and x.
         """
         observations, own = self.before.assign(transformed, chunk)
         own = own.mul_(self.bank.transduction)

@@ -106,11 +106,11 @@ def _find(folder: Path) -> Competition | None:
     train = next((path.name for path, header in headers.items() if {*NEEDED} <= {*header}), "")
     is_known = any(PLANTCLEF.header[0] in own and "solution" not in path.name for path, own in headers.items())
     named = re.compile("test" if is_known else "plantclef.*test", re.IGNORECASE)
-    places = [path for path in visible(folder.iterdir()) if path.is_dir()]
+    below = [path for path in visible(folder.iterdir()) if path.is_dir()]
     if not is_known:  # the archive has its photos in data/PlantCLEF/...
-        places = [path for path in places if named.search(path.name) or (path / "PlantCLEF").is_dir()]
+        below = [path for path in below if named.search(path.name) or (path / "PlantCLEF").is_dir()]
     sets = []  # of photos that a table names, or whose folder is named for them
-    for path in map(_go_down, reversed(places)):
+    for path in map(_go_down, reversed(below)):
         own, name = _list_quadrats(path), path.relative_to(folder).as_posix()
         near = sorted({*headers, *visible(path.parent.glob(CSV))})
         hits = [one for one in near if not ANSWERS.search(one.name) and _find_column(one, own)]

@@ -266,9 +266,9 @@ def _try_folder(state: Search, name: str, tried: Sequence[str], way: str) -> Pho
     used, left = Counter(), Counter()
     for one in tried:
         if not PHOTO_SUFFIX.search(one) and not exists(one):
-            there = [suffix for suffix in suffixes if exists(one + suffix)]
-            used.update(there[:1])
-            left.update(there[1:])
+            fitting = [suffix for suffix in suffixes if exists(one + suffix)]
+            used.update(fitting[:1])
+            left.update(fitting[1:])
     hits = exact + used.total()
     return PhotoFolder(
         name,

@@ -49,8 +49,8 @@ def test_a_folder_of_quadrats_with_another_name_is_known_by_the_sample_submissio
 
 
 @pytest.mark.parametrize("top", ["", "PlantCLEF2025test", "test_2025"])
-@pytest.mark.parametrize("place", ["package", "top", "none"])
-def test_quadrats_are_found_where_the_archive_has_them(tmp_path, top, place):
+@pytest.mark.parametrize("table_folder", ["package", "top", "none"])
+def test_quadrats_are_found_where_the_archive_has_them(tmp_path, top, table_folder):
     plantclef(tmp_path, has_test_table=False)
     (tmp_path / "sample_submission.csv").unlink()  # which Kaggle does not offer
     (tmp_path / "solution.csv").unlink()
@@ -58,18 +58,18 @@ def test_quadrats_are_found_where_the_archive_has_them(tmp_path, top, place):
     package.mkdir(parents=True)
     (tmp_path / "PlantCLEF2025_test_images" / "PlantCLEF2025_test_images").rename(package / "images")
     (tmp_path / "PlantCLEF2025_test_images").rmdir()
-    if place != "none":
-        table = (package if place == "package" else tmp_path) / "PlantCLEF2025_test.csv"
+    if table_folder != "none":
+        table = (package if table_folder == "package" else tmp_path) / "PlantCLEF2025_test.csv"
         rows = [f'"{name}";"A; B"' for name in reversed(QUADRATS)]
         table.write_text("\n".join(['"quadrat_id";"author"', *rows]))
-    if place != "top" and top == "test_2025":  # where a kernel would not find them
+    if table_folder != "top" and top == "test_2025":  # where a kernel would not find them
         with pytest.raises(
             InputError, match="PlantCLEF2025_test_images has no test observation: put the test set there"
         ):
             read_test(find_competition(tmp_path))
         return
     observations = read_test(find_competition(tmp_path)).observations
-    assert [one.id for one in observations] == (QUADRATS if place == "none" else QUADRATS[::-1])
+    assert [one.id for one in observations] == (QUADRATS if table_folder == "none" else QUADRATS[::-1])
     assert all(one.photos[0].is_file() for one in observations)
     (tmp_path / TRAINING).unlink()
     assert find_test_table(tmp_path, "plantclef").observations == observations

@@ -216,12 +216,12 @@ def test_a_table_of_any_name_may_have_the_classes(tmp_path):
 
 
 def test_one_table_may_list_training_and_test_photos(tmp_path):
-    trees(tmp_path, folders=("images/known", "images/asked"))
+    trees(tmp_path, folders=("images/known", "images/new"))
     known = [(number, f"images/known/a{number}.jpg", LABELS[number % 3], "known") for number in range(6)]
-    asked = [(6 + number, f"images/asked/b{number}.jpg", "", "asked") for number in range(3)]
-    write_csv(tmp_path / "metadata.csv", [("image_id", "path", "identity", "split"), *known, *asked])
+    unlabelled = [(6 + number, f"images/new/b{number}.jpg", "", "new") for number in range(3)]
+    write_csv(tmp_path / "metadata.csv", [("image_id", "path", "identity", "split"), *known, *unlabelled])
     (tmp_path / "train.csv").unlink()
-    write_csv(tmp_path / "sample_submission.csv", [("image_id", "identity"), *((row[0], "new") for row in asked)])
+    write_csv(tmp_path / "sample_submission.csv", [("image_id", "identity"), *((row[0], "new") for row in unlabelled)])
     labelled, found = read_competition(tmp_path), find_competition(tmp_path)
     assert [path.name for path in labelled.photos] == [f"a{number}.jpg" for number in range(6)]
     assert "answers with 'new', which is no class in metadata.csv: it is never predicted" in said_of(tmp_path)

@@ -258,7 +258,7 @@ def test_of_stages_the_final_features_and_the_means_of_the_last_two_are_taken_in
         assert torch.allclose(copied(pixels), expected, atol=1e-6)
     assert (described.pool, described.features) == ("stages", expected.shape[1])
     assert list(plain.state_dict()) == list(module.state_dict())
-    assert "StagePool" in str(module)  # by which cached embeddings are told from those of another pooling
+    assert "StagePool" in str(module)  # the cache distinguishes encoders by it
     assert_rebuilds(module, described, photos)
 
 
