@@ -1,5 +1,6 @@
 """Evaluate an encoder during training as the kernel would use it: by a bank, on the validation observations."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ from sklearn.metrics import f1_score
 
 from kernel.bank import Bank, classify
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder
+from kernel.encoders import Encoder, fitting_dtype
 from kernel.observations import Observation
 from local.banks.estimators import class_means_bank
 from local.banks.search import evaluate_predictions
@@ -55,12 +56,14 @@ class Evaluator:
         train: whose class means are the bank, unless a bank is given.
         views: of each photo; see `kernel.embeddings.embed_observations`.
         pooling: of an observation's photos, "mean" or "max".
+        precision: of the kernel; see `kernel.encoders.pick_dtype`.
     """
 
     train: LabelledObservations
     validation: LabelledObservations
     views: tuple[str, ...]
     pooling: str
+    precision: str
 
     def evaluate(self, encoder: Encoder, what: str, bank: Bank | None = None) -> Evaluation:
         """Classify the validation observations.
@@ -72,7 +75,7 @@ class Evaluator:
         Raises:
             NoUsableEmbedding: no training observation has a finite embedding.
         """
-        encoder.module.eval()
+        encoder = in_kernel_precision(encoder, self.precision)
         classes, has_embedding = self.train.classes, None
         if bank is None:
             embeddings = self.embed(encoder, self.train.observations, f"{what}, training photos")
@@ -92,6 +95,19 @@ class Evaluator:
         embeddings = embed_observations(encoder, part, self.views, self.pooling, name=what)
         check_readable(embeddings.unreadable, sum(len(observation.photos) for observation in part))
         return distributed.all_gather_rows(embeddings.values, len(observations), encoder.device)
+
+
+def in_kernel_precision(encoder: Encoder, precision: str) -> Encoder:
+    """An encoder in evaluation mode with the dtype that the kernel will use on this device: a copy if that is not fp32.
+
+    Half precision is also several times as fast on a GPU.
+    """
+    encoder.module.eval()
+    dtype = fitting_dtype(encoder.module, encoder.device, precision)
+    if dtype == torch.float32:
+        return encoder
+    module = copy.deepcopy(encoder.module).to(dtype)
+    return Encoder(module, encoder.preprocessing, encoder.features, encoder.devices)
 
 
 def score_bank(

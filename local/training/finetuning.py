@@ -78,7 +78,8 @@ def finetune(encoder: Encoder, split: Split, recipe: Recipe, folder: Path, data_
     settings = recipe.train
     encoder.module.requires_grad_(False).eval()
     # One view suffices to compare epochs.
-    evaluator = Evaluator(split.train_set, split.validation_set, recipe.bank.views[:1], recipe.bank.pooling)
+    views, precision = recipe.bank.views[:1], recipe.encoder.precision
+    evaluator = Evaluator(split.train_set, split.validation_set, views, recipe.bank.pooling, precision)
     with memory_named("evaluating the encoder before training", folder):
         initial = evaluator.evaluate(encoder, "epoch 0")
     if not initial.has_embedding.all():
