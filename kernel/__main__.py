@@ -108,7 +108,7 @@ def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torc
         if own:
             members.append(member)
             banks.append(read_banks(weights.file(member.banks[len(own) - 1])))
-            values.append(concatenate([embeddings.pooled for embeddings in own], member.encoder_weights))
+            values.append(concatenate([embeddings.pooled for embeddings in own]))
     metadata_prior = weighted_prior(weights, members, table.observations)
     ranked, probabilities = rank_with_probabilities(
         banks, [member.weight for member in members], values, count, metadata_prior, device

@@ -45,7 +45,7 @@ class Embeddings:
     @property
     def values(self) -> torch.Tensor:
         """The rows of `pooled`, each of length 1 or 0."""
-        return concatenate([self.pooled], [1.0])
+        return concatenate([self.pooled])
 
     @property
     def failures(self) -> Counter:
@@ -114,18 +114,16 @@ class Pool:
         return pooled / self.counts.clamp(min=1)[:, None] if self.pooling == "mean" else pooled
 
 
-def concatenate(pooled: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The embeddings of observations by several encoders as one.
+def concatenate(pooled: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The embeddings of observations by several encoders as one. How much each counts is a matter of the bank.
 
     Args:
         pooled: (observations, features) of each encoder, means or maxima of embeddings of length 1.
-        weights: of the encoders; those after the last of `pooled` are not used.
 
     Returns:
         (observations, features of all) float32, each row of length 1 or 0.
     """
-    parts = [weight * one for weight, one in zip(weights, pooled, strict=False)]
-    return nn.functional.normalize(torch.cat(parts, dim=1), dim=1)
+    return nn.functional.normalize(torch.cat(list(pooled), dim=1), dim=1)
 
 
 def embed_observations(

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from kernel.inputs import InputError, find_folders, sha256, shorten
 
-FORMAT = "few-shot-species/4"  # the manifest's "format"; increase it when older manifests can no longer be read
+FORMAT = "few-shot-species/5"  # the manifest's "format"; increase it when older manifests can no longer be read
 MANIFEST = "manifest.json"
 # The SHA-256 of the only manifest that the script accepts. bundle.py sets it; an empty string accepts any manifest.
 MANIFEST_SHA256 = ""
@@ -102,7 +102,6 @@ class Member:
     Attributes:
         name: for the log.
         encoders: whose embeddings are concatenated.
-        encoder_weights: of their embeddings in the concatenation.
         views: names of the test-time views, the most useful first.
         pooling: how the embeddings of an observation's photos are combined; "none" for a photo in tiles.
         banks: names of their files: over the embeddings of the first encoder, of the first two, and so on. A kernel
@@ -121,7 +120,6 @@ class Member:
 
     name: str
     encoders: tuple[EncoderSpec, ...]
-    encoder_weights: tuple[float, ...]
     views: tuple[str, ...]
     pooling: str
     banks: tuple[str, ...]
@@ -225,8 +223,8 @@ def read_manifest(path: Path) -> Manifest:
         if len(manifest.class_counts) not in (0, len(manifest.class_ids)):
             raise ValueError("class_counts needs a count for each class")
         for member in manifest.members:
-            if not len(member.encoders) == len(member.encoder_weights) == len(member.banks) > 0:
-                raise ValueError(f"{member.name} needs as many weights and banks as encoders")
+            if not len(member.encoders) == len(member.banks) > 0:
+                raise ValueError(f"{member.name} needs as many banks as encoders")
     except ValueError as error:
         raise InputError(f"{path} is damaged: {error}; train or bundle again") from error
     return manifest

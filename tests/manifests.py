@@ -22,7 +22,6 @@ def member(**changes: object) -> Member:
     values = {
         "name": "test_resnet",
         "encoders": (encoder_spec(),),
-        "encoder_weights": (1.0,),
         "views": ("plain",),
         "pooling": "mean",
         "banks": ("bank.safetensors",),

@@ -8,7 +8,7 @@ attributes that end with an underscore. A matcher has `prototypes_`, `prototype_
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +118,69 @@ def centre(mean: np.ndarray) -> list[Layer]:
     return [layer(np.eye(len(mean)), -mean)]
 
 
+@dataclass(frozen=True)
+class WithinClassVariation:
+    """How the photos of a class differ from its mean.
+
+    Attributes:
+        covariance: (features, features), over photos and views.
+        samples: (photos, features) float32 differences of some photos, to estimate its shrinkage from: they are of
+            photos alone, because views of one photo are not independent.
+    """
+
+    covariance: np.ndarray
+    samples: np.ndarray
+
+    @classmethod
+    def of(cls, embeddings: np.ndarray | StoredEmbeddings, labels: np.ndarray) -> "WithinClassVariation":
+        """See `Whitening.fit`."""
+        views = embeddings.shape[1]
+        sizes = np.bincount(labels)
+        means = scratch_array((len(sizes), embeddings.shape[2]))
+        for part, photos in photo_means(embeddings):
+            add_to_groups(means, labels[part], photos)
+        for part in in_parts(len(means)):
+            means[part] /= np.maximum(sizes[part], 1)[:, None]
+
+        def residuals(rows: np.ndarray) -> np.ndarray:
+            photo, view = np.divmod(rows, views)
+            return np.asarray(embeddings[photo])[np.arange(len(photo)), view] - means[labels[photo]]
+
+        drawn = np.arange(len(embeddings) * views)
+        if len(drawn) > COVARIANCE_SAMPLES:
+            drawn = np.sort(np.random.default_rng(0).choice(drawn, COVARIANCE_SAMPLES, replace=False))
+        covariance = np.zeros((embeddings.shape[2],) * 2)
+        for part in np.array_split(drawn, 1 + len(drawn) // 4096):  # in float64, all at once would take gigabytes
+            own = residuals(part)
+            covariance += own.T @ own / len(drawn)
+        rng = np.random.default_rng(0)
+        if len(labels) - np.count_nonzero(sizes) > 1:
+            usable = rng.permutation(np.flatnonzero(sizes[labels] > 1))[:SHRINKAGE_SAMPLES]
+            samples = np.asarray(embeddings[usable]).mean(axis=1, dtype=np.float64) - means[labels[usable]]
+        else:  # only one class has a second photo, or none: there are nothing but views
+            samples = residuals(rng.permutation(drawn)[:SHRINKAGE_SAMPLES])
+        return cls(covariance, samples.astype(np.float32))
+
+    def scaled(self, scales: np.ndarray) -> "WithinClassVariation":
+        """That of features times some (features,) factors, without those whose factor is 0."""
+        kept = scales > 0
+        covariance = self.covariance[np.ix_(kept, kept)] * np.outer(scales[kept], scales[kept])
+        return WithinClassVariation(covariance, self.samples[:, kept] * scales[kept].astype(np.float32))
+
+
+def scale_features(layers: Sequence[Layer], scales: np.ndarray) -> list[Layer]:
+    """Layers that scale the features themselves, of layers that were fitted on scaled features.
+
+    Args:
+        layers: fitted on features times their factor, without those whose factor is 0.
+        scales: (features,) factors.
+    """
+    first, kept = layers[0], torch.tensor(scales > 0)
+    weight = torch.zeros(len(scales), first.weight.shape[1])
+    weight[kept] = first.weight * torch.tensor(scales[scales > 0], dtype=weight.dtype)[:, None]
+    return [replace(first, weight=weight), *layers[1:]]
+
+
 class Whitening:
     """Centre, and shrink the directions in which a class varies within itself.
 
@@ -138,35 +201,13 @@ class Whitening:
             embeddings: (photos, views, features), rows of length 1.
             labels: (photos,) index of the class of each photo.
         """
-        views = embeddings.shape[1]
-        sizes = np.bincount(labels)
-        means = scratch_array((len(sizes), embeddings.shape[2]))
-        for part, photos in photo_means(embeddings):
-            add_to_groups(means, labels[part], photos)
-        for part in in_parts(len(means)):
-            means[part] /= np.maximum(sizes[part], 1)[:, None]
+        return self.fit_variation(WithinClassVariation.of(embeddings, labels))
 
-        def residuals(rows: np.ndarray) -> np.ndarray:
-            photo, view = np.divmod(rows, views)
-            return np.asarray(embeddings[photo])[np.arange(len(photo)), view] - means[labels[photo]]
-
-        drawn = np.arange(len(embeddings) * views)
-        if len(drawn) > COVARIANCE_SAMPLES:
-            drawn = np.sort(np.random.default_rng(0).choice(drawn, COVARIANCE_SAMPLES, replace=False))
-        covariance = np.zeros((embeddings.shape[2],) * 2)
-        for part in np.array_split(drawn, 1 + len(drawn) // 4096):  # in float64, all at once would take gigabytes
-            own = residuals(part)
-            covariance += own.T @ own / len(drawn)
-        # The shrinkage is estimated from photos alone: views of one photo are not independent samples. But where only
-        # one class has a second photo, or none, there is nothing to estimate it from but views.
-        rng = np.random.default_rng(0)
-        if len(labels) - np.count_nonzero(sizes) > 1:
-            usable = rng.permutation(np.flatnonzero(sizes[labels] > 1))[:SHRINKAGE_SAMPLES]
-            samples = np.asarray(embeddings[usable]).mean(axis=1, dtype=np.float64) - means[labels[usable]]
-        else:
-            samples = residuals(rng.permutation(drawn)[:SHRINKAGE_SAMPLES])
+    def fit_variation(self, variation: WithinClassVariation):
+        """Fit on what is known of a reference set."""
+        samples = variation.samples.astype(np.float64)
         shrinkage = ledoit_wolf_shrinkage(samples, assume_centered=True) if len(samples) > 1 else 1.0
-        self.variances_, self.directions_ = np.linalg.eigh(shrunk_covariance(covariance, shrinkage))
+        self.variances_, self.directions_ = np.linalg.eigh(shrunk_covariance(variation.covariance, shrinkage))
         return self
 
     def layers(self, exponent: float, mean: np.ndarray) -> list[Layer]:

@@ -16,6 +16,7 @@ from local.banks.estimators import (
     LinearProbe,
     NearestNeighbour,
     Whitening,
+    WithinClassVariation,
     add_to_groups,
     align_texts,
     centre,
@@ -24,6 +25,7 @@ from local.banks.estimators import (
     pool,
     reduce_hubness,
     rescale,
+    scale_features,
     transform,
 )
 from local.banks.folds import FOLDS, MAX_SCORES, macro_weights, shot_weights
@@ -31,6 +33,7 @@ from local.banks.projection import ProjectionEnsemble
 from local.base.console import progress
 from local.base.metrics import GUESSES, gained, objective
 from local.base.scratch import scratch_array
+from local.data.joined_encoders import FeatureBlock
 from local.data.observations import Taxonomy
 from local.data.stored_embeddings import StoredEmbeddings
 from local.recipes.settings import CANDIDATES, VIEW_GROUPS, BankSettings
@@ -55,6 +58,7 @@ class Embedded:
         head: the bank that was trained with the encoder, if there is one.
         texts: embeddings of the names of the bank's classes, (classes, features), if they are known; see
             `local.encoders.texts.embed_classes`.
+        blocks: of the features, in their order; empty: they are of one encoder with one pooling.
     """
 
     values: np.ndarray | StoredEmbeddings
@@ -64,9 +68,11 @@ class Embedded:
     taxonomy: Taxonomy
     head: Bank | None = None
     texts: np.ndarray | None = None
+    blocks: tuple[FeatureBlock, ...] = ()
     pooled_cache: dict = field(default_factory=dict, init=False, compare=False)
     transform_cache: dict = field(default_factory=dict, init=False, compare=False)
-    whitenings: dict[bytes, Whitening] = field(default_factory=dict, init=False, compare=False)
+    variations: dict[bytes, WithinClassVariation] = field(default_factory=dict, init=False, compare=False)
+    whitenings: dict[tuple[bytes, bytes], Whitening] = field(default_factory=dict, init=False, compare=False)
 
     def subset(self, mask: np.ndarray) -> "Embedded":
         """The observations where `mask`, (observations,) bool, is true."""
@@ -93,13 +99,49 @@ class Embedded:
             self.pooled_cache[key] = pooled
         return self.pooled_cache[key]
 
-    def whitening(self, reference: np.ndarray) -> Whitening:
-        """The within-class covariance of a reference set over all views, fitted once; the exponent is chosen later."""
+    @property
+    def pool_parts(self) -> tuple[str, ...]:
+        """The values of `pool_part` that these embeddings have, "all" among them."""
+        own = {"all", *(block.part for block in self.blocks)}
+        return tuple(name for name in CANDIDATES["pool_part"] if name in own)
+
+    def scales(self, settings: BankSettings) -> np.ndarray | None:
+        """(features,) factors of the features, by `encoder_weights` and `pool_part`; None if all are 1."""
+        if not settings.encoder_weights and settings.pool_part == "all":
+            return None
+        scales = []
+        for block in self.blocks:
+            own = {one.part for one in self.blocks if one.encoder == block.encoder}
+            is_used = settings.pool_part not in own or settings.pool_part == block.part
+            weight = settings.encoder_weights[block.encoder] if settings.encoder_weights else 1.0
+            scales.append(np.full(block.features, weight * is_used))
+        return np.concatenate(scales)
+
+    def whitening(self, reference: np.ndarray, scales: np.ndarray | None = None) -> Whitening:
+        """The within-class covariance of a reference set over all views; the exponent is chosen later.
+
+        It is fitted once, until other factors of the features are requested.
+        """
+        mask, key = reference.tobytes(), b"" if scales is None else scales.tobytes()
+        if any(other != key for other, _ in self.whitenings):
+            self.whitenings.clear()
+        if (key, mask) not in self.whitenings:
+            variation = self._variation(reference)
+            if scales is not None:
+                variation = variation.scaled(scales)
+            self.whitenings[key, mask] = Whitening().fit_variation(variation)
+        return self.whitenings[key, mask]
+
+    def _variation(self, reference: np.ndarray) -> WithinClassVariation:
+        """The variation within the classes of a reference set, kept where several factors of features are possible."""
         mask = reference.tobytes()
-        if mask not in self.whitenings:
-            own = self.subset(reference)
-            self.whitenings[mask] = Whitening().fit(own.values, own.labels[own.observations])
-        return self.whitenings[mask]
+        if mask in self.variations:
+            return self.variations[mask]
+        own = self.subset(reference)
+        variation = WithinClassVariation.of(own.values, own.labels[own.observations])
+        if len(self.blocks) > 1:
+            self.variations[mask] = variation
+        return variation
 
     def transformed(self, settings: BankSettings, reference: np.ndarray) -> tuple[list[Layer], np.ndarray]:
         """The layers before the matcher, fitted on a reference set, and its embeddings after them.
@@ -148,7 +190,8 @@ class Embedded:
 
     def _layers(self, settings: BankSettings, reference: np.ndarray) -> tuple[list[Layer], dict]:
         """The layers before the matcher, and what is kept beside them."""
-        key, mask = (settings.views, settings.pooling, settings.whitening), reference.tobytes()
+        mask = reference.tobytes()
+        key = (settings.views, settings.pooling, settings.whitening, settings.encoder_weights, settings.pool_part)
         if key not in self.transform_cache:
             self.transform_cache.clear()
             self.transform_cache[key] = {}
@@ -236,9 +279,13 @@ def fit_layers(settings: BankSettings, embedded: Embedded, reference: np.ndarray
     """The layers before the matcher; see `Embedded.transformed`."""
     pooled, rows = embedded.pooled(settings), np.flatnonzero(reference)
     mean = sum(pooled[rows[part]].sum(axis=0, dtype=np.float64) for part in in_parts(len(rows))) / len(rows)
-    if not settings.whitening:
-        return centre(mean)
-    return embedded.whitening(reference).layers(settings.whitening, mean)
+    scales = embedded.scales(settings)
+    scaled = mean if scales is None else (mean * scales)[scales > 0]
+    if settings.whitening:
+        layers = embedded.whitening(reference, scales).layers(settings.whitening, scaled)
+    else:
+        layers = centre(scaled)
+    return layers if scales is None else scale_features(layers, scales)
 
 
 def fit_projection(settings: BankSettings, reference: Embedded, pooled: np.ndarray, seed: int) -> list[Bank]:
@@ -246,8 +293,15 @@ def fit_projection(settings: BankSettings, reference: Embedded, pooled: np.ndarr
     ensemble = ProjectionEnsemble(
         settings.whitening, genus=settings.genus_weight, family=settings.family_weight, seed=seed
     )
-    labels = reference.labels[reference.observations]
-    return ensemble.fit(reference.values, reference.observations, labels, reference.taxonomy, pooled=pooled).banks_
+    labels, values, scales = reference.labels[reference.observations], reference.values, reference.scales(settings)
+    if scales is not None:
+        kept = scales > 0
+        values, pooled = (
+            np.asarray(values)[:, :, kept] * scales[kept],
+            pooled[:, kept] * scales[kept].astype(np.float32),
+        )
+    banks = ensemble.fit(values, reference.observations, labels, reference.taxonomy, pooled=pooled).banks_
+    return [bank if scales is None else replace(bank, layers=scale_features(bank.layers, scales)) for bank in banks]
 
 
 def logit_scale_groups(settings: BankSettings) -> list[slice]:
@@ -339,6 +393,8 @@ class Search:
         self.embed, self.folds, self.guesses, self.predict_prior, self.seed = embed, folds, guesses, predict_prior, seed
         self.resize_mode, self.metric = resize_mode, metric
         labels, count = embed(resize_mode).labels, len(embed(resize_mode).taxonomy.genus)
+        self.encoders = 1 + max((block.encoder for block in embed(resize_mode).blocks), default=0)
+        self.pool_parts = embed(resize_mode).pool_parts
         self.queries = np.concatenate([np.flatnonzero(queries) for _, queries in folds])
         self.truth = labels[self.queries]
         shots = [np.bincount(labels[fold], minlength=count + 1)[labels[queries]] for fold, queries in folds]
@@ -587,17 +643,33 @@ def coordinate_ascent(
         for key in choose:
             if key == "views":
                 settings = add_views(settings, all_views, best_of)
+            elif key == "encoder_weights":
+                for encoder in range(search.encoders):
+                    weighted = [with_weight(settings, search.encoders, encoder, value) for value in CANDIDATES[key]]
+                    settings = best_of(key, settings, weighted)
             else:
-                settings = best_of(key, settings, [replace(settings, **{key: value}) for value in CANDIDATES[key]])
+                values = search.pool_parts if key == "pool_part" else CANDIDATES[key]
+                settings = best_of(key, settings, [replace(settings, **{key: value}) for value in values])
         if settings == before:
             break
     return settings
 
 
-def most_candidates(settings: BankSettings, choose: Sequence[str]) -> int:
+def with_weight(settings: BankSettings, encoders: int, index: int, weight: float) -> BankSettings:
+    """The settings with another weight of one of so many encoders. The largest is 1, and equal ones are left out."""
+    weights = list(settings.encoder_weights or (1.0,) * encoders)
+    weights[index] = weight
+    scaled = tuple(round(one / max(weights), 4) for one in weights)
+    return replace(settings, encoder_weights=scaled if len(set(scaled)) > 1 else ())
+
+
+def most_candidates(settings: BankSettings, choose: Sequence[str], encoders: int = 1) -> int:
     """How many candidates `coordinate_ascent` evaluates at most."""
     groups = len(VIEW_GROUPS)
-    one_pass = sum(groups * (groups + 1) // 2 if key == "views" else len(CANDIDATES[key]) for key in choose)
+    counts = {key: len(CANDIDATES[key]) for key in choose}
+    counts |= {key: groups * (groups + 1) // 2 for key in choose if key == "views"}
+    counts |= {key: encoders * counts[key] for key in choose if key == "encoder_weights"}
+    one_pass = sum(counts.values())
     if settings.matcher == "head" and "matcher" in choose:
         return 2 * 2 * (one_pass - len(CANDIDATES["matcher"])) + 1
     return 2 * one_pass
@@ -613,6 +685,11 @@ def add_views(settings: BankSettings, all_views: Sequence[str], best_of: Callabl
         settings = more
 
 
+def describe_value(value: object) -> object:
+    """The value of a setting for tables and messages."""
+    return " ".join(map(str, value)) or "equal" if isinstance(value, tuple) else value
+
+
 def candidate_row(search: Search, key: str, candidate: BankSettings, current: BankSettings) -> dict:
     """A row of the table of candidates: weighted scores, and the paired gain in `objective` over the current value."""
     evaluation, value = search.evaluate(candidate), getattr(candidate, key)
@@ -622,7 +699,7 @@ def candidate_row(search: Search, key: str, candidate: BankSettings, current: Ba
     gain = gained(search.weighted_objective(candidate), search.weighted_objective(current))
     return {
         "key": key,
-        "value": " ".join(value) if isinstance(value, tuple) else value,
+        "value": describe_value(value),
         **recalls,
         "log_loss": float(weights[known] @ evaluation.losses[known] / total) if total else float("nan"),
         "gain": gain["value"],

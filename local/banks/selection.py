@@ -19,6 +19,7 @@ from local.banks.search import (
     Evaluation,
     Search,
     coordinate_ascent,
+    describe_value,
     evaluate_predictions,
     fit_banks,
     most_candidates,
@@ -29,9 +30,9 @@ from local.base.console import Progress, counted, say
 from local.base.metrics import LOG_LOSS, SCORE_NAMES, describe, held_out_scores
 from local.base.scratch import scratch_array
 from local.data.duplicates import NEAR_DUPLICATE, find_near_duplicates, plain_column
+from local.data.joined_encoders import JoinedEncoders
 from local.data.observations import Split, encode_labels, sort_ids
 from local.data.photos import check_readable
-from local.data.weighted_encoders import WeightedEncoders
 from local.recipes.settings import CANDIDATES, BankSettings
 
 
@@ -147,7 +148,8 @@ class BankSelection:
 
     Args:
         settings: of the bank; `views` are all that may be used.
-        choose: the names of the settings to select.
+        choose: the names of the settings to select; those that only several encoders or poolings have are left out
+            where there is one.
         plan: which observations to use.
         encoders: of the photos.
         cache: the folder of embeddings.
@@ -163,12 +165,17 @@ class BankSelection:
         settings: BankSettings,
         choose: Sequence[str],
         plan: BankPlan,
-        encoders: WeightedEncoders,
+        encoders: JoinedEncoders,
         cache: Path,
         head: Bank | None = None,
         texts: np.ndarray | None = None,
     ):
-        self.settings, self.choose, self.plan = settings, tuple(choose), plan
+        usable = {
+            "encoder_weights": len(encoders.encoders) > 1,
+            "pool_part": any(block.part for block in encoders.blocks),
+        }
+        self.settings, self.plan = settings, plan
+        self.choose = tuple(name for name in choose if usable.get(name, True))
         self.encoders, self.cache, self.head, self.texts = encoders, cache, head, texts
         self.labelled = plan.split.labelled
         self.taxonomy = self.labelled.taxonomy(plan.classes)
@@ -191,6 +198,7 @@ class BankSelection:
                 self.taxonomy,
                 self.head,
                 self.texts,
+                self.encoders.blocks,
             )
         return self._embedded[resize_mode]
 
@@ -242,7 +250,9 @@ class BankSelection:
         if self.choose and search.metric == LOG_LOSS:
             say("settings are chosen by the log-loss, the metric of the competition")
         if self.choose:
-            with Progress("selecting the bank", most_candidates(settings, self.choose), "candidate") as bar:
+            with Progress(
+                "selecting the bank", most_candidates(settings, self.choose, len(self.encoders.encoders)), "candidate"
+            ) as bar:
 
                 def note(row: dict) -> None:
                     candidates.append(row)
@@ -252,7 +262,7 @@ class BankSelection:
 
                 every_query = np.ones(len(search.truth), dtype=bool)
                 settings = coordinate_ascent(search, settings, self.choose, every_query, note)
-            say("chosen: " + "  ".join(f"{key} = {getattr(settings, key)}" for key in self.choose))
+            say("chosen: " + "  ".join(f"{key} = {describe_value(getattr(settings, key))}" for key in self.choose))
         with Progress("evaluating the bank on the held-out observations"):
             evaluation = search.evaluate(settings)
         nested, ids = nested_predictions(search, self.settings, self.choose), self.labelled.ids
@@ -368,11 +378,10 @@ class BankSelection:
 
     def _embedded_by_first(self, count: int, embedded: Embedded) -> Embedded:
         """The embeddings of the first encoders alone, of length 1."""
-        encoders = self.encoders.first(count)
-        features = sum(encoder.features for encoder in encoders.encoders)
-        length = np.linalg.norm(self.encoders.scales[:count])
-        values = (embedded.values[:, :, :features] / max(length, 1e-3)).astype(embedded.values.dtype)
-        return dataclasses.replace(embedded, values=values)
+        blocks = tuple(block for block in embedded.blocks if block.encoder < count)
+        values = embedded.values[:, :, : sum(block.features for block in blocks)]
+        values = (values * (len(self.encoders.encoders) / count) ** 0.5).astype(embedded.values.dtype)
+        return dataclasses.replace(embedded, values=values, blocks=blocks)
 
     def _fit_prior(self, reference: np.ndarray) -> MetadataPrior:
         """What the metadata of some of the observations say of the classes, fitted once."""

@@ -34,9 +34,9 @@ from local.base.metrics import GUESSES, METRIC_NAMES, bounded, gained, hit_matri
 from local.base.run_folder import CACHE
 from local.data.competition import read_competition
 from local.data.folder import find_competition
+from local.data.joined_encoders import embed_with_run
 from local.data.observations import LabelledObservations, encode_labels
 from local.data.solution import read_solution
-from local.data.weighted_encoders import embed_with_run
 from local.drawing.competition import generate
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run

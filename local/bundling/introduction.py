@@ -79,7 +79,8 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
 
 def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
     """Names and texts of what a member consists of."""
-    for encoder, weight in zip(member.encoders, member.encoder_weights, strict=True):
+    weights = member.recipe.get("encoder_weights") or [1.0] * len(member.encoders)
+    for encoder, weight in zip(member.encoders, weights, strict=True):
         size, resize_mode = encoder.preprocessing.size, encoder.preprocessing.resize_mode
         precision = "half precision on a GPU" if encoder.precision == "half" else "full precision"
         weighted = f", weight {weight:.3g}" if len(member.encoders) > 1 else ""

@@ -67,6 +67,16 @@ def has_stages(spec: EncoderSpec) -> bool:
         return False
 
 
+def pooled_parts(spec: EncoderSpec) -> dict[str, int]:
+    """The features of each of an encoder's poolings, by their name in `pool_part`; of a single one without a name."""
+    if spec.pool == "token+avg":
+        return {"token": spec.features // 2, "avg": spec.features // 2}
+    if spec.pool == "stages":
+        final = count_features(replace(spec, pool="auto"), spec.preprocessing.size)
+        return {"final": final, "stages": spec.features - final}
+    return {"": spec.features}
+
+
 def check_variant(describe: Callable[[], EncoderSpec], variant: Variant) -> None:
     """Refuse before the weights are loaded what `vary` would refuse after that.
 

@@ -100,7 +100,7 @@ class OpenMember:
         """The rows of `Embeddings` on the CPU, 0 where an encoder could read no photo; and the cause of each such."""
         member = self.member
         found = [embed_observations(one, observations, member.views, member.pooling) for one in self.encoders]
-        values = concatenate([one.pooled.cpu() for one in found], member.encoder_weights)
+        values = concatenate([one.pooled.cpu() for one in found])
         is_readable = torch.stack([one.has_embedding.cpu() for one in found]).all(dim=0)
         return values * is_readable[:, None], {path: cause for one in found for path, cause in one.unreadable}
 

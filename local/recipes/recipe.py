@@ -181,7 +181,7 @@ def _check_combinations(recipe: Recipe, given: Mapping[str, Given]) -> None:
 
     count = len(recipe.encoder.each)
     for name in PER_ENCODER:
-        number = len(as_tuple(getattr(recipe.encoder, name)))
+        number = len(as_tuple(getattr(getattr(recipe, TABLE_OF[name]), name)))
         refuse_if(
             number not in ((0, count) if name == "encoder_weights" else (1, count)),
             f"{name} encoder",
@@ -191,6 +191,11 @@ def _check_combinations(recipe: Recipe, given: Mapping[str, Given]) -> None:
         count > 1 and recipe.train.epochs,
         "epochs encoder",
         "several encoders are used as they are: set epochs = 0, or train each in a run of its own and give the runs",
+    )
+    refuse_if(
+        recipe.keeps_head and recipe.bank.pool_part != "all",
+        "pool_part matcher",
+        'the trained head needs the whole embedding: set pool_part = "all"',
     )
     for name, reason in recipe.text_obstacles.items():
         refuse_if(

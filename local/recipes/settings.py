@@ -147,12 +147,6 @@ class EncoderSettings:
         "embeddings are concatenated.",
         is_per_encoder=True,
     )
-    encoder_weights: tuple[float, ...] = setting(
-        (),
-        "Weights of the embeddings of several encoders. Empty: all have the same.",
-        lengths=tuple(range(9)),
-        least=0,
-    )
     pretrained: bool = setting(True, "Use the pretrained weights. false: random weights, to train from scratch.")
     image_size: int | tuple[int, ...] = setting(
         0,
@@ -216,6 +210,20 @@ class BankSettings:
         "crop: resize the shorter side and cut out the centre. squash: resize both sides. encoder: as it was trained.",
         choices=("encoder", "crop", "squash"),
         candidates=("crop", "squash"),
+    )
+    encoder_weights: tuple[float, ...] = setting(
+        (),
+        "Weights of the embeddings of several encoders. Empty: all have the same.",
+        lengths=tuple(range(9)),
+        above=0,
+        candidates=(1.0, 0.7, 0.5, 0.35),
+    )
+    pool_part: str = setting(
+        "all",
+        "Which part of an embedding is used. token or avg: of an encoder with pool = token+avg. final: of one with "
+        "pool = stages. all: everything, also of an encoder without that part.",
+        choices=("all", "token", "avg", "final"),
+        candidates=("all", "token", "avg", "final"),
     )
     pooling: str = setting("mean", "How an observation's photos become one embedding.", choices=("mean", "max"))
     reference: str = setting(

@@ -20,6 +20,7 @@ from local.base.run_folder import CACHE
 from local.base.runs import open_run
 from local.data.competition import read_competition
 from local.data.duplicates import plain_column
+from local.data.joined_encoders import embed_with_run
 from local.data.observations import (
     UNKNOWN_TAXA,
     LabelledObservations,
@@ -29,7 +30,6 @@ from local.data.observations import (
     sort_ids,
 )
 from local.data.stored_embeddings import StoredEmbeddings
-from local.data.weighted_encoders import embed_with_run
 from local.recipes.recipe import Recipe, make_recipe
 
 SPECIES = "species"  # the finest rank: the class itself

@@ -34,8 +34,8 @@ from local.banks.selection import BankPlan, SelectedBank
 from local.base.files import write_table, write_tensors
 from local.base.repository import commit, versions
 from local.base.run_folder import VALIDATION_FILE
+from local.data.joined_encoders import preprocessing_in
 from local.data.observations import LabelledObservations, names_of
-from local.data.weighted_encoders import preprocessing_in
 from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, settings_of, write_recipe
 from local.training.finetuning import Tuning
@@ -215,7 +215,6 @@ def describe_member(inputs: Inputs, recipe: Recipe, plan: BankPlan, bank: Select
     return Member(
         name=" + ".join(spec.architecture for spec in encoders),
         encoders=tuple(encoders),
-        encoder_weights=recipe.encoder.encoder_weights or (1.0,) * count,
         views=tuple(settings.views),
         pooling=settings.pooling,
         banks=tuple(bank_file(index, count) for index in range(count)),

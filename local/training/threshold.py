@@ -114,7 +114,7 @@ def rank_tiles(selection: BankSelection, selected: SelectedBank, quadrats: Seque
     """The classes of each quadrat with their probabilities, as the kernel ranks them; see `best_of_tiles`."""
     competition, encoders = selection.labelled.competition, selection.encoders
     each = [embed_tiles(encoder, quadrats, competition.grids) for encoder in encoders.encoders]
-    values = concatenate(each, encoders.scales.tolist())
+    values = concatenate(each)
     banks, device = selection.fit_fold(selected), encoders.encoders[0].device
     weights, guesses = [selected.inverse_temperature], competition.guesses
     ranked, probabilities = rank_with_probabilities([banks], weights, [values], guesses, device=device)

@@ -22,6 +22,7 @@ from local.banks.estimators import (
     LinearProbe,
     NearestNeighbour,
     Whitening,
+    WithinClassVariation,
     align_texts,
     centre,
     class_means_bank,
@@ -34,6 +35,7 @@ from local.banks.estimators import (
     reduce_hubness,
     rescale,
     save_banks,
+    scale_features,
     transform,
 )
 from local.data.observations import Taxonomy
@@ -132,6 +134,19 @@ def test_the_within_class_covariance_includes_the_variation_between_views():
     shrinkage = ledoit_wolf_shrinkage(photos - means[labels], assume_centered=True)
     expected = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / len(covariance) * np.eye(12)
     assert np.allclose(fitted.directions_ * fitted.variances_ @ fitted.directions_.T, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_layers_for_scaled_features_are_those_of_features_that_were_scaled_before(exponent):
+    embeddings, labels = photos_in_views()
+    scales = np.r_[np.full(5, 0.5), np.zeros(3), np.full(4, 2.0)]
+    scaled = (embeddings * scales)[:, :, scales > 0]
+    variation = WithinClassVariation.of(embeddings, labels).scaled(scales)
+    means = [values.mean(axis=(0, 1)) for values in (scaled, embeddings)]
+    expected = transform(Whitening().fit(scaled, labels).layers(exponent, means[0]), scaled[:, 0])
+    fitted = Whitening().fit_variation(variation).layers(exponent, (means[1] * scales)[scales > 0])
+    found = transform(scale_features(fitted, scales), embeddings[:, 0])
+    assert np.allclose(found @ found.T, expected @ expected.T, atol=1e-5)
 
 
 @pytest.mark.parametrize("seconds", [0, 1])

@@ -28,8 +28,10 @@ from local.banks.search import (
     fit_inverse_temperature,
     most_candidates,
     nested_predictions,
+    with_weight,
 )
 from local.base.metrics import mean_recall
+from local.data.joined_encoders import FeatureBlock
 from local.data.observations import Taxonomy
 from local.recipes.settings import CANDIDATES, BankSettings
 
@@ -64,6 +66,21 @@ def crowded(seed=1) -> Embedded:
     photos = rng.normal(size=(8, 10))[labels] + 1.2 * rng.normal(size=(len(labels), 10))
     values = l2_normalize(photos[:, None] + 0.5)
     return Embedded(values, ("plain",), np.arange(len(labels)), labels, Taxonomy.unknown(8))
+
+
+def of_two_encoders(seed=0) -> Embedded:
+    """Observations of one photo: one encoder with two poolings, of which the second is noise, and one worse encoder."""
+    rng = np.random.default_rng(seed)
+    labels, sizes = np.repeat(np.arange(12), 6), (8, 8, 16)
+    noise = (0.8, None, 4.0)  # no signal in the second
+    parts = [
+        (0 if level is None else rng.normal(size=(12, size))[labels]) + (level or 1) * rng.normal(size=(72, size))
+        for size, level in zip(sizes, noise, strict=True)
+    ]
+    values = l2_normalize(np.concatenate([l2_normalize(part[:, None]) for part in parts], axis=2))
+    names = ((0, "token"), (0, "avg"), (1, ""))
+    blocks = tuple(FeatureBlock(*name, size) for name, size in zip(names, sizes, strict=True))
+    return Embedded(values, ("plain",), np.arange(72), labels, Taxonomy.unknown(12), blocks=blocks)
 
 
 def search_over(embedded, seed=0, **options) -> Search:
@@ -181,6 +198,43 @@ def test_with_the_metric_log_loss_the_setting_of_the_lowest_log_loss_is_selected
     assert losses[chosen.whitening] == pytest.approx(min(losses.values()))
     by_recall = coordinate_ascent(search_over(crowded(4)), start, ("whitening",), every_query(search))
     assert losses[by_recall.whitening] > losses[chosen.whitening]
+
+
+@pytest.mark.parametrize("matcher", ["means", "projection"])
+@pytest.mark.parametrize("whitening", [0.0, 0.75])
+def test_weights_of_encoders_and_a_part_of_a_pooling_give_what_embeddings_made_so_give(matcher, whitening):
+    embedded, reference = of_two_encoders(), np.arange(72) % 6 < 4
+    settings = BankSettings(views=("plain",), whitening=whitening, matcher=matcher)
+    made = l2_normalize(np.concatenate([embedded.values[:, :, :8], 0.5 * embedded.values[:, :, 16:]], axis=2))
+    expected = fit_banks(settings, replace(embedded, values=made, blocks=()), reference)
+    found = fit_banks(replace(settings, encoder_weights=(1.0, 0.5), pool_part="token"), embedded, reference)
+    queries = np.flatnonzero(~reference)
+    one, other = (
+        torch.cat(list(classify(banks, torch.tensor(values[queries, 0], dtype=torch.float32))))
+        for banks, values in ((expected, made), (found, embedded.values))
+    )
+    assert torch.allclose(one, other, atol=1e-3)
+
+
+def test_the_weight_of_an_encoder_and_the_part_of_a_pooling_that_help_are_selected():
+    search = search_over(of_two_encoders())
+    start, table = BankSettings(views=("plain",)), []
+    chosen = coordinate_ascent(search, start, ("pool_part", "encoder_weights"), every_query(search), table.append)
+    assert chosen.pool_part == "token"
+    assert chosen.encoder_weights[0] == 1.0 > chosen.encoder_weights[1]
+    assert {row["value"] for row in table if row["key"] == "pool_part"} == {"all", "token", "avg"}  # it has no others
+    assert len(table) <= most_candidates(start, ("pool_part", "encoder_weights"), 2)
+    first = next(row for row in table if row["key"] == "encoder_weights")
+    assert first["value"] == "equal"
+
+
+def test_equal_weights_are_the_weights_of_the_start_and_the_largest_is_1():
+    start = BankSettings()
+    assert with_weight(start, 2, 1, 1.0) == start
+    lighter = with_weight(start, 3, 0, 0.5)
+    assert lighter.encoder_weights == (0.5, 1.0, 1.0)
+    assert with_weight(with_weight(lighter, 3, 1, 0.5), 3, 2, 0.5) == start
+    assert with_weight(replace(start, encoder_weights=(0.5, 1.0)), 2, 1, 0.35).encoder_weights == (1.0, 0.7)
 
 
 def test_a_row_of_the_table_has_the_weighted_scores_and_the_paired_gain():

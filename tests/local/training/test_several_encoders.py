@@ -1,5 +1,6 @@
 """Several encoders in one run: their embeddings are concatenated, and a kernel without time uses the first ones."""
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from kernel.observations import find_test_table
 from kernel.start import Setup
 from local.banks.estimators import pool
 from local.data.cache import EmbeddingCache
-from local.data.weighted_encoders import WeightedEncoders, embed_with_run
+from local.data.joined_encoders import JoinedEncoders, embed_with_run
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run
 from tests.conftest import photo
@@ -44,7 +45,7 @@ def test_the_manifest_names_both_encoders_and_a_bank_for_each_number_of_them(run
     [member] = read_weights(run).manifest.members
     assert [spec.architecture for spec in member.encoders] == ["test_resnet", "test_efficientnet"]
     assert [spec.preprocessing.size for spec in member.encoders] == [64, 32]
-    assert member.encoder_weights == (1.0, 0.5)
+    assert member.recipe["encoder_weights"] == [1.0, 0.5]
     assert member.banks == ("bank-of-1.safetensors", "bank.safetensors")
     widths = [read_banks(run / name)[0].layers[0].weight.shape[0] for name in member.banks]
     assert widths == [member.encoders[0].features, sum(spec.features for spec in member.encoders)]
@@ -54,21 +55,21 @@ def test_the_kernel_embeds_as_training_did(run, drawn, tmp_path):
     setup = setup_of(run, drawn, tmp_path)
     [member], observations = setup.weights.manifest.members, setup.table.observations
     embedded, _ = embed_test_set(setup)
-    in_kernel = concatenate([one.pooled for one in embedded], member.encoder_weights)
+    in_kernel = concatenate([one.pooled for one in embedded])
     trained = embed_with_run(run, observations, member.views, tmp_path / "cache")
     assert np.allclose(pool(trained.values, trained.observations, len(observations)), in_kernel, atol=2e-3)
-    parts = torch.cat([embedded[0].pooled, 0.5 * embedded[1].pooled], dim=1)
+    parts = torch.cat([one.pooled for one in embedded], dim=1)
     assert torch.allclose(in_kernel, parts / parts.norm(dim=1, keepdim=True), atol=1e-6)
 
 
 def test_the_kernel_predicts_with_both_and_with_the_first_if_there_is_no_time_for_the_second(run, drawn, tmp_path):
     setup = setup_of(run, drawn, tmp_path)
-    [member], guesses = setup.weights.manifest.members, setup.table.competition.guesses
+    guesses = setup.table.competition.guesses
     embedded, device = embed_test_set(setup)
     class_ids = setup.weights.manifest.class_ids
 
     def expected(own, bank: str) -> list[list[str]]:
-        values = concatenate([one.pooled for one in own], member.encoder_weights)
+        values = concatenate([one.pooled for one in own])
         ranked = rank([read_banks(run / bank)], [1.0], [values], guesses, None)
         return [[class_ids[index] for index in row] for row in ranked.tolist()]
 
@@ -79,6 +80,37 @@ def test_the_kernel_predicts_with_both_and_with_the_first_if_there_is_no_time_fo
         rows = [line.split(",")[1].split() for line in answers[number].splitlines()[1:]]
         assert rows == expected(embedded[:number], bank)
     assert answers[1] != answers[2]
+
+
+def test_the_bank_weights_the_encoders(run, drawn, tmp_path):
+    unweighted = tmp_path / "run"
+    settings = ["pretrained=false", "image_size=[64,32]", 'views=["plain","hflip"]']
+    train_run(read_recipe("fungiclef-baseline", settings, NAMES), drawn.competition, unweighted)
+    [half], [whole] = (read_banks(path / "bank.safetensors")[0].layers for path in (run, unweighted))
+    features = [spec.features for spec in read_weights(run).manifest.members[0].encoders]
+    expected = torch.repeat_interleave(torch.tensor([1.0, 0.5]), torch.tensor(features))[:, None]
+    assert torch.allclose(half.weight, expected * whole.weight, atol=1e-3)
+    assert (run / "bank-of-1.safetensors").stat().st_size == (unweighted / "bank-of-1.safetensors").stat().st_size
+
+
+def test_cross_validation_chooses_the_weights_and_the_part_of_a_pooling(drawn, tmp_path):
+    choose = 'choose=["pool_part","encoder_weights"]'
+    settings = ["pretrained=false", 'pool=["token+avg","stages"]', choose, 'views=["plain"]']
+    recipe = read_recipe("fungiclef-baseline", settings, ("timm:test_vit", "timm:test_resnet"))
+    train_run(recipe, drawn.competition, tmp_path / "run")
+    with (tmp_path / "run/candidates.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["value"] for row in rows if row["key"] == "pool_part"} == {"all", "token", "avg", "final"}
+    assert {row["value"] for row in rows if row["key"] == "encoder_weights"} >= {"equal", "1.0 0.5", "0.5 1.0"}
+    [member] = read_weights(tmp_path / "run").manifest.members
+    setup = setup_of(tmp_path / "run", drawn, tmp_path)
+    embedded, device = embed_test_set(setup)
+    assert write_predictions(setup, embedded, device) == 0
+    [layer] = read_banks(tmp_path / "run/bank.safetensors")[0].layers
+    token = member.encoders[0].features // 2
+    used = {"all": (True, True), "token": (True, False), "avg": (False, True), "final": (True, True)}
+    expected = used[member.recipe["pool_part"]]
+    assert (bool(layer.weight[:token].any()), bool(layer.weight[token : 2 * token].any())) == expected
 
 
 def test_an_encoder_for_which_there_is_no_time_is_left_out(run, drawn, tmp_path, monkeypatch, capsys):
@@ -102,7 +134,7 @@ def test_photos_that_one_encoder_cannot_read_are_left_out_of_both(encoder, tmp_p
     paths = [photo(tmp_path / f"{number}.jpg", number) for number in range(6)]
     observations = [Observation("a", tuple(paths[:2])), Observation("b", tuple(paths[2:]))]
     other = Encoder(encoder.module, replace(encoder.preprocessing, resize_mode="squash"), encoder.features, CPU)
-    whole = WeightedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
+    whole = JoinedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
     embed = EmbeddingCache.embed
 
     def lose_one(self, observations, views, rounds=1):
@@ -114,7 +146,7 @@ def test_photos_that_one_encoder_cannot_read_are_left_out_of_both(encoder, tmp_p
         )
 
     monkeypatch.setattr(EmbeddingCache, "embed", lose_one)
-    found = WeightedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
+    found = JoinedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
     assert found.observations.tolist() == [0, 1, 1, 1]
     assert found.unreadable == [(paths[1], "lost"), (paths[3], "lost")]
     assert np.array_equal(found.values, whole.values[[0, 2, 4, 5]])
@@ -126,6 +158,7 @@ def test_photos_that_one_encoder_cannot_read_are_left_out_of_both(encoder, tmp_p
     [
         (["epochs=1"], "several encoders are used as they are: set epochs = 0"),
         (["image_size=[64,32,96]"], "image_size has 3 values for 2 encoders"),
+        (["encoder_weights=[1,0]"], "expected encoder_weights > 0"),
         (["encoder_weights=[1]"], "encoder_weights has 1 values for 2 encoders"),
         (['pool=["auto","best"]'], "expected one of auto, token, avg, token\\+avg, stages for pool"),
     ],

@@ -1,5 +1,6 @@
 """Embed photos with one or several encoders, whose embeddings are concatenated, through the cache."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,25 +15,39 @@ from local.data.stored_embeddings import concatenate_features
 
 
 @dataclass(frozen=True)
-class WeightedEncoders:
-    """Encoders whose embeddings, each of length 1 and times its weight, are concatenated.
+class FeatureBlock:
+    """Consecutive features of concatenated embeddings.
+
+    Attributes:
+        encoder: the index of the encoder that they are of.
+        part: which of an encoder's poolings they are, as the setting `pool_part` names it; empty if it has one pooling.
+        features: how many.
+    """
+
+    encoder: int
+    part: str
+    features: int
+
+
+@dataclass(frozen=True)
+class JoinedEncoders:
+    """Encoders whose embeddings, each of length 1, are concatenated.
 
     Args:
-        weights: one per encoder; empty: all the same.
+        parts: of each encoder, the features of each of its poolings by name, in their order; empty: those of each
+            encoder are one part.
     """
 
     encoders: tuple[Encoder, ...]
-    weights: tuple[float, ...] = ()
+    parts: tuple[dict[str, int], ...] = ()
 
     @property
-    def scales(self) -> np.ndarray:
-        """(encoders,) the weights, scaled so that the concatenation has length 1."""
-        weights = np.array(self.weights or (1.0,) * len(self.encoders))
-        return weights / np.linalg.norm(weights)
-
-    def first(self, count: int) -> "WeightedEncoders":
-        """The first encoders."""
-        return WeightedEncoders(self.encoders[:count], self.weights[:count])
+    def blocks(self) -> tuple[FeatureBlock, ...]:
+        """The features of an embedding, in their order."""
+        parts = self.parts or tuple({"": encoder.features} for encoder in self.encoders)
+        return tuple(
+            FeatureBlock(index, name, features) for index, own in enumerate(parts) for name, features in own.items()
+        )
 
     def embed(
         self,
@@ -57,8 +72,8 @@ class WeightedEncoders:
             return found[0]
         photos = [(index, path) for index, observation in enumerate(observations) for path in observation.photos]
         causes = {path: cause for part in found for path, cause in part.unreadable}
-        values = []
-        for part, scale in zip(found, self.scales, strict=True):
+        values, scale = [], 1 / math.sqrt(len(found))
+        for part in found:
             own = {path for path, _ in part.unreadable}
             is_readable = [path not in causes for _, path in photos if path not in own]
             values.append((part.values[np.array(is_readable, dtype=bool)] * scale).astype(np.float16))
@@ -79,4 +94,4 @@ def embed_with_run(
     weights = read_weights(run)
     member = weights.manifest.members[0]
     encoders = tuple(open_encoder(weights.file(spec.file), spec, pick_devices()) for spec in member.encoders)
-    return WeightedEncoders(encoders, member.encoder_weights).embed(observations, views, folder)
+    return JoinedEncoders(encoders).embed(observations, views, folder)
