@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kernel.inputs import InputError
+from local.banks.evaluation import evaluate_predictions
 from local.banks.folds import FOLDS
-from local.banks.search import evaluate_predictions
 from local.base.console import Progress, progress, say
 from local.base.files import write_tensors
 from local.base.metrics import LOG_LOSS, MIN_OBSERVATIONS, gained, held_out_scores, objective

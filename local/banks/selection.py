@@ -10,22 +10,14 @@ import torch
 
 from kernel.bank import Bank
 from kernel.metadata_prior import MetadataPrior, WeightedPrior, has_known_value
+from local.banks.calibration import sharpen_
 from local.banks.ensemble import HeldOutPredictions
 from local.banks.estimators import TRAINED_MATCHERS, in_parts, refuse_large
+from local.banks.evaluation import Evaluation, evaluate_predictions
+from local.banks.fitting import Embedded, fit_banks
 from local.banks.folds import MAX_FINAL_SCORES, MAX_SCORES, draw_queries, make_folds
 from local.banks.metadata_prior import fit_prior
-from local.banks.search import (
-    Embedded,
-    Evaluation,
-    Search,
-    coordinate_ascent,
-    describe_value,
-    evaluate_predictions,
-    fit_banks,
-    most_candidates,
-    nested_predictions,
-    sharpen_,
-)
+from local.banks.search import Search, coordinate_ascent, describe_value, most_candidates, nested_predictions
 from local.base.console import Progress, counted, say
 from local.base.metrics import LOG_LOSS, SCORE_NAMES, describe, held_out_scores
 from local.base.scratch import scratch_array
@@ -129,7 +121,7 @@ class SelectedBank:
         candidates: the rows of the table of all settings that were compared.
         predictions: of the held-out observations; None where nothing could be held out.
         logit_scales: of the banks; empty where nothing could be held out.
-        inverse_temperature: of all predictions; see `local.banks.search.fit_inverse_temperature`.
+        inverse_temperature: of all predictions; see `local.banks.calibration.fit_inverse_temperature`.
     """
 
     settings: BankSettings

@@ -183,7 +183,7 @@ def objective(metric: str, ranks: np.ndarray, losses: np.ndarray, guesses: int) 
 
     Args:
         metric: of the competition.
-        ranks, losses: those of `local.banks.search.Evaluation`.
+        ranks, losses: those of `local.banks.evaluation.Evaluation`.
         guesses: in a row of the submission.
     """
     return -cap_losses(losses) if metric == LOG_LOSS else mean_recall(ranks, guesses)

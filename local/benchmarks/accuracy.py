@@ -27,7 +27,7 @@ from kernel.observations import Observation, read_test
 from kernel.tables import RESOLUTIONS
 from local.banks.ensemble import weigh_runs
 from local.banks.estimators import group_means, l2_normalize, pool
-from local.banks.search import evaluate_predictions
+from local.banks.evaluation import evaluate_predictions
 from local.base.console import counted, progress, say
 from local.base.files import write_json
 from local.base.metrics import GUESSES, METRIC_NAMES, bounded, gained, hit_matrix, interval_of, score

@@ -15,7 +15,7 @@ from kernel.observations import Observation
 from kernel.tables import TAXONOMY
 from local.banks.ensemble import read_predictions
 from local.banks.estimators import in_parts, l2_normalize, pool
-from local.banks.search import Evaluation, evaluate_predictions
+from local.banks.evaluation import Evaluation, evaluate_predictions
 from local.base.run_folder import CACHE
 from local.base.runs import open_run
 from local.data.competition import read_competition

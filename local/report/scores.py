@@ -13,7 +13,7 @@ from sklearn.metrics import f1_score
 from kernel.inputs import InputError
 from kernel.observations import find_test_table
 from local.banks.ensemble import read_predictions
-from local.banks.search import Evaluation, evaluate_predictions
+from local.banks.evaluation import Evaluation, evaluate_predictions
 from local.base import metrics
 from local.base.metrics import GUESSES, LOG_LOSS, METRIC_NAMES, RESAMPLES, SCORE_NAMES
 from local.data.observations import encode_labels, sort_ids

@@ -13,7 +13,7 @@ from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder, fitting_dtype
 from kernel.observations import Observation
 from local.banks.estimators import class_means_bank
-from local.banks.search import evaluate_predictions
+from local.banks.evaluation import evaluate_predictions
 from local.base import distributed
 from local.base.metrics import GUESSES, macro_f1
 from local.data.observations import LabelledObservations, encode_labels

@@ -9,7 +9,7 @@ import torch
 
 from kernel.inputs import InputError
 from local.banks.ensemble import STEPS, HeldOutPredictions, read_predictions, weigh_runs
-from local.banks.search import evaluate_predictions
+from local.banks.evaluation import evaluate_predictions
 from local.base.metrics import gained, mean_recall
 from local.base.run_folder import VALIDATION_FILE
 

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from kernel.bank import classify, read_banks
 from local.banks.estimators import class_means_bank, l2_normalize, pool, save_banks
+from local.banks.fitting import Embedded, fit_banks
 from local.banks.folds import make_folds
 from local.banks.projection import (
     ProjectionEnsemble,
@@ -22,7 +23,7 @@ from local.banks.projection import (
     ReferenceSet,
     contrastive_loss,
 )
-from local.banks.search import Embedded, Search, fit_banks
+from local.banks.search import Search
 from local.data.observations import Taxonomy
 from local.recipes.settings import BankSettings
 
@@ -207,7 +208,7 @@ def test_the_kernel_reads_the_banks_of_networks_that_were_saved(ensemble, proble
 def test_all_members_that_a_recipe_selects_have_one_logit_scale(problem, monkeypatch, tmp_path) -> None:
     embeddings, observations, classes, taxonomy = problem
     monkeypatch.setattr(
-        "local.banks.search.ProjectionEnsemble",
+        "local.banks.fitting.ProjectionEnsemble",
         lambda whitening, **given: ProjectionEnsemble(whitening, **given, **SMALL | {"steps": 30}),
     )
     embedded = Embedded(embeddings, ("plain", "hflip", "rotate90"), observations, classes[::2], taxonomy)

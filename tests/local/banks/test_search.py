@@ -10,26 +10,18 @@ import pytest
 import torch
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss, top_k_accuracy_score
+from sklearn.metrics import log_loss
 
 from kernel import bank as bank_module
-from kernel.bank import classify, rank
+from kernel.bank import classify
 from kernel.metadata_prior import MetadataPrior, WeightedPrior
 from local.banks import search as search_module
-from local.banks.estimators import class_means_bank, l2_normalize
+from local.banks.calibration import LOGIT_SCALE_FACTORS, fit_inverse_temperature
+from local.banks.estimators import l2_normalize
+from local.banks.evaluation import evaluate_predictions
+from local.banks.fitting import Embedded, fit_banks
 from local.banks.folds import FOLDS, macro_weights, make_folds, shot_weights
-from local.banks.search import (
-    LOGIT_SCALE_FACTORS,
-    Embedded,
-    Search,
-    coordinate_ascent,
-    evaluate_predictions,
-    fit_banks,
-    fit_inverse_temperature,
-    most_candidates,
-    nested_predictions,
-    with_weight,
-)
+from local.banks.search import Search, coordinate_ascent, most_candidates, nested_predictions, with_weight
 from local.base.metrics import mean_recall
 from local.data.joined_encoders import FeatureBlock
 from local.data.observations import Taxonomy
@@ -100,50 +92,6 @@ def predicted(search, settings) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def search():
     return search_over(specimens())
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_the_rank_of_the_true_class_is_the_number_of_better_classes(seed):
-    rng = np.random.default_rng(seed)
-    scores = torch.tensor(rng.normal(size=(200, 15))).log_softmax(dim=1)
-    truth = rng.integers(0, 15, 200)
-    evaluation = evaluate_predictions(scores, truth)
-    own = scores.numpy()[np.arange(200), truth]
-    assert (evaluation.ranks == (scores.numpy() > own[:, None]).sum(axis=1)).all()
-    assert (evaluation.losses == -own).all()
-    assert (evaluation.top == np.argsort(-scores.numpy(), axis=1)[:, :10]).all()
-    for count in (1, 5, 10):
-        expected = top_k_accuracy_score(truth, scores.numpy(), k=count, labels=np.arange(15))
-        assert (evaluation.ranks < count).mean() == pytest.approx(expected)
-
-
-def test_predictions_are_evaluated_chunk_by_chunk_as_all_at_once():
-    rng = np.random.default_rng(0)
-    scores, truth = torch.tensor(rng.normal(size=(700, 15))).log_softmax(dim=1), rng.integers(-1, 15, 700)
-    chunks, whole = (evaluate_predictions(one, truth) for one in (iter(scores.split([1, 299, 400])), scores))
-    for name in ("top", "ranks", "losses"):
-        assert np.array_equal(getattr(chunks, name), getattr(whole, name), equal_nan=name == "losses")
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_ranks_of_equal_scores_are_those_of_the_kernel(seed):
-    rng = np.random.default_rng(seed)
-    # Prototypes that are equal in pairs give equal scores.
-    embeddings = l2_normalize(rng.normal(size=(12, 6)))[rng.integers(0, 12, 24)]
-    bank, truth = class_means_bank(embeddings, np.arange(24), 24), rng.integers(0, 24, 50)
-    queries = torch.tensor(rng.normal(size=(50, 6)), dtype=torch.float32)
-    order = rank([[bank]], [1.0], [queries], 24).numpy()
-    evaluation = evaluate_predictions(torch.cat(list(classify([bank], queries))), truth)
-    assert (order[np.arange(50), evaluation.ranks] == truth).all()
-    assert (order[:, :10] == evaluation.top).all()
-
-
-def test_a_class_that_the_bank_lacks_has_the_last_rank_and_no_loss():
-    log_probabilities = torch.tensor([[0.1, 0.3, 0.3], [0.3, 0.1, 0.2], [0.5, 0.2, 0.1]])
-    evaluation = evaluate_predictions(log_probabilities, np.array([2, 1, -1]))
-    assert evaluation.ranks.tolist() == [1, 2, 3]
-    assert evaluation.losses == pytest.approx([-0.3, -0.1, np.nan], nan_ok=True)
-    assert evaluation.top[0].tolist() == [1, 2, 0]
 
 
 def test_queries_are_weighted_by_shots_or_by_classes():
@@ -364,32 +312,6 @@ def test_the_temperature_of_cosines_is_the_best_of_a_grid_and_does_not_change_th
     assert search.evaluate(settings).logit_scales == (min(grid, key=grid.get),)
     plain = predicted(search, settings)[np.arange(len(cosines)), search.truth]
     assert -plain.mean().item() == pytest.approx(min(grid.values()), abs=1e-4)
-
-
-def test_the_temperature_of_all_predictions_is_that_of_the_lowest_log_loss_with_one_more_wrong_guess():
-    rng = np.random.default_rng(0)
-    logits, truth, weights = 8 * rng.normal(size=(60, 5)), rng.integers(0, 5, 60), rng.uniform(0, 2, 60)
-    logits[np.arange(60), truth] += 8
-    weights[:5], truth[5:8] = 0, -1  # of classes that the bank lacks
-    found = fit_inverse_temperature(torch.tensor(logits).log_softmax(dim=1), truth, weights)
-    rows = (weights > 0) & (truth >= 0)
-    second = np.argsort(logits, axis=1)[:, -2]
-
-    def loss(factor: float) -> float:
-        sharp, own = softmax(factor * logits[rows], axis=1), {"labels": range(5), "sample_weight": weights[rows]}
-        return rows.sum() * log_loss(truth[rows], sharp, **own) + log_loss(second[rows], sharp, **own)
-
-    assert found == pytest.approx(min(np.exp(np.arange(-4, 2, 0.01)), key=loss), rel=0.02)
-    assert found < 0.9
-
-
-@pytest.mark.parametrize("count", [1, 9, 99])
-def test_where_all_guesses_are_right_the_next_one_is_wrong_by_the_rule_of_succession(count):
-    log_probabilities = torch.tensor([[100.0, 0.0]] * count).log_softmax(dim=1)
-    truth, weights = np.zeros(count, dtype=int), np.ones(count)
-    found = fit_inverse_temperature(log_probabilities / 20, truth, weights)
-    wrong = (found * log_probabilities / 20).softmax(dim=1)[0, 1].item()
-    assert wrong == pytest.approx(1 / (count + 1), rel=0.05)
 
 
 def test_transduction_makes_the_probabilities_of_a_few_queries_no_higher():

@@ -10,7 +10,7 @@ import pytest
 from kernel.inputs import InputError
 from local.banks import estimators
 from local.banks import selection as selection_module
-from local.banks.search import evaluate_predictions
+from local.banks.evaluation import evaluate_predictions
 from local.banks.selection import BankSelection, plan_bank
 from local.data.joined_encoders import JoinedEncoders
 from local.data.observations import split_for_validation

@@ -8,8 +8,9 @@ import torch
 
 from local.banks import estimators
 from local.banks.estimators import Whitening, l2_normalize, pool
+from local.banks.fitting import Embedded, fit_banks
 from local.banks.folds import FOLDS, make_folds
-from local.banks.search import Embedded, Search, fit_banks
+from local.banks.search import Search
 from local.base import scratch
 from local.data.observations import Taxonomy
 from local.recipes.settings import BankSettings

@@ -16,7 +16,7 @@ from sklearn.metrics import f1_score
 from kernel.competitions import COMPETITIONS
 from kernel.inputs import InputError
 from local.banks.ensemble import read_predictions
-from local.banks.search import evaluate_predictions
+from local.banks.evaluation import evaluate_predictions
 from local.base.metrics import GUESSES, METRIC_NAMES, interval_of
 from local.data.competition import read_competition
 from local.data.observations import names_of

@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kernel.inputs import InputError
 from kernel.manifest import read_manifest
 from local.banks.ensemble import read_predictions
-from local.banks.search import evaluate_predictions
+from local.banks.evaluation import evaluate_predictions
 from local.base.run_folder import VALIDATION_FILE
 from local.data.competition import read_competition
 from local.encoders.load import load_encoder

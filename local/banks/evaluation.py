@@ -1,0 +1,64 @@
+"""Compare predictions with the true classes."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from kernel.bank import collect_rows, largest
+from local.base.metrics import GUESSES
+
+QUERIES = 256  # whose scores are compared at once: with tens of thousands of classes they stay under 100 MB
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions beside the true classes.
+
+    Attributes:
+        top: (queries, at most 10) classes, best first.
+        ranks: (queries,) rank of the true class, 0 for the first; the number of classes if the bank lacks it.
+        losses: (queries,) minus the log-probability of the true class; NaN if the bank lacks it.
+        logit_scales: those of the banks, with the lowest log-loss before transduction.
+        inverse_temperature: times which the log-probabilities are these; see `fit_inverse_temperature`.
+    """
+
+    top: np.ndarray
+    ranks: np.ndarray
+    losses: np.ndarray
+    logit_scales: tuple[float, ...] = ()
+    inverse_temperature: float = 1.0
+
+
+def evaluate_predictions(log_probabilities: torch.Tensor | Iterable[torch.Tensor], truth: np.ndarray) -> Evaluation:
+    """Compare log-probabilities with the (queries,) true classes, -1 for one that the bank lacks.
+
+    Equal log-probabilities are ranked in the order of the classes, as the kernel ranks them.
+
+    Args:
+        log_probabilities: (queries, classes), or chunks of it, of which only one is in memory at a time.
+    """
+    chunks = [log_probabilities] if isinstance(log_probabilities, torch.Tensor) else log_probabilities
+    rest = torch.tensor(truth)
+
+    def compare(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        nonlocal rest
+        target, rest = rest[: len(scores)], rest[len(scores) :]
+        own, top = scores.gather(1, target.clamp(min=0)[:, None]), largest(scores, max(GUESSES))
+        is_own = top == target[:, None]
+        ranks = torch.where(target < 0, scores.shape[1], is_own.long().argmax(dim=1))
+        below = torch.nonzero(~is_own.any(dim=1) & (target >= 0))[:, 0]
+        if len(below):  # only they need a comparison with all scores, which is slow
+            others, mark = scores[below], own[below]
+            is_true = torch.empty_like(others)  # as numbers, of which torch adds up a row in a tenth of the time
+            ranks[below] = torch.gt(others, mark, out=is_true).sum(dim=1).long()
+            tied = torch.nonzero(torch.eq(others, mark, out=is_true).sum(dim=1) > 1)[:, 0]
+            is_before = torch.arange(scores.shape[1]) < target[below][tied, None]
+            ranks[below[tied]] += ((others[tied] == mark[tied]) & is_before).sum(dim=1)
+        losses = torch.where(target < 0, torch.nan, -own[:, 0].double())
+        return top, ranks, losses
+
+    parts = map(compare, chain.from_iterable(chunk.split(QUERIES) for chunk in chunks))
+    return Evaluation(*(each.numpy() for each in collect_rows(len(truth), parts)))
