@@ -18,7 +18,8 @@ from kernel.photos import UNREADABLE_FILE, UNREADABLE_LIMIT, describe_unreadable
 from kernel.loader import PhotoLoader
 from kernel.embeddings import Embeddings, Limits, concatenate, embed_observations, list_photos
 from kernel.metadata_prior import weighted_prior
-from kernel.bank import make_answers, rank_with_probabilities, read_banks
+from kernel.bank import read_banks
+from kernel.ranking import make_answers, rank_with_probabilities
 from kernel.inputs import InputError
 from kernel.submission import fallback_answer, write_submission
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
-from types import MethodType
 
 import timm
 import torch
@@ -25,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel.inputs import InputError, call_libc, shorten
 from kernel.manifest import EncoderSpec, Member, Preprocessing
+from kernel.pooling import set_pooling
 from kernel.views import VIEWS, make_view, resize_batch
 
 PHOTOS_PER_THREAD = 8  # that a thread embeds at a time on a CPU: enough to compute at full speed
-STAGES = 2  # of an encoder whose feature maps become smaller, that are pooled beside its final features
 SETTING_THREADS = threading.Lock()
 # The wording of CUDA, of its libraries, and of CPU allocators on Linux and Windows. That no engine was found is what
 # torch says where there was no memory for the workspace of any of cuDNN's convolutions.
@@ -383,99 +382,6 @@ def pick_dtype(device: torch.device, precision: str = "half") -> torch.dtype:
     if device.type == "cpu" or precision == "full":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-
-
-class TokenPool(nn.Module):
-    """Pools the tokens of a vision transformer: its class token, the mean of its patches, or both.
-
-    Args:
-        pool: "token", "avg" or "token+avg".
-        prefix: number of tokens before the patches; the class token is the first.
-    """
-
-    def __init__(self, pool: str, prefix: int):
-        super().__init__()
-        self.pool, self.prefix = pool, prefix
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Pool (batch, tokens, width) to (batch, 1 or 2, width)."""
-        if tokens.ndim != 3 or tokens.shape[1] <= self.prefix:
-            raise ValueError(f"expected a class token and patches, got {tuple(tokens.shape)}")
-        pooled = {"token": tokens[:, 0], "avg": tokens[:, self.prefix :].mean(dim=1)}
-        return torch.stack([pooled[name] for name in self.pool.split("+")], dim=1)
-
-    def extra_repr(self) -> str:
-        return f"{self.pool}, prefix={self.prefix}"  # embeddings are cached by what str(module) says
-
-
-class StagePool(nn.Module):
-    """Concatenates the features of an encoder with the means of the feature maps of its last STAGES stages.
-
-    The last layers know the classes of their training, those before them know shapes and textures, of which another
-    domain has others.
-    """
-
-    def forward(self, features: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(batch, features) and feature maps (batch, channels, height, width) to (batch, all features).
-
-        Each part has length 1, because otherwise the longest alone would count.
-        """
-        parts = [features, *(each.mean(dim=(2, 3)) for each in maps)]
-        return torch.cat([nn.functional.normalize(part.float(), dim=1) for part in parts], dim=1)
-
-
-def set_pooling(module: nn.Module, pool: str) -> nn.Module:
-    """Replace the pooling of an encoder. What comes after it, a norm or a projection, stays the library's.
-
-    The module keeps the names of its weights, because only its methods are replaced.
-
-    Args:
-        pool: as in EncoderSpec; "auto" changes nothing.
-
-    Raises:
-        ValueError: it does not have stages, or not both a class token and patches.
-    """
-    if pool == "auto":
-        return module
-    if pool == "stages":
-        sizes = [stage["reduction"] for stage in getattr(module, "feature_info", ())[-STAGES:]]
-        if len(set(sizes)) < STAGES or not hasattr(module, "forward_intermediates"):
-            raise ValueError("it does not have stages of feature maps that become smaller")
-        module.stage_pool = StagePool()
-        module.forward = MethodType(_pool_stages, module)
-        return module
-    transformer = getattr(module, "trunk", module)  # of timm, inside an open_clip tower
-    is_timm = hasattr(transformer, "forward_head")
-    token = getattr(transformer, "cls_token" if is_timm else "class_embedding", None)
-    prefix = getattr(transformer, "num_prefix_tokens", 0) if is_timm else 1
-    if token is None or not prefix or (not is_timm and transformer.attn_pool is not None):
-        raise ValueError("it does not have a class token and patches")
-    transformer.token_pool = TokenPool(pool, prefix)
-    # Bound methods, so that a copy of the module gets its own.
-    if is_timm:
-        transformer.forward_head = MethodType(_pool_in_timm, transformer)
-    else:
-        transformer._global_pool = MethodType(_pool_in_open_clip, transformer)
-    module.register_forward_hook(_concatenate)
-    return module
-
-
-def _pool_stages(encoder: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    final, maps = encoder.forward_intermediates(pixels, indices=STAGES)
-    return encoder.stage_pool(encoder.forward_head(final), maps)
-
-
-def _pool_in_timm(transformer: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    pooled = transformer.token_pool(tokens)
-    return transformer.head(transformer.fc_norm(pooled) if hasattr(transformer, "fc_norm") else pooled)
-
-
-def _pool_in_open_clip(transformer: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return transformer.token_pool(tokens), tokens[:, 1:]
-
-
-def _concatenate(module: nn.Module, inputs: tuple, pooled: torch.Tensor) -> torch.Tensor:
-    return pooled.flatten(1)
 
 
 def build_module(library: str, architecture: str, arguments: dict, pool: str = "auto") -> nn.Module:

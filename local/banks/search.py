@@ -7,8 +7,9 @@ from itertools import chain
 import numpy as np
 import torch
 
-from kernel.bank import Bank, classify, collect_rows, refine_transductively
+from kernel.bank import Bank, collect_rows, refine_transductively
 from kernel.metadata_prior import WeightedPrior
+from kernel.ranking import classify
 from local.banks.calibration import fit_inverse_temperature, fit_logit_scale, sharpen_
 from local.banks.estimators import in_parts
 from local.banks.evaluation import Evaluation, evaluate_predictions

@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernel.bank import Bank, classify, read_banks
+from kernel.bank import Bank, read_banks
 from kernel.inputs import InputError
 from kernel.manifest import Manifest, Member, Weights, read_weights
 from kernel.metadata_prior import weighted_prior
 from kernel.observations import Observation, read_test
+from kernel.ranking import classify
 from kernel.tables import RESOLUTIONS
 from local.banks.ensemble import weigh_runs
 from local.banks.estimators import group_means, l2_normalize, pool

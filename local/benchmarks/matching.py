@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from kernel.bank import Bank, rank
+from kernel.bank import Bank
+from kernel.ranking import rank
 from local.base.console import progress, say
 
 OBSERVATIONS, CLASSES, FEATURES, GUESSES = 10_000, 32_000, 512, 10  # about as many classes as Herbarium 2020 has

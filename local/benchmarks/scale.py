@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from kernel.bank import rank, read_banks
+from kernel.bank import read_banks
 from kernel.competitions import competition_named
 from kernel.competitions.competition import Competition
 from kernel.encoders import Encoder
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation, TestTable
+from kernel.ranking import rank
 from kernel.submission import write_submission
 from local.banks.estimators import l2_normalize, save_banks
 from local.banks.selection import BankSelection, plan_bank

@@ -13,9 +13,10 @@ import timm
 import torch
 from torch import nn
 
-from kernel.encoders import build_module, set_pooling
+from kernel.encoders import build_module
 from kernel.inputs import InputError
 from kernel.manifest import EncoderSpec
+from kernel.pooling import set_pooling
 
 
 @dataclass(frozen=True)

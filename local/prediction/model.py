@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernel.bank import Bank, make_answers, rank_with_probabilities, read_banks
+from kernel.bank import Bank, read_banks
 from kernel.competitions import competition_of
 from kernel.embeddings import concatenate, embed_observations
 from kernel.encoders import Encoder, open_encoder, pick_devices
@@ -16,6 +16,7 @@ from kernel.inputs import InputError
 from kernel.manifest import Member, Weights, in_tiles
 from kernel.metadata_prior import WeightedPrior, weighted_prior
 from kernel.observations import Observation
+from kernel.ranking import make_answers, rank_with_probabilities
 from local.base.run_folder import REFERENCE_FILE
 from local.bundling.weights import check_same_task, choose_members, mean_threshold
 

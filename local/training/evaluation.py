@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from sklearn.metrics import f1_score
 
-from kernel.bank import Bank, classify
+from kernel.bank import Bank
 from kernel.embeddings import embed_observations
 from kernel.encoders import Encoder, fitting_dtype
 from kernel.observations import Observation
+from kernel.ranking import classify
 from local.banks.estimators import class_means_bank
 from local.banks.evaluation import evaluate_predictions
 from local.base import distributed

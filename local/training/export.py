@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from kernel.bank import largest
 from kernel.encoders import Encoder, is_out_of_memory, open_encoder
 from kernel.inputs import InputError, sha256, shorten
 from kernel.manifest import (
@@ -26,6 +25,7 @@ from kernel.manifest import (
     to_json,
     write_manifest,
 )
+from kernel.ranking import largest
 from kernel.views import VIEWS
 from local.banks.ensemble import HeldOutPredictions
 from local.banks.estimators import commonest_classes, save_banks

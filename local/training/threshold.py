@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import ImageOps
 
-from kernel.bank import best_of_tiles, probable_classes, rank_with_probabilities
 from kernel.embeddings import concatenate
 from kernel.encoders import Encoder
 from kernel.manifest import tile_names, tiled
 from kernel.photos import read_photo
+from kernel.ranking import best_of_tiles, probable_classes, rank_with_probabilities
 from kernel.views import ALL_VIEWS
 from local.banks.selection import BankSelection, SelectedBank
 from local.base.console import Progress, counted, say

@@ -15,7 +15,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.preprocessing import normalize
 
-from kernel.bank import classify, read_banks
+from kernel.bank import read_banks
+from kernel.ranking import classify
 from local.banks import estimators
 from local.banks.estimators import (
     ClassMeans,

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 
-from kernel.bank import classify, rank
+from kernel.ranking import classify, rank
 from local.banks.estimators import class_means_bank, l2_normalize
 from local.banks.evaluation import evaluate_predictions
 

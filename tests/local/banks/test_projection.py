@@ -13,7 +13,8 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestCentroid
 from torch.nn.functional import normalize
 
-from kernel.bank import classify, read_banks
+from kernel.bank import read_banks
+from kernel.ranking import classify
 from local.banks.estimators import class_means_bank, l2_normalize, pool, save_banks
 from local.banks.fitting import Embedded, fit_banks
 from local.banks.folds import make_folds

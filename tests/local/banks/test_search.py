@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from kernel import bank as bank_module
-from kernel.bank import classify
 from kernel.metadata_prior import MetadataPrior, WeightedPrior
+from kernel.ranking import classify
 from local.banks import search as search_module
 from local.banks.calibration import LOGIT_SCALE_FACTORS, fit_inverse_temperature
 from local.banks.estimators import l2_normalize

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bundle import bundle
-from kernel.bank import rank
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, read_manifest, read_weights, write_manifest
+from kernel.ranking import rank
 from local import benchmark
 from local.base.metrics import METRIC_NAMES, bounded
 from local.base.run_folder import CACHE

@@ -54,8 +54,22 @@ def test_tiles_are_named_with_the_probability_of_a_class_in_an_answer(tmp_path):
 
 def test_a_pooling_of_tokens_is_named_if_it_is_not_the_librarys(tmp_path):
     save_file(bank(), tmp_path / "bank.safetensors")
-    lines = introduction(tmp_path, member(encoders=(encoder_spec(pool="token+avg"),)))
-    assert "  pooling      the class token and the mean of the patches, concatenated" in lines
+    of_tokens = member(encoders=(encoder_spec(pool="token+avg"),))
+    assert "  pooling      the class token and the mean of the patches, concatenated" in introduction(
+        tmp_path, of_tokens
+    )
+    of_tokens = replace(of_tokens, recipe={"pool_part": "token"})
+    pooling = "  pooling      the class token and the mean of the patches, concatenated; the bank uses pool_part token"
+    assert pooling in introduction(tmp_path, of_tokens)
+
+
+def test_the_weights_of_several_encoders_are_named(tmp_path):
+    save_file(bank(), tmp_path / "bank.safetensors")
+    both = member(encoders=(encoder_spec(), encoder_spec()), banks=("1", "bank.safetensors"))
+    for recipe, weights in (({}, ["1", "1"]), ({"encoder_weights": [1.0, 0.35]}, ["1", "0.35"])):
+        lines = introduction(tmp_path, replace(both, recipe=recipe))
+        found = [line.rpartition("GPU, weight ")[2] for line in lines if line.startswith("  encoder")]
+        assert found == [f"{weight} in the bank" for weight in weights]
 
 
 def test_an_ensemble_names_its_members_and_what_it_sums(tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kernel.bank import classify
 from kernel.embeddings import embed_observations
+from kernel.ranking import classify
 from local.base.metrics import score
 from local.data.competition import read_competition
 from local.data.observations import sort_ids, split_for_validation

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from kernel.__main__ import embed_test_set, write_predictions
-from kernel.bank import rank, read_banks
+from kernel.bank import read_banks
 from kernel.budget import UNLIMITED, Budget
 from kernel.embeddings import concatenate, embed_observations
 from kernel.encoders import Encoder, open_encoder
 from kernel.inputs import InputError
 from kernel.manifest import read_weights
 from kernel.observations import find_test_table
+from kernel.ranking import rank
 from kernel.start import Setup
 from local.banks.estimators import pool
 from local.data.cache import EmbeddingCache
