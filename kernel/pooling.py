@@ -29,7 +29,8 @@ class TokenPool(nn.Module):
         return torch.stack([pooled[name] for name in self.pool.split("+")], dim=1)
 
     def extra_repr(self) -> str:
-        return f"{self.pool}, prefix={self.prefix}"  # embeddings are cached by what str(module) says
+        # Embeddings are cached by what str(module) says. Before, the parts had other lengths.
+        return f"{self.pool}, prefix={self.prefix}{', unit length' if '+' in self.pool else ''}"
 
 
 class StagePool(nn.Module):
@@ -40,12 +41,16 @@ class StagePool(nn.Module):
     """
 
     def forward(self, features: torch.Tensor, maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """(batch, features) and feature maps (batch, channels, height, width) to (batch, all features).
+        """(batch, features) and feature maps (batch, channels, height, width) to (batch, all features)."""
+        return concatenate_parts([features, *(each.mean(dim=(2, 3)) for each in maps)])
 
-        Each part has length 1, because otherwise the longest alone would count.
-        """
-        parts = [features, *(each.mean(dim=(2, 3)) for each in maps)]
-        return torch.cat([nn.functional.normalize(part.float(), dim=1) for part in parts], dim=1)
+
+def concatenate_parts(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(batch, features) of each part to (batch, all features).
+
+    Each part has length 1, because otherwise the longest alone would count.
+    """
+    return torch.cat([nn.functional.normalize(part.float(), dim=1) for part in parts], dim=1)
 
 
 def set_pooling(module: nn.Module, pool: str) -> nn.Module:
@@ -99,4 +104,5 @@ def _pool_in_open_clip(transformer: nn.Module, tokens: torch.Tensor) -> tuple[to
 
 
 def _concatenate(module: nn.Module, inputs: tuple, pooled: torch.Tensor) -> torch.Tensor:
-    return pooled.flatten(1)
+    parts = pooled.unbind(dim=1)
+    return parts[0] if len(parts) == 1 else concatenate_parts(parts)

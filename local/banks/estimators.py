@@ -133,7 +133,12 @@ class WithinClassVariation:
 
     @classmethod
     def of(cls, embeddings: np.ndarray | StoredEmbeddings, labels: np.ndarray) -> "WithinClassVariation":
-        """See `Whitening.fit`."""
+        """The variation within the classes of a reference set.
+
+        Args:
+            embeddings: (photos, views, features), rows of length 1.
+            labels: (photos,) index of the class of each photo.
+        """
         views = embeddings.shape[1]
         sizes = np.bincount(labels)
         means = scratch_array((len(sizes), embeddings.shape[2]))
@@ -165,7 +170,7 @@ class WithinClassVariation:
         """That of features times some (features,) factors, without those whose factor is 0."""
         kept = scales > 0
         covariance = self.covariance[np.ix_(kept, kept)] * np.outer(scales[kept], scales[kept])
-        return WithinClassVariation(covariance, self.samples[:, kept] * scales[kept].astype(np.float32))
+        return WithinClassVariation(covariance, self.samples[:, kept] * scales[kept].astype(self.samples.dtype))
 
 
 def scale_features(layers: Sequence[Layer], scales: np.ndarray) -> list[Layer]:
@@ -204,7 +209,7 @@ class Whitening:
         return self.fit_variation(WithinClassVariation.of(embeddings, labels))
 
     def fit_variation(self, variation: WithinClassVariation):
-        """Fit on what is known of a reference set."""
+        """Fit on the variation within the classes of a reference set."""
         samples = variation.samples.astype(np.float64)
         shrinkage = ledoit_wolf_shrinkage(samples, assume_centered=True) if len(samples) > 1 else 1.0
         self.variances_, self.directions_ = np.linalg.eigh(shrunk_covariance(variation.covariance, shrinkage))

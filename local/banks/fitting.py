@@ -27,7 +27,7 @@ from local.banks.estimators import (
 )
 from local.banks.projection import ProjectionEnsemble
 from local.base.scratch import scratch_array
-from local.data.joined_encoders import FeatureBlock
+from local.data.concatenated_encoders import FeatureBlock
 from local.data.observations import Taxonomy
 from local.data.stored_embeddings import StoredEmbeddings
 from local.recipes.settings import CANDIDATES, BankSettings
@@ -46,7 +46,7 @@ class Embedded:
         head: the bank that was trained with the encoder, if there is one.
         texts: embeddings of the names of the bank's classes, (classes, features), if they are known; see
             `local.encoders.texts.embed_classes`.
-        blocks: of the features, in their order; empty: they are of one encoder with one pooling.
+        blocks: of the features, in their order; empty where neither encoders nor parts of a pooling are weighted.
     """
 
     values: np.ndarray | StoredEmbeddings
@@ -94,7 +94,7 @@ class Embedded:
         return tuple(name for name in CANDIDATES["pool_part"] if name in own)
 
     def scales(self, settings: BankSettings) -> np.ndarray | None:
-        """(features,) factors of the features, by `encoder_weights` and `pool_part`; None if all are 1."""
+        """(features,) float32 factors of the features, by `encoder_weights` and `pool_part`; None if all are 1."""
         if not settings.encoder_weights and settings.pool_part == "all":
             return None
         scales = []
@@ -102,7 +102,7 @@ class Embedded:
             own = {one.part for one in self.blocks if one.encoder == block.encoder}
             is_used = settings.pool_part not in own or settings.pool_part == block.part
             weight = settings.encoder_weights[block.encoder] if settings.encoder_weights else 1.0
-            scales.append(np.full(block.features, weight * is_used))
+            scales.append(np.full(block.features, weight * is_used, dtype=np.float32))
         return np.concatenate(scales)
 
     def whitening(self, reference: np.ndarray, scales: np.ndarray | None = None) -> Whitening:
@@ -114,28 +114,25 @@ class Embedded:
         if any(other != key for other, _ in self.whitenings):
             self.whitenings.clear()
         if (key, mask) not in self.whitenings:
-            variation = self._variation(reference)
-            if scales is not None:
-                variation = variation.scaled(scales)
+            if scales is None:
+                variation = self._variation(reference)
+            else:  # kept for other factors
+                if mask not in self.variations:
+                    self.variations[mask] = self._variation(reference)
+                variation = self.variations[mask].scaled(scales)
             self.whitenings[key, mask] = Whitening().fit_variation(variation)
         return self.whitenings[key, mask]
 
     def _variation(self, reference: np.ndarray) -> WithinClassVariation:
-        """The variation within the classes of a reference set, kept where several factors of features are possible."""
-        mask = reference.tobytes()
-        if mask in self.variations:
-            return self.variations[mask]
+        """The variation within the classes of a reference set."""
         own = self.subset(reference)
-        variation = WithinClassVariation.of(own.values, own.labels[own.observations])
-        if len(self.blocks) > 1:
-            self.variations[mask] = variation
-        return variation
+        return WithinClassVariation.of(own.values, own.labels[own.observations])
 
     def transformed(self, settings: BankSettings, reference: np.ndarray) -> tuple[list[Layer], np.ndarray]:
         """The layers before the matcher, fitted on a reference set, and its embeddings after them.
 
-        This is the slow part of a candidate, and successive candidates share it: results are kept until other views,
-        another pooling or another whitening exponent are requested.
+        This is the slow part of a candidate, and successive candidates share it: results are kept until a setting
+        before the matcher changes.
 
         Args:
             reference: (observations,) bool, the reference set.
@@ -284,10 +281,8 @@ def fit_projection(settings: BankSettings, reference: Embedded, pooled: np.ndarr
     labels, values, scales = reference.labels[reference.observations], reference.values, reference.scales(settings)
     if scales is not None:
         kept = scales > 0
-        values, pooled = (
-            np.asarray(values)[:, :, kept] * scales[kept],
-            pooled[:, kept] * scales[kept].astype(np.float32),
-        )
+        scales = scales / np.linalg.norm(pooled * scales, axis=1).mean()  # training expects embeddings of length 1
+        values, pooled = np.asarray(values)[:, :, kept] * scales[kept], pooled[:, kept] * scales[kept]
     banks = ensemble.fit(values, reference.observations, labels, reference.taxonomy, pooled=pooled).banks_
     return [bank if scales is None else replace(bank, layers=scale_features(bank.layers, scales)) for bank in banks]
 

@@ -56,7 +56,7 @@ class Search:
         self.embed, self.folds, self.guesses, self.predict_prior, self.seed = embed, folds, guesses, predict_prior, seed
         self.resize_mode, self.metric = resize_mode, metric
         labels, count = embed(resize_mode).labels, len(embed(resize_mode).taxonomy.genus)
-        self.encoders = 1 + max((block.encoder for block in embed(resize_mode).blocks), default=0)
+        self.encoder_count = 1 + max((block.encoder for block in embed(resize_mode).blocks), default=0)
         self.pool_parts = embed(resize_mode).pool_parts
         self.queries = np.concatenate([np.flatnonzero(queries) for _, queries in folds])
         self.truth = labels[self.queries]
@@ -236,9 +236,7 @@ def coordinate_ascent(
             if key == "views":
                 settings = add_views(settings, all_views, best_of)
             elif key == "encoder_weights":
-                for encoder in range(search.encoders):
-                    weighted = [with_weight(settings, search.encoders, encoder, value) for value in CANDIDATES[key]]
-                    settings = best_of(key, settings, weighted)
+                settings = weight_encoders(settings, search.encoder_count, best_of)
             else:
                 values = search.pool_parts if key == "pool_part" else CANDIDATES[key]
                 settings = best_of(key, settings, [replace(settings, **{key: value}) for value in values])
@@ -247,11 +245,20 @@ def coordinate_ascent(
     return settings
 
 
+def weight_encoders(settings: BankSettings, count: int, best_of: Callable) -> BankSettings:
+    """Choose the weight of the first of `count` encoders, then that of the next."""
+    for encoder in range(count):
+        weights = CANDIDATES["encoder_weights"]
+        candidates = [with_weight(settings, count, encoder, weight) for weight in weights]
+        settings = best_of("encoder_weights", settings, candidates)
+    return settings
+
+
 def with_weight(settings: BankSettings, encoders: int, index: int, weight: float) -> BankSettings:
     """The settings with another weight of one of so many encoders. The largest is 1, and equal ones are left out."""
     weights = list(settings.encoder_weights or (1.0,) * encoders)
     weights[index] = weight
-    scaled = tuple(round(one / max(weights), 4) for one in weights)
+    scaled = tuple(float(f"{one / max(weights):.4g}") for one in weights)
     return replace(settings, encoder_weights=scaled if len(set(scaled)) > 1 else ())
 
 

@@ -21,8 +21,8 @@ from local.banks.search import Search, coordinate_ascent, describe_value, most_c
 from local.base.console import Progress, counted, say
 from local.base.metrics import LOG_LOSS, SCORE_NAMES, describe, held_out_scores
 from local.base.scratch import scratch_array
+from local.data.concatenated_encoders import ConcatenatedEncoders
 from local.data.duplicates import NEAR_DUPLICATE, find_near_duplicates, plain_column
-from local.data.joined_encoders import JoinedEncoders
 from local.data.observations import Split, encode_labels, sort_ids
 from local.data.photos import check_readable
 from local.recipes.settings import CANDIDATES, BankSettings
@@ -157,15 +157,17 @@ class BankSelection:
         settings: BankSettings,
         choose: Sequence[str],
         plan: BankPlan,
-        encoders: JoinedEncoders,
+        encoders: ConcatenatedEncoders,
         cache: Path,
         head: Bank | None = None,
         texts: np.ndarray | None = None,
     ):
         usable = {
             "encoder_weights": len(encoders.encoders) > 1,
-            "pool_part": any(block.part for block in encoders.blocks),
+            "pool_part": head is None and any(block.part for block in encoders.blocks),
         }
+        if "pool_part" in choose and not usable["pool_part"]:
+            say("pool_part is not chosen: no encoder has several poolings")
         self.settings, self.plan = settings, plan
         self.choose = tuple(name for name in choose if usable.get(name, True))
         self.encoders, self.cache, self.head, self.texts = encoders, cache, head, texts

@@ -34,8 +34,8 @@ from local.base.files import write_json
 from local.base.metrics import GUESSES, METRIC_NAMES, bounded, gained, hit_matrix, interval_of, score
 from local.base.run_folder import CACHE
 from local.data.competition import read_competition
+from local.data.concatenated_encoders import embed_with_run
 from local.data.folder import find_competition
-from local.data.joined_encoders import embed_with_run
 from local.data.observations import LabelledObservations, encode_labels
 from local.data.solution import read_solution
 from local.drawing.competition import generate

@@ -14,7 +14,7 @@ from kernel.observations import Observation
 from local.banks.estimators import l2_normalize
 from local.base.console import counted, progress, say
 from local.base.run_folder import CACHE
-from local.data.joined_encoders import embed_with_run
+from local.data.concatenated_encoders import embed_with_run
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run
 

@@ -31,7 +31,7 @@ from local.banks.selection import BankSelection, plan_bank
 from local.base.console import counted, progress, say
 from local.base.run_folder import REFERENCE_FILE
 from local.data.cache import DIGESTS, EmbeddingCache, as_keys, file_keys
-from local.data.joined_encoders import JoinedEncoders
+from local.data.concatenated_encoders import ConcatenatedEncoders
 from local.data.observations import LabelledObservations, split_for_validation
 from local.data.shards import KEY_BYTES, ShardFolder
 from local.recipes.settings import BankSettings
@@ -191,7 +191,7 @@ def measure_training(measurement: Measurement, labelled: LabelledObservations, d
     plan = measurement.run("make the folds", lambda: plan_bank(split, "train+val", is_tuned=False, is_macro=True))
 
     def read() -> BankSelection:
-        selection = BankSelection(SETTINGS, CHOOSE, plan, JoinedEncoders((encoder,)), folder)
+        selection = BankSelection(SETTINGS, CHOOSE, plan, ConcatenatedEncoders((encoder,)), folder)
         selection.embed_all()
         return selection
 

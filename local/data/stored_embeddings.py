@@ -73,9 +73,6 @@ class StoredEmbeddings:
         """These times a number, rounded to half precision when they are read."""
         return StoredEmbeddings([replace(block, weight=block.weight * float(factor)) for block in self.blocks])
 
-    def __truediv__(self, divisor: float) -> "StoredEmbeddings":
-        return self * (1 / float(divisor))
-
     def __getitem__(self, index) -> "StoredEmbeddings | np.ndarray":
         index = index if isinstance(index, tuple) else (index,)
         index += (slice(None),) * (3 - len(index))

@@ -19,8 +19,8 @@ from local.banks.evaluation import Evaluation, evaluate_predictions
 from local.base.run_folder import CACHE
 from local.base.runs import open_run
 from local.data.competition import read_competition
+from local.data.concatenated_encoders import embed_with_run
 from local.data.duplicates import plain_column
-from local.data.joined_encoders import embed_with_run
 from local.data.observations import (
     UNKNOWN_TAXA,
     LabelledObservations,

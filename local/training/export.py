@@ -34,7 +34,7 @@ from local.banks.selection import BankPlan, SelectedBank
 from local.base.files import write_table, write_tensors
 from local.base.repository import commit, versions
 from local.base.run_folder import VALIDATION_FILE
-from local.data.joined_encoders import preprocessing_in
+from local.data.concatenated_encoders import preprocessing_in
 from local.data.observations import LabelledObservations, names_of
 from local.encoders.load import weights_digest
 from local.recipes.recipe import Recipe, settings_of, write_recipe

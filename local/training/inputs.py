@@ -1,6 +1,7 @@
 """What a training begins with: the encoder, the labelled observations, and the recipe with all settings resolved."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from local.data.observations import LabelledObservations, Split, select_observat
 from local.data.photos import refuse_missing
 from local.encoders.load import load_encoder, size_for_views
 from local.encoders.texts import embed_classes, write_texts
+from local.encoders.variants import pooled_parts
 from local.recipes.recipe import Recipe
 from local.recipes.settings import OneEncoder, SearchSettings, TrainSettings
 from local.training.checkpoints import memory_named
@@ -66,6 +68,7 @@ def load_inputs(recipe: Recipe, data: Path, uses_val: bool, checkpoints: Path) -
         loaded = [load_described(recipe, one) for one in recipe.encoder.each]
         refuse_large(recipe.encoder, [module for module, _ in loaded])
     specs = tuple(spec for _, spec in loaded)
+    refuse_missing_part(recipe.bank.pool_part, specs)
     resolution = recipe.encoder.resolution
     if resolution == "auto":
         side = max(shorter_side(spec.preprocessing) for spec in specs)
@@ -109,6 +112,18 @@ def load_described(recipe: Recipe, encoder: OneEncoder) -> tuple[nn.Module, Enco
         resized = dataclasses.replace(spec.preprocessing, resize_mode=recipe.bank.resize_mode)
         spec = dataclasses.replace(spec, preprocessing=resized)
     return module, spec
+
+
+def refuse_missing_part(pool_part: str, specs: Sequence[EncoderSpec]) -> None:
+    """Refuse a part of a pooling that no encoder has.
+
+    Raises:
+        InputError: says how to get it.
+    """
+    if pool_part == "all" or any(pool_part in pooled_parts(spec) for spec in specs):
+        return
+    pool = "stages" if pool_part == "final" else "token+avg"
+    raise InputError(f'pool_part = {pool_part}: no encoder has this part: set pool = "{pool}", or pool_part = "all"')
 
 
 def move_to_device(inputs: Inputs, checkpoints: Path) -> Inputs:

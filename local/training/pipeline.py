@@ -12,7 +12,7 @@ from local.banks.selection import BankSelection, plan_bank
 from local.base.console import Progress, say
 from local.base.files import write_json
 from local.base.run_folder import CACHE, REFERENCE_FILE
-from local.data.joined_encoders import JoinedEncoders
+from local.data.concatenated_encoders import ConcatenatedEncoders
 from local.data.observations import Split, encode_labels, split_for_validation
 from local.encoders.variants import pooled_parts
 from local.recipes.recipe import Recipe
@@ -72,7 +72,7 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
     plan = plan_bank(split, recipe.bank.reference, is_tuned, recipe.train.monitor == "macro_f1", recipe.train.seed)
     head = expand_to_classes(tuning.head, tuning.classes, plan.classes) if tuning.head else None
     uses_parts = recipe.bank.pool_part != "all" or "pool_part" in recipe.search.choose
-    encoders = JoinedEncoders(inputs.encoders, tuple(map(pooled_parts, inputs.specs)) if uses_parts else ())
+    encoders = ConcatenatedEncoders(inputs.encoders, tuple(map(pooled_parts, inputs.specs)) if uses_parts else ())
     texts = inputs.texts
     if texts is not None:
         texts = texts[encode_labels(plan.classes, inputs.labelled.classes)]

@@ -21,9 +21,10 @@ from local.banks.estimators import l2_normalize
 from local.banks.evaluation import evaluate_predictions
 from local.banks.fitting import Embedded, fit_banks
 from local.banks.folds import FOLDS, macro_weights, make_folds, shot_weights
+from local.banks.projection import ProjectionEnsemble
 from local.banks.search import Search, coordinate_ascent, most_candidates, nested_predictions, with_weight
 from local.base.metrics import mean_recall
-from local.data.joined_encoders import FeatureBlock
+from local.data.concatenated_encoders import FeatureBlock
 from local.data.observations import Taxonomy
 from local.recipes.settings import CANDIDATES, BankSettings
 
@@ -164,6 +165,21 @@ def test_weights_of_encoders_and_a_part_of_a_pooling_give_what_embeddings_made_s
     assert torch.allclose(one, other, atol=1e-3)
 
 
+def test_a_projection_is_trained_the_same_whatever_the_length_of_the_weights(monkeypatch):
+    embedded, everyone, found = of_two_encoders(), np.ones(72, dtype=bool), []
+    fit = ProjectionEnsemble.fit
+
+    def record(self, *arguments, **named):
+        found.append(fit(self, *arguments, **named).mean_recalls_)
+        return self
+
+    monkeypatch.setattr(ProjectionEnsemble, "fit", record)
+    for weights in ((), (0.35, 0.35)):
+        fit_banks(BankSettings(views=("plain",), matcher="projection", encoder_weights=weights), embedded, everyone)
+    assert len(set(found[0].values())) > 1
+    assert found[0] == pytest.approx(found[1], abs=0.02)
+
+
 def test_the_weight_of_an_encoder_and_the_part_of_a_pooling_that_help_are_selected():
     search = search_over(of_two_encoders())
     start, table = BankSettings(views=("plain",)), []
@@ -183,6 +199,7 @@ def test_equal_weights_are_the_weights_of_the_start_and_the_largest_is_1():
     assert lighter.encoder_weights == (0.5, 1.0, 1.0)
     assert with_weight(with_weight(lighter, 3, 1, 0.5), 3, 2, 0.5) == start
     assert with_weight(replace(start, encoder_weights=(0.5, 1.0)), 2, 1, 0.35).encoder_weights == (1.0, 0.7)
+    assert with_weight(replace(start, encoder_weights=(1.0, 1e-6)), 2, 0, 0.5).encoder_weights == (1.0, 2e-6)
 
 
 def test_a_row_of_the_table_has_the_weighted_scores_and_the_paired_gain():

@@ -12,7 +12,7 @@ from local.banks import estimators
 from local.banks import selection as selection_module
 from local.banks.evaluation import evaluate_predictions
 from local.banks.selection import BankSelection, plan_bank
-from local.data.joined_encoders import JoinedEncoders
+from local.data.concatenated_encoders import ConcatenatedEncoders
 from local.data.observations import split_for_validation
 from local.recipes.settings import BankSettings
 from tests.labelled import of_rows
@@ -74,7 +74,7 @@ def test_with_many_classes_some_observations_choose_and_all_are_scored(
 
     own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), reference, is_tuned=False)
     settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
-    encoders = JoinedEncoders((encoder,))
+    encoders = ConcatenatedEncoders((encoder,))
     every = BankSelection(settings, [], own, encoders, tmp_path).select()
     capsys.readouterr()
     monkeypatch.setattr(selection_module, "MAX_SCORES", 10 * len(own.classes))
@@ -116,7 +116,7 @@ def test_a_matcher_that_does_not_fit_in_memory_is_refused_before_photos_are_embe
 ):
     embedded: list[int] = []
     monkeypatch.setattr(estimators, limit, 1)
-    selection = BankSelection(settings, choose, plan(TRAIN), JoinedEncoders((encoder,)), tmp_path)
+    selection = BankSelection(settings, choose, plan(TRAIN), ConcatenatedEncoders((encoder,)), tmp_path)
     monkeypatch.setattr(selection, "embed", lambda *_: embedded.append(1))
     expected = pytest.raises(InputError, match=f"{refused} needs too much memory for 31 observations of 5 classes")
     with expected if refused else nullcontext():
@@ -130,7 +130,7 @@ def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(en
     labelled = read_competition(drawn.competition).in_splits("train").sample(2, 0)
     own = plan_bank(split_for_validation(labelled, 0), "train", is_tuned=False)
     selection = BankSelection(
-        BankSettings(resize_mode="crop"), ["whitening"], own, JoinedEncoders((encoder,)), tmp_path
+        BankSettings(resize_mode="crop"), ["whitening"], own, ConcatenatedEncoders((encoder,)), tmp_path
     )
     selection.embed_all()
     capsys.readouterr()
@@ -151,7 +151,7 @@ def test_the_answers_are_to_the_held_out_observations_in_the_order_of_the_folds(
 
     own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), "train+val", is_tuned=False)
     settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
-    answers = BankSelection(settings, [], own, JoinedEncoders((encoder,)), tmp_path).select().predictions
+    answers = BankSelection(settings, [], own, ConcatenatedEncoders((encoder,)), tmp_path).select().predictions
     queries = np.concatenate([np.flatnonzero(queries) for _, queries in own.folds])
     assert answers.observations == [own.split.labelled.ids[index] for index in queries]
     assert [own.classes[label] for label in answers.truth] == own.split.labelled.class_ids[queries].tolist()
@@ -167,8 +167,8 @@ def test_the_optimistic_scores_are_those_of_the_selected_settings(encoder, drawn
 
     own = plan_bank(split_for_validation(read_competition(drawn.competition), 0), "train+val", is_tuned=False)
     settings = replace(BankSettings(), resize_mode="crop", views=("plain",))
-    selected = BankSelection(settings, ["whitening"], own, JoinedEncoders((encoder,)), tmp_path).select()
-    again = BankSelection(selected.settings, [], own, JoinedEncoders((encoder,)), tmp_path).select()
+    selected = BankSelection(settings, ["whitening"], own, ConcatenatedEncoders((encoder,)), tmp_path).select()
+    again = BankSelection(selected.settings, [], own, ConcatenatedEncoders((encoder,)), tmp_path).select()
     assert selected.optimistic_scores == again.scores
     assert again.optimistic_scores == {}
     assert again.inverse_temperature == selected.inverse_temperature != 1

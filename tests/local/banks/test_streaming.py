@@ -12,6 +12,7 @@ from local.banks.fitting import Embedded, fit_banks
 from local.banks.folds import FOLDS, make_folds
 from local.banks.search import Search
 from local.base import scratch
+from local.data.concatenated_encoders import FeatureBlock
 from local.data.observations import Taxonomy
 from local.recipes.settings import BankSettings
 from tests.local.data.test_stored_embeddings import stored
@@ -28,7 +29,12 @@ def in_memory() -> Embedded:
     photos = centres[labels[observations]][:, None] + rng.normal(size=(len(observations), 2, 8))
     genus = np.arange(10) // 3
     return Embedded(
-        l2_normalize(photos + 1).astype(np.float16), VIEWS, observations, labels, Taxonomy(genus, genus // 2)
+        l2_normalize(photos + 1).astype(np.float16),
+        VIEWS,
+        observations,
+        labels,
+        Taxonomy(genus, genus // 2),
+        blocks=(FeatureBlock(0, "token", 2), FeatureBlock(0, "avg", 3), FeatureBlock(1, "", 3)),
     )
 
 
@@ -53,8 +59,12 @@ def on_disk(whole, tmp_path, monkeypatch):
         replace(SETTINGS, pooling="max", views=("hflip",), whitening=1.0),
         replace(SETTINGS, matcher="logistic", whitening=0.5),
         replace(SETTINGS, matcher="projection", whitening=0.5),
+        replace(SETTINGS, whitening=0.5, encoder_weights=(0.5, 1.0), pool_part="avg"),
+        replace(SETTINGS, matcher="projection", encoder_weights=(0.5, 1.0), pool_part="avg"),
     ],
-    ids=lambda settings: f"{settings.matcher} {settings.pooling} {settings.nearest_neighbour_weight}",
+    ids=lambda settings: (
+        f"{settings.matcher} {settings.pooling} {settings.nearest_neighbour_weight} {settings.pool_part}"
+    ),
 )
 def test_the_banks_are_the_same(whole, settings, tmp_path, monkeypatch):
     reference = np.arange(len(whole.labels)) % 4 != 1

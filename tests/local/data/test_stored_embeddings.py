@@ -65,8 +65,6 @@ def test_two_arrays_at_once_are_refused_because_numpy_would_pair_them(values, tm
 def test_they_are_scaled_as_in_memory(values, tmp_path, factor):
     found = stored(tmp_path, values)
     assert np.array_equal((found * factor).astype(np.float16), (values * np.float64(factor)).astype(np.float16))
-    assert isinstance((found / factor).astype(np.float16), StoredEmbeddings)
-    assert np.allclose(found / factor, values / factor, rtol=1e-3)
 
 
 def test_features_of_several_encoders_are_concatenated(values, tmp_path):

@@ -18,6 +18,7 @@ from kernel.encoders import build_module, open_encoder
 from kernel.manifest import read_manifest, read_weights
 from kernel.views import VIEWS
 from local.encoders.load import enable_larger_view, load_encoder
+from local.encoders.variants import pooled_parts
 from local.recipes.recipe import make_recipe
 from local.training.adaptation import group_by_layer, unfreeze
 from local.training.run import train_run
@@ -154,6 +155,11 @@ def test_the_sizes_of_the_published_systems_are_accepted(architecture, size, own
     assert ("img_size" in described.arguments) == (size != own and "sam" not in architecture)
 
 
+def unit_parts(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The concatenation of (batch, features) of several poolings, each of length 1; a single one as it is."""
+    return torch.cat([normalize(part) for part in parts], dim=1) if len(parts) > 1 else parts[0]
+
+
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize(("architecture", "arguments"), [case[:2] for case in TRANSFORMERS[:5]])
 def test_a_transformer_of_timm_is_pooled_over_its_tokens(tmp_path, photos, architecture, arguments, pool):
@@ -166,7 +172,7 @@ def test_a_transformer_of_timm_is_pooled_over_its_tokens(tmp_path, photos, archi
         tokens = plain.forward_features(pixels)
         prefix = plain.num_prefix_tokens
         pooled = [plain.fc_norm(tokens[:, 0]), plain.fc_norm(tokens[:, prefix:].mean(dim=1))]
-        expected = torch.cat([pooled[index] for index in POOLS[pool]], dim=1)
+        expected = unit_parts([pooled[index] for index in POOLS[pool]])
         assert torch.allclose(module.eval()(pixels), expected, atol=1e-6)
     assert (described.pool, described.features) == (pool, expected.shape[1])
     assert_rebuilds(module, described, photos)
@@ -196,7 +202,7 @@ def test_a_pooling_is_that_of_open_clip_where_open_clip_has_it(tmp_path, photos,
     with torch.inference_mode():
         assert torch.equal(module.eval()(pixels), own(pixels))
         half = {"token": slice(None, 24), "avg": slice(24, None)}[pool]
-        assert torch.allclose(both(pixels)[:, half], own(pixels), atol=1e-6)
+        assert torch.allclose(both(pixels)[:, half], normalize(own(pixels)), atol=1e-6)
     assert_rebuilds(module, described, photos)
 
 
@@ -207,9 +213,31 @@ def test_the_transformer_of_timm_in_a_tower_of_open_clip_is_pooled_before_its_pr
     with torch.inference_mode():
         tokens = plain.trunk.forward_features(pixels)
         expected = [plain.head(tokens[:, 0]), plain.head(tokens[:, plain.trunk.num_prefix_tokens :].mean(dim=1))]
-        assert torch.allclose(both.eval()(pixels), torch.cat(expected, dim=1), atol=1e-5)
+        assert torch.allclose(both.eval()(pixels), unit_parts(expected), atol=1e-5)
     assert described.features == 48
     assert_rebuilds(both, described, photos)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "pool", "parts"),
+    [
+        ("test_vit", "token+avg", {"token": 0, "avg": 1}),
+        ("test_resnet", "stages", {"final": 0}),
+        ("test_vit", "avg", {}),
+    ],
+)
+def test_a_part_of_a_pooling_is_what_an_encoder_that_is_pooled_so_gives(tmp_path, architecture, pool, parts):
+    write_timm(tmp_path, architecture)
+    (module, described), pixels = load_encoder(str(tmp_path), pool=pool), torch.randn(3, 3, 160, 160)
+    found = pooled_parts(described)
+    assert sum(found.values()) == described.features
+    assert list(found)[: len(parts)] == (list(parts) or [""])[: len(parts)]
+    with torch.inference_mode():
+        whole = module.eval()(pixels)
+        for name, position in parts.items():
+            alone = load_encoder(str(tmp_path), pool={"final": "auto"}.get(name, name))[0].eval()(pixels)
+            own = whole.split(list(found.values()), dim=1)[position]
+            assert torch.allclose(normalize(own), normalize(alone), atol=1e-6)
 
 
 def test_both_tokens_take_one_forward_pass_and_a_copy_pools_with_its_own_weights(tmp_path):

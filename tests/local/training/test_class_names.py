@@ -16,7 +16,7 @@ from kernel.manifest import read_weights
 from local.banks.estimators import l2_normalize
 from local.base.run_folder import CACHE
 from local.data.competition import read_competition
-from local.data.joined_encoders import embed_with_run
+from local.data.concatenated_encoders import embed_with_run
 from local.encoders.texts import write_texts
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run

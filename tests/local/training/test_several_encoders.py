@@ -20,7 +20,7 @@ from kernel.ranking import rank
 from kernel.start import Setup
 from local.banks.estimators import pool
 from local.data.cache import EmbeddingCache
-from local.data.joined_encoders import JoinedEncoders, embed_with_run
+from local.data.concatenated_encoders import ConcatenatedEncoders, embed_with_run
 from local.recipes.recipe import read_recipe
 from local.training.run import train_run
 from tests.conftest import photo
@@ -91,7 +91,9 @@ def test_the_bank_weights_the_encoders(run, drawn, tmp_path):
     features = [spec.features for spec in read_weights(run).manifest.members[0].encoders]
     expected = torch.repeat_interleave(torch.tensor([1.0, 0.5]), torch.tensor(features))[:, None]
     assert torch.allclose(half.weight, expected * whole.weight, atol=1e-3)
-    assert (run / "bank-of-1.safetensors").stat().st_size == (unweighted / "bank-of-1.safetensors").stat().st_size
+    alone, other = (read_banks(path / "bank-of-1.safetensors")[0] for path in (run, unweighted))
+    assert torch.allclose(alone.layers[0].weight, other.layers[0].weight, atol=1e-3)
+    assert torch.allclose(alone.prototypes, other.prototypes, atol=1e-3)
 
 
 def test_cross_validation_chooses_the_weights_and_the_part_of_a_pooling(drawn, tmp_path):
@@ -135,7 +137,7 @@ def test_photos_that_one_encoder_cannot_read_are_left_out_of_both(encoder, tmp_p
     paths = [photo(tmp_path / f"{number}.jpg", number) for number in range(6)]
     observations = [Observation("a", tuple(paths[:2])), Observation("b", tuple(paths[2:]))]
     other = Encoder(encoder.module, replace(encoder.preprocessing, resize_mode="squash"), encoder.features, CPU)
-    whole = JoinedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
+    whole = ConcatenatedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
     embed = EmbeddingCache.embed
 
     def lose_one(self, observations, views, rounds=1):
@@ -147,11 +149,18 @@ def test_photos_that_one_encoder_cannot_read_are_left_out_of_both(encoder, tmp_p
         )
 
     monkeypatch.setattr(EmbeddingCache, "embed", lose_one)
-    found = JoinedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
+    found = ConcatenatedEncoders((encoder, other)).embed(observations, ["plain"], tmp_path / "cache")
     assert found.observations.tolist() == [0, 1, 1, 1]
     assert found.unreadable == [(paths[1], "lost"), (paths[3], "lost")]
     assert np.array_equal(found.values, whole.values[[0, 2, 4, 5]])
     assert np.allclose(np.linalg.norm(whole.values.astype(float), axis=2), 1, atol=1e-3)
+
+
+def test_a_part_of_a_pooling_that_no_encoder_has_is_refused(drawn, tmp_path):
+    recipe = read_recipe("fungiclef-baseline", ["pretrained=false", "pool_part=token", "pool=stages"], NAMES)
+    with pytest.raises(InputError, match='pool_part = token: no encoder has this part: set pool = "token\\+avg"'):
+        train_run(recipe, drawn.competition, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from local.banks.selection import BankSelection, SelectedBank, plan_bank
-from local.data.joined_encoders import JoinedEncoders
+from local.data.concatenated_encoders import ConcatenatedEncoders
 from local.data.observations import split_for_validation
 from local.recipes.settings import BankSettings
 from local.training.threshold import (
@@ -77,7 +77,7 @@ def test_quadrats_have_two_to_six_of_the_classes_and_a_seed_draws_the_same(photo
 def test_where_fewer_than_two_classes_are_held_out_nothing_is_chosen(tmp_path, capsys, classes):
     labelled = of_rows([("train", str(number), label) for number, label in enumerate(classes)])
     plan = plan_bank(split_for_validation(labelled, 0), "train", is_tuned=False)
-    selection = BankSelection(BankSettings(), (), plan, JoinedEncoders(()), tmp_path)
+    selection = BankSelection(BankSettings(), (), plan, ConcatenatedEncoders(()), tmp_path)
     assert choose_threshold(selection, SelectedBank(BankSettings())) == (UNCHOSEN, {})
     said = capsys.readouterr().out
     assert said.startswith(f"threshold: {UNCHOSEN}, since fewer than two classes have held-out photos")

@@ -30,7 +30,7 @@ class FeatureBlock:
 
 
 @dataclass(frozen=True)
-class JoinedEncoders:
+class ConcatenatedEncoders:
     """Encoders whose embeddings, each of length 1, are concatenated.
 
     Args:
@@ -94,4 +94,4 @@ def embed_with_run(
     weights = read_weights(run)
     member = weights.manifest.members[0]
     encoders = tuple(open_encoder(weights.file(spec.file), spec, pick_devices()) for spec in member.encoders)
-    return JoinedEncoders(encoders).embed(observations, views, folder)
+    return ConcatenatedEncoders(encoders).embed(observations, views, folder)
