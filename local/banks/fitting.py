@@ -94,14 +94,15 @@ class Embedded:
         return tuple(name for name in CANDIDATES["pool_part"] if name in own)
 
     def scales(self, settings: BankSettings) -> np.ndarray | None:
-        """(features,) float32 factors of the features, by `encoder_weights` and `pool_part`; None if all are 1."""
+        """(features,) float32 factors of at most 1, by `encoder_weights` and `pool_part`; None if all are 1."""
         if not settings.encoder_weights and settings.pool_part == "all":
             return None
-        scales = []
+        weights = settings.encoder_weights or (1.0,) * (1 + max(block.encoder for block in self.blocks))
+        scales, largest = [], max(weights[block.encoder] for block in self.blocks)
         for block in self.blocks:
             own = {one.part for one in self.blocks if one.encoder == block.encoder}
             is_used = settings.pool_part not in own or settings.pool_part == block.part
-            weight = settings.encoder_weights[block.encoder] if settings.encoder_weights else 1.0
+            weight = weights[block.encoder] / largest  # only ratios count, and float32 has its limits
             scales.append(np.full(block.features, weight * is_used, dtype=np.float32))
         return np.concatenate(scales)
 

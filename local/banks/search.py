@@ -233,6 +233,8 @@ def coordinate_ascent(
     for _ in range(2):
         before = settings
         for key in choose:
+            if key == "pool_part" and settings.matcher == "head":
+                continue  # the head needs the whole embedding, beside nearest neighbours too
             if key == "views":
                 settings = add_views(settings, all_views, best_of)
             elif key == "encoder_weights":

@@ -164,7 +164,7 @@ class BankSelection:
     ):
         usable = {
             "encoder_weights": len(encoders.encoders) > 1,
-            "pool_part": head is None and any(block.part for block in encoders.blocks),
+            "pool_part": any(block.part for block in encoders.blocks),
         }
         if "pool_part" in choose and not usable["pool_part"]:
             say("pool_part is not chosen: no encoder has several poolings")

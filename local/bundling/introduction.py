@@ -36,12 +36,17 @@ Made from
 
 EMBEDDING = "embedding    = normalize(mean over an observation's photos and their views of normalize(encoder(view)))"
 CONCATENATED = """mean_e       = mean over an observation's photos and their views of normalize(encoder_e(view))
-  embedding    = normalize(concatenation over the encoders e of a member of mean_e)"""
+  embedding    = normalize(concatenation over the encoders e of a member of mean_e); the layers weight the encoders"""
 POOLED = {
     "token": "the class token",
     "avg": "the mean of the patches",
     "token+avg": "the class token and the mean of the patches, concatenated",
     "stages": "the final features and the means of the last feature maps, concatenated",
+}
+USED_PARTS = {  # of a pooling, by pool_part
+    ("token+avg", "token"): ", of which the bank uses the class token",
+    ("token+avg", "avg"): ", of which the bank uses the mean of the patches",
+    ("stages", "final"): ", of which the bank uses the final features",
 }
 
 
@@ -80,8 +85,6 @@ def introduce(weights: Weights, digest: str, commit: str) -> str:
 def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
     """Names and texts of what a member consists of."""
     weights = member.recipe.get("encoder_weights") or [1.0] * len(member.encoders)
-    part = member.recipe.get("pool_part", "all")
-    used = f"; the bank uses pool_part {part}" if part != "all" else ""
     for encoder, weight in zip(member.encoders, weights, strict=True):
         size, resize_mode = encoder.preprocessing.size, encoder.preprocessing.resize_mode
         precision = "half precision on a GPU" if encoder.precision == "half" else "full precision"
@@ -91,7 +94,7 @@ def describe_member(member: Member, folder: Path) -> Iterator[tuple[str, str]]:
             f"{encoder.architecture} of {encoder.library}, {encoder.features:,} features, {precision}{weighted}",
         )
         if encoder.pool != "auto":
-            yield "pooling", POOLED[encoder.pool] + used
+            yield "pooling", POOLED[encoder.pool] + USED_PARTS.get((encoder.pool, member.recipe.get("pool_part")), "")
         yield "photos", f"{size} x {size} pixels, resize_mode {resize_mode}"
     first = ", the most useful first" if len(member.views) > 1 else ""
     names = "tiles, each ranked alone" if member.pooling == "none" else ", ".join(member.views)

@@ -29,7 +29,8 @@ class Setting:
         meaning: one or two sentences, for `train.py --explain`.
         choices: the values of a str, or of the items of a list, each at most once; empty for any value.
         least, above, most, below: limits (>=, >, <=, <) of a number, or of each number in a list.
-        lengths: the numbers of items that a list of numbers may have; empty for a list of any strings.
+        items: of a list without choices: str or float.
+        lengths: the numbers of items that a list may have; empty for any number.
         is_per_encoder: whether a list of such values gives one per encoder; a single value is for all of them.
         candidates: the values that cross-validation tries if `choose` names the setting, the simplest first. For
             `views`, the groups of views that it tries to add.
@@ -41,6 +42,7 @@ class Setting:
     above: float | None = None
     most: float | None = None
     below: float | None = None
+    items: type = str
     lengths: tuple[int, ...] = ()
     is_per_encoder: bool = False
     candidates: tuple = ()
@@ -73,11 +75,11 @@ class Setting:
             how, each = ("some", ", each once") if is_list else ("one", "")
             is_met = are_known and len(set(items)) == len(items) and (is_length or not is_list)
             expect(is_met, f"{how} of {', '.join(self.choices)} for {name}{each}")
-        elif is_list and not self.lengths:
-            expect(all(isinstance(item, str) for item in items), f"a list of str for {name}")
         elif is_list:
-            are_numbers = all(isinstance(item, float) for item in items)
-            expect(is_length and are_numbers, f"a list of {' or '.join(map(str, self.lengths))} numbers for {name}")
+            are_right = all(isinstance(item, self.items) for item in items)
+            count = f"{' or '.join(map(str, self.lengths))} " if self.lengths else ""
+            what = "numbers" if self.items is float else self.items.__name__
+            expect(is_length and are_right, f"a list of {count}{what} for {name}")
         numbers = [item for item in items if isinstance(item, (int, float))]
         expect(all(math.isfinite(item) for item in numbers if isinstance(item, float)), f"finite numbers for {name}")
         expect(all(map(self.allows, numbers)), self.limits(name))
@@ -213,8 +215,8 @@ class BankSettings:
     )
     encoder_weights: tuple[float, ...] = setting(
         (),
-        "Weights of the embeddings of several encoders. Empty: all have the same.",
-        lengths=tuple(range(9)),
+        "Weights of the embeddings of several encoders, of which only the ratios count. Empty: all have the same.",
+        items=float,
         above=0,
         candidates=(1.0, 0.7, 0.5, 0.35),
     )
@@ -357,6 +359,7 @@ class TrainSettings:
     rank_weights: tuple[float, ...] = setting(
         (),
         "Weights of the losses of phylum, class, order, family and genus, beside 1 for the species. Empty: none.",
+        items=float,
         lengths=(0, 5),
         least=0,
     )

@@ -77,6 +77,10 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
     if texts is not None:
         texts = texts[encode_labels(plan.classes, inputs.labelled.classes)]
     selection = BankSelection(recipe.bank, recipe.search.choose, plan, encoders, cache, head, texts)
+    # Neither the run's recipe nor its report say that a setting was chosen which it does not have.
+    inputs = dataclasses.replace(
+        inputs, recipe=dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, choose=selection.choose))
+    )
     selection.embed_all()
     if not is_first():
         return

@@ -202,6 +202,32 @@ def test_equal_weights_are_the_weights_of_the_start_and_the_largest_is_1():
     assert with_weight(replace(start, encoder_weights=(1.0, 1e-6)), 2, 0, 0.5).encoder_weights == (1.0, 2e-6)
 
 
+@pytest.mark.parametrize("whitening", [0.0, 0.75])
+def test_only_the_ratios_of_the_weights_count_also_where_single_precision_cannot_hold_them(whitening):
+    embedded, reference = of_two_encoders(), np.arange(72) % 6 < 4
+    settings = BankSettings(views=("plain",), whitening=whitening)
+    queries = torch.tensor(embedded.values[~reference, 0], dtype=torch.float32)
+
+    def predict(embedded, *weights):
+        banks = fit_banks(replace(settings, encoder_weights=weights), embedded, reference)
+        return torch.cat(list(classify(banks, queries[:, : embedded.values.shape[2]])))
+
+    for factor in (1e-60, 1e60):
+        assert torch.equal(predict(embedded, factor, factor / 2), predict(embedded, 1.0, 0.5))
+    first = replace(embedded, values=embedded.values[:, :, :16], blocks=embedded.blocks[:2])
+    assert torch.equal(predict(first, 1e-9, 1.0), predict(first, 1.0, 1.0))
+    assert predict(embedded, 1e60, 1.0).isfinite().all()
+
+
+def test_a_trained_head_keeps_the_whole_embedding():
+    embedded = of_two_encoders()
+    head = fit_banks(BankSettings(views=("plain",)), embedded, np.ones(72, dtype=bool))[0]
+    head = replace(head, prototypes=torch.ones_like(head.prototypes))  # nearest neighbours alone decide
+    start = BankSettings(views=("plain",), matcher="head", nearest_neighbour_weight=0.5)
+    search = search_over(replace(embedded, head=head))
+    assert coordinate_ascent(search, start, ("pool_part",), every_query(search)) == start
+
+
 def test_a_row_of_the_table_has_the_weighted_scores_and_the_paired_gain():
     search, table = search_over(specimens()), []
     coordinate_ascent(search, SETTINGS, ("whitening",), every_query(search), table.append)

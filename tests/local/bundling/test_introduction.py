@@ -54,13 +54,16 @@ def test_tiles_are_named_with_the_probability_of_a_class_in_an_answer(tmp_path):
 
 def test_a_pooling_of_tokens_is_named_if_it_is_not_the_librarys(tmp_path):
     save_file(bank(), tmp_path / "bank.safetensors")
-    of_tokens = member(encoders=(encoder_spec(pool="token+avg"),))
-    assert "  pooling      the class token and the mean of the patches, concatenated" in introduction(
-        tmp_path, of_tokens
-    )
-    of_tokens = replace(of_tokens, recipe={"pool_part": "token"})
-    pooling = "  pooling      the class token and the mean of the patches, concatenated; the bank uses pool_part token"
-    assert pooling in introduction(tmp_path, of_tokens)
+    lines = introduction(tmp_path, member(encoders=(encoder_spec(pool="token+avg"),)))
+    both = "  pooling      the class token and the mean of the patches, concatenated"
+    assert both in lines
+    encoders = (encoder_spec(pool="token+avg"), encoder_spec(pool="stages"))
+    named = member(encoders=encoders, banks=("bank.safetensors",) * 2, recipe={"pool_part": "token"})
+    lines = introduction(tmp_path, named)
+    embedding = "normalize(concatenation over the encoders e of a member of mean_e); the layers weight the encoders"
+    assert f"  embedding    = {embedding}" in lines
+    assert f"{both}, of which the bank uses the class token" in lines
+    assert "  pooling      the final features and the means of the last feature maps, concatenated" in lines
 
 
 def test_the_weights_of_several_encoders_are_named(tmp_path):

@@ -116,6 +116,14 @@ def test_cross_validation_chooses_the_weights_and_the_part_of_a_pooling(drawn, t
     assert (bool(layer.weight[:token].any()), bool(layer.weight[token : 2 * token].any())) == expected
 
 
+def test_a_run_of_one_encoder_with_one_pooling_does_not_claim_to_have_chosen_weights_or_a_part(drawn, tmp_path):
+    choose = 'choose=["encoder_weights","pool_part","whitening"]'
+    recipe = read_recipe("fungiclef-baseline", ["pretrained=false", choose, 'views=["plain"]'], NAMES[0])
+    train_run(recipe, drawn.competition, tmp_path / "run")
+    assert read_recipe(str(tmp_path / "run/recipe.toml")).search.choose == ("whitening",)
+    train_run(recipe, drawn.competition, tmp_path / "run", resumes=True)  # as the same run
+
+
 def test_an_encoder_for_which_there_is_no_time_is_left_out(run, drawn, tmp_path, monkeypatch, capsys):
     now = [0.0]
 
@@ -170,12 +178,18 @@ def test_a_part_of_a_pooling_that_no_encoder_has_is_refused(drawn, tmp_path):
         (["image_size=[64,32,96]"], "image_size has 3 values for 2 encoders"),
         (["encoder_weights=[1,0]"], "expected encoder_weights > 0"),
         (["encoder_weights=[1]"], "encoder_weights has 1 values for 2 encoders"),
+        (["encoder_weights=[1,a]"], r"expected a list of numbers for encoder_weights, got \['\[1', 'a\]'\]"),
         (['pool=["auto","best"]'], "expected one of auto, token, avg, token\\+avg, stages for pool"),
     ],
 )
 def test_settings_that_do_not_fit_several_encoders_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         read_recipe("fungiclef-baseline", settings, NAMES)
+
+
+def test_any_number_of_encoders_may_have_weights():
+    recipe = read_recipe("fungiclef-baseline", [f"encoder_weights={[0.5] * 12}"], NAMES * 6)
+    assert recipe.bank.encoder_weights == (0.5,) * 12
 
 
 def test_other_encoders_on_the_command_line_do_not_get_the_sizes_of_those_in_the_file():
