@@ -32,6 +32,8 @@ from local.data.observations import Taxonomy
 from local.data.stored_embeddings import StoredEmbeddings
 from local.recipes.settings import CANDIDATES, BankSettings
 
+KEPT = 2 << 30  # bytes of whitenings: of the folds and the weights of two encoders with 1,700 features each
+
 
 @dataclass(frozen=True)
 class Embedded:
@@ -109,25 +111,31 @@ class Embedded:
     def whitening(self, reference: np.ndarray, scales: np.ndarray | None = None) -> Whitening:
         """The within-class covariance of a reference set over all views; the exponent is chosen later.
 
-        It is fitted once, until other factors of the features are requested.
+        Those that were used last are kept. To fit one takes seconds where there are thousands of features, and a search
+        tries the same factors of the features again for other settings.
         """
-        mask, key = reference.tobytes(), b"" if scales is None else scales.tobytes()
-        if any(other != key for other, _ in self.whitenings):
-            self.whitenings.clear()
-        if (key, mask) not in self.whitenings:
-            if scales is None:
-                variation = self._variation(reference)
-            else:  # kept for other factors
-                if mask not in self.variations:
-                    self.variations[mask] = self._variation(reference)
-                variation = self.variations[mask].scaled(scales)
-            self.whitenings[key, mask] = Whitening().fit_variation(variation)
-        return self.whitenings[key, mask]
+        mask = reference.tobytes()
+        key = mask, b"" if scales is None else scales.tobytes()
+        whitening = self.whitenings.pop(key, None)
+        if whitening is None:
+            variation = self._variation(reference, is_kept=scales is not None)
+            whitening = Whitening().fit_variation(variation if scales is None else variation.scaled(scales))
+            whitening.directions_ = whitening.directions_.astype(np.float32)  # the precision of the bank
+        self.whitenings[key] = whitening
+        while sum(one.directions_.nbytes for one in self.whitenings.values()) > max(KEPT, whitening.directions_.nbytes):
+            del self.whitenings[next(iter(self.whitenings))]
+        return whitening
 
-    def _variation(self, reference: np.ndarray) -> WithinClassVariation:
-        """The variation within the classes of a reference set."""
+    def _variation(self, reference: np.ndarray, is_kept: bool) -> WithinClassVariation:
+        """The variation within the classes of a reference set, fitted once if it is kept for other factors."""
+        mask = reference.tobytes()
+        if mask in self.variations:
+            return self.variations[mask]
         own = self.subset(reference)
-        return WithinClassVariation.of(own.values, own.labels[own.observations])
+        variation = WithinClassVariation.of(own.values, own.labels[own.observations])
+        if is_kept:
+            self.variations[mask] = variation
+        return variation
 
     def transformed(self, settings: BankSettings, reference: np.ndarray) -> tuple[list[Layer], np.ndarray]:
         """The layers before the matcher, fitted on a reference set, and its embeddings after them.

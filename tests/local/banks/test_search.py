@@ -15,6 +15,7 @@ from sklearn.metrics import log_loss
 from kernel import bank as bank_module
 from kernel.metadata_prior import MetadataPrior, WeightedPrior
 from kernel.ranking import classify
+from local.banks import fitting
 from local.banks import search as search_module
 from local.banks.calibration import LOGIT_SCALE_FACTORS, fit_inverse_temperature
 from local.banks.estimators import l2_normalize
@@ -190,6 +191,21 @@ def test_the_weight_of_an_encoder_and_the_part_of_a_pooling_that_help_are_select
     assert len(table) <= most_candidates(start, ("pool_part", "encoder_weights"), 2)
     first = next(row for row in table if row["key"] == "encoder_weights")
     assert first["value"] == "equal"
+
+
+def test_whitenings_are_kept_as_far_as_their_memory_goes_and_the_newest_always(monkeypatch):
+    embedded, reference = of_two_encoders(), np.ones(72, dtype=bool)
+    scales = [embedded.scales(BankSettings(encoder_weights=(1.0, weight))) for weight in (0.7, 0.5, 0.35)]
+    monkeypatch.setattr(fitting, "KEPT", 2 * 4 * 32**2)
+    first, second, third = (embedded.whitening(reference, one) for one in scales)
+    assert embedded.whitening(reference, scales[1]) is second
+    assert embedded.whitening(reference, scales[2]) is third
+    again = embedded.whitening(reference, scales[0])
+    assert again is not first
+    assert np.array_equal(again.directions_, first.directions_)
+    monkeypatch.setattr(fitting, "KEPT", 0)
+    assert embedded.whitening(reference, scales[0]) is again
+    assert len(embedded.whitenings) == 1
 
 
 def test_equal_weights_are_the_weights_of_the_start_and_the_largest_is_1():
