@@ -19,7 +19,7 @@ from kernel.loader import PhotoLoader
 from kernel.embeddings import Embeddings, Limits, concatenate, embed_observations, list_photos
 from kernel.metadata_prior import weighted_prior
 from kernel.bank import read_banks
-from kernel.ranking import make_answers, rank_with_probabilities
+from kernel.ranking import make_answers, rank
 from kernel.inputs import InputError
 from kernel.submission import fallback_answer, write_submission
 
@@ -111,9 +111,7 @@ def write_predictions(setup: Setup, embedded: Sequence[Embeddings], device: torc
             banks.append(read_banks(weights.file(member.banks[len(own) - 1])))
             values.append(concatenate([embeddings.pooled for embeddings in own]))
     metadata_prior = weighted_prior(weights, members, table.observations)
-    ranked, probabilities = rank_with_probabilities(
-        banks, [member.weight for member in members], values, count, metadata_prior, device
-    )
+    ranked, probabilities = rank(banks, [member.weight for member in members], values, count, metadata_prior, device)
     is_predicted = torch.stack([embeddings.has_embedding for embeddings in embedded]).all(dim=0)
     if metadata_prior is not None:
         is_predicted = torch.ones_like(is_predicted)

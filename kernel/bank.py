@@ -271,8 +271,9 @@ class RefinedBank:
     def _without_own(self, transformed: torch.Tensor, chunk: slice) -> torch.Tensor:
         """(observations of the chunk, classes), similarities to prototypes without the observation's own part.
 
-        Of the observation x, with the weight of transduction t, a share p went into a prototype of the sum s. Without
-        it the sum is s - t p x, whose product with x and length follow from the product of s and x.
+        The sum s of a prototype contains t p x of an observation x, where t is the weight of transduction and p the
+        probability of the prototype. Without that part, the sum is s - t p x. Its product with x and its length follow
+        from the product of s and x.
         """
         observations, own = self.before.assign(transformed, chunk)
         own = own.mul_(self.bank.transduction)

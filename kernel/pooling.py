@@ -29,7 +29,7 @@ class TokenPool(nn.Module):
         return torch.stack([pooled[name] for name in self.pool.split("+")], dim=1)
 
     def extra_repr(self) -> str:
-        # Embeddings are cached by what str(module) says. Before, the parts had other lengths.
+        # Embeddings are cached by what str(module) says, so that it names the length of the parts.
         return f"{self.pool}, prefix={self.prefix}{', unit length' if '+' in self.pool else ''}"
 
 

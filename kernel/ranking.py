@@ -155,7 +155,7 @@ def rank_on(
     guesses: int,
     metadata_prior: torch.Tensor | WeightedPrior | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`rank_with_probabilities` on a device.
+    """`rank` on a device.
 
     Raises:
         RuntimeError: the memory of the device does not suffice, or an operation on it fails.
@@ -178,7 +178,7 @@ def rank_on(
     return indices.cpu(), own.cpu()
 
 
-def rank_with_probabilities(
+def rank(
     members: Sequence[Sequence[Bank]],
     weights: Sequence[float],
     embeddings: Sequence[torch.Tensor],
@@ -211,20 +211,8 @@ def rank_with_probabilities(
         return rank_on(CPU, members, weights, embeddings, guesses, metadata_prior)
 
 
-def rank(
-    members: Sequence[Sequence[Bank]],
-    weights: Sequence[float],
-    embeddings: Sequence[torch.Tensor],
-    guesses: int,
-    metadata_prior: torch.Tensor | WeightedPrior | None = None,
-    device: torch.device = CPU,
-) -> torch.Tensor:
-    """The indices of `rank_with_probabilities`, (observations, guesses) int64."""
-    return rank_with_probabilities(members, weights, embeddings, guesses, metadata_prior, device)[0]
-
-
 def as_answer(indices: torch.Tensor, probabilities: torch.Tensor) -> dict[int, float]:
-    """The classes of one row of `rank_with_probabilities` with their probabilities, best first."""
+    """The classes of one row of `rank` with their probabilities, best first."""
     return dict(zip(indices.tolist(), probabilities.tolist(), strict=True))
 
 
@@ -234,7 +222,7 @@ def make_answers(
     """The classes of each observation with their probabilities, most probable first; none without an embedding.
 
     Args:
-        ranked, probabilities: (observations x tiles, guesses), those of `rank_with_probabilities`.
+        ranked, probabilities: (observations x tiles, guesses), those of `rank`.
         has_embedding: (observations, tiles) bool; one tile where photos are not cut.
         threshold: for photos in tiles, see `probable_classes`; None for others.
     """
@@ -252,7 +240,7 @@ def best_of_tiles(
     """The classes of each observation, each with its probability in the best of the tiles, most probable first.
 
     Args:
-        ranked, probabilities: (observations x tiles, guesses), those of `rank_with_probabilities`; the tiles of an
+        ranked, probabilities: (observations x tiles, guesses), those of `rank`; the tiles of an
             observation are one after another.
         has_embedding: (observations, tiles) bool. The other tiles do not count.
     """

@@ -140,8 +140,8 @@ class Embedded:
     def transformed(self, settings: BankSettings, reference: np.ndarray) -> tuple[list[Layer], np.ndarray]:
         """The layers before the matcher, fitted on a reference set, and its embeddings after them.
 
-        This is the slow part of a candidate, and successive candidates share it: results are kept until a setting
-        before the matcher changes.
+        This is the slow part of a candidate. Its results are kept for the next candidates, until a setting before the
+        matcher changes.
 
         Args:
             reference: (observations,) bool, the reference set.
@@ -297,5 +297,5 @@ def fit_projection(settings: BankSettings, reference: Embedded, pooled: np.ndarr
 
 
 def logit_scale_groups(settings: BankSettings) -> list[slice]:
-    """Which banks share a logit scale: those of the matcher, and that of the nearest neighbour."""
+    """Which banks have the same logit scale: those of the matcher, and that of the nearest neighbour."""
     return [slice(-1), slice(-1, None)] if settings.nearest_neighbour_weight else [slice(None)]

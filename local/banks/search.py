@@ -250,8 +250,7 @@ def coordinate_ascent(
 def weight_encoders(settings: BankSettings, count: int, best_of: Callable) -> BankSettings:
     """Choose the weight of the first of `count` encoders, then that of the next."""
     for encoder in range(count):
-        weights = CANDIDATES["encoder_weights"]
-        candidates = [with_weight(settings, count, encoder, weight) for weight in weights]
+        candidates = [with_weight(settings, count, encoder, weight) for weight in CANDIDATES["encoder_weights"]]
         settings = best_of("encoder_weights", settings, candidates)
     return settings
 

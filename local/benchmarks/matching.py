@@ -58,7 +58,7 @@ def measure_matching(device: torch.device, observations: int = OBSERVATIONS, cla
     )
     bank, search = class_means(prototypes), faiss_search(prototypes)
     ways: dict[str, Callable[[torch.Tensor], np.ndarray]] = {
-        "seconds": lambda queries: rank([[bank]], [1.0], [queries], GUESSES, device=device).numpy(),
+        "seconds": lambda queries: rank([[bank]], [1.0], [queries], GUESSES, device=device)[0].numpy(),
         "topk_seconds": lambda queries: product_and_topk(queries, prototypes, device),
     }
     if search:

@@ -216,7 +216,7 @@ def measure_prediction(
     """From the embeddings of the test set to the submission."""
     embeddings = measurement.run("read and pool the test set", drawn.whole)
     ranked = measurement.run(
-        "rank the classes", lambda: rank([read_banks(folder / BANK_FILE)], [1.0], [embeddings], competition.guesses)
+        "rank the classes", lambda: rank([read_banks(folder / BANK_FILE)], [1.0], [embeddings], competition.guesses)[0]
     )
     class_ids = sorted(map(str, range(measurement.classes)), key=int)
     table = TestTable(folder, competition, [Observation(str(number), ()) for number in range(len(embeddings))])

@@ -16,7 +16,7 @@ from kernel.inputs import InputError
 from kernel.manifest import Member, Weights, in_tiles
 from kernel.metadata_prior import WeightedPrior, weighted_prior
 from kernel.observations import Observation
-from kernel.ranking import make_answers, rank_with_probabilities
+from kernel.ranking import make_answers, rank
 from local.base.run_folder import REFERENCE_FILE
 from local.bundling.weights import check_same_task, choose_members, mean_threshold
 
@@ -181,7 +181,7 @@ class Model:
         """The predictions of observations by their embeddings with each member, as the kernel ranks them."""
         banks, weights = [one.banks for one in self.members], [one.weight for one in self.members]
         device = self.members[0].encoders[0].device
-        best, probabilities = rank_with_probabilities(banks, weights, values, top, prior, device)
+        best, probabilities = rank(banks, weights, values, top, prior, device)
         is_readable = torch.stack([own.norm(dim=1) > 0 for own in values]).all(dim=0)
         answers = make_answers(best, probabilities, is_readable.view(len(observations), -1), self.threshold)
         has_reference = self.reference and not self.competition.grids  # no photo of one class resembles a quadrat

@@ -16,6 +16,7 @@ from local.data.concatenated_encoders import ConcatenatedEncoders
 from local.data.observations import Split, encode_labels, split_for_validation
 from local.encoders.variants import pooled_parts
 from local.recipes.recipe import Recipe
+from local.recipes.settings import SearchSettings
 from local.training.checkpoints import full_disk_named, memory_named
 from local.training.checks import CHECKPOINTS, is_first, partial_of
 from local.training.export import export_run, refuse_unopenable, write_reference
@@ -78,9 +79,8 @@ def fill_folder(folder: Path, cache: Path, inputs: Inputs) -> None:
         texts = texts[encode_labels(plan.classes, inputs.labelled.classes)]
     selection = BankSelection(recipe.bank, recipe.search.choose, plan, encoders, cache, head, texts)
     # Neither the run's recipe nor its report say that a setting was chosen which it does not have.
-    inputs = dataclasses.replace(
-        inputs, recipe=dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, choose=selection.choose))
-    )
+    chosen = dataclasses.replace(recipe, search=SearchSettings(selection.choose))
+    inputs = dataclasses.replace(inputs, recipe=chosen)
     selection.embed_all()
     if not is_first():
         return

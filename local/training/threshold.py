@@ -16,7 +16,7 @@ from kernel.embeddings import concatenate
 from kernel.encoders import Encoder
 from kernel.manifest import tile_names, tiled
 from kernel.photos import read_photo
-from kernel.ranking import best_of_tiles, probable_classes, rank_with_probabilities
+from kernel.ranking import best_of_tiles, probable_classes, rank
 from kernel.views import ALL_VIEWS
 from local.banks.selection import BankSelection, SelectedBank
 from local.base.console import Progress, counted, say
@@ -117,7 +117,7 @@ def rank_tiles(selection: BankSelection, selected: SelectedBank, quadrats: Seque
     values = concatenate(each)
     banks, device = selection.fit_fold(selected), encoders.encoders[0].device
     weights, guesses = [selected.inverse_temperature], competition.guesses
-    ranked, probabilities = rank_with_probabilities([banks], weights, [values], guesses, device=device)
+    ranked, probabilities = rank([banks], weights, [values], guesses, device=device)
     return list(best_of_tiles(ranked, probabilities, (values.norm(dim=1) > 0).view(len(quadrats), -1)))
 
 

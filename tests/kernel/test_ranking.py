@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from kernel import bank, ranking
 from kernel.bank import CPU_CHUNK, GPU_CHUNK, MIN_OBSERVATIONS, TRANSDUCTION_ROUNDS, Bank, observations_at_once
-from kernel.ranking import best_of_tiles, classify, largest, probable_classes, rank, rank_with_probabilities
+from kernel.ranking import best_of_tiles, classify, largest, probable_classes, rank
 from tests.kernel.test_bank import DEVICES, classified, random_bank
 
 
@@ -19,9 +19,9 @@ def chunks_of(monkeypatch, count):
 
 def test_chunks_do_not_change_the_ranking(monkeypatch):
     bank, queries = random_bank(transduction=torch.tensor(0.5)), normalize(torch.randn(50, 8))
-    whole = rank([[bank]], [1.0], [queries], 10)
+    whole = rank([[bank]], [1.0], [queries], 10)[0]
     chunks_of(monkeypatch, 7)
-    assert torch.equal(rank([[bank]], [1.0], [queries], 10), whole)
+    assert torch.equal(rank([[bank]], [1.0], [queries], 10)[0], whole)
     assert torch.equal(whole, classified([bank], queries).sort(descending=True, stable=True).indices[:, :10])
 
 
@@ -81,7 +81,7 @@ def test_an_ensemble_of_mixtures_ranks_as_its_formula_in_double_precision(monkey
     if size:
         chunks_of(monkeypatch, size)
     members, weights = [banks[:2], banks[2:]], [0.6, 0.4]
-    found = rank(members, weights, embeddings, classes, metadata_prior, torch.device(device))
+    found = rank(members, weights, embeddings, classes, metadata_prior, torch.device(device))[0]
     assert torch.equal(found, expected.sort(dim=1, descending=True).indices)
     scores = torch.cat(list(classify(banks[:2], embeddings[0], torch.device(device)))).cpu()
     assert torch.allclose(scores[:-1].double(), mixture[:-1], atol=1e-5)
@@ -90,7 +90,7 @@ def test_an_ensemble_of_mixtures_ranks_as_its_formula_in_double_precision(monkey
 @pytest.mark.parametrize("device", DEVICES)
 def test_equal_scores_are_ranked_by_class_on_every_device(device):
     generator = torch.Generator().manual_seed(0)
-    # Products of small powers of two are exact, whatever the order in which a device adds them.
+    # Small powers of two: their products and sums are exact on every device.
     prototypes = 2.0 ** -torch.randint(1, 4, (12, 16), generator=generator)
     bank = random_bank(classes=2000, features=16, layers=(), bias=torch.zeros(2000), logit_scale=torch.tensor(4.0))
     bank = replace(bank, prototypes=prototypes[torch.randint(12, (2000,), generator=generator)])
@@ -98,14 +98,16 @@ def test_equal_scores_are_ranked_by_class_on_every_device(device):
     scores = 4 * queries @ bank.prototypes.T
     expected = scores.sort(dim=1, descending=True, stable=True).indices
     for guesses in (1, 10, 2000):
-        assert torch.equal(rank([[bank]], [1.0], [queries], guesses, None, torch.device(device)), expected[:, :guesses])
+        assert torch.equal(
+            rank([[bank]], [1.0], [queries], guesses, None, torch.device(device))[0], expected[:, :guesses]
+        )
 
 
 @pytest.mark.parametrize("limit", [1, 5, 20])
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2 GiB", "CUBLAS_STATUS_ALLOC_FAILED"])
 def test_where_memory_runs_out_smaller_chunks_rank_the_same(monkeypatch, capsys, limit, message):
     bank, queries = random_bank(transduction=torch.tensor(0.5)), normalize(torch.randn(50, 8))
-    whole = rank([[bank]], [1.0], [queries], 10)
+    whole = rank([[bank]], [1.0], [queries], 10)[0]
     attempts = []
 
     def limited(method):
@@ -119,7 +121,7 @@ def test_where_memory_runs_out_smaller_chunks_rank_the_same(monkeypatch, capsys,
 
     monkeypatch.setattr(Bank, "scores", limited(Bank.scores))
     monkeypatch.setattr(Bank, "assign", limited(Bank.assign))
-    assert torch.equal(rank([[bank]], [1.0], [queries], 10), whole)
+    assert torch.equal(rank([[bank]], [1.0], [queries], 10)[0], whole)
     assert attempts[0] == 50 and attempts[-1] <= limit
     assert capsys.readouterr().out == ""
 
@@ -139,15 +141,15 @@ META = torch.device("meta")  # a device on which some operations fail, since it 
 @pytest.mark.parametrize("transduction", [0.0, 0.5])
 def test_a_device_that_fails_leaves_the_ranking_to_the_cpu(capsys, transduction):
     bank, queries = random_bank(transduction=torch.tensor(transduction)), normalize(torch.randn(50, 8))
-    expected = rank([[bank]], [1.0], [queries], 10)
-    assert torch.equal(rank([[bank]], [1.0], [queries], 10, None, META), expected)
+    expected = rank([[bank]], [1.0], [queries], 10)[0]
+    assert torch.equal(rank([[bank]], [1.0], [queries], 10, None, META)[0], expected)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("ranking the classes on the CPU instead of meta: ")
 
 
 def test_a_device_without_memory_for_one_observation_leaves_the_ranking_to_the_cpu(monkeypatch, capsys):
     bank, queries = random_bank(), normalize(torch.randn(50, 8))
-    expected, compute, attempts = rank([[bank]], [1.0], [queries], 10), Bank.scores, []
+    expected, compute, attempts = rank([[bank]], [1.0], [queries], 10)[0], Bank.scores, []
 
     def limited(bank, transformed):
         if transformed.device == META:
@@ -156,7 +158,7 @@ def test_a_device_without_memory_for_one_observation_leaves_the_ranking_to_the_c
         return compute(bank, transformed)
 
     monkeypatch.setattr(Bank, "scores", limited)
-    assert torch.equal(rank([[bank]], [1.0], [queries], 10, None, META), expected)
+    assert torch.equal(rank([[bank]], [1.0], [queries], 10, None, META)[0], expected)
     assert attempts == [50, 25, 12, 6, 3, 1]
     assert capsys.readouterr().out == "ranking the classes on the CPU instead of meta: its memory does not suffice\n"
 
@@ -169,7 +171,7 @@ def test_products_are_in_full_precision_whatever_the_process_has_set(device):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        found = rank([[bank]], [1.0], [direction.repeat(300, 1)], 40, None, torch.device(device))
+        found = rank([[bank]], [1.0], [direction.repeat(300, 1)], 40, None, torch.device(device))[0]
         assert found.tolist() == [list(range(39, -1, -1))] * 300
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -198,7 +200,7 @@ def test_an_ensemble_ranks_by_the_weighted_sum_of_its_members_log_probabilities(
     queries = [normalize(torch.randn(9, 8)), normalize(torch.randn(9, 5))]
     parts = [classified([bank], query) for bank, query in zip(banks, queries, strict=True)]
     assert torch.equal(
-        rank([[bank] for bank in banks], [0.8, 0.2], queries, 3), (0.8 * parts[0] + 0.2 * parts[1]).topk(3).indices
+        rank([[bank] for bank in banks], [0.8, 0.2], queries, 3)[0], (0.8 * parts[0] + 0.2 * parts[1]).topk(3).indices
     )
 
 
@@ -207,7 +209,7 @@ def test_probabilities_are_the_softmax_of_what_ranks_the_classes():
     prior = torch.randn(6, 10)
     totals = [torch.cat(list(classify([bank], own))) for bank, own in zip(banks, queries, strict=True)]
     expected = (0.8 * totals[0] + 0.2 * totals[1] + prior).softmax(dim=1).sort(descending=True)
-    indices, probabilities = rank_with_probabilities([[bank] for bank in banks], [0.8, 0.2], queries, 10, prior)
+    indices, probabilities = rank([[bank] for bank in banks], [0.8, 0.2], queries, 10, prior)
     assert torch.equal(indices, expected.indices)
     torch.testing.assert_close(probabilities, expected.values)
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(6))
@@ -217,7 +219,7 @@ def test_the_metadata_prior_is_added_to_the_observation_that_it_belongs_to(monke
     bank, queries, prior = random_bank(), normalize(torch.randn(50, 8)), 3 * torch.randn(50, 30)
     chunks_of(monkeypatch, 7)
     expected = (classified([bank], queries) + prior).sort(descending=True, stable=True).indices[:, :10]
-    assert torch.equal(rank([[bank]], [1.0], [queries], 10, prior), expected)
+    assert torch.equal(rank([[bank]], [1.0], [queries], 10, prior)[0], expected)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -229,12 +231,12 @@ def test_the_ranking_is_a_full_sort_by_score_and_then_by_class(seed):
     scores = classified([bank], queries).tolist()
     expected = [sorted(range(20), key=lambda label: (-row[label], label)) for row in scores]
     for guesses in (1, 10, 20):
-        assert rank([[bank]], [1.0], [queries], guesses).tolist() == [row[:guesses] for row in expected]
+        assert rank([[bank]], [1.0], [queries], guesses)[0].tolist() == [row[:guesses] for row in expected]
 
 
 def test_more_guesses_than_classes_gives_all_and_no_queries_give_none():
-    assert rank([[random_bank(classes=3)]], [1.0], [torch.randn(2, 8)], 10).shape == (2, 3)
-    assert rank([[random_bank()]], [1.0], [torch.zeros(0, 8)], 10).shape == (0, 10)
+    assert rank([[random_bank(classes=3)]], [1.0], [torch.randn(2, 8)], 10)[0].shape == (2, 3)
+    assert rank([[random_bank()]], [1.0], [torch.zeros(0, 8)], 10)[0].shape == (0, 10)
 
 
 def test_a_class_is_as_probable_as_in_its_best_tile_and_tiles_without_an_embedding_do_not_count():

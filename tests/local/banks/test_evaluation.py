@@ -40,7 +40,7 @@ def test_ranks_of_equal_scores_are_those_of_the_kernel(seed):
     embeddings = l2_normalize(rng.normal(size=(12, 6)))[rng.integers(0, 12, 24)]
     bank, truth = class_means_bank(embeddings, np.arange(24), 24), rng.integers(0, 24, 50)
     queries = torch.tensor(rng.normal(size=(50, 6)), dtype=torch.float32)
-    order = rank([[bank]], [1.0], [queries], 24).numpy()
+    order = rank([[bank]], [1.0], [queries], 24)[0].numpy()
     evaluation = evaluate_predictions(torch.cat(list(classify([bank], queries))), truth)
     assert (order[np.arange(50), evaluation.ranks] == truth).all()
     assert (order[:, :10] == evaluation.top).all()

@@ -179,7 +179,7 @@ def test_transduction_sees_the_queries_of_a_sparse_test_set_alone(task, encoders
     moved = answer_with_bundle(task, replace(found, members=[replace(member, banks=banks)]), "moved", None)
     classes = found.manifest.class_ids
     for rows, guesses in zip(task.draws, moved.sparse, strict=True):
-        alone = rank([banks], [1.0], [member.embeddings[torch.tensor(rows)]], 10)
+        alone = rank([banks], [1.0], [member.embeddings[torch.tensor(rows)]], 10)[0]
         assert guesses == [[classes[index] for index in row] for row in alone.tolist()]
     assert any(
         guesses != [moved.guesses[row] for row in rows] for rows, guesses in zip(task.draws, moved.sparse, strict=True)

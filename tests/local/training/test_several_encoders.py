@@ -71,7 +71,7 @@ def test_the_kernel_predicts_with_both_and_with_the_first_if_there_is_no_time_fo
 
     def expected(own, bank: str) -> list[list[str]]:
         values = concatenate([one.pooled for one in own])
-        ranked = rank([read_banks(run / bank)], [1.0], [values], guesses, None)
+        ranked = rank([read_banks(run / bank)], [1.0], [values], guesses, None)[0]
         return [[class_ids[index] for index in row] for row in ranked.tolist()]
 
     answers = {}
