@@ -37,7 +37,7 @@ def embed_test_set(setup: Setup) -> tuple[list[Embeddings], torch.device]:
     different = [steps[index] for index in distinct]
     # The processes of the loaders are forked before CUDA starts, and decode while the first encoder is opened.
     photos, gpus = list_photos(setup.table.observations), torch.cuda.device_count()
-    loaders = [PhotoLoader.for_gpus(photos, spec.preprocessing, gpus) for _, spec in different]
+    loaders = [PhotoLoader.for_gpus(photos, spec.preprocessing, gpus, len(different)) for _, spec in different]
     try:
         devices = pick_devices()
         found = dict(zip(distinct, embed_in_steps(setup, different, loaders, devices), strict=False))

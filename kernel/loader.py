@@ -31,7 +31,10 @@ from kernel.manifest import Preprocessing
 from kernel.photos import decode
 
 FIRST_BATCH = 8  # photos by which the time on a CPU is planned; few, since the first pass may take long
-AHEAD = 2  # batches that are decoded ahead beside a GPU
+# Photos that are decoded ahead beside a GPU: so many bytes of pixels, 7,000 photos of 224 pixels, which 16 cores decode
+# while CUDA and the encoder start. With those of the last batches, no more than the 8,192 tasks that a pipe holds; two
+# batches at least.
+AHEAD_BYTES, MOST_QUEUED, AHEAD = 1 << 30, 8000, 2
 FEW_PHOTOS = 64  # up to so many are decoded in threads: processes take up to half a second to start and to end
 PHOTO_SECONDS = 60.0  # without a decoded photo, after which those that are being decoded are given up
 CHECK_SECONDS = 0.2  # between two looks at whether the workers live, while no photo arrives
@@ -83,15 +86,22 @@ class PhotoLoader:
         self._give_out(ahead)
 
     @classmethod
-    def for_gpus(cls, paths: Sequence[Path], preprocessing: Preprocessing, gpus: int) -> "PhotoLoader":
-        """A loader for an encoder that will be opened on so many GPUs, or on the CPU."""
+    def for_gpus(
+        cls, paths: Sequence[Path], preprocessing: Preprocessing, gpus: int, loaders: int = 1
+    ) -> "PhotoLoader":
+        """A loader for an encoder that will be opened on so many GPUs, or on the CPU.
+
+        Args:
+            loaders: that share the memory of the photos which are decoded ahead.
+        """
         batch_size = max(1, gpus) * gpu_batch_size(preprocessing)
-        return cls(paths, preprocessing, batch_size, AHEAD * batch_size if gpus else 0)
+        return cls(paths, preprocessing, batch_size, photos_ahead(batch_size, preprocessing, loaders) if gpus else 0)
 
     @classmethod
     def for_encoder(cls, paths: Sequence[Path], encoder: Encoder) -> "PhotoLoader":
         """A loader for an encoder that is open."""
-        return cls(paths, encoder.preprocessing, encoder.batch_size, AHEAD * encoder.batch_size * encoder.queued)
+        ahead = photos_ahead(encoder.batch_size, encoder.preprocessing) if encoder.queued else 0
+        return cls(paths, encoder.preprocessing, encoder.batch_size, ahead)
 
     def __enter__(self) -> "PhotoLoader":
         return self
@@ -272,6 +282,12 @@ class PhotoLoader:
             with suppress(OSError):  # no memory for another process, or too many of them
                 worker = WorkerProcess(work)
         self._workers.append(worker or WorkerThread(work))
+
+
+def photos_ahead(batch_size: int, preprocessing: Preprocessing, loaders: int = 1) -> int:
+    """How many photos each of some loaders decodes ahead beside a GPU; see AHEAD_BYTES."""
+    fitting = AHEAD_BYTES // (loaders * 3 * preprocessing.decoded_size**2)
+    return max(AHEAD * batch_size, min(fitting, MOST_QUEUED - 2 * batch_size))
 
 
 def decode_photos(

@@ -5,6 +5,7 @@ import queue
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -89,6 +90,19 @@ def test_photos_are_decoded_ahead_of_the_batch_that_is_asked_for_and_no_further(
     with PhotoLoader(paths, CROP, batch_size=8, ahead=0) as loader:
         loader.take(8)
         assert loader._queued == 8
+
+
+def test_beside_a_gpu_photos_are_decoded_while_the_encoder_is_opened_as_memory_and_a_pipe_allow(paths, processes):
+    def queued(photos: int, size: int, gpus: int, loaders: int) -> int:
+        with PhotoLoader.for_gpus((paths * 700)[:photos], replace(CROP, size=size), gpus, loaders) as loader:
+            return loader._queued  # before a batch is asked for
+
+    assert queued(photos=3000, size=64, gpus=1, loaders=1) == 3000
+    assert queued(photos=20000, size=64, gpus=1, loaders=1) == 8000 - 2 * 256
+    assert queued(photos=20000, size=448, gpus=1, loaders=1) == (1 << 30) // (448 * 448 * 3)
+    assert queued(photos=20000, size=448, gpus=1, loaders=4) == (1 << 28) // (448 * 448 * 3)
+    assert queued(photos=20000, size=448, gpus=16, loaders=40) == 2 * 16 * 64
+    assert queued(photos=3000, size=64, gpus=0, loaders=1) == 0
 
 
 def test_the_pixels_of_a_batch_stay_until_the_second_one_after_it_is_requested(paths, workers):
