@@ -126,7 +126,7 @@ class Blend:
         if counts not in self.known:
             first = self.predictions[0]
             found = evaluate_predictions(self.log_probabilities(counts), first.truth)
-            self.known[counts] = first.weights * objective(self.metric, found.ranks, found.losses, self.guesses)
+            self.known[counts] = first.weights * objective(self.metric, found.hits, found.losses, self.guesses)
         return self.known[counts]
 
     def choose(self, rows: np.ndarray) -> tuple[tuple[int, ...], dict[str, float]]:

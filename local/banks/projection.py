@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from kernel.bank import Bank, Layer, apply_layers
 from local.banks.estimators import ABSENT, ClassMeans, Whitening, centre, make_bank, pool
 from local.banks.folds import make_folds
-from local.base.metrics import mean_recall, paired_gain
+from local.base.metrics import hits_of, mean_recall, paired_gain
 from local.data.observations import Taxonomy
 
 EVALUATIONS = 6  # of the members on their held-out observations, during training
@@ -314,7 +314,7 @@ class ProjectionMember:
         """(held-out observations,) `mean_recall` of each, with class means of the others."""
         scores = self.network(self.values[self.held_out]) @ self.prototypes(self.kept).T + self.bias
         own = scores.gather(1, self.reference.labels[self.held_out, None])
-        return mean_recall((scores > own).sum(dim=1).numpy())
+        return mean_recall(hits_of((scores > own).sum(dim=1).numpy()))
 
     def bank(self) -> Bank:
         """The bank for the kernel, with prototypes of all observations."""

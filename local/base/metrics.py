@@ -166,27 +166,35 @@ def hit_matrix(truth: Sequence[str], guesses: Sequence[Sequence[str]]) -> np.nda
     return np.array(rows, dtype=float).reshape(-1, len(GUESSES))
 
 
-def mean_recall(ranks: np.ndarray, guesses: int = max(GUESSES)) -> np.ndarray:
-    """(queries,) the mean of each query's recalls at 1, 5 and 10, as far as a row of the submission has room.
-
-    Settings are chosen by this mean: on a few hundred queries, a choice by Recall@5 alone would depend on few of them.
+def hits_of(ranks: np.ndarray) -> np.ndarray:
+    """(queries, len(GUESSES)) float: whether the true class is among the first 1, 5, 10 guesses.
 
     Args:
         ranks: (queries,) rank of the true class, 0 for the first.
+    """
+    return (ranks[:, None] < np.array(GUESSES)).astype(float)
+
+
+def mean_recall(hits: np.ndarray, guesses: int = max(GUESSES)) -> np.ndarray:
+    """(queries,) the mean of each query's recalls at 1, 5 and 10, as far as a row of the submission has room.
+
+    Args:
+        hits: (queries, len(GUESSES)) of `hits_of`, or the smooth ones of `local.banks.evaluation.Evaluation`.
         guesses: in a row of the submission.
     """
-    return np.mean([ranks < count for count in GUESSES if count <= guesses], axis=0)
+    return hits[:, np.array(GUESSES) <= guesses].mean(axis=1)
 
 
-def objective(metric: str, ranks: np.ndarray, losses: np.ndarray, guesses: int) -> np.ndarray:
+def objective(metric: str, hits: np.ndarray, losses: np.ndarray, guesses: int) -> np.ndarray:
     """(queries,) what settings are chosen by, the more the better: minus the log-loss, or `mean_recall`.
 
     Args:
         metric: of the competition.
-        ranks, losses: those of `local.banks.evaluation.Evaluation`.
+        hits: see `mean_recall`.
+        losses: see `local.banks.evaluation.Evaluation`.
         guesses: in a row of the submission.
     """
-    return -cap_losses(losses) if metric == LOG_LOSS else mean_recall(ranks, guesses)
+    return -cap_losses(losses) if metric == LOG_LOSS else mean_recall(hits, guesses)
 
 
 def interval(sample: np.ndarray, seed: int = 0, weights: np.ndarray | None = None) -> tuple[float, float]:

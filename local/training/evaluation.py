@@ -125,7 +125,7 @@ def score_bank(
         classes: of the bank.
     """
     outcome = evaluate_predictions(classify([bank], queries), encode_labels(class_ids, classes))
-    hits = np.stack([outcome.ranks < count for count in GUESSES], axis=1).astype(float)
+    hits = outcome.hits
     # Compared by id: by index, all classes that the bank lacks would be one class, -1.
     answers = class_ids.tolist(), [classes[label] for label in outcome.top[:, 0]]
     scores = {f"recall_at_{count}": float(recall) for count, recall in zip(GUESSES, hits.mean(axis=0), strict=True)} | {

@@ -45,7 +45,7 @@ def recalls_of(runs, weights, guesses):
     predictions = [read_predictions(run) for run in runs]
     total = sum(weight * one.log_probabilities for weight, one in zip(weights, predictions, strict=True))
     first = predictions[0]
-    return first.weights * mean_recall(evaluate_predictions(total, first.truth).ranks, guesses)
+    return first.weights * mean_recall(evaluate_predictions(total, first.truth).hits, guesses)
 
 
 @pytest.mark.parametrize("guesses", [1, 10])

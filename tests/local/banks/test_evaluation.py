@@ -31,6 +31,7 @@ def test_predictions_are_evaluated_chunk_by_chunk_as_all_at_once():
     chunks, whole = (evaluate_predictions(one, truth) for one in (iter(scores.split([1, 299, 400])), scores))
     for name in ("top", "ranks", "losses"):
         assert np.array_equal(getattr(chunks, name), getattr(whole, name), equal_nan=name == "losses")
+    assert chunks.smooth_hits == pytest.approx(whole.smooth_hits, rel=1e-14)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -52,3 +53,17 @@ def test_a_class_that_the_bank_lacks_has_the_last_rank_and_no_loss():
     assert evaluation.ranks.tolist() == [1, 2, 3]
     assert evaluation.losses == pytest.approx([-0.3, -0.1, np.nan], nan_ok=True)
     assert evaluation.top[0].tolist() == [1, 2, 0]
+    assert evaluation.smooth_hits[:, 0] == pytest.approx([0.5, 1 / (1 + np.exp(0.2)), 0])  # .3 beside .3, .1 beside .3
+    assert evaluation.smooth_hits[:, 1:].tolist() == [[1, 1], [1, 1], [0, 0]]  # three classes
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_smooth_hit_is_the_share_of_the_true_class_beside_the_best_others(seed):
+    rng = np.random.default_rng(seed)
+    probabilities, truth = rng.dirichlet(np.full(15, 0.3), size=200), rng.integers(0, 15, 200)
+    evaluation = evaluate_predictions(torch.tensor(probabilities).log(), truth)
+    own = probabilities[np.arange(200), truth]
+    for row, target, share, hits in zip(probabilities, truth, own, evaluation.smooth_hits, strict=True):
+        others = np.sort(np.delete(row, target))[::-1]
+        assert hits == pytest.approx([share / (share + others[count - 1]) for count in (1, 5, 10)])
+    assert ((evaluation.smooth_hits > 0.5) == (evaluation.hits == 1)).all()

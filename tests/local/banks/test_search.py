@@ -19,7 +19,7 @@ from local.banks import fitting
 from local.banks import search as search_module
 from local.banks.calibration import LOGIT_SCALE_FACTORS, fit_inverse_temperature
 from local.banks.estimators import l2_normalize
-from local.banks.evaluation import evaluate_predictions
+from local.banks.evaluation import Evaluation, evaluate_predictions
 from local.banks.fitting import Embedded, fit_banks
 from local.banks.folds import FOLDS, macro_weights, make_folds, shot_weights
 from local.banks.projection import ProjectionEnsemble
@@ -106,7 +106,7 @@ def test_queries_are_weighted_by_shots_or_by_classes():
     assert (by_shots.weights == shot_weights(np.concatenate(shots), embedded.labels)).all()
     assert (by_classes.weights == macro_weights(by_classes.truth, by_classes.truth)).all()
     settings = replace(SETTINGS, whitening=1.0)
-    expected = by_shots.weights * mean_recall(by_shots.evaluate(settings).ranks, 10)
+    expected = by_shots.weights * mean_recall(by_shots.evaluate(settings).smooth_hits, 10)
     assert (by_shots.weighted_objective(settings) == expected).all()
 
 
@@ -244,6 +244,21 @@ def test_a_trained_head_keeps_the_whole_embedding():
     assert coordinate_ascent(search, start, ("pool_part",), every_query(search)) == start
 
 
+def test_settings_with_the_same_hits_are_chosen_by_how_clear_they_are(monkeypatch):
+    search = search_over(specimens())
+    losses = np.zeros(len(search.truth))
+
+    def evaluate(settings):
+        top = np.zeros((len(losses), 10), dtype=int)
+        shares = np.full((len(losses), 3), 0.6 + settings.whitening / 10)
+        return Evaluation(top, np.zeros(len(losses), dtype=int), losses, shares)
+
+    monkeypatch.setattr(search, "evaluate", evaluate)
+    assert coordinate_ascent(search, SETTINGS, ("whitening",), every_query(search)).whitening == 1
+    search.metric = "log_loss"
+    assert coordinate_ascent(search, SETTINGS, ("whitening",), every_query(search)).whitening == 0
+
+
 def test_a_row_of_the_table_has_the_weighted_scores_and_the_paired_gain():
     search, table = search_over(specimens()), []
     coordinate_ascent(search, SETTINGS, ("whitening",), every_query(search), table.append)
@@ -276,9 +291,9 @@ def test_a_selection_among_noise_is_not_reported_as_a_gain():
     noise = l2_normalize(rng.normal(size=embedded.values.shape)).astype(np.float16)
     search = search_over(replace(embedded, values=noise))
     chosen = coordinate_ascent(search, SETTINGS, KEYS, every_query(search))
-    optimistic = (search.evaluate(chosen).ranks < 5).mean()
-    nested = nested_predictions(search, SETTINGS, KEYS).log_probabilities
-    assert (evaluate_predictions(nested, search.truth).ranks < 5).mean() < optimistic
+    optimistic = search.weighted_objective(chosen).mean()
+    nested = evaluate_predictions(nested_predictions(search, SETTINGS, KEYS).log_probabilities, search.truth)
+    assert (search.weights * mean_recall(nested.smooth_hits)).mean() < optimistic
 
 
 def test_without_a_choice_the_nested_predictions_are_at_the_temperature_that_the_others_choose(search):

@@ -15,6 +15,7 @@ from local.base.metrics import (
     gained,
     held_out_scores,
     hit_matrix,
+    hits_of,
     interval,
     losses_of,
     macro_f1,
@@ -138,10 +139,10 @@ def test_macro_f1_over_classes_of_one_observation_lies_within_its_interval() -> 
 
 
 def test_a_mean_recall_is_over_the_recalls_that_the_submission_has_room_for() -> None:
-    ranks = np.array([0, 3, 7, 20])
-    assert mean_recall(ranks).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0])
-    assert mean_recall(ranks, 5).tolist() == pytest.approx([1, 1 / 2, 0, 0])
-    assert mean_recall(ranks, 1).tolist() == [1, 0, 0, 0]
+    hits = hits_of(np.array([0, 3, 7, 20]))
+    assert mean_recall(hits).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert mean_recall(hits, 5).tolist() == pytest.approx([1, 1 / 2, 0, 0])
+    assert mean_recall(hits, 1).tolist() == [1, 0, 0, 0]
 
 
 def percentiles(samples, statistic, seed: int) -> tuple[float, float]:
@@ -240,10 +241,10 @@ def test_log_loss_is_that_of_scikit_learn_and_finite_for_a_class_without_probabi
 
 
 def test_a_log_loss_has_an_interval_and_may_be_what_settings_are_chosen_by():
-    ranks, losses = np.array([0, 1, 3]), np.array([0.1, np.nan, 99.0])
+    hits, losses = hits_of(np.array([0, 1, 3])), np.array([0.1, np.nan, 99.0])
     capped = [0.1, -np.log(1e-15), -np.log(1e-15)]
-    assert objective("log_loss", ranks, losses, 5) == pytest.approx(-np.array(capped))
-    assert objective("recall_at_5", ranks, losses, 5).tolist() == mean_recall(ranks, 5).tolist()
+    assert objective("log_loss", hits, losses, 5) == pytest.approx(-np.array(capped))
+    assert objective("recall_at_5", hits, losses, 5).tolist() == mean_recall(hits, 5).tolist()
     scores = score(["a", "b", "c"], [["a"], ["a"], ["a"]], weights=np.array([2.0, 1, 1]), losses=losses)
     assert scores["log_loss"] == pytest.approx(np.average(capped, weights=[2, 1, 1]))
     assert scores["log_loss_low"] < scores["log_loss"] < scores["log_loss_high"]
