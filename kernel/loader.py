@@ -31,10 +31,9 @@ from kernel.manifest import Preprocessing
 from kernel.photos import decode
 
 FIRST_BATCH = 8  # photos by which the time on a CPU is planned; few, since the first pass may take long
-# Photos that are decoded ahead beside a GPU: so many bytes of pixels, 7,000 photos of 224 pixels, which 16 cores decode
-# while CUDA and the encoder start. With those of the last batches, no more than the 8,192 tasks that a pipe holds; two
-# batches at least.
-AHEAD_BYTES, MOST_QUEUED, AHEAD = 1 << 30, 8000, 2
+AHEAD_BYTES = 1 << 30  # of pixels that are decoded ahead beside a GPU, while CUDA and the encoder start
+AHEAD = 2  # batches that are decoded ahead beside it, at least
+MOST_QUEUED = 8000  # photos that are decoded ahead or in use: a pipe holds 8,192 tasks
 FEW_PHOTOS = 64  # up to so many are decoded in threads: processes take up to half a second to start and to end
 PHOTO_SECONDS = 60.0  # without a decoded photo, after which those that are being decoded are given up
 CHECK_SECONDS = 0.2  # between two looks at whether the workers live, while no photo arrives
@@ -92,7 +91,7 @@ class PhotoLoader:
         """A loader for an encoder that will be opened on so many GPUs, or on the CPU.
 
         Args:
-            loaders: that share the memory of the photos which are decoded ahead.
+            loaders: that decode ahead at the same time, each in its part of AHEAD_BYTES.
         """
         batch_size = max(1, gpus) * gpu_batch_size(preprocessing)
         return cls(paths, preprocessing, batch_size, photos_ahead(batch_size, preprocessing, loaders) if gpus else 0)
@@ -285,7 +284,7 @@ class PhotoLoader:
 
 
 def photos_ahead(batch_size: int, preprocessing: Preprocessing, loaders: int = 1) -> int:
-    """How many photos each of some loaders decodes ahead beside a GPU; see AHEAD_BYTES."""
+    """How many photos each of so many loaders decodes ahead beside a GPU, as memory and a pipe allow."""
     fitting = AHEAD_BYTES // (loaders * 3 * preprocessing.decoded_size**2)
     return max(AHEAD * batch_size, min(fitting, MOST_QUEUED - 2 * batch_size))
 

@@ -1,7 +1,7 @@
 """Compare predictions with the true classes."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -40,6 +40,10 @@ class Evaluation:
     def hits(self) -> np.ndarray:
         """(queries, len(GUESSES)), see `hits_of`."""
         return hits_of(self.ranks)
+
+    def of(self, mask: np.ndarray) -> "Evaluation":
+        """That of the queries where `mask`, (queries,) bool, is true."""
+        return replace(self, **{name: getattr(self, name)[mask] for name in ("top", "ranks", "losses", "smooth_hits")})
 
 
 def evaluate_predictions(log_probabilities: torch.Tensor | Iterable[torch.Tensor], truth: np.ndarray) -> Evaluation:

@@ -298,7 +298,8 @@ def candidate_row(search: Search, key: str, candidate: BankSettings, current: Ba
     """A row of the table of candidates: weighted scores, and the paired gain in `objective` over the current value."""
     evaluation, value = search.evaluate(candidate), getattr(candidate, key)
     weights, known = search.weights, ~np.isnan(evaluation.losses)
-    recalls = {f"recall_at_{count}": float(np.average(evaluation.ranks < count, weights=weights)) for count in GUESSES}
+    means = np.average(evaluation.hits, axis=0, weights=weights)
+    recalls = {f"recall_at_{count}": float(mean) for count, mean in zip(GUESSES, means, strict=True)}
     total = weights[known].sum()
     gain = gained(search.weighted_objective(candidate), search.weighted_objective(current))
     return {

@@ -1,6 +1,6 @@
 """Near-duplicates of held-out photos in the bank, and what the scores are without them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -91,5 +91,5 @@ def score_some(evidence: Evidence, mask: np.ndarray) -> Scores | None:
     weights, outcome = evidence.weights[mask], evidence.outcome
     if not weights.any():
         return None
-    some = replace(outcome, top=outcome.top[mask], ranks=outcome.ranks[mask], losses=outcome.losses[mask])
+    some = outcome.of(mask)
     return score_answers(evidence.truth[mask], some, evidence.classes, weights, evidence.is_macro)

@@ -58,12 +58,12 @@ def test_a_class_that_the_bank_lacks_has_the_last_rank_and_no_loss():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_smooth_hit_is_the_share_of_the_true_class_beside_the_best_others(seed):
+def test_a_smooth_hit_compares_the_true_class_with_the_one_that_it_must_beat(seed):
     rng = np.random.default_rng(seed)
     probabilities, truth = rng.dirichlet(np.full(15, 0.3), size=200), rng.integers(0, 15, 200)
     evaluation = evaluate_predictions(torch.tensor(probabilities).log(), truth)
     own = probabilities[np.arange(200), truth]
-    for row, target, share, hits in zip(probabilities, truth, own, evaluation.smooth_hits, strict=True):
+    for row, target, true, hits in zip(probabilities, truth, own, evaluation.smooth_hits, strict=True):
         others = np.sort(np.delete(row, target))[::-1]
-        assert hits == pytest.approx([share / (share + others[count - 1]) for count in (1, 5, 10)])
+        assert hits == pytest.approx([true / (true + others[count - 1]) for count in (1, 5, 10)])
     assert ((evaluation.smooth_hits > 0.5) == (evaluation.hits == 1)).all()

@@ -250,8 +250,8 @@ def test_settings_with_the_same_hits_are_chosen_by_how_clear_they_are(monkeypatc
 
     def evaluate(settings):
         top = np.zeros((len(losses), 10), dtype=int)
-        shares = np.full((len(losses), 3), 0.6 + settings.whitening / 10)
-        return Evaluation(top, np.zeros(len(losses), dtype=int), losses, shares)
+        smooth_hits = np.full((len(losses), 3), 0.6 + settings.whitening / 10)
+        return Evaluation(top, np.zeros(len(losses), dtype=int), losses, smooth_hits)
 
     monkeypatch.setattr(search, "evaluate", evaluate)
     assert coordinate_ascent(search, SETTINGS, ("whitening",), every_query(search)).whitening == 1

@@ -454,7 +454,8 @@ def test_a_disk_without_room_for_the_checkpoints_to_continue_from_leaves_the_run
 def test_a_disk_that_is_too_small_for_a_run_without_training_is_one_line(drawn, tmp_path):
     done = train_on_a_small_disk(tmp_path, "300k", drawn, epochs=0)
     assert re.fullmatch(r"error: the disk is full: .* run the command again with --resume\n", done.stderr)
-    assert "embed" not in done.stdout  # found before the first photo is embedded
+    # Found before the first photo is embedded, and nothing is left. On a slow machine loading says how long it takes.
+    assert re.fullmatch(r"(loading torch and the other libraries: .*\n)*", done.stdout)
 
 
 def test_photos_that_cannot_be_read_are_named_and_listed_and_beyond_a_quarter_end_the_work(drawn, tmp_path, capsys):
