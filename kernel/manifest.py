@@ -30,7 +30,8 @@ class Preprocessing:
         interpolation: method of the resize.
         crop_pct: the photo is resized to `size / crop_pct` before the centre crop, as in timm.
         resize_mode: "crop" resizes the shorter side and crops the centre, which loses the margins. "squash" resizes
-            both sides, which loses the aspect ratio.
+            both sides, which loses the aspect ratio. "pad" resizes the longer side to `size` and repeats the pixels of
+            the edges beside the shorter one, which loses detail.
         larger_size: side of the input in the view `larger`, in pixels; 0 if the views do not include it.
         cropped_size: side of the square from which crops and tiles are cut; 0 if there are none.
     """
@@ -40,7 +41,7 @@ class Preprocessing:
     std: tuple[float, float, float]
     interpolation: Literal["bilinear", "bicubic"]
     crop_pct: float
-    resize_mode: Literal["crop", "squash"]
+    resize_mode: Literal["crop", "squash", "pad"]
     larger_size: int = 0
     cropped_size: int = 0
 

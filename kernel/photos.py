@@ -20,16 +20,19 @@ DRAFT = 1.75  # at this factor the result differs from the exact one by less tha
 MAX_ASPECT_RATIO = 8  # a longer photo, resized whole, could fill the memory
 
 
-def read_photo(path: Path, side: int) -> Image.Image:
+def read_photo(path: Path, side: int, is_whole: bool = False) -> Image.Image:
     """Read a photo as RGB, upright.
 
     A JPEG may be decoded at a reduced size, with a shorter side of at least `DRAFT * side` pixels: the decoder then
     skips detail that the resize would average away. That also saves most of the resize, the slower part for a large
     photo.
+
+    Args:
+        is_whole: the photo will be resized as a whole: `side` is of its longer side.
     """
     with Image.open(path) as image:
         width, height = image.size
-        factor = DRAFT * side / min(width, height)
+        factor = DRAFT * side / (max(image.size) if is_whole else min(image.size))
         image.draft("RGB", (int(width * factor), int(height * factor)))
         image.load()
         with suppress(Exception):  # invalid EXIF tags, frequent in photos of phones, raise only after the rotation
@@ -45,7 +48,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
-    """Resize and crop an RGB photo as the encoder's evaluation transform does.
+    """Resize an RGB photo, and crop it as the encoder's evaluation transform does or pad it to a square.
 
     PyTorch resizes bytes nearly twice as fast as Pillow, with results within two grey levels of Pillow's.
 
@@ -55,14 +58,25 @@ def resize(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     size, short = preprocessing.decoded_size, shorter_side(preprocessing)
     if preprocessing.resize_mode == "squash":
         width, height = short, short
+    elif preprocessing.resize_mode == "pad":
+        width, height = (max(1, round(size * side / max(image.size))) for side in image.size)
     else:
         image = crop_to_aspect_ratio(image)
         width, height = image.size
         width, height = max(short, int(short * width / height)), max(short, int(short * height / width))
-    left, top = round((width - size) / 2), round((height - size) / 2)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     resized = nn.functional.interpolate(pixels, (height, width), mode=preprocessing.interpolation, antialias=True)
-    return resized[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
+    pixels = resized[0].permute(1, 2, 0).numpy()
+    if preprocessing.resize_mode == "pad":
+        return pad_to_square(pixels, size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    return pixels[top : top + size, left : left + size]
+
+
+def pad_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Repeat the outermost pixels of (height, width, 3) on both sides, up to (size, size, 3)."""
+    missing = [size - side for side in pixels.shape[:2]]
+    return np.pad(pixels, [(many // 2, many - many // 2) for many in missing] + [(0, 0)], mode="edge")
 
 
 def crop_to_aspect_ratio(image: Image.Image) -> Image.Image:
@@ -87,6 +101,8 @@ def decode(path: Path, preprocessing: Preprocessing) -> np.ndarray | str:
     so all of them are caught.
     """
     try:
+        if preprocessing.resize_mode == "pad":
+            return resize(read_photo(path, preprocessing.decoded_size, is_whole=True), preprocessing)
         return resize(read_photo(path, shorter_side(preprocessing)), preprocessing)
     except Exception as error:
         return type(error).__name__

@@ -207,7 +207,8 @@ class BankSelection:
         values = len(self.labelled.photos) * len(self.settings.views) * features
         for matcher in {self.settings.matcher, *(CANDIDATES["matcher"] if is_chosen else ())} & TRAINED_MATCHERS:
             refuse_large(matcher, len(self.plan.labels), len(self.plan.classes), values)
-        modes = CANDIDATES["resize_mode"] if "resize_mode" in self.choose else (self.settings.resize_mode,)
+        others = CANDIDATES["resize_mode"] if "resize_mode" in self.choose else ()
+        modes = dict.fromkeys((self.settings.resize_mode, *others))
         for index, resize_mode in enumerate(modes):
             self.embed(resize_mode, len(modes) - index)
         check_readable(list(self.unreadable.items()), len(self.labelled.photos))

@@ -19,7 +19,7 @@ class Cost:
     Args:
         photos: how many are embedded.
         views: of each of them.
-        rounds: how often they are embedded, such as cropped and squashed.
+        rounds: how often they are embedded, once for each resize mode.
         clock: seconds, for tests.
     """
 
@@ -38,7 +38,7 @@ class Cost:
     def start(self) -> None:
         """Print how much there is to embed; and on a CPU, where a batch would take minutes, the estimate too."""
         size = self.encoder.preprocessing.size
-        times = "" if self.rounds == 1 else f", {self.rounds} times (cropped and squashed)"
+        times = "" if self.rounds == 1 else f", in {self.rounds} resize modes"
         say(
             f"to embed: {counted(self.photos, 'photo')} in {counted(len(self.views), 'view')} of {size} pixels"
             f"{times}: {counted(self.photos * len(self.views) * self.rounds, 'forward pass')} on {self.device}"

@@ -209,9 +209,10 @@ class BankSettings:
     )
     resize_mode: str = setting(
         "encoder",
-        "crop: resize the shorter side and cut out the centre. squash: resize both sides. encoder: as it was trained.",
-        choices=("encoder", "crop", "squash"),
-        candidates=("crop", "squash"),
+        "crop: resize the shorter side and cut out the centre. squash: resize both sides. pad: resize the longer side "
+        "and repeat the edges beside the shorter one. encoder: as it was trained.",
+        choices=("encoder", "crop", "squash", "pad"),
+        candidates=("crop", "pad"),
     )
     encoder_weights: tuple[float, ...] = setting(
         (),

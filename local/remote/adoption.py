@@ -22,7 +22,7 @@ def cache_keys(run: Path) -> dict[str, str]:
     weights, keys = read_weights(run), {}
     for index, spec in enumerate(weights.manifest.members[0].encoders):
         encoder = open_encoder(weights.file(spec.file), spec, pick_devices())
-        for mode in CANDIDATES["resize_mode"]:
+        for mode in {encoder.preprocessing.resize_mode, *CANDIDATES["resize_mode"]}:
             preprocessing = replace(encoder.preprocessing, resize_mode=mode)
             changed = Encoder(encoder.module, preprocessing, encoder.features, encoder.devices)
             keys[f"{index} {mode}"] = EmbeddingCache(Path(), changed).folder.name

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
+from torchvision.transforms import Compose, ToTensor
 
 from kernel.manifest import Preprocessing
 from kernel.photos import decode, read_photo
@@ -29,22 +32,42 @@ def test_pixels_are_those_of_timms_evaluation_transform(tmp_path, size, resize_m
         mean=(0.0,) * 3,
         std=(1.0,) * 3,
     )
-    expected = (transform(Image.open(path)).numpy().transpose(1, 2, 0) * 255).round().astype(int)
     preprocessing = replace(CROP, resize_mode=resize_mode, crop_pct=crop_pct, interpolation=interpolation)
-    found = decode(path, preprocessing).astype(int)
+    assert_pixels(decode(path, preprocessing), transform(Image.open(path)))
+
+
+@pytest.mark.parametrize("size", [(80, 60), (60, 80), (64, 64), (33, 190), (201, 97), (31, 64), (3, 500)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_padded_photo_is_whole_and_its_edges_are_repeated(tmp_path, size, interpolation):
+    path = photo(tmp_path / "a.png", size=size)
+    keep = ResizeKeepRatio(64, longest=1.0, interpolation=interpolation)
+    if min(size) > 3:  # timm would resize the last one to a width of 0
+        transform = Compose([keep, CenterCropOrPad(64, padding_mode="edge"), ToTensor()])
+        expected = transform(Image.open(path))
+    else:
+        column = Image.open(path).resize((1, 64), Image.Resampling[interpolation.upper()])
+        expected = ToTensor()(column).expand(3, 64, 64)
+    assert_pixels(decode(path, replace(CROP, resize_mode="pad", interpolation=interpolation)), expected)
+
+
+def assert_pixels(found: np.ndarray, expected: torch.Tensor) -> None:
+    """Compare (height, width, 3) bytes with (3, height, width) values in [0, 1]."""
     assert found.shape == (64, 64, 3)
-    difference = np.abs(found - expected)
+    difference = np.abs(found - (expected.numpy().transpose(1, 2, 0) * 255).round())
     assert difference.max() <= 2  # PyTorch's weights are of 16 bits where Pillow's are of 32
     assert difference.mean() < 0.1
 
 
-def test_a_large_jpeg_is_decoded_small_with_hardly_a_difference(tmp_path):
-    path = photo(tmp_path / "a.jpg", size=(1600, 1200), quality=95)
-    assert max(read_photo(path, 73).size) < 800
+@pytest.mark.parametrize("resize_mode", ["crop", "pad"])
+def test_a_large_jpeg_is_decoded_small_with_hardly_a_difference(tmp_path, resize_mode):
+    path = photo(tmp_path / "a.jpg", size=(1600, 800), quality=95)
+    assert read_photo(path, 73).size == (400, 200)
+    assert read_photo(path, 73, is_whole=True).size == (200, 100)
     with Image.open(path) as image:
         image.save(tmp_path / "exact.png")
-    difference = np.abs(decode(path, CROP).astype(int) - decode(tmp_path / "exact.png", CROP).astype(int))
-    assert difference.mean() < 1
+    preprocessing = replace(CROP, resize_mode=resize_mode)
+    exact = decode(tmp_path / "exact.png", preprocessing)
+    assert np.abs(decode(path, preprocessing).astype(int) - exact).mean() < 1
 
 
 def test_photos_are_upright_and_in_colour_whatever_their_file_says(tmp_path):

@@ -124,6 +124,23 @@ def test_a_matcher_that_does_not_fit_in_memory_is_refused_before_photos_are_embe
     assert bool(embedded) == (not refused)
 
 
+@pytest.mark.parametrize(
+    ("own", "choose", "expected"),
+    [
+        ("squash", ["whitening"], [("squash", 1)]),
+        ("crop", ["resize_mode"], [("crop", 2), ("pad", 1)]),
+        ("squash", ["resize_mode"], [("squash", 3), ("crop", 2), ("pad", 1)]),
+    ],
+)
+def test_every_resize_mode_that_may_be_selected_is_embedded(own, choose, expected, encoder, tmp_path, monkeypatch):
+    embedded = []
+    settings = BankSettings(resize_mode=own)
+    selection = BankSelection(settings, choose, plan(TRAIN), ConcatenatedEncoders((encoder,)), tmp_path)
+    monkeypatch.setattr(selection, "embed", lambda *mode: embedded.append(mode))
+    selection.embed_all()
+    assert embedded == expected
+
+
 def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(encoder, drawn, tmp_path, capsys):
     from local.data.competition import read_competition
 

@@ -66,7 +66,7 @@ def test_where_a_batch_takes_minutes_on_a_cpu_one_photo_is_timed_before_it(encod
     measured, clock = cost(encoder, 2.5, 10_000, views, rounds=2)
     measured.start()
     assert capsys.readouterr().out.splitlines() == [
-        "to embed: 10,000 photos in 4 views of 64 pixels, 2 times (cropped and squashed): 80,000 forward passes on cpu",
+        "to embed: 10,000 photos in 4 views of 64 pixels, in 2 resize modes: 80,000 forward passes on cpu",
         "embedding takes about 2 days on cpu: faster are a GPU, a smaller encoder (such as --encoder "
         "timm:mobilenetv2_100) or fewer views (--set views=plain,hflip)",
     ]
