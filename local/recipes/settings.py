@@ -212,7 +212,7 @@ class BankSettings:
         "crop: resize the shorter side and cut out the centre. squash: resize both sides. pad: resize the longer side "
         "and repeat the edges beside the shorter one. encoder: as it was trained.",
         choices=("encoder", "crop", "squash", "pad"),
-        candidates=("crop", "pad"),
+        candidates=("crop", "squash", "pad"),
     )
     encoder_weights: tuple[float, ...] = setting(
         (),

@@ -128,8 +128,8 @@ def test_a_matcher_that_does_not_fit_in_memory_is_refused_before_photos_are_embe
     ("own", "choose", "expected"),
     [
         ("squash", ["whitening"], [("squash", 1)]),
-        ("crop", ["resize_mode"], [("crop", 2), ("pad", 1)]),
         ("squash", ["resize_mode"], [("squash", 3), ("crop", 2), ("pad", 1)]),
+        ("encoder", ["resize_mode"], [("encoder", 4), ("crop", 3), ("squash", 2), ("pad", 1)]),
     ],
 )
 def test_every_resize_mode_that_may_be_selected_is_embedded(own, choose, expected, encoder, tmp_path, monkeypatch):
