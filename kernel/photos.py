@@ -33,7 +33,7 @@ def read_photo(path: Path, side: int, is_whole: bool = False) -> Image.Image:
     with Image.open(path) as image:
         width, height = image.size
         factor = DRAFT * side / (max(image.size) if is_whole else min(image.size))
-        image.draft("RGB", (int(width * factor), int(height * factor)))
+        image.draft("RGB", (max(1, int(width * factor)), max(1, int(height * factor))))
         image.load()
         with suppress(Exception):  # invalid EXIF tags, frequent in photos of phones, raise only after the rotation
             ImageOps.exif_transpose(image, in_place=True)

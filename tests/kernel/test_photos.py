@@ -70,6 +70,16 @@ def test_a_large_jpeg_is_decoded_small_with_hardly_a_difference(tmp_path, resize
     assert np.abs(decode(path, preprocessing).astype(int) - exact).mean() < 1
 
 
+@pytest.mark.parametrize("resize_mode", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000), (20000, 2), (1, 1)])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_photos_of_any_shape_can_be_read(tmp_path, size, suffix, resize_mode):
+    Image.new("RGB", size, (90, 120, 30)).save(tmp_path / f"a{suffix}")
+    found = decode(tmp_path / f"a{suffix}", replace(CROP, resize_mode=resize_mode))
+    assert found.shape == (64, 64, 3)
+    assert np.abs(found - np.array([90.0, 120.0, 30.0])).max() <= 3
+
+
 def test_photos_are_upright_and_in_colour_whatever_their_file_says(tmp_path):
     image = Image.new("L", (80, 40), 30)
     image.paste(220, (0, 0, 40, 40))  # bright on the left
