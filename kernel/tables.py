@@ -42,11 +42,14 @@ def read_header(path: Path) -> list[str]:
 
 
 def delimiter_of(file: TextIO) -> str:
-    """What separates the cells of a CSV file, which is read from its start: of comma, semicolon and tab the first that
-    its header has.
+    """What separates the cells of a CSV file: of comma, semicolon and tab the first that its header has.
+
+    The file is read from its start, and stands at its header afterwards, behind lines that are blank.
     """
-    header = file.readline()
-    file.seek(0)
+    start, header = 0, file.readline()
+    while header and not header.strip():
+        start, header = file.tell(), file.readline()
+    file.seek(start)
     return next((sign for sign in ",;\t" if sign in header), ",")
 
 

@@ -9,6 +9,7 @@ from kernel.competitions.competition import CompetitionFolder
 from kernel.competitions.table import TABLE
 from kernel.inputs import InputError, find_folders
 from kernel.observations import recognise
+from kernel.tables import iterate_table, visible
 from local.base.console import say_once
 from local.data.table_search import find_tables
 
@@ -23,7 +24,7 @@ def find_competition(folder: Path) -> CompetitionFolder:
 
     Raises:
         InputError: the folder does not exist, or is not that of a supported competition, or its tables are not such as
-            can be trained on.
+            can be trained on, or its sample submission cannot be read.
     """
     if not folder.is_dir():
         problem = "is a file: unpack it, and" if folder.exists() else "does not exist:"
@@ -32,6 +33,7 @@ def find_competition(folder: Path) -> CompetitionFolder:
     if found:
         if found.competition.problem:
             raise InputError(found.competition.problem)
+        _check_sample(found)
         for note in found.competition.notes:
             say_once(note)
         return found
@@ -42,6 +44,17 @@ def find_competition(folder: Path) -> CompetitionFolder:
     raise InputError(
         f"no supported competition found in {folder}: looked for {looked_for}; give the folder as downloaded"
     )
+
+
+def _check_sample(found: CompetitionFolder) -> None:
+    """Check that the sample submission can be read. A kernel does without it, as no submission would be worse.
+
+    Raises:
+        InputError: it cannot be read as CSV.
+    """
+    for path in visible(found.path.glob(found.competition.sample)):
+        for _ in iterate_table(path, ()):
+            pass
 
 
 def _nearby(folder: Path) -> Iterable[Path]:

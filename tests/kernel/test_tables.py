@@ -71,3 +71,12 @@ def test_ids_are_the_same_in_both_of_unicodes_forms():
     assert respell([composed], [decomposed]) == {composed: decomposed}
     assert respell([decomposed, composed, "7"], []) == {decomposed: decomposed, composed: decomposed, "7": "7"}
     assert respell([decomposed, composed], [decomposed, composed]) == {decomposed: decomposed, composed: composed}
+
+
+def test_blank_lines_before_the_header_are_skipped(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("\n \nid;größe\n1;b\n", encoding="utf-8-sig")
+    assert read_header(path) == ["id", "größe"]
+    assert read_table(path, ("id",)) == [{"id": "1", "größe": "b"}]
+    path.write_text("\n\n")
+    assert (read_header(path), read_table(path, ())) == ([], [])

@@ -388,6 +388,17 @@ def test_classes_are_spelt_as_in_the_sample_submission(tmp_path: Path) -> None:
     assert read_competition(folder).classes == ["009", "010", "0100"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_sample_submission_that_is_not_utf_8_is_refused_with_its_name(tmp_path: Path, encoding: str) -> None:
+    fungi, folders = fungiclef(tmp_path / "fungi"), tmp_path / "folders"
+    class_folders(folders, "train/elm/a.jpg", "train/oak/a.jpg", "test/b.jpg")
+    for folder, name in ((fungi, "FungiCLEF25-SAMPLE_SUBMISSION.csv"), (folders, "sample_submission.csv")):
+        (folder / name).write_text("observationId,espèce\nb,elm\n", encoding=encoding)
+        message = refusal(folder)
+        assert message.startswith(f"{folder / name} cannot be read as CSV: ")
+        assert message.endswith("; save it as UTF-8")
+
+
 def test_classes_that_differ_in_leading_zeros_alone_are_refused(tmp_path: Path) -> None:
     val = [(*VAL[0][:4], "0009")]
     assert "'9' and '0009' differ only in leading zeros" in refusal(fungiclef(tmp_path, val=val))
