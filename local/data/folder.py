@@ -1,5 +1,6 @@
 """Recognise a competition's folder. Reads only tables in which columns must be found, so that it answers at once."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,8 @@ from kernel import competitions
 from kernel.competitions.competition import CompetitionFolder
 from kernel.competitions.table import TABLE
 from kernel.inputs import InputError, find_folders
-from kernel.observations import recognise
-from kernel.tables import iterate_table, visible
+from kernel.observations import read_rows, recognise
+from kernel.tables import compose, iterate_table, visible
 from local.base.console import say_once
 from local.data.table_search import find_tables
 
@@ -24,7 +25,8 @@ def find_competition(folder: Path) -> CompetitionFolder:
 
     Raises:
         InputError: the folder does not exist, or is not that of a supported competition, or its tables are not such as
-            can be trained on, or its sample submission cannot be read.
+            can be trained on, or its sample submission is not a table of the test
+            photos.
     """
     if not folder.is_dir():
         problem = "is a file: unpack it, and" if folder.exists() else "does not exist:"
@@ -47,14 +49,27 @@ def find_competition(folder: Path) -> CompetitionFolder:
 
 
 def _check_sample(found: CompetitionFolder) -> None:
-    """Check that the sample submission can be read. A kernel does without it, as no submission would be worse.
+    """Check that the sample submission can be read, and, where no table lists the test photos, that it has their ids.
+
+    A kernel does neither: it must end with a submission, and the scored rerun may have another test set.
 
     Raises:
-        InputError: it cannot be read as CSV.
+        InputError: it is not CSV text, or has ids without a photo. Without any test photos, ids are not checked.
     """
-    for path in visible(found.path.glob(found.competition.sample)):
+    samples = visible(found.path.glob(found.competition.sample))
+    for path in samples:
         for _ in iterate_table(path, ()):
             pass
+    if found.competition.has_table or not samples:
+        return
+    ids = {compose(row.observation) for row in read_rows(found, Counter())}
+    named = found.competition.sample_ids(found.path)
+    lost = [name for name in named if compose(name) not in ids] if ids else []
+    if lost:
+        raise InputError(
+            f"{samples[0]}: {len(lost)} of {len(named)} ids have no photo in {found.table}, such as "
+            f"{', '.join(map(repr, lost[:3]))}: download the test photos again, or correct the ids"
+        )
 
 
 def _nearby(folder: Path) -> Iterable[Path]:

@@ -1,5 +1,6 @@
 """In class folders the photos are the test set, and their ids are names of files."""
 
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -154,10 +155,10 @@ def test_names_in_another_unicode_form_are_spelt_as_the_sample_submission_does(t
     assert all(path.is_file() for path in labelled.photos)
 
 
-@pytest.mark.parametrize("answer", ["id,label\nx,31\ny,7\n", "id,31,7,12\n", "id,label\nx,0\n", "id,label\nx,1\n"])
+@pytest.mark.parametrize("answer", ["apple 0,31\napple 1,7\n", "", "apple 0,0\n", "apple 0,1\n"])
 def test_ids_of_classes_are_found_in_a_table_beside_the_folders_or_refused(tmp_path, answer):
     layouts.class_folders(tmp_path)
-    (tmp_path / "sample_submission.csv").write_text(answer)
+    (tmp_path / "sample_submission.csv").write_text(f"id,label\n{answer}" if answer else "id,31,7,12\n")
     with pytest.raises(InputError, match=r"classes that are no folders of classes, such as .* or add a classes\.csv"):
         find_competition(tmp_path)
     table = "name,index,color\ncarrot,12,red\napple,7,red\nbell pepper,31,green\nleek,0,green\n"
@@ -198,7 +199,7 @@ def test_the_same_number_in_each_row_of_the_sample_submission_says_nothing_of_fo
 
 def test_a_sample_submission_that_names_some_of_the_folders_is_answered_by_their_names(tmp_path):
     layouts.class_folders(tmp_path)
-    for answers in ("x,apple\ny,leek\n", "x,\ny,\n"):
+    for answers in ("apple 0,apple\napple 1,leek\n", "apple 0,\napple 1,\n"):
         (tmp_path / "sample_submission.csv").write_text(f"id,label\n{answers}")
         assert read_competition(tmp_path).classes == ["apple", "bell pepper", "carrot"]
 
@@ -272,3 +273,19 @@ def test_a_sample_submission_with_other_than_ids_in_its_first_column_is_refused(
     (tmp_path / "sample_submission.csv").write_text("label,id\napple,apple 0\napple,apple 1\n")
     with pytest.raises(InputError, match="lists 'apple' more than once: expected the ids of test photos in its first"):
         find_competition(tmp_path)
+
+
+@pytest.mark.parametrize(("first", "count"), [("img_{}.png", 12), ("{}.png", 8)])
+def test_ids_of_the_sample_submission_without_a_photo_are_refused_where_one_trains_and_not_in_a_kernel(
+    tmp_path, first, count
+):
+    layouts.class_folders(tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    rows = [first.format(number) for number in range(12)] + [f"{number}.png" for number in range(12, 20)]
+    (tmp_path / "sample_submission.csv").write_text("file,species\n" + "".join(f"{name},apple\n" for name in rows))
+    read_competition(tmp_path)  # the test photos may be on Kaggle alone
+    write_test(tmp_path, *(f"{number}.png" for number in range(12 if count == 8 else 20)))
+    problem = rf"sample_submission\.csv: {count} of 20 ids have no photo in .*test, such as '"
+    with pytest.raises(InputError, match=problem):
+        read_competition(tmp_path)
+    assert len(ids_of(tmp_path)) >= 12
