@@ -35,6 +35,7 @@ from kernel.competitions.competition import (
     matching,
 )
 from kernel.inputs import InputError
+from kernel.manifest import MANIFEST
 from kernel.tables import RESOLUTIONS, clean_id, compose, is_hidden, read_header, read_table, visible
 
 SPLITS = ("train", "val", "test")
@@ -123,13 +124,16 @@ def _split_folder(folder: Path, split: str) -> Path:
 def _find_classes(folder: Path) -> list[Path]:
     """The folders of the classes, in train/ if it exists; none if these folders are something else.
 
-    Folders named after splits or resolutions are not classes, nor is what lies in one split beside others.
+    Folders named after splits or resolutions are not classes, nor are a folder of the kit's own runs and what lies in
+    one split beside others.
     """
     own = _split_of(folder)
     is_split = own and any(_split_folder(folder.parent, split).is_dir() for split in SPLITS if split != own)
     train = _split_folder(folder, "train")
     root = train if train.is_dir() else folder
     found = visible(path for path in root.iterdir() if path.is_dir())
+    if root == folder:
+        found = [path for path in found if not _has_runs(path)]
     if not found or is_split or any(path.name.lower() in RESOLUTIONS or _split_of(path) for path in found):
         return []
 
@@ -138,6 +142,12 @@ def _find_classes(folder: Path) -> list[Path]:
         return any(not is_hidden(path.name) for path in files)
 
     return found if have_photos("*") or (_has_folders(folder) and have_photos("*/*")) else []
+
+
+def _has_runs(folder: Path) -> bool:
+    """Whether a folder is a run, or has runs or their cache of embeddings in it, which have photos too."""
+    own = (folder / MANIFEST, folder / ".embeddings")
+    return any(path.exists() for path in own) or any(folder.glob(f"*/{MANIFEST}"))
 
 
 def _has_folders(folder: Path) -> bool:

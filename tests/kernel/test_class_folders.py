@@ -289,3 +289,16 @@ def test_ids_of_the_sample_submission_without_a_photo_are_refused_where_one_trai
     with pytest.raises(InputError, match=problem):
         read_competition(tmp_path)
     assert len(ids_of(tmp_path)) >= 12
+
+
+@pytest.mark.parametrize("names", [("a/manifest.json", "a/page/0.png", "0.png"), (".embeddings/cache.npy", "0.png")])
+def test_runs_beside_the_folders_of_classes_are_no_class(tmp_path, names):
+    for seed, name in enumerate(("elm", "oak")):
+        photo(tmp_path / name / "0.png", seed)
+    for name in names:
+        path = tmp_path / "runs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(path, 2) if path.suffix == ".png" else path.touch()
+    assert read_competition(tmp_path).classes == ["elm", "oak"]
+    (tmp_path / "runs" / "manifest.json").touch()
+    assert read_competition(tmp_path).classes == ["elm", "oak"]
