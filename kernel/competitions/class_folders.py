@@ -84,15 +84,25 @@ def find_photos(folder: Path, left_out: Counter) -> list[Path]:
         if real in seen or not folder.is_dir():
             return
         seen.add(real)
-        for path in visible(folder.iterdir()):
-            if path.suffix.lower() in PHOTO_SUFFIXES:
-                yield path
-            elif path.is_dir():
+        with os.scandir(folder) as entries:
+            folders = {entry.name: _is_folder(entry) for entry in entries if not is_hidden(entry.name)}
+        for path in (folder / name for name in sorted(folders)):
+            if folders[path.name]:
                 yield from visit(path)
+            elif path.suffix.lower() in PHOTO_SUFFIXES:
+                yield path
             else:
                 left_out[f"{path.suffix.lower()} files" if path.suffix else "files without a suffix"] += 1
 
     return list(visit(folder))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Whether a file that was listed is a folder. Unlike `Path.is_dir`, it asks nothing of the disk but for links."""
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
 
 
 def _is_recognised(folder: Path, test_folder: str = "test") -> bool:

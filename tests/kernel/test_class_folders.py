@@ -83,6 +83,12 @@ def test_a_linked_folder_of_photos_is_read_once_even_where_it_leads_back(tmp_pat
     assert ids_of(tmp_path / "data") == ["a"]
 
 
+def test_the_photos_in_a_folder_with_the_name_of_a_photo_are_found(tmp_path):
+    write_test(tmp_path, "more.jpg/a.jpg", "b.jpg")
+    (tmp_path / "test" / "c.jpg").symlink_to("c.jpg")
+    assert ids_of(tmp_path) == ["b", "c", "a"]
+
+
 def test_names_with_spaces_or_backslashes_are_found(tmp_path):
     write_test(tmp_path, " a .jpg", "b\\c.jpg")
     (first, second) = find_test_table(tmp_path).observations
