@@ -134,8 +134,8 @@ def _split_folder(folder: Path, split: str) -> Path:
 def _find_classes(folder: Path) -> list[Path]:
     """The folders of the classes, in train/ if it exists; none if these folders are something else.
 
-    Folders named after splits or resolutions are not classes, nor are a folder of the kit's own runs and what lies in
-    one split beside others.
+    Folders named after resolutions are not classes, nor are those named after splits, except in train/ beside classes
+    of other names, a folder of the kit's own runs, and what lies in one split beside others.
     """
     own = _split_of(folder)
     is_split = own and any(_split_folder(folder.parent, split).is_dir() for split in SPLITS if split != own)
@@ -144,7 +144,9 @@ def _find_classes(folder: Path) -> list[Path]:
     found = visible(path for path in root.iterdir() if path.is_dir())
     if root == folder:
         found = [path for path in found if not _has_runs(path)]
-    if not found or is_split or any(path.name.lower() in RESOLUTIONS or _split_of(path) for path in found):
+    if not found or is_split or any(path.name.lower() in RESOLUTIONS for path in found):
+        return []
+    if (any if root == folder else all)(_split_of(path) for path in found):
         return []
 
     def have_photos(pattern: str) -> bool:
@@ -201,7 +203,8 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
     if not classes:
         raise InputError(
             f"{folder} (class-folders) has no folders of classes: arrange the photos as train/CLASS/photo, "
-            "val/CLASS/photo and test/photo, or as CLASS/photo alone, or list them with their classes in a train.csv"
+            "val/CLASS/photo and test/photo, or as CLASS/photo alone, or list them with their classes in a train.csv; "
+            "names of splits, such as train or test1, are reserved: rename a class with such a name"
         )
     val = _split_folder(folder, "val")
     roots = [root for root in (classes[0].parent, val) if root.is_dir()]

@@ -274,6 +274,17 @@ def test_a_class_that_is_named_like_a_split_and_more_is_a_class(tmp_path):
     assert read_competition(tmp_path).classes == ["steam train", "test tube", "tram"]
 
 
+@pytest.mark.parametrize("name", ["train", "test1"])
+def test_a_class_in_train_may_be_named_like_a_split_and_elsewhere_the_name_is_reserved(tmp_path, name):
+    for seed, own in enumerate((name, "tram")):
+        photo(tmp_path / "inside" / "train" / own / "0.jpg", seed)
+        photo(tmp_path / "beside" / own / "0.jpg", seed)
+    assert read_competition(tmp_path / "inside").classes == [name, "tram"]
+    (tmp_path / "beside" / "test").mkdir()
+    with pytest.raises(InputError, match="names of splits, such as train or test1, are reserved"):
+        read_competition(tmp_path / "beside")
+
+
 def test_a_sample_submission_with_other_than_ids_in_its_first_column_is_refused(tmp_path):
     layouts.class_folders(tmp_path)
     (tmp_path / "sample_submission.csv").write_text("label,id\napple,apple 0\napple,apple 1\n")
