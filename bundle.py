@@ -51,8 +51,9 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
     """Write `out`/kernel.py and `out`/weights/. On any failure both stay as they were.
 
     Raises:
-        InputError: a run, the metadata or the kernel cannot be bundled.
+        InputError: a run, the metadata or the kernel cannot be bundled, or `out` would overwrite a run.
     """
+    refuse_a_run_as_out(runs, out)
     metadata = with_owner(read_kernel_metadata(metadata_path), find_owner())
     weights, partial, script = out / "weights", out / ".weights.partial", out / ".kernel.py.partial"
     is_new = not os.path.lexists(out)
@@ -81,6 +82,19 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
             f"{PLACEHOLDER} stands for your Kaggle name: local/publish.py fills it in; to push by hand, set "
             "KAGGLE_USERNAME and bundle again"
         )
+
+
+def refuse_a_run_as_out(runs: list[Path], out: Path) -> None:
+    """Check that a bundle written to `out` does not replace or mix with the files of a run.
+
+    Raises:
+        InputError: `out` is a run or lies in one, or a run lies in the weights that would be replaced.
+    """
+    target = out.resolve()
+    for folder in runs:
+        own = folder.resolve()
+        if target.is_relative_to(own) or own.is_relative_to(target / "weights"):
+            raise InputError(f"--out {out} would write into the run {folder}: give another --out")
 
 
 def make_script(weights: Weights, digest: str) -> str:
