@@ -61,11 +61,11 @@ def bundle(runs: list[Path], out: Path, metadata_path: Path = ROOT / KERNEL_META
         clean_up(out)
         partial.mkdir(parents=True)
         with Progress("copying the weights"):
-            digest = sha256(gather_weights(runs, partial))
+            best, *_ = gather_weights(runs, partial)
         write_json(dataset_metadata(metadata), partial / DATASET_METADATA)
-        script.write_text(make_script(read_weights(partial), digest), encoding="utf-8")
+        script.write_text(make_script(read_weights(partial), sha256(partial / MANIFEST)), encoding="utf-8")
         replace_bundle(out)
-        copy_reference(runs, out)
+        copy_reference(best, out)
         write_metadata(out, metadata)
     except OSError as error:
         raise InputError(f"cannot bundle into {out} ({error}): what was there before is unchanged") from error
@@ -128,13 +128,11 @@ def replace_bundle(out: Path) -> None:
     remove(before)
 
 
-def copy_reference(runs: list[Path], out: Path) -> None:
+def copy_reference(best: Path, out: Path) -> None:
     """Copy what local/predict.py needs of the best run beside the weights; it is not sent to Kaggle."""
-    best = read_weights(out / "weights").manifest.members[0].run
-    sources = [run / REFERENCE_FILE for run in runs if run.resolve().name == best]
     remove(out / REFERENCE_FILE)
-    if sources and sources[0].is_file():
-        shutil.copyfile(sources[0], out / REFERENCE_FILE)
+    if (best / REFERENCE_FILE).is_file():
+        shutil.copyfile(best / REFERENCE_FILE, out / REFERENCE_FILE)
 
 
 def clean_up(out: Path) -> None:

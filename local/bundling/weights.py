@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 RECALLS = ("recall_at_1", "recall_at_5", "recall_at_10")
 
 
-def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
+def gather_weights(runs: Sequence[Path], folder: Path) -> list[Path]:
     """Copy the files of every run and the wheels that they need, and write one manifest for all of them.
 
     Args:
@@ -30,7 +30,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         folder: an empty folder to fill.
 
     Returns:
-        The manifest's path.
+        The folders of the runs that the ensemble keeps, the best first.
 
     Raises:
         InputError: a folder is not a run, is damaged, or predicts other classes than the first; two runs need different
@@ -70,7 +70,7 @@ def gather_weights(runs: Sequence[Path], folder: Path) -> Path:
         files={path.relative_to(folder).as_posix(): sha256(path) for path in files},
     )
     write_manifest(manifest, folder / MANIFEST)
-    return folder / MANIFEST
+    return [run.folder for run in opened]
 
 
 def mean_threshold(members: Sequence[tuple[Weights, float]]) -> float | None:

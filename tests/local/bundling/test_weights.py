@@ -39,7 +39,8 @@ def runs_that_err_differently(trained: Path, folder: Path) -> list[Path]:
 def test_an_ensemble_is_scored_by_its_own_predictions(trained, tmp_path, capsys):
     runs = runs_that_err_differently(trained, tmp_path)
     (tmp_path / "weights").mkdir()
-    manifest = read_manifest(gather_weights(runs, tmp_path / "weights"))
+    gather_weights(runs, tmp_path / "weights")
+    manifest = read_manifest(tmp_path / "weights" / MANIFEST)
     assert len(manifest.members) == 2
     assert manifest.validation == weigh_runs(runs, 10).scores(is_macro=False, seed=0)
     assert scores_of(manifest) == manifest.validation
@@ -51,7 +52,8 @@ def test_the_score_of_runs_that_cannot_be_compared_is_not_that_of_one_of_them(tr
     runs = runs_that_err_differently(trained, tmp_path)
     shutil.copyfile(trained / VALIDATION_FILE, runs[1] / VALIDATION_FILE)
     (tmp_path / "weights").mkdir()
-    manifest = read_manifest(gather_weights(runs, tmp_path / "weights"))
+    gather_weights(runs, tmp_path / "weights")
+    manifest = read_manifest(tmp_path / "weights" / MANIFEST)
     assert len(manifest.members) == 2
     assert scores_of(manifest) == {}
     assert "the score of the ensemble is not known" in capsys.readouterr().out
@@ -67,7 +69,8 @@ def test_runs_with_the_same_encoder_share_its_file(trained, tmp_path):
     files = manifest.files | {name: sha256(runs[1] / name)}
     write_manifest(dataclasses.replace(manifest, files=files), runs[1] / MANIFEST)
     (tmp_path / "weights").mkdir()
-    bundled = read_manifest(gather_weights(runs, tmp_path / "weights"))
+    gather_weights(runs, tmp_path / "weights")
+    bundled = read_manifest(tmp_path / "weights" / MANIFEST)
     first, second = bundled.members
     assert first.encoders == second.encoders
     assert first.banks != second.banks
