@@ -13,6 +13,7 @@ from local.base.files import read_json, write_json
 
 OWNER = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*/[a-z0-9][a-z0-9-]{4,}")  # owner/slug
+COMPETITION = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")  # a slug; those of the first competitions have capitals
 PLACEHOLDER = "your-kaggle-username"  # the owner in the repository's file; replaced by the owner of the credentials
 # A T4 machine has two T4; the others are open to some competitions only. Kaggle accepts the retired P100, too, on which
 # the torch of its image fails.
@@ -56,7 +57,9 @@ def read_kernel_metadata(path: Path) -> dict:
     slug = datasets[0].partition("/")[2]
     need(6 <= len(slug) <= 50, "dataset_sources", "a list whose first slug has 6 to 50 letters")
     is_named = isinstance(competitions, list) and bool(competitions)
-    need(is_named, "competition_sources", "a list of the competition's slug")
+    is_named = is_named and all(isinstance(name, str) and COMPETITION.fullmatch(name) for name in competitions)
+    rule = "a list of the competition's slug, the last part of its URL, such as 'fungi-clef-2025'"
+    need(is_named, "competition_sources", f"{rule}: letters, digits and hyphens")
     return metadata
 
 

@@ -79,6 +79,7 @@ def test_the_metadata_that_kaggles_client_reads_is_written_into_the_bundle(tmp_p
         {"dataset_sources": ["ann/weight", "bob/data5"]},
         {"dataset_sources": [f"ann/{'w' * 50}"]},
         {"competition_sources": ["herbarium-2020-fgvc7"]},
+        {"competition_sources": ["GiveMeSomeCredit", "fungi-clef-2025"]},
         {"machine_shape": "NvidiaL4X1"},
         {"enable_tpu": ABSENT, "machine_shape": ABSENT, "kernel_sources": ABSENT, "model_sources": ABSENT},
     ],
@@ -104,7 +105,10 @@ WRONG = {
     "dataset_sources": [
         ABSENT, [], "ann/weights", ["weights"], [5], ["ann/weights", "data"], ["ann/five5"], [f"ann/{'w' * 51}"],
     ],
-    "competition_sources": [ABSENT, [], "fungi-clef-2025", None],
+    "competition_sources": [
+        ABSENT, [], "fungi-clef-2025", None, [5], [None], [""], [" x "], ["../../x"], ["fungi-clef-2025\n"],
+        ["fungi-clef-2025", "-x"], ["https://www.kaggle.com/competitions/my-comp"],
+    ],
 }  # fmt: skip
 
 
