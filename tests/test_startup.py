@@ -69,6 +69,7 @@ EVALUATE = ("local/evaluate.py", "{folder}/run", "--data", "{data}")
         ((*TRAIN, "{data}", "--set", "epoch=3"), "epoch"),
         ((*TRAIN, "{folder}/nowhere"), "nowhere does not exist"),
         ((*TRAIN, "{data}", "--out", "{folder}/run"), "run exists already"),
+        ((*TRAIN, "{data}", "--out", "{folder}/link"), "link exists already"),
         ((*TRAIN, "{data}", "--out", "{folder}", "--resume"), "it is not a run, manifest.json is missing"),
         ((*TRAIN, "{data}", "--out", "{folder}/file/new"), "cannot be written"),
         ((*TRAIN, "{data}", "--encoder", "{folder}/nowhere", "--set", "pretrained=true"), "no encoder"),
@@ -118,6 +119,7 @@ def test_a_mistake_imports_nothing_heavy(arguments, message, tmp_path):
     for name in ("train/amanita/1.png", "train/boletus/1.png"):
         (tmp_path / "data" / name).touch()
     (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for run in ("run", "blind"):
         write_manifest(manifest(), tmp_path / run / MANIFEST)
     (tmp_path / "run" / VALIDATION_FILE).touch()

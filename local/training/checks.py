@@ -27,7 +27,7 @@ def check_start(recipe: Recipe, data: Path | None, out: Path, resumes: bool = Fa
         InputError: `out` exists already, or is not a run that could be continued; it cannot be written, or was
             interrupted; `data` is not a competition; there is no such encoder.
     """
-    if os.path.exists(out):  # unlike Path's, it takes any name
+    if os.path.lexists(out):  # also a link to nothing, which no folder replaces; unlike Path's, it takes any name
         if not resumes:
             raise InputError(f"{out} exists already: give another --out, continue it with --resume, or remove it")
         refuse_no_run(out)
