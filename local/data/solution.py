@@ -23,13 +23,16 @@ def read_solution(
             separated by spaces.
 
     Raises:
-        InputError: there is no such file, or it is not such a CSV.
+        InputError: there is no such file, or it is not such a CSV; one of the `observations` has a blank class, or two
+            classes where an answer is one.
     """
     known = [{compose(text): text for text in ids} for ids in (observations, classes)]
     split = (lambda cell: list(form.read([cell]))) if form and form.is_set else lambda cell: [cell]
     try:
         with solution.open(encoding="utf-8-sig", newline="") as file:
-            header, *rows = csv.reader(file, delimiter=delimiter_of(file))
+            header, *rows = [*csv.reader(file, delimiter=delimiter_of(file))] or [[]]
+        if len(header) < 2:
+            raise ValueError("its header has 1 column" if header else "it is empty")
         rows = [row for row in rows if any(cell.strip() for cell in row)]
         labels = [columns for one in COMPETITIONS if (columns := one.solution_columns) and set(columns) <= set(header)]
         found = [header.index(name) for name in labels[0]] if labels else []
@@ -39,11 +42,28 @@ def read_solution(
         raise InputError(f"no solution in {solution} ({error}): give a CSV of observation and class id") from error
     pairs = [[ids.get(compose(text), clean_id(text)) for text, ids in zip(pair, known, strict=True)] for pair in pairs]
     if not (form and form.is_set):
+        _refuse_unclear(solution, pairs, {*known[0].values()})
         return dict(pairs)
     sets: dict[str, dict[str, None]] = {}
     for name, class_id in pairs:
         sets.setdefault(name, {})[class_id] = None
     return {name: " ".join(own) for name, own in sets.items()}
+
+
+def _refuse_unclear(solution: Path, pairs: Iterable[Sequence[str]], observations: Collection[str]) -> None:
+    """Raise an InputError if an observation has a blank class, or two classes; equal rows are accepted.
+
+    Other rows are not checked: without the observations' ids, the columns are only a guess.
+    """
+    truth: dict[str, str] = {}
+    for name, class_id in pairs:
+        if name in observations and not class_id:
+            raise InputError(f"{solution} has no class for observation {name!r}: fill it in")
+        first = truth.setdefault(name, class_id)
+        if name in observations and first != class_id:
+            raise InputError(
+                f"{solution} has two classes for observation {name!r}, {first!r} and {class_id!r}: keep the right row"
+            )
 
 
 def _find_columns(
