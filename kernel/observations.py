@@ -10,7 +10,7 @@ from typing import Any
 from kernel.competitions import COMPETITIONS
 from kernel.competitions.competition import Competition, CompetitionFolder, PhotoRow
 from kernel.inputs import InputError, find_folders
-from kernel.tables import RESOLUTIONS, describe_left_out, respell
+from kernel.tables import RESOLUTIONS, describe_left_out, escape_undecodable, respell
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,10 @@ def read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
         InputError: the table cannot be read.
     """
     rows = found.competition.read_rows(found, left_out)
+    rows = [
+        row if row.observation.isascii() else replace(row, observation=escape_undecodable(row.observation))
+        for row in rows
+    ]
     if not found.competition.has_table:
         return rows  # their ids are names of files
     spelt = respell(dict.fromkeys(row.observation for row in rows), found.competition.sample_ids(found.path))

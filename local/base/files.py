@@ -41,9 +41,9 @@ def refuse_unwritable_file(path: Path) -> None:
 
 
 def write_text(text: str, path: Path) -> None:
-    """Write text as UTF-8."""
+    """Write text as UTF-8; a byte of a file's name that is none is written as an escape."""
     partial = make_partial(path)
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)
 
 

@@ -1,11 +1,14 @@
 """The submission is whole or absent, and what the grader would refuse is caught before it."""
 
+import os
+
 import pytest
 
 from kernel.competitions import competition_named
 from kernel.inputs import InputError
-from kernel.observations import Observation, TestTable
+from kernel.observations import Observation, TestTable, find_test_table
 from kernel.submission import check_submission, fallback_answer, write_submission
+from tests import layouts
 from tests.manifests import manifest
 
 CLASSES = [str(number) for number in range(20)]
@@ -82,3 +85,13 @@ def test_the_fallback_is_the_commonest_classes_and_without_weights_the_sample_su
         fallback_answer(table)
     (tmp_path / "FungiCLEF25-SAMPLE_SUBMISSION.csv").write_text("observationId,predictions\n9,1 2 3\n")
     assert list(fallback_answer(table)) == ["1", "2", "3"]
+
+
+def test_a_photo_whose_name_is_not_utf_8_has_a_row_in_a_file_that_is(tmp_path):
+    layouts.class_folders(tmp_path)
+    (tmp_path / "test" / "carrot 0.jpg").rename(tmp_path / "test" / os.fsdecode(b"\xe9t.jpg"))
+    table = find_test_table(tmp_path)
+    write_submission(tmp_path / "submission.csv", table, [answer("apple")] * len(table.observations), ["apple"])
+    lines = (tmp_path / "submission.csv").read_text(encoding="utf-8").splitlines()
+    assert r"\udce9t,apple" in lines
+    assert all(path.is_file() for one in table.observations for path in one.photos)

@@ -4,6 +4,7 @@ python -m pytest tests/local/prediction/test_predict.py
 """
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,16 @@ def test_the_page_shows_every_observation_and_needs_no_network(trained, tmp_path
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "a&amp;b.png" in html
     assert html.count('src="data:image/webp') == html.count("src=") == 2
+
+
+def test_a_photo_whose_name_is_not_utf_8_is_predicted_into_the_table_and_the_page(trained, tmp_path):
+    odd = tmp_path / "photos" / os.fsdecode(b"\xe9t.png")
+    photo(tmp_path / "photos" / "a.png").rename(odd)
+    predict([trained, odd.parent], 3, tmp_path / "all.csv", tmp_path / "page.html", together=False)
+    [row] = table(tmp_path / "all.csv")
+    assert row["observation"].endswith(r"photos/\udce9t.png")
+    assert row["class_1"]
+    assert r"\udce9t.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
