@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPORARY = ".rehearsal-"  # begins the name of a rehearsal's temporary folder; the process id follows
 OBSERVATIONS = 60  # of the test set that all scenarios but `plain` use, so that all of them take minutes
 FALLBACK_WRITTEN = "the fallback submission is written"
+NO_SUBMISSION = "it left no submission.csv"
 PLANNED = re.compile(r"\d+ of \d+ views of \d+ photos")
 DONE = re.compile(
     r"^done: (?P<photos>\d+) photos \((?P<unreadable>\d+) unreadable.*\), (?P<observations>\d+) observations "
@@ -278,7 +279,7 @@ class Rehearsal(AbstractContextManager):
     def _find_defect(self, submission: Path, table: TestTable) -> str:
         """What the grader would find wrong with a submission, or an empty string."""
         if not submission.is_file():
-            return "it left no submission.csv"
+            return NO_SUBMISSION
         try:
             check_submission(submission, table, self.manifest.class_ids)
         except InputError as error:

@@ -25,7 +25,7 @@ from local.base.console import counted, say
 from local.base.metrics import GUESSES, hit_matrix, sample_f1
 from local.bundling.record import ScenarioResult
 from local.bundling.wheels import IMAGE
-from local.rehearsal.rehearsal import DONE, FALLBACK_WRITTEN, PLANNED, KernelRun, Rehearsal, Summary
+from local.rehearsal.rehearsal import DONE, FALLBACK_WRITTEN, NO_SUBMISSION, PLANNED, KernelRun, Rehearsal, Summary
 from local.rehearsal.sandbox import duty_cycle, kill_after
 from local.rehearsal.staging import Mounts
 from local.rehearsal.variations import (
@@ -156,7 +156,10 @@ def check_predicted(run: KernelRun) -> str:
 
 
 def check_refused(rehearsal: Rehearsal, mounts: Mounts) -> str:
-    """With wrong weights the visible run ends with one clear line, and the scored rerun leaves the fallback."""
+    """With wrong weights the visible run ends with one clear line, and the scored rerun leaves the fallback.
+
+    Without weights the fallback is a row of the sample submission. Where there is no sample, none is expected.
+    """
     visible, rerun = rehearsal.run(mounts), rehearsal.run(mounts, environment=RERUN)
     errors = [line for line in visible.lines if line.startswith("error: ")]
     if visible.outcome.timed_out or visible.outcome.code != 2:
@@ -167,11 +170,13 @@ def check_refused(rehearsal: Rehearsal, mounts: Mounts) -> str:
         raise Failed(f"the visible run left {', '.join(visible.files)} in the working folder")
     if visible.files and visible.defect:
         raise Failed(f"the visible run left an invalid submission: {visible.defect}")
-    if rerun.failure:
+    has_sample = bool(rerun.table.competition.read_sample(rerun.table.folder))
+    if rerun.failure and (has_sample or rerun.failure != NO_SUBMISSION):
         raise Failed(f"in the scored rerun: {rerun.failure}")
     if len({tuple(guesses) for guesses in rerun.guesses.values()}) > 1:
         raise Failed("the scored rerun predicted with the wrong weights")
-    return shorten(re.sub(rf"{re.escape(str(rehearsal.folder))}/[^/]+/input", "/kaggle/input", errors[0]), 160)
+    said = shorten(re.sub(rf"{re.escape(str(rehearsal.folder))}/[^/]+/input", "/kaggle/input", errors[0]), 160)
+    return said if has_sample else f"{said}; no fallback, since there is no sample submission"
 
 
 def check_hostile(rehearsal: Rehearsal, mounts: Mounts, bootstrap: str = "") -> str:

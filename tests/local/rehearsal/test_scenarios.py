@@ -163,6 +163,7 @@ BREAK = {
     "ends with a traceback": (CODE, "raise RuntimeError(why)"),
     "says two errors": ('print("error: " + why', 'print("error: once\\nerror: " + why'),
     "leaves a part": (CODE, '(WORKING / "submission.partial").touch(); ' + CODE),
+    "removes the fallback": (CODE, '(WORKING / "submission.csv").unlink(); ' + CODE),
     "takes any weights": ("!= digest:", "!= digest and False:"),
     "writes in place": (
         "os.replace(partial, WORKING / \"submission.csv\")",
@@ -235,6 +236,7 @@ def test_the_correct_miniature_passes(miniature, drawn):
         ("says two errors", "weights-truncated", "2 error lines"),
         ("leaves a part", "weights-truncated", "left submission.csv, submission.partial in the working folder"),
         ("fails in the scored rerun", "weights-other", "in the scored rerun: exit code 2"),
+        ("removes the fallback", "weights-other", "in the scored rerun: it left no submission.csv"),
         ("takes any weights", "weights-other", "exit code 0, expected 2"),
         ("writes in place", "killed", "killed after"),
         ("announces nothing", "killed", "did not print"),
@@ -249,6 +251,20 @@ def test_a_kernel_fails_that(miniature, drawn, breakage, scenario, reason):
     assert not result.ok, result
     assert reason in result.reason
     assert "\n" not in result.reason
+
+
+@pytest.mark.parametrize("name", ["weights-missing", "weights-truncated", "weights-other"])
+def test_without_a_sample_submission_wrong_weights_are_refused_and_no_fallback_is_expected(
+    built, drawn, tmp_path, name
+):
+    shutil.copytree(drawn.competition, tmp_path / "data", copy_function=os.link)
+    for sample in (tmp_path / "data").glob("*SAMPLE*"):
+        sample.unlink()
+    with Rehearsal(tmp_path / "data", built) as rehearsal:
+        result = play(rehearsal, name)
+    assert result.ok, result
+    assert result.reason.startswith("error: ")
+    assert result.reason.endswith("; no fallback, since there is no sample submission")
 
 
 @pytest.fixture
