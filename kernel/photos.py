@@ -13,7 +13,7 @@ from torch import nn
 from kernel.manifest import Preprocessing
 
 # Increase it whenever a photo or a view changes in its pixels, so that cached embeddings are computed again.
-PIXELS_VERSION = 2
+PIXELS_VERSION = 3
 UNREADABLE_FILE = "unreadable.csv"  # the photos that could not be read, with their causes
 UNREADABLE_LIMIT = 0.25  # a larger fraction of unreadable photos has a common cause, such as the mount
 DRAFT = 1.75  # at this factor the result differs from the exact one by less than a third of a grey level on average
@@ -41,7 +41,16 @@ def read_photo(path: Path, side: int, is_whole: bool = False) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a photo to 8-bit RGB. 16-bit values are scaled down; Pillow alone would clip them at 255."""
+    """Convert a photo to 8-bit RGB.
+
+    16-bit values are scaled down; Pillow alone would clip them at 255. The range of floating-point values, 0 to 1, to
+    255 or to 65535, is guessed from their maximum. Values that are not finite become black.
+    """
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image), nan=0, posinf=0, neginf=0).clip(0, 65535)
+        largest = values.max()
+        factor = 255 if largest <= 1 else 1 if largest <= 255 else 1 / 257
+        image = Image.fromarray((values * factor).round().astype(np.uint8))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     return image.convert("RGB")

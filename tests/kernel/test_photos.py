@@ -11,7 +11,7 @@ from timm.data.transforms import CenterCropOrPad, ResizeKeepRatio
 from torchvision.transforms import Compose, ToTensor
 
 from kernel.manifest import Preprocessing
-from kernel.photos import decode, read_photo
+from kernel.photos import decode, read_photo, to_rgb
 from tests.conftest import photo
 
 CROP = Preprocessing(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bicubic", 0.875, "crop")
@@ -48,6 +48,18 @@ def test_a_padded_photo_is_whole_and_its_edges_are_repeated(tmp_path, size, inte
         column = Image.open(path).resize((1, 64), Image.Resampling[interpolation.upper()])
         expected = ToTensor()(column).expand(3, 64, 64)
     assert_pixels(decode(path, replace(CROP, resize_mode="pad", interpolation=interpolation)), expected)
+
+
+@pytest.mark.parametrize("scale", [1 / 255, 1, 257])
+def test_a_photo_of_floats_keeps_its_brightness_whatever_its_range(tmp_path, scale):
+    grey = np.tile(np.arange(256, dtype=np.float32), (8, 1))
+    values = grey * np.float32(scale)
+    values[0, :3] = np.nan, np.inf, -np.inf
+    grey[0, :3] = 0
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with Image.open(tmp_path / "a.tif") as image:
+        assert image.mode == "F"
+        assert np.array_equal(np.asarray(to_rgb(image))[..., 0], grey)
 
 
 def assert_pixels(found: np.ndarray, expected: torch.Tensor) -> None:
