@@ -122,7 +122,7 @@ def read_settings(path: Path) -> dict[str, object]:
         InputError: it is not TOML, has an unknown key, or a value of another type.
     """
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
+        given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as TOML ({shorten(error)}): correct it") from error
     unknown = sorted(set(given) - set(KEYS))

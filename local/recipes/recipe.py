@@ -115,7 +115,7 @@ def read_given(name: str, settings: Sequence[str] = (), encoder: str | Sequence[
         known = ", ".join(recipe.stem for recipe in sorted(FOLDER.glob("*.toml")))
         raise InputError(f"no recipe {name}: known are {known}, or the path of a .toml file")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not TOML: {shorten(error)}") from error
     except OSError as error:
@@ -276,7 +276,7 @@ def list_recipes() -> str:
     """The recipes of local/recipes, each with the first line of its comment."""
     paths = sorted(FOLDER.glob("*.toml"))
     width = max(len(path.stem) for path in paths)
-    first_lines = (path.read_text(encoding="utf-8").partition("\n")[0] for path in paths)
+    first_lines = (path.read_text(encoding="utf-8-sig").partition("\n")[0] for path in paths)
     lines = [f"  {path.stem:{width}}  {line.lstrip('# ')}" for path, line in zip(paths, first_lines, strict=True)]
     return "\n".join(["recipes:", *lines])
 

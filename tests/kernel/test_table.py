@@ -467,6 +467,12 @@ def test_a_mistake_in_the_settings_is_one_line(tmp_path, settings, complaint):
         find_competition(trees(tmp_path, settings=settings))
 
 
+def test_settings_with_a_byte_order_mark_are_read(tmp_path):
+    trees(tmp_path)
+    (tmp_path / "competition.toml").write_text('metric = "macro_f1"\n', encoding="utf-8-sig")  # as Notepad saves it
+    assert find_competition(tmp_path).competition.metric == "macro_f1"
+
+
 def test_settings_without_a_sample_submission_say_what_is_missing(tmp_path):
     (tmp_path / "competition.toml").write_text("guesses = 1")
     assert "no sample submission: name it in competition.toml as sample" in refusal(tmp_path)

@@ -250,6 +250,12 @@ def test_an_unknown_recipe_is_refused_with_those_that_there_are() -> None:
     assert all(name in message for name in NAMES)
 
 
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("epochs = 3\n", encoding="utf-8-sig")  # as Notepad saves it
+    assert read_recipe(str(path)).train.epochs == 3
+
+
 def test_a_file_that_is_no_toml_is_refused_with_its_path(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, "epochs: 3\n")
     assert f"{path} is not TOML" in refusal(path)
