@@ -394,7 +394,7 @@ class AugmentSettings:
     flip: bool = setting(True, "Flip half of the photos left to right.")
     rotate: float = setting(0.0, "Rotate by up to this many degrees.", least=0)
     translate: float = setting(
-        0.0, "Translate by up to this fraction of the side, and zoom by up to the same.", least=0, most=1
+        0.0, "Translate by up to this fraction of the side, and zoom by up to the same.", least=0, below=1
     )
     colour_jitter: float = setting(0.1, "Vary brightness, contrast and saturation by up to this factor.", least=0)
     hue: float = setting(0.0, "Vary the hue by up to this fraction of the colour circle.", least=0, most=0.5)

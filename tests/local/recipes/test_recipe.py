@@ -206,6 +206,7 @@ def test_views_that_there_are_not_are_refused_with_those_that_there_are(views: s
         "ema_decay=1",  # the average would never leave the start
         "rand_augment=11",  # RandAugment's scale ends at 10
         "image_size=-5",
+        "translate=1",  # the zoom would reach 0
         "warmup=2",  # a fraction of the steps
         "label_smoothing=-1",  # torch takes 0 to 1
         "ways=1",  # an episode needs two classes
