@@ -219,6 +219,7 @@ class BankSettings:
         "Weights of the embeddings of several encoders, of which only the ratios count. Empty: all have the same.",
         items=float,
         above=0,
+        most=1_000_000,
         candidates=(1.0, 0.7, 0.5, 0.35),
     )
     pool_part: str = setting(
@@ -238,6 +239,7 @@ class BankSettings:
         0.0,
         "Exponent of the whitening of the variation within classes. 0: subtract the mean only. 1: whiten fully.",
         least=0,
+        most=2,  # above, the variances to this power soon overflow 32 bits
         candidates=(0.0, 0.25, 0.5, 0.75, 1.0),
     )
     matcher: str = setting(
@@ -251,6 +253,7 @@ class BankSettings:
         0.0,
         "Shrink a class mean towards the mean of its genus, which counts as this many observations.",
         least=0,
+        most=1_000_000,
         candidates=(0.0, 0.25, 0.5, 1.0),
     )
     family_weight: float = setting(
@@ -258,6 +261,7 @@ class BankSettings:
         "Shrink a class mean towards the mean of the other genera of its family, which counts as this many "
         "observations.",
         least=0,
+        most=1_000_000,
         candidates=(0.0, 0.25, 0.5),
     )
     text_weight: float = setting(
@@ -265,6 +269,7 @@ class BankSettings:
         "Shrink a class mean towards the embedding of the class's name, which counts as this many observations. Only "
         "for an encoder of open_clip that is not trained: its text tower embeds the names.",
         least=0,
+        most=1_000_000,
         candidates=(0.0, 0.5, 1.0, 2.0),
     )
     nearest_neighbour_weight: float = setting(
@@ -278,24 +283,28 @@ class BankSettings:
         0.0,
         "Weight of a correction for prototypes that are near to observations of many other classes.",
         least=0,
+        most=10,
         candidates=(0.0, 0.25, 0.5),
     )
     class_prior_exponent: float = setting(
         0.0,
         "The prior probability of a class is its number of observations to this power.",
         least=0,
+        most=10,
         candidates=(0.0, 0.25, 0.5),
     )
     transduction: float = setting(
         0.0,
         "Strength with which the test observations move the prototypes.",
         least=0,
+        most=1_000_000,
         candidates=(0.0, 0.125, 0.25, 0.5, 1.0),
     )
     metadata_weight: float = setting(
         0.0,
         "Weight of the log-probabilities by location, season and substrate, added to those by the photos.",
         least=0,
+        most=1_000_000,
         candidates=(0.0, 0.25, 0.5, 0.75, 1.0),
     )
 
@@ -348,7 +357,10 @@ class TrainSettings:
     dropout: float = setting(0.0, "Dropout of the embedding.", least=0, below=1)
     hidden_dropout: float = setting(0.0, "Dropout of the hidden layer.", least=0, below=1)
     temperature: float = setting(
-        0.1, "Divides the squared distances between embeddings and prototypes, both of length 1.", above=0
+        0.1,
+        "Divides the squared distances between embeddings and prototypes, both of length 1.",
+        least=0.001,
+        most=1000,
     )
     label_smoothing: float = setting(0.0, "Probability spread evenly over all classes in the target.", least=0, most=1)
     arcface_margin: float = setting(0.0, "Additive angular margin of ArcFace, in radians.", least=0)
@@ -356,6 +368,7 @@ class TrainSettings:
         0.0,
         "A class is weighted by its number of observations to minus this power. 1: all classes count alike.",
         least=0,
+        most=10,
     )
     rank_weights: tuple[float, ...] = setting(
         (),
@@ -363,6 +376,7 @@ class TrainSettings:
         items=float,
         lengths=(0, 5),
         least=0,
+        most=1_000_000,
     )
     batch_size: int = setting(32, "Observations per batch.", least=1)
     accumulate: int = setting(1, "Batches per optimizer step.", least=1)
@@ -400,8 +414,8 @@ class AugmentSettings:
     hue: float = setting(0.0, "Vary the hue by up to this fraction of the colour circle.", least=0, most=0.5)
     rand_augment: int = setting(0, "Magnitude of RandAugment, two operations per photo. 0: none.", least=0, most=10)
     erase: float = setting(0.0, "Probability of erasing a random rectangle.", least=0, most=1)
-    mixup: float = setting(0.0, "Alpha of mixup. 0: none.", least=0)
-    cutmix: float = setting(0.0, "Alpha of CutMix. 0: none.", least=0)
+    mixup: float = setting(0.0, "Alpha of mixup. 0: none.", least=0, most=1000)
+    cutmix: float = setting(0.0, "Alpha of CutMix. 0: none.", least=0, most=1000)
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,33 @@ def test_a_value_out_of_range_is_refused_with_its_key_and_its_range(setting: str
 
 
 @pytest.mark.parametrize(
+    "setting",
+    [
+        "whitening=1000",  # variances to this power are infinite in 32 bits
+        "hubness_weight=1e308",
+        "genus_weight=1e308",
+        "family_weight=1e308",
+        "text_weight=1e308",
+        "class_prior_exponent=1e308",
+        "transduction=1e308",
+        "metadata_weight=1e308",
+        "encoder_weights=[1e308, 1]",
+        "temperature=1e-300",
+        "temperature=1e300",
+        "class_weight_exponent=1e308",
+        "rank_weights=[1e308, 1, 1, 1, 1]",
+        "mixup=1e308",  # numpy's beta distribution of it is 0
+        "cutmix=1e308",
+    ],
+)
+def test_a_value_that_overflows_or_underflows_is_refused(setting: str) -> None:
+    key = setting.partition("=")[0]
+    message = refusal("demo", setting)
+    assert key in message
+    assert "<" in message
+
+
+@pytest.mark.parametrize(
     "setting", ["label_smoothing=0", "weight_decay=0", "warmup=0", "crop_scale=1", "unfreeze=-1", "colour_jitter=0"]
 )
 def test_a_value_at_the_end_of_its_range_is_taken(setting: str) -> None:
