@@ -71,6 +71,8 @@ def find_labels(state: Search, train: Table, sample: Table) -> str:
             f"{SETTINGS_FILE} has {len(given)} classes for {len(answers)} columns of {sample.path}: write one for each "
             "column, and the class that has the rest of the probability, if there is one"
         )
+    if repeated := [name for name, count in Counter(given).items() if count > 1]:
+        return f"{state.folder / SETTINGS_FILE} repeats {repeated[0]!r} in classes: write each class once"
     said = (
         {token for cell in sample.values(answers[0]) for token in (cell, *cell.split())} if len(answers) == 1 else set()
     )
@@ -89,6 +91,12 @@ def find_labels(state: Search, train: Table, sample: Table) -> str:
     state.put(metadata_columns=tuple(name for name in state.settings.metadata_columns if name != label))
     if len(answers) > 1:
         return _match_classes(state, sample.path, train.path, labels)
+    if unknown := [name for name in given if name not in labels]:
+        several = ", ".join(map(repr, sorted(labels)[:6])) + (", ..." if len(labels) > 6 else "")
+        return (
+            f"{state.folder / SETTINGS_FILE} has {unknown[0]!r} in classes, but {label!r} of {train.path} has "
+            f"{several}: write the classes as they are spelt there"
+        )
     cells = [clean_id(cell) for cell in sample.values(answers[0])]
     if not given and len(labels) > 1 and len(labels) == sum(not is_blank(cell) for cell in train.columns[label]):
         return (

@@ -27,7 +27,7 @@ from kernel.competitions.table import (
 )
 from kernel.inputs import InputError, shorten
 from kernel.manifest import from_json
-from kernel.tables import find_path, is_blank, is_hidden, photo_name, read_header, visible
+from kernel.tables import compose, find_path, is_blank, is_hidden, photo_name, read_header, visible
 from local.data.class_columns import find_labels, guess_form, refuse_boxes
 from local.data.photo_columns import (
     TRIED,
@@ -76,6 +76,8 @@ def _search(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> Competiti
     try:
         if has_settings:
             state.given = read_settings(folder / SETTINGS_FILE)
+            if "classes" in state.given:  # in Unicode's form of the labels, which the tables are read in
+                state.given = {**state.given, "classes": list(map(compose, state.given["classes"]))}
             state.settings = from_json(TableSettings, dict(state.given), "")
         tables = _find_files(state, names)
         if not tables:

@@ -4,6 +4,7 @@ python -m pytest tests/kernel/test_table.py
 """
 
 import csv
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -541,6 +542,36 @@ def test_a_single_column_of_numbers_may_be_a_class_or_a_probability(tmp_path):
     assert "if it has" not in said_of(tmp_path)
     (tmp_path / "competition.toml").write_text('classes = ["1"]')
     assert "has 1 classes for 1 columns" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("classes", "complaint"),
+    [
+        (
+            ["yes", "noo"],
+            "competition.toml has 'noo' in classes, but 'has_oak' of .*train.csv has 'no', 'yes'",
+        ),
+        (["1", "0"], "competition.toml has '1' in classes, but 'has_oak' of .*train.csv has 'no', 'yes'"),
+        (["yes", "yes"], "competition.toml repeats 'yes' in classes: write each class once"),
+    ],
+)
+def test_classes_that_are_no_labels_and_repeated_ones_are_refused(tmp_path, classes, complaint):
+    train = train_rows("has_oak", make=lambda number: (("yes", "no")[number % 2],))
+    trees(tmp_path, train, sample_rows("has_oak", answer=("0.5",)), f"classes = {classes}")
+    assert re.search(complaint, refusal(tmp_path))
+
+
+def test_given_classes_may_be_in_another_unicode_form_than_the_labels(tmp_path):
+    train = train_rows("has_oak", make=lambda number: (("ja", unicodedata.normalize("NFC", "nö"))[number % 2],))
+    settings = f"classes = ['ja', '{unicodedata.normalize('NFD', 'nö')}']"
+    trees(tmp_path, train, sample_rows("has_oak", answer=("0.5",)), settings)
+    assert set(find_competition(tmp_path).competition.form.classes) == set(read_competition(tmp_path).class_ids)
+
+
+def test_repeated_classes_of_several_columns_are_refused(tmp_path):
+    sample = sample_rows("p_oak", "p_elm", "p_ash", answer=("0.3", "0.3", "0.4"))
+    trees(tmp_path, sample=sample, settings="classes = ['oak', 'oak', 'ash']")
+    assert "repeats 'oak' in classes" in refusal(tmp_path)
 
 
 def test_classes_that_only_one_side_has_are_said(tmp_path):
