@@ -82,7 +82,7 @@ class ObservationBatchSampler:
         self.batch_size = episode if self.is_episodic else settings.batch_size
 
     def __len__(self) -> int:
-        return math.ceil(len(self.labels) / self.batch_size)
+        return math.ceil(len(self.labels) / self.batch_size) if self.is_episodic else len(self._starts())
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> "ObservationBatchSampler":
         """Make the next iteration that of this epoch, from this batch on. Returns itself."""
@@ -108,8 +108,18 @@ class ObservationBatchSampler:
         if balance:
             weights = np.bincount(self.labels)[self.labels] ** -float(balance)
             order = rng.choice(len(self.labels), len(self.labels), p=weights / weights.sum())
-        for first in range(0, len(order), self.batch_size):
-            yield [(index, True) for index in order[first : first + self.batch_size]]
+        starts = self._starts()
+        for first, end in zip(starts, [*starts[1:], len(order)], strict=True):
+            yield [(index, True) for index in order[first:end]]
+
+    def _starts(self) -> list[int]:
+        """Where the batches of an epoch start. A last one of one observation is joined to the batch before it.
+
+        Batch normalisation cannot train on a single photo.
+        """
+        starts = list(range(0, len(self.labels), self.batch_size))
+        is_single = self.batch_size > 1 and len(self.labels) % self.batch_size == 1
+        return starts[:-1] if is_single and len(starts) > 1 else starts
 
     def _episodes(self) -> Iterator[list[tuple[int, bool]]]:
         """Episodes of up to `ways` classes, each with up to `support` and `queries` observations.

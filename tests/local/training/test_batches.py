@@ -28,6 +28,15 @@ def test_the_rest_of_an_epoch_is_the_same_from_wherever_it_is_resumed(settings):
     assert len(whole) == len(sampler(**settings))
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(5, [5] * 6 + [6]), (35, [36]), (36, [36]), (34, [34, 2]), (1, [1] * 36)]
+)
+def test_a_rest_of_one_observation_is_joined_to_the_batch_before_it(batch_size, sizes):
+    batches = sampler(batch_size=batch_size)
+    assert [len(batch) for batch in batches] == sizes
+    assert len(batches) == len(sizes)
+
+
 def test_balanced_classes_are_drawn_equally_often():
     epochs = [list(sampler(balance=1.0).set_epoch(epoch)) for epoch in range(60)]
     drawn = LABELS[[sample.index for epoch in epochs for batch in epoch for sample in batch]]
