@@ -23,6 +23,7 @@ INK, ACCENT, MUTED = "#1b3a4b", "#c8553d", "#9aa5ab"
 THEMED = {INK: "currentColor", ACCENT: "var(--accent)", MUTED: "var(--muted)"}
 STYLE = {
     "svg.fonttype": "none",  # text stays text: small, searchable in the browser, in the font of the page
+    "text.parse_math": False,  # a class may be named with "$"
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

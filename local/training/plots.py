@@ -85,7 +85,7 @@ def plot_predictions(data: Path, submission: Path, solution: Path, path: Path, r
         for axis, photo, title in zip(line, photos, titles, strict=True):
             axis.imshow(ImageOps.fit(read_photo(photo, 200), (320, 240)))
             is_right = title == truth[observation.id]
-            axis.set_title(title, fontsize=9, color=ACCENT if is_right else INK)
+            axis.set_title(title, parse_math=False, fontsize=9, color=ACCENT if is_right else INK)
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(visible=is_right, color=ACCENT, linewidth=4)

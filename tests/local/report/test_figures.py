@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
@@ -22,7 +23,7 @@ from local.data.competition import read_competition
 from local.data.observations import names_of
 from local.evaluate import describe_scores, report
 from local.recipes.recipe import make_recipe
-from local.report import page
+from local.report import page, pictures
 from local.report.advice import advise
 from local.report.closeup import Closeup
 from local.report.duplicates import score_duplicates
@@ -474,6 +475,13 @@ def test_text_of_the_tables_cannot_become_part_of_the_page(figures, drawn):
     evil = [dataclasses.replace(row, name="</script><script>alert(1)") for row in figures.species]
     assert "<script>alert" not in page.render(dataclasses.replace(figures, species=evil), drawn.competition)
     assert str(page.code("`<b>`")) == "<code>&lt;b&gt;</code>"
+
+
+def test_a_dollar_in_a_name_is_no_formula():
+    with matplotlib.rc_context(pictures.STYLE):
+        figure, axis = pictures.subplots(2, 2)
+        axis.set_title(r"$\frac$")
+        assert r"$\frac$" in pictures.as_svg(figure, "dollar")
 
 
 def test_a_species_that_is_unknown_is_one_line_with_the_nearest_names(evidence):
