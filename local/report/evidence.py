@@ -16,6 +16,7 @@ from kernel.tables import TAXONOMY
 from local.banks.ensemble import read_predictions
 from local.banks.estimators import in_parts, l2_normalize, pool
 from local.banks.evaluation import Evaluation, evaluate_predictions
+from local.base.console import counted, say
 from local.base.run_folder import CACHE
 from local.base.runs import open_run
 from local.data.competition import read_competition
@@ -86,6 +87,8 @@ class Evidence:
     """A run's answers to its held-out observations, the queries.
 
     Attributes:
+        labelled: the observations of these classes.
+        data_sha256: of the data, with the observations of classes that were added since.
         classes: the class ids of the bank, then those of queries whose class the bank lacks; labels are indices of it.
         names: (classes,) unique names of species.
         poisonous: (classes,) 1, 0, or NaN where the competition does not say.
@@ -104,6 +107,7 @@ class Evidence:
     manifest: Manifest
     recipe: Recipe
     labelled: LabelledObservations
+    data_sha256: str
     classes: list[str]
     names: list[str]
     poisonous: np.ndarray
@@ -207,6 +211,8 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         raise InputError(f"{data} has other labels than the held-out observations of {run}: give the data of the run")
     classes = [*bank, *sort_ids(set(class_ids) - set(bank))]
     lacking = np.full((len(ids), len(classes) - len(bank)), -np.inf, dtype=np.float32)
+    digest = labelled.digest()
+    labelled = leave_out_new_classes(labelled, classes)
     names = names_of(labelled, classes)
     truth = encode_labels(class_ids, classes)
     reference = labelled.in_splits(*recipe.bank.reference.split("+"))
@@ -217,6 +223,7 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         manifest=manifest,
         recipe=recipe,
         labelled=labelled,
+        data_sha256=digest,
         classes=classes,
         names=names,
         poisonous=np.array([_number(labelled.poisonous.get(class_id, "")) for class_id in classes]),
@@ -230,6 +237,19 @@ def read_evidence(run: Path, data: Path) -> Evidence:
         is_in_bank=is_in_bank,
         view_votes=answers.view_votes.reshape(-1, 3),
     )
+
+
+def leave_out_new_classes(labelled: LabelledObservations, classes: Sequence[str]) -> LabelledObservations:
+    """The observations of these classes. Of the others, which the data gained since training, a line is printed."""
+    is_known = encode_labels(labelled.class_ids, classes) >= 0
+    if is_known.all():
+        return labelled
+    new = sort_ids(set(labelled.class_ids) - set(classes))
+    say(
+        f"{labelled.folder} has {counted(len(new), 'class')} that the run was not trained on, such as {new[0]!r}: left "
+        f"out of the report with {counted(int((~is_known).sum()), 'observation')}; to include them, train again"
+    )
+    return labelled.subset(is_known)
 
 
 def _number(text: str) -> float:

@@ -80,7 +80,6 @@ def trace_origin(evidence: Evidence, others: Sequence[Path], focus: Sequence[str
     run = shlex.quote(str(evidence.run))
     options = f" --against {shlex.join(map(str, others))}" if others else ""
     options += f" --focus {shlex.join(focus)}" if focus else ""
-    digest = evidence.labelled.digest()
     return Origin(
         commands=[
             f"python local/train.py --recipe {run}/recipe.toml --data {data} --out {run}-again",
@@ -93,6 +92,6 @@ def trace_origin(evidence: Evidence, others: Sequence[Path], focus: Sequence[str
         training_commit=evidence.manifest.commit,
         report_commit=commit(),
         digests={MANIFEST: sha256(evidence.run / MANIFEST), **evidence.manifest.files},
-        data_sha256=digest,
-        is_data_of_training=digest == member.data_sha256,
+        data_sha256=evidence.data_sha256,
+        is_data_of_training=evidence.data_sha256 == member.data_sha256,
     )

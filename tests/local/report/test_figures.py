@@ -3,6 +3,7 @@
 python -m pytest tests/local/report/test_figures.py
 """
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -494,3 +495,18 @@ def test_the_data_of_another_competition_are_refused(run, drawn, tmp_path):
     next(data.glob("metadata/*/*-Val.csv")).unlink()
     with pytest.raises(InputError, match="give the data of the run"):
         read_evidence(run, data)
+
+
+def test_a_class_that_the_data_gained_since_training_is_said_and_left_out(drawn, folded, tmp_path, capsys):
+    run = Path(shutil.copytree(folded, tmp_path / "folded"))
+    data = shutil.copytree(drawn.competition, tmp_path / "fungi")
+    [table] = data.glob("metadata/*/*-Train.csv")
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    new = {**rows[0], "observationID": "999999", "category_id": "777"}
+    with table.open("a", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, list(new)).writerow(new)
+    html = report(run, data, [], []).read_text(encoding="utf-8")
+    said = capsys.readouterr().out
+    assert "has 1 class that the run was not trained on, such as '777': left out of the report with 1 observ" in said
+    assert "The run was trained on other data" in html
