@@ -157,9 +157,10 @@ def _find_classes(folder: Path) -> list[Path]:
 
 
 def _has_runs(folder: Path) -> bool:
-    """Whether a folder is a run, or has runs or their cache of embeddings in it, which have photos too."""
-    own = (folder / MANIFEST, folder / ".embeddings")
-    return any(path.exists() for path in own) or any(folder.glob(f"*/{MANIFEST}"))
+    """Whether a folder is a run, or has runs or their cache of embeddings in it. A run's plots are no photos."""
+    manifests = [folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")]
+    is_run = any(any(path.parent.glob("bank*.safetensors")) for path in manifests if path.is_file())
+    return is_run or (folder / ".embeddings").is_dir()
 
 
 def _has_folders(folder: Path) -> bool:

@@ -25,8 +25,7 @@ def find_competition(folder: Path) -> CompetitionFolder:
 
     Raises:
         InputError: the folder does not exist, or is not that of a supported competition, or its tables are not such as
-            can be trained on, or its sample submission is not a table of the test
-            photos.
+            can be trained on, or its sample submission cannot be read or is of other test photos.
     """
     if not folder.is_dir():
         problem = "is a file: unpack it, and" if folder.exists() else "does not exist:"
@@ -51,10 +50,11 @@ def find_competition(folder: Path) -> CompetitionFolder:
 def _check_sample(found: CompetitionFolder) -> None:
     """Check that the sample submission can be read, and, where no table lists the test photos, that it has their ids.
 
-    A kernel does neither: it must end with a submission, and the scored rerun may have another test set.
+    A kernel does neither: it must end with a submission, and the scored rerun may have another test set. If only some
+    of the ids have no photo, a line is printed.
 
     Raises:
-        InputError: it is not CSV text, or has ids without a photo. Without any test photos, ids are not checked.
+        InputError: it is not CSV text, or has none of the ids of the test photos. Without photos, ids are not checked.
     """
     samples = visible(found.path.glob(found.competition.sample))
     for path in samples:
@@ -65,11 +65,15 @@ def _check_sample(found: CompetitionFolder) -> None:
     ids = {compose(row.observation) for row in read_rows(found, Counter())}
     named = found.competition.sample_ids(found.path)
     lost = [name for name in named if compose(name) not in ids] if ids else []
-    if lost:
-        raise InputError(
-            f"{samples[0]}: {len(lost)} of {len(named)} ids have no photo in {found.table}, such as "
-            f"{', '.join(map(repr, lost[:3]))}: download the test photos again, or correct the ids"
-        )
+    if not lost:
+        return
+    problem = (
+        f"{samples[0]}: {len(lost)} of {len(named)} ids have no photo in {found.table}, such as "
+        f"{', '.join(map(repr, lost[:3]))}: download the test photos again, or correct the ids"
+    )
+    if len(lost) == len(named):
+        raise InputError(problem)
+    say_once(problem)
 
 
 def _nearby(folder: Path) -> Iterable[Path]:
