@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -284,10 +285,15 @@ class Competition:
 
     def read_sample(self, folder: Path) -> list[tuple[str, dict[str, float]]]:
         """The rows of the sample submission, as of `read_submission`; none if there is no readable one."""
-        return self._read_samples(folder, self.read_submission)
+        return self._read_samples(folder, partial(self.read_submission, is_missing=is_blank))
 
-    def read_submission(self, path: Path) -> list[tuple[str, dict[str, float]]]:
-        """The observation and the answer of each row. Rows with a blank cell are left out.
+    def read_submission(
+        self, path: Path, is_missing: Callable[[str | None], bool] = lambda cell: not cell
+    ) -> list[tuple[str, dict[str, float]]]:
+        """The observation and the answer of each row. Rows with a missing cell are left out.
+
+        Args:
+            is_missing: whether a cell holds nothing; by default an empty one, since a class may be named "none".
 
         Raises:
             InputError: the file is not CSV text, has another header, or a probability is not a number.
@@ -295,7 +301,7 @@ class Competition:
         answers = []
         for row in self._iterate(path):
             cells = [row[column] for column in self.header[1:]]
-            if not any(is_blank(cell) for cell in cells):
+            if not any(map(is_missing, cells)):
                 try:
                     answers.append((row[self.header[0]], self.form.read(cells)))
                 except ValueError as error:

@@ -329,3 +329,14 @@ def test_a_class_with_a_manifest_of_its_own_is_a_class(tmp_path):
         photo(tmp_path / name / "0.png")
         (tmp_path / name / "manifest.json").touch()
     assert read_competition(tmp_path).classes == ["elm", "oak"]
+
+
+def test_an_answer_may_be_a_class_that_is_named_none(tmp_path):
+    for number, name in enumerate(("elm", "none")):
+        photo(tmp_path / "train" / name / "0.png", number)
+    write_test(tmp_path, "0.png", "1.png")
+    (tmp_path / "sample_submission.csv").write_text("file,species\n0.png,nan\n1.png,elm\n")
+    competition = find_competition(tmp_path).competition
+    assert competition.read_sample(tmp_path) == [("1.png", {"elm": 1.0})]
+    (tmp_path / "submission.csv").write_text("file,species\n0.png,none\n1.png,\n")
+    assert [[*answer] for _, answer in competition.read_submission(tmp_path / "submission.csv")] == [["none"]]
