@@ -176,7 +176,7 @@ def test_a_part_of_a_pooling_that_no_encoder_has_is_refused(drawn, tmp_path):
     [
         (["epochs=1"], "several encoders are used as they are: set epochs = 0"),
         (["image_size=[64,32,96]"], "image_size has 3 values for 2 encoders"),
-        (["encoder_weights=[1,0]"], "expected encoder_weights > 0"),
+        (["encoder_weights=[1,0]"], "expected 0 < encoder_weights <= 1000000"),
         (["encoder_weights=[1]"], "encoder_weights has 1 values for 2 encoders"),
         (["encoder_weights=[1,a]"], r"expected a list of numbers for encoder_weights, got \['\[1', 'a\]'\]"),
         (['pool=["auto","best"]'], "expected one of auto, token, avg, token\\+avg, stages for pool"),
