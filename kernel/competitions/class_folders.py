@@ -144,9 +144,10 @@ def _find_classes(folder: Path) -> list[Path]:
     found = visible(path for path in root.iterdir() if path.is_dir())
     if root == folder:
         found = [path for path in found if not _has_runs(path)]
-    if not found or is_split or any(path.name.lower() in RESOLUTIONS for path in found):
+    reserved = [path for path in found if _split_of(path)]
+    if reserved and (root == folder or reserved == found):
         return []
-    if (any if root == folder else all)(_split_of(path) for path in found):
+    if not found or is_split or any(path.name.lower() in RESOLUTIONS for path in found):
         return []
 
     def have_photos(pattern: str) -> bool:

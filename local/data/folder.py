@@ -1,4 +1,4 @@
-"""Recognise a competition's folder. Reads only tables in which columns must be found, so that it answers at once."""
+"""Recognise a competition's folder. Reads only its sample submission, and tables in which columns must be found."""
 
 from collections import Counter
 from collections.abc import Iterable

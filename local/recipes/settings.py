@@ -16,6 +16,7 @@ VIEW_GROUPS = (
     ("larger",),
 )
 VIEWS = ("plain", *(view for group in VIEW_GROUPS for view in group))  # as in kernel.views, which imports torch
+MOST_WEIGHT = 1_000_000  # far larger ones overflow, and every prediction would be the same
 MONITORS = ("recalls", "recall_at_1", "recall_at_5", "recall_at_10", "macro_f1", "weighted_f1", "log_loss")
 
 TYPES = {tuple: "a list", int: "an int", float: "a float", bool: "true or false", str: "a str"}
@@ -219,7 +220,7 @@ class BankSettings:
         "Weights of the embeddings of several encoders, of which only the ratios count. Empty: all have the same.",
         items=float,
         above=0,
-        most=1_000_000,
+        most=MOST_WEIGHT,
         candidates=(1.0, 0.7, 0.5, 0.35),
     )
     pool_part: str = setting(
@@ -253,7 +254,7 @@ class BankSettings:
         0.0,
         "Shrink a class mean towards the mean of its genus, which counts as this many observations.",
         least=0,
-        most=1_000_000,
+        most=MOST_WEIGHT,
         candidates=(0.0, 0.25, 0.5, 1.0),
     )
     family_weight: float = setting(
@@ -261,7 +262,7 @@ class BankSettings:
         "Shrink a class mean towards the mean of the other genera of its family, which counts as this many "
         "observations.",
         least=0,
-        most=1_000_000,
+        most=MOST_WEIGHT,
         candidates=(0.0, 0.25, 0.5),
     )
     text_weight: float = setting(
@@ -269,7 +270,7 @@ class BankSettings:
         "Shrink a class mean towards the embedding of the class's name, which counts as this many observations. Only "
         "for an encoder of open_clip that is not trained: its text tower embeds the names.",
         least=0,
-        most=1_000_000,
+        most=MOST_WEIGHT,
         candidates=(0.0, 0.5, 1.0, 2.0),
     )
     nearest_neighbour_weight: float = setting(
@@ -297,14 +298,14 @@ class BankSettings:
         0.0,
         "Strength with which the test observations move the prototypes.",
         least=0,
-        most=1_000_000,
+        most=MOST_WEIGHT,
         candidates=(0.0, 0.125, 0.25, 0.5, 1.0),
     )
     metadata_weight: float = setting(
         0.0,
         "Weight of the log-probabilities by location, season and substrate, added to those by the photos.",
         least=0,
-        most=1_000_000,
+        most=MOST_WEIGHT,
         candidates=(0.0, 0.25, 0.5, 0.75, 1.0),
     )
 
@@ -376,7 +377,7 @@ class TrainSettings:
         items=float,
         lengths=(0, 5),
         least=0,
-        most=1_000_000,
+        most=MOST_WEIGHT,
     )
     batch_size: int = setting(32, "Observations per batch.", least=1)
     accumulate: int = setting(1, "Batches per optimizer step.", least=1)

@@ -112,14 +112,13 @@ class ObservationBatchSampler:
         for first, end in zip(starts, [*starts[1:], len(order)], strict=True):
             yield [(index, True) for index in order[first:end]]
 
-    def _starts(self) -> list[int]:
-        """Where the batches of an epoch start. A last one of one observation is joined to the batch before it.
+    def _starts(self) -> range:
+        """Where the batches of an epoch start: none at the last observation alone, but in batches of one.
 
-        Batch normalisation cannot train on a single photo.
+        It is joined to the batch before it, since batch normalisation cannot train on a single photo.
         """
-        starts = list(range(0, len(self.labels), self.batch_size))
-        is_single = self.batch_size > 1 and len(self.labels) % self.batch_size == 1
-        return starts[:-1] if is_single and len(starts) > 1 else starts
+        joined = 1 if 1 < self.batch_size < len(self.labels) else 0
+        return range(0, len(self.labels) - joined, self.batch_size)
 
     def _episodes(self) -> Iterator[list[tuple[int, bool]]]:
         """Episodes of up to `ways` classes, each with up to `support` and `queries` observations.
