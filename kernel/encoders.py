@@ -101,12 +101,14 @@ class Encoder:
         dtype = next(self.module.parameters()).dtype
         return Submitted(self, photos, views, self._start(photos, views), dtype)
 
-    def try_one_photo(self) -> None:
-        """Pass one photo through every replica, which raises an error if there is no memory for it."""
+    def warm_up(self) -> None:
+        """Embed a batch of black photos, so that the libraries are ready for its size and the memory suffices for it.
+
+        Raises:
+            RuntimeError: there is no memory for a single photo.
+        """
         side = self.preprocessing.decoded_size
-        photo = torch.zeros((1, 3, side, side), dtype=torch.uint8)
-        for module, device in zip(self.replicas, self.devices, strict=True):
-            self._embed_views(photo, [VIEWS["plain"]], module, device).cpu()
+        self.embed(torch.zeros((self.batch_size, 3, side, side), dtype=torch.uint8), [VIEWS["plain"]])
 
     def use_full_precision(self) -> None:
         """Cast the weights to fp32, because half precision overflows in this encoder."""
@@ -423,12 +425,12 @@ def library_versions(spec: EncoderSpec) -> str:
     return f"{name} {here} (trained with {spec.packages.get(name, 'an unknown version')})"
 
 
-class SkipRandomWeights(TorchDispatchMode):
-    """Draws no random weights: those of a file replace them, and a large transformer would draw them for seconds."""
+class SkipInitialWeights(TorchDispatchMode):
+    """Computes no initial weights: those of a file replace them. Those of a large transformer would take seconds."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if operation in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
-            return args[0]
+        if args and isinstance(args[0], nn.Parameter) and operation.overloadpacket.__name__.endswith("_"):
+            return args[0]  # an operation in place
         return operation(*args, **(kwargs or {}))
 
 
@@ -439,7 +441,7 @@ def read_module(path: Path, spec: EncoderSpec) -> nn.Module:
         InputError: the installed version of the library cannot build the architecture, or the weights do not fit it.
     """
     try:
-        with SkipRandomWeights():
+        with SkipInitialWeights():
             module = build_module(spec.library, spec.architecture, spec.arguments, spec.pool)
     except Exception as error:  # the type depends on the library's version and on what it does not know
         reason = shorten(f"{type(error).__name__}: {error}")
@@ -479,7 +481,7 @@ def make_encoder(module: nn.Module, spec: EncoderSpec, devices: Sequence[torch.d
     module.to(devices[0], dtype, memory_format=torch.channels_last)
     encoder = Encoder(module, spec.preprocessing, spec.features, devices)
     if encoder.device.type != "cpu":
-        encoder.try_one_photo()
+        encoder.warm_up()
     return encoder
 
 

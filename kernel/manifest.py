@@ -7,6 +7,7 @@ reads, checks and writes the JSON; the rest of the code uses these dataclasses.
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -305,10 +306,21 @@ def from_json(kind: Any, value: Any, key: str) -> Any:
 
 @dataclass(frozen=True)
 class Weights:
-    """A folder of weights and its manifest."""
+    """A folder of weights and its manifest.
+
+    Attributes:
+        digests: the SHA-256 of files, as far as they are computed in a thread.
+    """
 
     folder: Path
     manifest: Manifest
+    digests: dict[str, Future] = field(default_factory=dict, repr=False, compare=False)
+
+    def start_checks(self) -> None:
+        """Read the encoders' files in a thread, for `file`: it takes as long as importing torch."""
+        thread = ThreadPoolExecutor(1, "digest")
+        for name in dict.fromkeys(spec.file for member in self.manifest.members for spec in member.encoders):
+            self.digests[name] = thread.submit(sha256, self.folder / name)
 
     def file(self, name: str) -> Path:
         """The path of a weights file, after a check of its SHA-256.
@@ -319,7 +331,8 @@ class Weights:
         path = self.folder / name
         if not path.is_file():
             raise InputError(f"{path} is missing: copy or upload the whole folder again")
-        expected, found = self.manifest.files.get(name, "no digest"), sha256(path)
+        expected = self.manifest.files.get(name, "no digest")
+        found = self.digests[name].result() if name in self.digests else sha256(path)
         if found != expected:
             raise InputError(f"{path} has SHA-256 {found}, the manifest says {expected}: copy or upload it again")
         return path

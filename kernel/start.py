@@ -52,6 +52,7 @@ def start() -> Setup:
     weights, table = write_fallback(options.input, options.working / "submission.csv")
     limit = options.time_limit or weights.manifest.competition.time_limit
     weights = replace(weights, manifest=in_tiles(weights.manifest, table.competition.grids))
+    weights.start_checks()
     setup = Setup(weights, table, Budget(limit, STARTED), options.working, is_rerun)
     install_wheels(weights.wheels(), options.working / PACKAGES)
     return setup

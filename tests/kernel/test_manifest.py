@@ -163,11 +163,11 @@ def test_a_file_that_is_not_a_manifest_of_this_format_is_refused_in_one_line(tmp
     assert "\n" not in str(error.value)
 
 
-def write_weights(folder, text: str = "weights"):
+def write_weights(folder, text: str = "weights", name: str = "bank.safetensors"):
     """A folder of weights with one file."""
     folder.mkdir(parents=True)
-    (folder / "bank.safetensors").write_text(text)
-    files = {"bank.safetensors": sha256(folder / "bank.safetensors")}
+    (folder / name).write_text(text)
+    files = {name: sha256(folder / name)}
     write_manifest(manifests.manifest(files=files), folder / MANIFEST)
     return folder
 
@@ -211,15 +211,23 @@ def test_of_two_versions_the_one_that_the_script_names_is_used(tmp_path):
         find_weights(tmp_path)
 
 
-def test_a_damaged_or_missing_weights_file_is_refused(tmp_path):
-    weights = read_weights(write_weights(tmp_path / "weights"))
-    assert weights.file("bank.safetensors").is_file()
-    (weights.folder / "bank.safetensors").write_text("damaged")
+@pytest.mark.parametrize("is_read_ahead", [False, True])
+def test_a_damaged_or_missing_weights_file_is_refused(tmp_path, is_read_ahead):
+    path = write_weights(tmp_path / "weights", name="encoder.safetensors") / "encoder.safetensors"
+
+    def find_file():
+        weights = read_weights(path.parent)
+        if is_read_ahead:
+            weights.start_checks()
+        return weights.file(path.name)
+
+    assert find_file() == path
+    path.write_text("damaged")
     with pytest.raises(InputError, match="SHA-256"):
-        weights.file("bank.safetensors")
-    (weights.folder / "bank.safetensors").unlink()
+        find_file()
+    path.unlink()
     with pytest.raises(InputError, match="missing"):
-        weights.file("bank.safetensors")
+        find_file()
 
 
 def test_without_weights_the_error_says_what_to_attach(tmp_path):
