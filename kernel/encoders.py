@@ -434,8 +434,11 @@ class SkipInitialWeights(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def read_module(path: Path, spec: EncoderSpec) -> nn.Module:
+def read_module(path: Path, spec: EncoderSpec, is_moved: bool = False) -> nn.Module:
     """Build an encoder and load its weights from a file: on the CPU in fp32, in evaluation mode, parameters frozen.
+
+    Args:
+        is_moved: the weights stay where they are in the mapped file, in its precision, until they are moved to a GPU.
 
     Raises:
         InputError: the installed version of the library cannot build the architecture, or the weights do not fit it.
@@ -450,7 +453,7 @@ def read_module(path: Path, spec: EncoderSpec) -> nn.Module:
             "trained with, or train again with this version"
         ) from error
     try:
-        module.load_state_dict(load_file(path), strict=True)
+        module.load_state_dict(load_file(path), strict=True, assign=is_moved)
     except RuntimeError as error:
         reason = f"{path} does not fit {spec.architecture} of {library_versions(spec)}: {shorten(error)}"
         raise InputError(f"{reason}; train or bundle again") from error
@@ -490,7 +493,8 @@ def open_encoder(path: Path, spec: EncoderSpec, devices: Sequence[torch.device])
     if devices[0].type == "cpu":
         return make_encoder(read_module(path, spec), spec, devices)
     for choice in [devices, *([device] for device in devices if len(devices) > 1)]:
-        module = read_module(path, spec)  # each time, because a failed move may leave some weights in half precision
+        # Each time, because a failed move may leave some weights in half precision.
+        module = read_module(path, spec, is_moved=True)
         try:
             return make_encoder(module, spec, choice)
         except RuntimeError as error:

@@ -69,7 +69,7 @@ class PhotoLoader:
         self._slots, self._spare = list(range(slots)), list(range(slots, slots + REPLACEMENTS))
         self._previous = 0  # first photo of the last batch
         self._freed = 0  # first photo whose slot is not free yet
-        self._pins = False  # whether batches are copied into pinned memory
+        self._pinned = 0  # address of the pixels, if CUDA holds them in memory
         self._current = shared_array((workers + REPLACEMENTS,), np.int32)  # the photo that each worker decodes
         self._current[:] = -1
         self._queued = 0  # photos that have been given to the workers
@@ -113,8 +113,7 @@ class PhotoLoader:
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Batches of readable photos: their indices in `paths`, and (batch, 3, decoded_size, decoded_size) uint8.
 
-        On a CPU, the pixels of a batch are valid until the second one after it is requested; then their memory is used
-        again.
+        The pixels of a batch are valid until the second one after it is requested: their memory is used again.
 
         Args:
             encoder: whose batches they are. A GPU gets them in pinned memory, from which it copies while it computes.
@@ -124,7 +123,8 @@ class PhotoLoader:
             InputError: too many workers had to be replaced, and no time limit ends the waiting.
         """
         self.ahead *= encoder.queued
-        self._pins = encoder.device.type == "cuda"
+        if encoder.device.type == "cuda" and not self._pinned:
+            self._pinned = pin_array(self._pixels)
         return self._take_all(encoder, remaining)
 
     def _take_all(self, encoder: Encoder, remaining: Callable[[], float]) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -162,23 +162,15 @@ class PhotoLoader:
         return indices, self._pixels_in([self._slots[photo % len(self._slots)] for photo in indices])
 
     def _pixels_in(self, slots: Sequence[int]) -> torch.Tensor:
-        """(slots, 3, decoded_size, decoded_size) uint8; on a CPU without a copy where the slots lie side by side."""
+        """(slots, 3, decoded_size, decoded_size) uint8, without a copy where the slots lie side by side."""
         first = slots[0] if slots else 0
-        if not self._pins and slots == list(range(first, first + len(slots))):
+        if slots == list(range(first, first + len(slots))):
             photos = torch.from_numpy(self._pixels[first : first + len(slots)])
         else:
-            photos = self._empty_batch((len(slots), *self._pixels.shape[1:]))
+            shape = (len(slots), *self._pixels.shape[1:])
+            photos = torch.empty(shape, dtype=torch.uint8, pin_memory=bool(self._pinned))
             np.take(self._pixels, slots, axis=0, out=photos.numpy(), mode="clip")  # "raise" copies twice
         return photos.permute(0, 3, 1, 2)
-
-    def _empty_batch(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Memory for a batch. Torch keeps pinned memory, and uses it again once the GPU has copied from it."""
-        if self._pins:
-            try:
-                return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError:  # the system lends no more of it: the program waits for each copy from now on
-                self._pins = False
-        return torch.empty(shape, dtype=torch.uint8)
 
     def close(self) -> None:
         """End the workers. A thread that hangs waits until the process ends."""
@@ -193,6 +185,9 @@ class PhotoLoader:
         for worker in workers:
             worker.join(end)
         self._workers.clear()
+        if self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(self._pinned)
+            self._pinned = 0
 
     def _give_out(self, stop: int) -> None:
         """Queue the photos before `stop` for the workers, as far as there are free slots."""
@@ -288,9 +283,9 @@ class PhotoLoader:
 
 
 def photos_ahead(batch_size: int, preprocessing: Preprocessing, loaders: int = 1) -> int:
-    """How many photos each of so many loaders decodes ahead beside a GPU, as memory and a pipe allow."""
+    """How many photos each of so many loaders decodes ahead beside a GPU: whole batches, as memory and a pipe allow."""
     fitting = AHEAD_BYTES // (loaders * 3 * preprocessing.decoded_size**2)
-    return max(AHEAD * batch_size, min(fitting, MOST_QUEUED - 2 * batch_size))
+    return max(AHEAD, min(fitting, MOST_QUEUED - 2 * batch_size) // batch_size) * batch_size
 
 
 def decode_photos(
@@ -432,6 +427,22 @@ def release_freed_memory() -> None:
     A fork makes memory copy-on-write: this process would copy every page of it before it writes to that page again.
     """
     call_libc("malloc_trim", 0)
+
+
+def pin_array(array: np.ndarray) -> int:
+    """Pin the memory of an array, so that GPUs copy from it while the program goes on.
+
+    Returns:
+        Its address, by which CUDA releases it; 0 if CUDA cannot pin it. Then the program waits for each copy.
+    """
+    address, for_all_gpus = array.ctypes.data, 1
+    try:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, array.nbytes, for_all_gpus))
+        return address
+    except torch.cuda.CudaError:
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda").add_(1)  # the next operation would raise the error again
+        return 0
 
 
 def count_cores() -> int:

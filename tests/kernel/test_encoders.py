@@ -149,8 +149,8 @@ class OnFullGpu(torch.nn.Module):
         super().__init__()
         self.inner, self.weights_fit, self.is_on_gpu = inner, weights_fit, False
 
-    def load_state_dict(self, state, strict=True):
-        return self.inner.load_state_dict(state, strict)
+    def load_state_dict(self, *arguments, **options):
+        return self.inner.load_state_dict(*arguments, **options)
 
     def to(self, device, *arguments, **options):
         if device.type == "cpu":

@@ -13,7 +13,7 @@ from kernel.__main__ import embed_test_set, write_predictions
 from kernel.budget import UNLIMITED, Budget
 from kernel.embeddings import Batch, Limits, embed_batches, embed_observations
 from kernel.encoders import Encoder, build_module, make_encoder, open_encoder, pick_devices
-from kernel.loader import PhotoLoader
+from kernel.loader import PhotoLoader, pin_array
 from kernel.manifest import read_weights
 from kernel.observations import Observation, find_test_table
 from kernel.photos import decode
@@ -158,7 +158,7 @@ def test_an_embedding_does_not_depend_on_the_other_photos_of_its_batch(weights):
     assert torch.equal(encoder.embed(photos[19:], [VIEWS["plain"]]), whole[19:])
 
 
-def test_a_worker_beside_a_gpu_is_replaced_when_it_is_killed(weights, tmp_path, monkeypatch):
+def test_a_worker_that_replaces_a_killed_one_decodes_into_pinned_memory(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("kernel.loader.decode", decode_or_be_killed)
     paths = [photo(tmp_path / f"{seed}.jpg", seed) for seed in range(200)]
     deadly = photo(tmp_path / "deadly.jpg", 0)
@@ -178,22 +178,18 @@ def decode_or_be_killed(path, preprocessing):
 
 def test_memory_that_cannot_be_pinned_costs_no_photo(weights, tmp_path, monkeypatch):
     encoder = open_encoder(weights, SPEC, [GPU])
-    encoder.batch_size = 16  # several batches
     paths = [photo(tmp_path / f"{seed}.jpg", seed) for seed in range(70)]
     observations = [Observation(str(index), (path,)) for index, path in enumerate(paths)]
     expected = embed_observations(encoder, observations, ["plain"]).values
 
-    empty, refused = torch.empty, []
+    def fail_to_pin(array):
+        assert pin_array(array)
+        assert not pin_array(array)  # a second time is an error of CUDA, as too little memory is
+        torch.cuda.cudart().cudaHostUnregister(array.ctypes.data)
+        return 0
 
-    def refuse_to_pin(*args, **options):
-        if options.get("pin_memory"):
-            refused.append(args)
-            empty(1 << 60, dtype=torch.uint8, pin_memory=True)  # an error of CUDA
-        return empty(*args, **options)
-
-    monkeypatch.setattr(torch, "empty", refuse_to_pin)
+    monkeypatch.setattr("kernel.loader.pin_array", fail_to_pin)
     assert torch.equal(embed_observations(encoder, observations, ["plain"]).values, expected)
-    assert len(refused) == 1  # it is not tried again
 
 
 def test_a_run_trained_on_a_gpu_predicts_there_as_on_a_cpu(trained, drawn, tmp_path, monkeypatch):

@@ -98,9 +98,9 @@ def test_beside_a_gpu_photos_are_decoded_while_the_encoder_is_opened_as_memory_a
             return loader._queued  # before a batch is asked for
 
     assert queued(photos=3000, size=64, gpus=1, loaders=1) == 3000
-    assert queued(photos=20000, size=64, gpus=1, loaders=1) == 8000 - 2 * 256
-    assert queued(photos=20000, size=448, gpus=1, loaders=1) == (1 << 30) // (448 * 448 * 3)
-    assert queued(photos=20000, size=448, gpus=1, loaders=4) == (1 << 28) // (448 * 448 * 3)
+    assert queued(photos=20000, size=64, gpus=1, loaders=1) == 29 * 256  # of 7,488
+    assert queued(photos=20000, size=448, gpus=1, loaders=1) == 27 * 64  # of 1,783
+    assert queued(photos=20000, size=448, gpus=1, loaders=4) == 6 * 64  # of 445
     assert queued(photos=20000, size=448, gpus=16, loaders=40) == 2 * 16 * 64
     assert queued(photos=3000, size=64, gpus=0, loaders=1) == 0
 
