@@ -151,8 +151,9 @@ class PhotoLoader:
             TimeoutError: they took longer, or too many workers had to be replaced.
         """
         self._freed = self._previous
+        end_of_slots = self.taken + len(self._slots) - self.taken % len(self._slots)
         self._give_out(self.taken + count)
-        batch = range(self.taken, min(self.taken + count, self._queued))
+        batch = range(self.taken, min(self.taken + count, self._queued, end_of_slots))
         self._wait_for(batch, seconds)
         self._previous, self.taken = batch.start, batch.stop
         causes = {photo: self._causes.pop(photo) for photo in batch if photo in self._causes}
