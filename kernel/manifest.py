@@ -6,8 +6,9 @@ reads, checks and writes the JSON; the rest of the code uses these dataclasses.
 
 import json
 import os
+import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -318,9 +319,17 @@ class Weights:
 
     def start_checks(self) -> None:
         """Read the encoders' files in a thread, for `file`: it takes as long as importing torch."""
-        thread = ThreadPoolExecutor(1, "digest")
-        for name in dict.fromkeys(spec.file for member in self.manifest.members for spec in member.encoders):
-            self.digests[name] = thread.submit(sha256, self.folder / name)
+
+        def compute() -> None:
+            for name, digest in self.digests.items():
+                try:
+                    digest.set_result(sha256(self.folder / name))
+                except Exception as error:
+                    digest.set_exception(error)
+
+        names = [spec.file for member in self.manifest.members for spec in member.encoders]
+        self.digests.update({name: Future() for name in names})
+        threading.Thread(target=compute, name="digest", daemon=True).start()  # the process does not wait for it
 
     def file(self, name: str) -> Path:
         """The path of a weights file, after a check of its SHA-256.
