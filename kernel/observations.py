@@ -65,7 +65,8 @@ def recognise(folder: Path, among: Sequence[Competition] = COMPETITIONS) -> Comp
     """Recognise a folder as one of some competitions; None if it is another's or none.
 
     Of all competitions that recognise it, those of the lowest `generality` count: with files of its own before any
-    tables, and these before photos alone. Of several, one whose test photos are there is preferred.
+    tables, and these before photos alone. Of several, one without a problem is preferred, then one whose test photos
+    are there.
 
     Args:
         among: if one of them has settings, these are used for its name.
@@ -80,7 +81,9 @@ def recognise(folder: Path, among: Sequence[Competition] = COMPETITIONS) -> Comp
             found.append(one)
             lowest = min(lowest, one.competition.generality)
     candidates = [one for one in found if one.competition.generality == lowest and one.competition.name in by_name]
-    return max(candidates, key=lambda one: one.split_folder("test").is_dir(), default=None)
+    return max(
+        candidates, key=lambda one: (not one.competition.problem, one.split_folder("test").is_dir()), default=None
+    )
 
 
 def read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:

@@ -85,6 +85,7 @@ class Search:
         folders: that may hold photos, relative to the folder.
         indices: of the photos in some of them and in the folders below; see `index_photos`.
         doubts: what was guessed among several candidates, in lines.
+        has_some_photos: whether some of the photos of the training table are there, but too few to use it.
     """
 
     folder: Path
@@ -93,6 +94,7 @@ class Search:
     folders: list[str] = field(default_factory=list)
     indices: dict[str, dict[str, str]] = field(default_factory=dict)
     doubts: list[str] = field(default_factory=list)
+    has_some_photos: bool = False
 
     def put(self, **values: object) -> None:
         """Settings that were found; those that are given stay."""
@@ -332,6 +334,21 @@ def _share_photos(table: Table, column: str, other: str) -> bool:
 
 
 def describe_missing_photos(state: Search, train: Table) -> str:
+    """Why no column of the training table names photos, in one line. Notes whether some of them are there."""
+    files, counts = index_photos(state.folder).items(), {}
+    there = {key for key, path in files if os.path.splitext(path)[1].lower() in PHOTO_SUFFIXES}
+    for column in train.columns:
+        values = train.values(column)
+        if 2 * len(values) >= train.rows:
+            counts[column] = sum(not there.isdisjoint(photo_keys(photo_name(cell))) for cell in values)
+    column = max(counts, key=counts.get, default="")
+    if 0 < counts.get(column, 0) < len(train.values(column)):
+        state.has_some_photos = True
+        return (
+            f"only {counts[column]:,} of the {len(train.values(column)):,} photos that {column!r} of {train.path} "
+            f"names are in {state.folder}: unpack all of them there, or write image_column, train_folder and suffixes "
+            f"into {SETTINGS_FILE}"
+        )
     names = ", ".join(map(repr, list(train.columns)[:8]))
     files = (name for folder in state.folders for name in _first_files(state.path(folder)))
     others = sorted({os.path.splitext(name)[1].lower() for name in files}.intersection(OTHER_FORMATS))

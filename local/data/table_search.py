@@ -91,8 +91,11 @@ def _search(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> Competiti
         problem = str(error)
     notes = () if problem else (f"{folder}: {describe(state.settings)}", *_unused_tables(state, names))
     competition = configure(state.settings, (*notes, *state.doubts), problem)
-    # Where the tables cannot be used, and nobody says that they should be, there may be folders of classes.
-    return replace(competition, generality=3) if problem and not has_settings else competition
+    if problem and not has_settings:
+        # Nobody says that the tables should be used: there may be folders of classes, and if no photo of the tables is
+        # there, the folders are meant even if they cannot be used either.
+        return replace(competition, generality=2 if state.has_some_photos else 3)
+    return competition
 
 
 def _try_tables(state: Search, tables: Sequence[Sequence[str]]) -> tuple[Search, str]:

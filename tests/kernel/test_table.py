@@ -209,6 +209,14 @@ def test_files_that_are_no_photos_are_passed_over(tmp_path):
     assert message.endswith("; .dcm files cannot be read: convert them to .png")
 
 
+@pytest.mark.parametrize("folder", ["train", "photos"])
+def test_too_few_photos_of_a_table_are_counted(tmp_path, folder):
+    """The folder of photos is not taken for one of a class, nor the sample submission for one of class folders."""
+    rows = [("image", "label"), *((f"a{number}", LABELS[number % 3]) for number in range(20))]
+    trees(tmp_path, rows, folders=(folder, folder))
+    assert f"only 6 of the 20 photos that 'image' of {tmp_path / 'train.csv'} names are in" in refusal(tmp_path)
+
+
 def test_a_table_of_any_name_may_have_the_classes(tmp_path):
     trees(tmp_path, train_rows("subject", "label", make=lambda number: (f"p{number % 2}", LABELS[number % 3])))
     (tmp_path / "train.csv").rename(tmp_path / "drivers.csv")
