@@ -16,6 +16,8 @@ from kernel.inputs import InputError
 RESOLUTIONS = ("300p", "500p", "720p", "fullsize")  # folders of photos by their shorter side in pixels, smallest first
 TAXONOMY = ("phylum", "class", "order", "family", "genus")  # ranks above the species, highest first
 HIDDEN = ("__MACOSX", "@eaDir")  # left in archives by macOS and Synology; names with a leading dot are hidden too
+SEPARATOR = re.compile(r'"?sep=([^"\r\n])"?[\r\n]*')  # Excel's first line of a CSV file, "sep=;"
+COMMENT = re.compile(r'"?#[^",;\t\r\n]')  # not the header of a column that is called "#" alone
 csv.field_size_limit(1 << 30)  # characters of a cell; Python's own limit of 128 KiB is less than some cells have
 NULLS = frozenset(("", "nan", "<na>", "none", "null", "na", "n/a"))  # what programs write for a missing value
 # What people write for an unknown value.
@@ -37,20 +39,30 @@ def read_header(path: Path) -> list[str]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             return next(csv.reader(file, delimiter=delimiter_of(file)), [])
-    except (OSError, UnicodeDecodeError, csv.Error):
+    except (OSError, UnicodeDecodeError, csv.Error, InputError):
         return []
 
 
 def delimiter_of(file: TextIO) -> str:
     """What separates the cells of a CSV file: of comma, semicolon and tab the first that its header has.
 
-    The file is read from its start, and stands at its header afterwards, behind lines that are blank.
+    A line such as "sep=;" before the header decides. The file is read from its start, and stands at its header
+    afterwards, behind that line and those that are blank.
+
+    Raises:
+        InputError: the header begins with "#". It may be a comment or the header, which cannot be known.
     """
-    start, header = 0, file.readline()
-    while header and not header.strip():
-        start, header = file.tell(), file.readline()
+    start, header, line, declared = 0, file.readline(), 1, ""
+    while header and (not header.strip() or SEPARATOR.fullmatch(header)):
+        declared = "".join(SEPARATOR.findall(header)) or declared
+        start, header, line = file.tell(), file.readline(), line + 1
+    if COMMENT.match(header):
+        raise InputError(
+            f"{file.name}, line {line} begins with '#': remove the line if it is a comment, or the '#' if it is the "
+            "header"
+        )
     file.seek(start)
-    return next((sign for sign in ",;\t" if sign in header), ",")
+    return declared or next((sign for sign in ",;\t" if sign in header), ",")
 
 
 def iterate_table(

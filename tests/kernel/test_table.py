@@ -316,6 +316,14 @@ def test_tabs_may_separate_cells(tmp_path):
     assert set(read_competition(tmp_path).class_ids) == set(LABELS)
 
 
+@pytest.mark.parametrize("table", ["train.csv", "test.csv", "sample_submission.csv", "solution.csv"])
+def test_a_comment_in_a_table_is_refused_with_its_line_and_no_photo_is_read(tmp_path, table):
+    solution = layouts.table(tmp_path, labels=LABELS)
+    (tmp_path / table).write_text("# made by me, 2024\n" + (tmp_path / table).read_text(encoding="utf-8"))
+    with pytest.raises(InputError, match=rf"{table}, line 1 begins with '#': remove"):
+        read_solution(solution) if table == solution.name else find_competition(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("table", "becomes", "complaint"),
     [

@@ -80,3 +80,35 @@ def test_blank_lines_before_the_header_are_skipped(tmp_path):
     assert read_table(path, ("id",)) == [{"id": "1", "größe": "b"}]
     path.write_text("\n\n")
     assert (read_header(path), read_table(path, ())) == ([], [])
+
+
+@pytest.mark.parametrize("first", ["sep=;\r\n", '"sep=;"\n', "\nsep=;\n\n"])
+def test_a_line_that_says_what_separates_the_cells_is_not_the_header(tmp_path, first):
+    path = tmp_path / "table.csv"
+    path.write_bytes(f'\ufeff{first}id;a,b\n1;"c;d"\n'.encode())
+    assert read_header(path) == ["id", "a,b"]
+    assert read_table(path, ("id",)) == [{"id": "1", "a,b": "c;d"}]
+    path.write_text(first + '1;2\n3;"open\n4;lost\n')
+    with pytest.raises(InputError, match=rf"table\.csv, line {first.count(chr(10)) + 2}: a quote is not closed"):
+        read_table(path, ())
+
+
+def test_any_character_that_is_said_to_separate_the_cells_does(tmp_path):
+    path = tmp_path / "table.csv"
+    for sign in "\t|,":
+        path.write_text(f"sep={sign}\nid{sign}a;b\n1{sign}c\n")
+        assert read_table(path, ("id",)) == [{"id": "1", "a;b": "c"}]
+
+
+@pytest.mark.parametrize("comment", ["# made by me, 2024", "#exported", '"# made by me, 2024"', "# id,label"])
+def test_a_comment_before_the_header_is_refused_with_its_line(tmp_path, comment):
+    path = tmp_path / "table.csv"
+    path.write_text(f"\n{comment}\nid,label\n1,oak\n")
+    with pytest.raises(InputError, match=r"table\.csv, line 2 begins with '#': remove the line if it is a comment"):
+        read_table(path, ())
+    assert read_header(path) == []
+
+
+def test_a_column_may_be_called_by_a_hash_sign(tmp_path):
+    (tmp_path / "table.csv").write_text("#,label\n1,oak\n")
+    assert read_table(tmp_path / "table.csv", ("#",)) == [{"#": "1", "label": "oak"}]
