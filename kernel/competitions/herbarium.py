@@ -13,9 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kernel.competitions.competition import AnswerForm, Competition, CompetitionFolder, LabelledPhoto, PhotoRow
-from kernel.inputs import InputError
+from kernel.inputs import InputError, shorten
 from kernel.tables import TAXONOMY, clean_id, is_blank, photo_name
 
 
@@ -35,15 +36,41 @@ def _read_coco(path: Path) -> tuple[dict[str, PhotoRow], dict]:
         except UnicodeDecodeError:
             coco = json.loads(content.decode("ISO-8859-1"))
         coco = {"images": coco} if isinstance(coco, list) else coco
-        rows = [PhotoRow(_coco_id(image, "image"), photo_name(image["file_name"]), image) for image in coco["images"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as COCO metadata ({error!r}): download it again") from error
+        rows = [
+            PhotoRow(_coco_id(image, "image"), photo_name(_coco_text(image, "file_name")), image)
+            for image in _coco_value(coco, "images")
+        ]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise _refusal(path, error) from error
     return {row.observation: row for row in rows}, coco
+
+
+def _refusal(path: Path, reason: object) -> InputError:
+    """That COCO metadata are damaged."""
+    return InputError(f"{path} cannot be read as COCO metadata: {shorten(reason)}; download it again")
+
+
+def _coco_value(entry: dict, *keys: str) -> Any:
+    """The value of the first of some keys that an image, an annotation or the whole has.
+
+    Raises:
+        ValueError: it has none of them.
+    """
+    for key in keys:
+        if key in entry:
+            return entry[key]
+    raise ValueError(f"{' or '.join(keys)} is missing in {shorten(entry, 80)}")
+
+
+def _coco_text(entry: dict, *keys: str) -> str:
+    """The same as text; empty for null."""
+    value = _coco_value(entry, *keys)
+    return "" if value is None else str(value)
 
 
 def _coco_id(entry: dict, kind: str) -> str:
     """The id of an image or category."""
-    return clean_id(str(entry["id"] if "id" in entry else entry[f"{kind}_id"]))
+    return clean_id(_coco_text(entry, "id", f"{kind}_id"))
 
 
 def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
@@ -66,17 +93,24 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
             )
             for category in coco.get("categories", ())
         }
-        photos = []
-        for annotation in coco["annotations"]:
-            image, class_id = (clean_id(str(annotation[key])) for key in ("image_id", "category_id"))
+        photos, unknown_images = [], []
+        for annotation in _coco_value(coco, "annotations"):
+            image, class_id = (clean_id(_coco_text(annotation, key)) for key in ("image_id", "category_id"))
             if is_blank(class_id):
                 left_out[f"annotations of {table.name} without category_id"] += 1
-                continue
-            taxa, species = classes.get(class_id, unknown)
-            path = folder / images[image].photo
-            photos.append(LabelledPhoto("train", image, class_id, path, taxa=taxa, species=species))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{table} cannot be read as COCO metadata ({error!r}): download it again") from error
+            elif image not in images:
+                unknown_images.append(image)
+            elif not images[image].photo:
+                left_out[f"annotations of {table.name} whose image has no file_name"] += 1
+            else:
+                taxa, species = classes.get(class_id, unknown)
+                path = folder / images[image].photo
+                photos.append(LabelledPhoto("train", image, class_id, path, taxa=taxa, species=species))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _refusal(table, error) from error
+    if unknown_images:
+        named = ", ".join(map(repr, unknown_images[:3]))
+        raise _refusal(table, f"annotations of images that it does not list: {len(unknown_images)}, such as of {named}")
     return photos
 
 

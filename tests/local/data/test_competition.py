@@ -7,6 +7,7 @@ import csv
 import gc
 import json
 import os
+import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -423,6 +424,15 @@ def test_an_annotation_without_a_class_is_left_out_and_counted(tmp_path: Path, c
     assert "annotations of metadata.json without category_id: 1" in capsys.readouterr().out
 
 
+def test_an_annotation_of_an_image_without_a_file_is_left_out_and_counted(tmp_path: Path, capsys) -> None:
+    names = (None, "", "2.jpg", "3.jpg")
+    images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+    annotations = [{"image_id": number, "category_id": number} for number in range(4)]
+    labelled = read_competition(herbarium(tmp_path, images, annotations))
+    assert [path.name for path in labelled.photos] == ["2.jpg", "3.jpg"]
+    assert "annotations of metadata.json whose image has no file_name: 2" in capsys.readouterr().out
+
+
 def test_photos_that_are_named_with_backslashes_are_found(tmp_path: Path) -> None:
     folder = fungiclef(tmp_path, train=[(*row[:3], f"more\\{row[3]}", row[4]) for row in TRAIN], val=None)
     photos = folder / "images" / DATASET / "train" / "300p"
@@ -499,31 +509,44 @@ def test_tables_without_a_labelled_photo_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "reason"),
     [
-        '{"images": [',
-        '{"images": []}',
-        "[]",
-        '{"images": [{"id": 1}], "annotations": []}',
-        '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1}]}',
-        '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 2, "category_id": 5}]}',
-        "[" * 100_000,
+        ('{"images": [', "Expecting value"),
+        ('{"images": []}', r"annotations is missing in \{'images': \[\]\}"),
+        ("[]", "annotations is missing"),
+        ('{"images": [{"id": 1}], "annotations": []}', r"file_name is missing in \{'id': 1\}"),
+        ('{"images": [{"file_name": "1.jpg"}], "annotations": []}', "id or image_id is missing in"),
+        (
+            '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1}]}',
+            r"category_id is missing in \{'image_id': 1\}",
+        ),
+        (
+            '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 2, "category_id": 5},'
+            '{"image_id": 1, "category_id": 5}, {"image_id": null, "category_id": 5}]}',
+            "annotations of images that it does not list: 2, such as of '2', ''",
+        ),
+        ('{"images": [3], "annotations": []}', "int"),
+        ("[" * 100_000, "recursion"),
     ],
     ids=[
         "cut off",
         "no annotations",
         "a list",
         "an image without a file",
+        "an image without an id",
         "a note without a class",
         "an unknown image",
+        "no image",
         "too deep",
     ],
 )
-def test_damaged_herbarium_metadata_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
+def test_damaged_herbarium_metadata_is_refused_with_its_path(tmp_path: Path, text: str, reason: str) -> None:
     folder = herbarium(tmp_path, [], [])
     table = folder / "nybg2020" / "train" / "metadata.json"
     table.write_text(text, encoding="utf-8")
-    assert str(table) in refusal(folder)
+    message = refusal(folder)
+    assert message.startswith(f"{table} cannot be read as COCO metadata: ")
+    assert re.search(reason, message)
 
 
 def test_a_folder_whose_name_is_no_utf8_is_named_in_one_line(tmp_path):
