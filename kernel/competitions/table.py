@@ -80,6 +80,7 @@ class TableSettings:
         metric: one of METRICS of local/data/table_search.py; empty for that of `default_metric`.
         time_limit: of a kernel with a GPU, seconds.
         header: of the sample submission; this and the following are always found.
+        null_classes: classes named like a missing value, such as "None", which the sample submission has as classes.
         is_nested: whether the photos are in folders below these, of classes for example, which the tables leave out.
         is_complete: whether the test table has exactly the ids of the sample submission. Then it decides which rows
             there are; otherwise the sample submission does.
@@ -102,6 +103,7 @@ class TableSettings:
     metric: str = ""
     time_limit: float = 9 * 3600
     header: tuple[str, ...] = ()
+    null_classes: tuple[str, ...] = ()
     is_nested: bool = False
     is_complete: bool = False
 
@@ -263,9 +265,15 @@ def _has_lists(sample: Path) -> bool:
 def label_of(row: Mapping[str, str], settings: TableSettings) -> str:
     """The class in a row of the training table; empty if it has none."""
     if settings.label_column:
-        return "" if is_blank(row[settings.label_column]) else clean_id(row[settings.label_column])
+        cell = row[settings.label_column]
+        return "" if has_no_class(cell, settings) else clean_id(cell)
     ones = [name for name, column in zip(settings.classes, settings.header[1:], strict=False) if is_one(row[column])]
     return ones[0] if len(ones) == 1 else ""
+
+
+def has_no_class(cell: str | None, settings: TableSettings) -> bool:
+    """Whether a cell of the column of classes is blank, and is not named like one of the classes either."""
+    return is_blank(cell) and (cell or "").strip() not in settings.null_classes
 
 
 def is_one(cell: str | None) -> bool:
@@ -282,15 +290,16 @@ def _read_labelled(found: CompetitionFolder, resolution: str, left_out: Counter)
     needed = [image, *filter(None, (settings.label_column, group))]
     ranks = [rank if rank not in (settings.label_column, image) else "" for rank in TAXONOMY]
     photos: list[LabelledPhoto] = []
-    for row in iterate_table(table, needed, filled=needed, left_out=left_out):
-        if any(row.get(None, ())):
+    filled = [name for name in needed if name != settings.label_column]
+    for row in iterate_table(table, needed, filled=filled, left_out=left_out):
+        label = label_of(row, settings)
+        if any(row.get(None, ())) and (label or not settings.label_column):
             raise InputError(
                 f"{table}, photo {row[image]}: the row has more cells than columns; put quotes around the cell with a "
                 "comma"
             )
-        label = label_of(row, settings)
         if not label:
-            left_out[f"rows of {table.name} without a class"] += 1
+            left_out[f"rows of {table.name} without {settings.label_column or 'a class'}"] += 1
             continue
         photos += [
             LabelledPhoto(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence, Set
 from pathlib import Path
 
-from kernel.competitions.table import SETTINGS_FILE, is_one
+from kernel.competitions.table import SETTINGS_FILE, TableSettings, has_no_class, is_one
 from kernel.inputs import InputError
 from kernel.tables import clean_id, compose, is_blank, read_header
 from local.data.photo_columns import Search, Table, is_number
@@ -52,6 +52,14 @@ def guess_form(state: Search, sample: Table) -> None:
     state.put(guesses=max(counts, default=1) or 1)
 
 
+def find_null_classes(state: Search, sample: Table) -> tuple[str, ...]:
+    """What usually says that a value is missing, but is a class of the sample submission, or of competition.toml."""
+    _, *answers = sample.columns
+    cells = dict.fromkeys(sample.columns[answers[0]]) if len(answers) == 1 else ()
+    named = [*state.settings.classes, *answers, *(name for cell in cells for name in (cell.strip(), *cell.split()))]
+    return tuple(name for name in dict.fromkeys(named) if name and is_blank(name))
+
+
 def find_labels(state: Search, train: Table, sample: Table) -> str:
     """Find the classes and the form of the submission; returns why they cannot be used, or an empty string."""
     _, *answers = sample.columns
@@ -76,7 +84,8 @@ def find_labels(state: Search, train: Table, sample: Table) -> str:
     said = (
         {token for cell in sample.values(answers[0]) for token in (cell, *cell.split())} if len(answers) == 1 else set()
     )
-    label, candidates = _find_label_column(state, train, answers, {clean_id(one) for one in said})
+    nulls = state.settings.null_classes
+    label, candidates = _find_label_column(state, train, answers, {clean_id(one) for one in said} | {*nulls})
     if not label:
         if not candidates:
             return f"{train.path} has no column of classes: write label_column into {SETTINGS_FILE}"
@@ -84,8 +93,13 @@ def find_labels(state: Search, train: Table, sample: Table) -> str:
             f"{train.path}: the classes may be in {' or '.join(map(repr, candidates))}: write label_column into "
             f"{state.folder / SETTINGS_FILE}"
         )
-    state.put(label_column=label)
-    labels = {clean_id(cell) for cell in train.values(label)}
+    labels = _labels_in(train, label, state.settings)
+    state.put(label_column=label, null_classes=tuple(name for name in nulls if name in labels))
+    state.doubts += [
+        f"{train.path}: {name!r} in {label!r} is taken to be a class, as {sample.path.name} or {SETTINGS_FILE} "
+        "names it: remove its rows if they have no class"
+        for name in state.settings.null_classes
+    ]
     if problem := _find_several_labels(state, train, label, labels):
         return problem
     state.put(metadata_columns=tuple(name for name in state.settings.metadata_columns if name != label))
@@ -98,7 +112,11 @@ def find_labels(state: Search, train: Table, sample: Table) -> str:
             f"{several}: write the classes as they are spelt there"
         )
     cells = [clean_id(cell) for cell in sample.values(answers[0])]
-    if not given and len(labels) > 1 and len(labels) == sum(not is_blank(cell) for cell in train.columns[label]):
+    if (
+        not given
+        and len(labels) > 1
+        and len(labels) == sum(not has_no_class(cell, state.settings) for cell in train.columns[label])
+    ):
         return (
             f"{train.path} has another {label!r} in each row, so these are no classes: write label_column into "
             f"{SETTINGS_FILE}"
@@ -112,6 +130,11 @@ def find_labels(state: Search, train: Table, sample: Table) -> str:
             f'classes = ["1", "0"] into {SETTINGS_FILE}'
         )
     return "" if state.settings.classes else _count_guesses(state, sample, cells, labels)
+
+
+def _labels_in(train: Table, column: str, settings: TableSettings) -> set[str]:
+    """The distinct cells of a column, if it is that of the classes."""
+    return {clean_id(cell) for cell in dict.fromkeys(train.columns[column]) if not has_no_class(cell, settings)}
 
 
 def _is_fraction(cell: str) -> bool:
@@ -130,7 +153,7 @@ def _find_label_column(
     if given := state.given_column("label_column", train):
         return given, []
     used = {settings.image_column, settings.observation_column, ""}
-    values = {name: {clean_id(cell) for cell in train.values(name)} for name in train.columns if name not in used}
+    values = {name: _labels_in(train, name, settings) for name in train.columns if name not in used}
     left = [name for name, own in values.items() if len(own) > 1]
     plain = {name: re.sub(r"[\s_]", "", name.casefold()) for name in left}
     test = read_header(state.path(settings.test_table)) if settings.test_table else []
@@ -176,7 +199,9 @@ def _find_several_labels(state: Search, train: Table, label: str, labels: Collec
     if state.settings.image_column in train.columns:
         first: dict[str, str] = {}
         for image, cell in zip(train.columns[state.settings.image_column], train.columns[label], strict=True):
-            if not is_blank(image) and not is_blank(cell) and clean_id(first.setdefault(image, cell)) != clean_id(cell):
+            if is_blank(image) or has_no_class(cell, state.settings):
+                continue
+            if clean_id(first.setdefault(image, cell)) != clean_id(cell):
                 return (
                     f"{train.path} has several rows of photo {image!r} with different classes, such as "
                     f"{first[image]!r} and {cell!r}: localisation and multi-label competitions are not supported"

@@ -22,13 +22,14 @@ from kernel.competitions.table import (
     Spelling,
     TableSettings,
     configure,
+    has_no_class,
     list_photos_of,
     photo_keys,
 )
 from kernel.inputs import InputError, shorten
 from kernel.manifest import from_json
 from kernel.tables import compose, find_path, is_blank, is_hidden, photo_name, read_header, visible
-from local.data.class_columns import find_labels, guess_form, refuse_boxes
+from local.data.class_columns import find_labels, find_null_classes, guess_form, refuse_boxes
 from local.data.photo_columns import (
     TRIED,
     WAYS,
@@ -43,7 +44,7 @@ from local.data.photo_columns import (
 )
 
 METRICS = ("recall_at_1", "recall_at_5", "recall_at_10", "macro_f1", "log_loss")
-FOUND_ONLY = ("header", "is_nested", "is_complete")
+FOUND_ONLY = ("header", "null_classes", "is_nested", "is_complete")
 KEYS = tuple(one.name for one in fields(TableSettings) if one.name not in FOUND_ONLY)
 CATEGORIES = 200  # most values of a column of metadata, unless they are numbers
 ARCHIVE = re.compile(r"\.(zip|7z|rar|gz|tgz|tar|bz2|xz)$", re.IGNORECASE)
@@ -284,6 +285,9 @@ def _find_columns(state: Search) -> None:
         name = image if image in read_header(state.path(state.settings.test_table)) else state.settings.id_column
         state.put(test_image_column=name)
     _find_observations(state, train)
+    nulls = find_null_classes(state, sample)
+    if nulls and not _lists_test_photos(state, train, sample):  # of which they may say that the class is missing
+        state.put(null_classes=nulls)
     label_problem = find_labels(state, train, sample)
     if not label_problem and state.settings.metric == "log_loss" and not state.settings.classes:
         label_problem = (
@@ -314,7 +318,7 @@ def _find_shared_photo(state: Search, train: Table, sample: Table) -> str:
     stems = {photo_keys(path.name)[1] for path in tried}
     labels = train.columns[settings.label_column or settings.image_column]
     for cell, label in zip(train.columns[settings.image_column], labels, strict=True):
-        if not is_blank(label) and photo_keys(photo_name(cell))[1] in stems:
+        if not has_no_class(label, settings) and photo_keys(photo_name(cell))[1] in stems:
             shared = [path.as_posix() for path in photos_of("train_folder", cell) & tried if state.path(path).exists()]
             if shared:
                 return (

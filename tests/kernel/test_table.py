@@ -7,6 +7,7 @@ import csv
 import re
 import shutil
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -596,6 +597,46 @@ def test_classes_that_only_one_side_has_are_said(tmp_path):
     assert "lacks 1 of the 3 classes of train.csv, such as 'ash': their probability is left out" in said
     assert "lacks 1 of the 3 classes of sample_submission.csv, such as 'yew': their probability is 0" in said
     assert find_competition(tmp_path).competition.form.classes == ("oak", "elm", "yew")
+
+
+@pytest.mark.parametrize("null", ["None", "NA", "null", "nan", "N/A"])
+@pytest.mark.parametrize("answer", layouts.ANSWERS)
+def test_a_class_that_is_named_like_a_missing_value_is_one_where_the_sample_submission_has_it(
+    tmp_path, answer, null, capsys
+):
+    layouts.table(tmp_path, answer, labels=(null, "elm", "ash"))
+    table = tmp_path / "train.csv"
+    rows = rows_of(table)
+    rows[2][2], rows[3][2] = "", "NaN"  # these are missing all the same
+    write_csv(table, rows)
+    labelled = read_competition(tmp_path)
+    assert labelled.classes == sorted((null, "elm", "ash"))
+    assert Counter(labelled.class_ids) == {null: 3, "elm": 2, "ash": 2}
+    said = capsys.readouterr().out
+    assert f"train.csv: {null!r} in 'label' is taken to be a class" in said
+    assert "rows of train.csv without label: 2" in said
+    assert "never predicted" not in said
+    assert "their probability is" not in said
+
+
+def test_a_class_of_competition_toml_may_be_named_like_a_missing_value(tmp_path):
+    train = train_rows("label", make=lambda number: (("elm", "None")[number % 2],))
+    trees(tmp_path, train, sample_rows("probability", answer=(0.5,)), 'classes = ["None", "elm"]')
+    assert read_competition(tmp_path).classes == ["None", "elm"]
+
+
+def test_what_the_sample_submission_has_not_as_a_class_is_a_missing_label(tmp_path, capsys):
+    names = ("oak", "elm", "None")
+    trees(tmp_path, train_rows("label", make=lambda number: (names[number % 3],)), sample_rows("label"))
+    assert read_competition(tmp_path).classes == ["elm", "oak"]
+    assert "rows of train.csv without label: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folders", [("train", "test"), ("images", "images")])
+def test_rows_of_test_photos_in_the_training_table_have_no_class_whatever_the_sample_answers(tmp_path, folders):
+    train = [*train_rows("label"), *((f"b{number}.jpg", "NA") for number in range(3))]
+    trees(tmp_path, train, sample_rows("label", answer=("NA",)), folders=folders)
+    assert read_competition(tmp_path).classes == sorted(LABELS)
 
 
 def test_a_column_for_each_class_in_the_training_table_gives_the_classes(tmp_path):
