@@ -118,9 +118,9 @@ def read_test(found: CompetitionFolder, resolution: str = RESOLUTIONS[0]) -> Tes
     left_out: Counter = Counter()
     rows = read_rows(found, left_out)
     if not rows:
-        raise InputError(
-            f"{found.table} has no test observation{describe_left_out(left_out)}: put the test set there as downloaded"
-        )
+        what = "test observation" if found.competition.has_table else "test photo"
+        lack = f"has no {what}{describe_left_out(left_out)}" if found.table.exists() else "does not exist"
+        raise InputError(f"{found.table} {lack}: put the test set there as downloaded")
     folder, columns = found.photo_folder("test", resolution), found.competition.metadata
     observations = group_photos(
         (

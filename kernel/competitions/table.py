@@ -36,6 +36,7 @@ from kernel.inputs import InputError
 from kernel.tables import (
     TAXONOMY,
     clean_id,
+    describe_left_out,
     find_path,
     format_table,
     is_blank,
@@ -210,6 +211,8 @@ def _read_rows(found: CompetitionFolder, left_out: Counter) -> list[PhotoRow]:
         photos[name] = (*photos.get(name, ()), *(PhotoRow(name, photo, row) for photo in own))
     if settings.is_complete:  # a sample submission of other rows was not replaced together with the test table
         photos = {name: own for name, own in photos.items() if own}
+        if not photos:
+            raise InputError(f"{table} has no test observation{describe_left_out(left_out)}: download it again")
     return [row for name, own in photos.items() for row in own or [PhotoRow(name, "", {needed[0]: name})]]
 
 

@@ -12,7 +12,7 @@ from kernel.competitions import competition_of
 from kernel.competitions.class_folders import PHOTO_SUFFIXES
 from kernel.inputs import InputError
 from kernel.manifest import CompetitionSpec, to_json
-from kernel.observations import find_test_table
+from kernel.observations import find_test_table, read_test
 from local.data.competition import read_competition
 from local.data.folder import find_competition
 from local.rehearsal.staging import stage_competition
@@ -340,3 +340,19 @@ def test_an_answer_may_be_a_class_that_is_named_none(tmp_path):
     assert competition.read_sample(tmp_path) == [("1.png", {"elm": 1.0})]
     (tmp_path / "submission.csv").write_text("file,species\n0.png,none\n1.png,\n")
     assert [[*answer] for _, answer in competition.read_submission(tmp_path / "submission.csv")] == [["none"]]
+
+
+def test_a_test_folder_without_photos_and_one_that_is_missing_are_refused_by_name(tmp_path):
+    for number, name in enumerate(("elm", "oak")):
+        photo(tmp_path / "train" / name / "0.png", number)
+        (tmp_path / "test" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match=r"test has no test photo: put the test set there"):
+        read_test(find_competition(tmp_path))
+    (tmp_path / "test" / "elm" / "0.txt").touch()
+    with pytest.raises(
+        InputError, match=r"test has no test photo \(left out: \.txt files: 1\): put the test set there"
+    ):
+        read_test(find_competition(tmp_path))
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(InputError, match=r"test does not exist: put the test set there"):
+        read_test(find_competition(tmp_path))

@@ -120,7 +120,7 @@ def test_a_test_set_without_observations_is_refused(tmp_path, fungi):
         file.parent.mkdir(parents=True)
         file.write_text(text)
     for root, left_out in ((fungi, "without observationID: 1"), (plants, ""), (folders, ".heic files: 1")):
-        with pytest.raises(InputError, match=f"no test observation.*{left_out}"):
+        with pytest.raises(InputError, match=f"has no test (observation|photo).*{left_out}"):
             find_test_table(root)
 
 

@@ -63,9 +63,7 @@ def test_quadrats_are_found_where_the_archive_has_them(tmp_path, top, table_fold
         rows = [f'"{name}";"A; B"' for name in reversed(QUADRATS)]
         table.write_text("\n".join(['"quadrat_id";"author"', *rows]))
     if table_folder != "top" and top == "test_2025":  # where a kernel would not find them
-        with pytest.raises(
-            InputError, match="PlantCLEF2025_test_images has no test observation: put the test set there"
-        ):
+        with pytest.raises(InputError, match="PlantCLEF2025_test_images does not exist: put the test set there"):
             read_test(find_competition(tmp_path))
         return
     observations = read_test(find_competition(tmp_path)).observations
@@ -85,7 +83,7 @@ def test_photos_of_the_training_data_are_no_quadrats(tmp_path):
     assert [one.id for one in read_test(find_competition(tmp_path)).observations] == QUADRATS
     for path in (tmp_path / "PlantCLEF2025_test_images").rglob("*.jpg"):
         path.unlink()
-    with pytest.raises(InputError, match="has no test observation"):
+    with pytest.raises(InputError, match="PlantCLEF2025_test_images has no test photo: put the test set there"):
         read_test(find_competition(tmp_path))
 
 

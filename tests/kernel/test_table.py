@@ -317,6 +317,18 @@ def test_tabs_may_separate_cells(tmp_path):
     assert set(read_competition(tmp_path).class_ids) == set(LABELS)
 
 
+@pytest.mark.parametrize(
+    ("rows", "left_out"), [([], ""), ([("", "1")], r" \(left out: rows of test.csv without image: 1\)")]
+)
+def test_a_test_table_without_rows_is_refused_by_its_name_in_a_kernel_too(tmp_path, rows, left_out):
+    trees(tmp_path)
+    write_csv(tmp_path / "test.csv", [("image", "x"), *((f"b{number}.jpg", number) for number in range(3))])
+    settings = find_competition(tmp_path).competition.settings
+    write_csv(tmp_path / "test.csv", [("image", "x"), *rows])
+    with pytest.raises(InputError, match=rf"test\.csv has no test observation{left_out}: download it again"):
+        find_test_table(tmp_path, "table", settings=settings)
+
+
 @pytest.mark.parametrize("table", ["train.csv", "test.csv", "sample_submission.csv", "solution.csv"])
 def test_a_comment_in_a_table_is_refused_with_its_line_and_no_photo_is_read(tmp_path, table):
     solution = layouts.table(tmp_path, labels=LABELS)
