@@ -17,7 +17,7 @@ RESOLUTIONS = ("300p", "500p", "720p", "fullsize")  # folders of photos by their
 TAXONOMY = ("phylum", "class", "order", "family", "genus")  # ranks above the species, highest first
 HIDDEN = ("__MACOSX", "@eaDir")  # left in archives by macOS and Synology; names with a leading dot are hidden too
 SEPARATOR = re.compile(r'"?sep=([^"\r\n])"?[\r\n]*')  # Excel's first line of a CSV file, "sep=;"
-COMMENT = re.compile(r'"?#[^",;\t\r\n]')  # not the header of a column that is called "#" alone
+COMMENT = re.compile(r'"?#(\s|[^",;\t]*$)')  # not the header of a column such as "#" or "#id"
 csv.field_size_limit(1 << 30)  # characters of a cell; Python's own limit of 128 KiB is less than some cells have
 NULLS = frozenset(("", "nan", "<na>", "none", "null", "na", "n/a"))  # what programs write for a missing value
 # What people write for an unknown value.
@@ -50,7 +50,7 @@ def delimiter_of(file: TextIO) -> str:
     afterwards, behind that line and those that are blank.
 
     Raises:
-        InputError: the header begins with "#". It may be a comment or the header, which cannot be known.
+        InputError: the header begins with "# ", or with "#" and is one cell. It may be a comment or the header.
     """
     start, header, line, declared = 0, file.readline(), 1, ""
     while header and (not header.strip() or SEPARATOR.fullmatch(header)):

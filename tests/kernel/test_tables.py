@@ -109,6 +109,7 @@ def test_a_comment_before_the_header_is_refused_with_its_line(tmp_path, comment)
     assert read_header(path) == []
 
 
-def test_a_column_may_be_called_by_a_hash_sign(tmp_path):
-    (tmp_path / "table.csv").write_text("#,label\n1,oak\n")
-    assert read_table(tmp_path / "table.csv", ("#",)) == [{"#": "1", "label": "oak"}]
+@pytest.mark.parametrize("name", ["#", "#id"])
+def test_the_name_of_a_column_may_begin_with_a_hash_sign(tmp_path, name):
+    (tmp_path / "table.csv").write_text(f"{name},label\n1,oak\n")
+    assert read_table(tmp_path / "table.csv", (name,)) == [{name: "1", "label": "oak"}]
