@@ -416,6 +416,14 @@ def _find_observations(state: Search, train: Table) -> None:
     """Find which column of the training table has the observations, and what describes them."""
     state.given_column("observation_column", train)
     settings = state.settings
+    for name in filter(None, (settings.train_table, settings.test_table)):
+        header = read_header(state.path(name))
+        for column in state.given.get("metadata_columns", ()):
+            if column not in header:
+                raise InputError(
+                    f"{state.path(name)} lacks the column {column!r}, which {SETTINGS_FILE} gives in "
+                    f"metadata_columns: it has {', '.join(header)}"
+                )
     group = settings.id_column if settings.test_table else settings.header[0]
     if group in train.columns and group not in (settings.image_column, settings.test_image_column):
         state.put(observation_column=group)

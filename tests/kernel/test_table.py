@@ -489,12 +489,22 @@ def test_the_name_of_one_class_is_not_taken_for_several(tmp_path, names):
         ("guesses = ", "cannot be read as TOML"),
         ("metric = 'f1'", "one of recall_at_1, .* for metric, got 'f1'"),
         ("label_column = 'x'", "train.csv lacks the column 'x', which competition.toml gives as label_column"),
+        ("metadata_columns = ['x']", "train.csv lacks the column 'x', which .* in metadata_columns: it has image, label"),
         ("train_folder = 'nowhere'", "train_folder names 'nowhere'"),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_line(tmp_path, settings, complaint):
     with pytest.raises(InputError, match=complaint):
         find_competition(trees(tmp_path, settings=settings))
+
+
+def test_metadata_that_the_test_table_lacks_is_refused(tmp_path):
+    layouts.table(tmp_path)
+    (tmp_path / "competition.toml").write_text("metadata_columns = ['habitat', 'fold']")
+    said = "test.csv lacks the column 'fold', which competition.toml gives in metadata_columns: it has image, specimen"
+    assert said in refusal(tmp_path)
+    (tmp_path / "competition.toml").write_text("metadata_columns = ['habitat']")
+    assert find_competition(tmp_path).competition.metadata == ("habitat",)
 
 
 def test_settings_with_a_byte_order_mark_are_read(tmp_path):
