@@ -212,6 +212,21 @@ class BankSelection:
         for index, resize_mode in enumerate(modes):
             self.embed(resize_mode, len(modes) - index)
         check_readable(list(self.unreadable.items()), len(self.labelled.photos))
+        self._name_absent_classes()
+
+    def _name_absent_classes(self) -> None:
+        """Print which classes of the bank have no readable photo. They stay, so that the ids of the others do too."""
+        if not self.unreadable:
+            return
+        is_read = [not self.unreadable.keys() >= {*one.photos} for one in self.labelled.observations]
+        present = set(self.plan.labels[self.plan.reference & np.array(is_read)].tolist())
+        absent = [name for label, name in enumerate(self.plan.classes) if label not in present]
+        if absent:
+            names = ", ".join(map(repr, absent[:3])) + (", ..." if len(absent) > 3 else "")
+            say(
+                f"{counted(len(absent), 'class', 'classes')} without a readable photo, never predicted: {names}; "
+                "download these photos again"
+            )
 
     def embed_reference(self, settings: BankSettings) -> np.ndarray:
         """(reference observations, features) float16, rows of length 1, or 0 where no photo could be read."""

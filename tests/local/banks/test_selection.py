@@ -141,6 +141,28 @@ def test_every_resize_mode_that_may_be_selected_is_embedded(own, choose, expecte
     assert embedded == expected
 
 
+def test_a_class_without_a_readable_photo_is_named_and_never_predicted(encoder, drawn, tmp_path, capsys):
+    from local.data.competition import read_competition
+
+    whole = read_competition(drawn.competition).in_splits("train")
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"not a photo")
+    names, sizes = np.unique(whole.class_ids, return_counts=True)
+    one, other = names[np.argsort(-sizes, kind="stable")][:2]
+    observations = list(whole.observations)
+    for index in np.flatnonzero(whole.class_ids == one):
+        observations[index] = replace(observations[index], photos=(broken,))
+    partly = np.flatnonzero(whole.class_ids == other)[0]  # the other photos of its class can be read
+    observations[partly] = replace(observations[partly], photos=(broken,))
+    own = plan_bank(split_for_validation(replace(whole, observations=observations), 0), "train", is_tuned=False)
+    selection = BankSelection(BankSettings(resize_mode="crop"), [], own, ConcatenatedEncoders((encoder,)), tmp_path)
+    selection.embed_all()
+    said = f"1 class without a readable photo, never predicted: {one!r}; download these photos again"
+    assert said in capsys.readouterr().out.splitlines()
+    bank = selection.select().banks[0][0]
+    assert (bank.bias < -1).tolist() == [name == one for name in own.classes]
+
+
 def test_a_run_that_nothing_can_evaluate_says_why_and_what_it_does_not_choose(encoder, drawn, tmp_path, capsys):
     from local.data.competition import read_competition
 
