@@ -97,7 +97,7 @@ def finetune(encoder: Encoder, split: Split, recipe: Recipe, folder: Path, data_
     with StopSignals() as signals, tensorboard(folder.parent / "tensorboard", len(trainer.log)) as write_row:
         while trainer.epoch <= settings.epochs and not is_patience_over(trainer):
             started = time.monotonic()
-            with signals.lost_workers_named(), memory_named(f"training epoch {trainer.epoch}", folder):
+            with signals.lost_workers_named(folder), memory_named(f"training epoch {trainer.epoch}", folder):
                 loss = trainer.train_epoch(signals)
             if not math.isfinite(loss):
                 say(describe_divergence(f"epoch {trainer.epoch}, batch {trainer.batch}: the loss is {loss}"))

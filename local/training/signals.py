@@ -3,6 +3,10 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from pathlib import Path
+
+from kernel.inputs import InputError
+from local.training.checks import has_checkpoint
 
 
 class Stopped(KeyboardInterrupt):
@@ -52,11 +56,22 @@ class StopSignals:
             self.is_immediate = False
 
     @contextlib.contextmanager
-    def lost_workers_named(self) -> Iterator[None]:
-        """Raise `Stopped` where a signal that was sent to every process, as SLURM does, has ended the photo workers."""
+    def lost_workers_named(self, folder: Path) -> Iterator[None]:
+        """Turn the loss of a photo worker into one line; the checkpoints in `folder` are kept.
+
+        A signal that was sent to every process, as SLURM does, ends the workers too: that raises `Stopped`. Otherwise
+        the system has killed one, as it does when memory is out. An error within a worker is raised as it is.
+        """
         try:
             yield
         except RuntimeError as error:
-            if self.pending and "DataLoader worker" in str(error):
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            if self.pending:
                 raise Stopped from error
-            raise
+            kept = f"{folder} keeps the last checkpoint; " if has_checkpoint(folder) else ""
+            raise InputError(
+                "a process that loads photos was killed, as the system does when it is out of memory: free memory, or "
+                f"allow fewer cores, each of which has such a process (taskset -c 0,1 python ...); {kept}continue with "
+                "--resume"
+            ) from error
