@@ -19,8 +19,12 @@ SUM_TOLERANCE = 1e-3  # by which the probabilities of a row may miss 1, since th
 
 
 def matching(names: Sequence[str], patterns: Sequence[str], without: str = "^$") -> list[list[str]]:
-    """The names that match each pattern, each name once; patterns that none matches are left out."""
+    """The names that match each pattern, each name once, the shortest first; patterns that none matches are left out.
+
+    A copy has a longer name, such as "train (1).csv".
+    """
     found: list[list[str]] = []
+    names = sorted(names, key=len)
     for pattern in patterns:
         left = [name for name in names if not any(name in own for own in found)]
         own = [name for name in left if re.search(pattern, name.lower()) and not re.search(without, name.lower())]

@@ -3,6 +3,7 @@
 Each is guessed by what the tables and folders hold, unless competition.toml gives it.
 """
 
+import filecmp
 import os
 import re
 import tomllib
@@ -28,7 +29,7 @@ from kernel.competitions.table import (
 )
 from kernel.inputs import InputError, shorten
 from kernel.manifest import from_json
-from kernel.tables import compose, find_path, is_blank, is_hidden, photo_name, read_header, visible
+from kernel.tables import compose, find_path, is_blank, is_hidden, iterate_table, photo_name, read_header, visible
 from local.data.class_columns import find_labels, find_null_classes, guess_form, refuse_boxes
 from local.data.photo_columns import (
     TRIED,
@@ -185,7 +186,10 @@ def _unused_tables(state: Search, names: Sequence[str]) -> list[str]:
         f"{state.folder / name} has {' and '.join(map(repr, sorted(columns)))} too, but is not read: to train on its "
         f"rows, append them to {settings.train_table}"
         for name in names
-        if name not in used and columns <= set(read_header(state.path(name)))
+        if name not in used
+        and columns <= set(read_header(state.path(name)))
+        and not matching([name], SAMPLES)  # its classes are answers
+        and not filecmp.cmp(state.path(name), state.path(settings.train_table), shallow=False)
     ]
 
 
@@ -225,8 +229,9 @@ def _find_files(state: Search, names: Sequence[str]) -> list[list[str]]:
         if key in state.given:
             return str(state.given[key])
         found = matching(left, tiers, without)
-        if found and len(found[0]) > 1:
-            state.doubt(what, found[0][0], found[0], key)
+        others = [name for name in found[0][1:] if not _has_ids_of(state, name, found[0][0])] if found else []
+        if others:
+            state.doubt(what, found[0][0], others, key)
         return found[0][0] if found else ""
 
     sample = pick("sample", "the sample submission", SAMPLES)
@@ -240,6 +245,15 @@ def _find_files(state: Search, names: Sequence[str]) -> list[list[str]]:
     if "train_table" in state.given:
         return [[str(state.given["train_table"])]]
     return matching(left, (*TRAINING, ""), NOT_TRAINING)  # at last, any other
+
+
+def _has_ids_of(state: Search, name: str, other: str) -> bool:
+    """Whether two tables have the same columns, and the same ids in the first of them, as copies do."""
+    one, two = state.path(name), state.path(other)
+    header = read_header(one)
+    if not header or header != read_header(two):
+        return False
+    return [row[header[0]] for row in iterate_table(one, ())] == [row[header[0]] for row in iterate_table(two, ())]
 
 
 # Columns

@@ -244,7 +244,7 @@ def test_one_table_may_list_training_and_test_photos(tmp_path):
 
 def test_tables_of_labelled_photos_that_are_not_read_are_said(tmp_path):
     trees(tmp_path)
-    shutil.copy(tmp_path / "train.csv", tmp_path / "val_labels.csv")
+    write_csv(tmp_path / "val_labels.csv", [("image", "label"), ("a0.jpg", "oak")])
     assert "val_labels.csv has 'image' and 'label' too, but is not read: to train on its rows" in said_of(tmp_path)
 
 
@@ -505,6 +505,29 @@ def test_metadata_that_the_test_table_lacks_is_refused(tmp_path):
     assert said in refusal(tmp_path)
     (tmp_path / "competition.toml").write_text("metadata_columns = ['habitat']")
     assert find_competition(tmp_path).competition.metadata == ("habitat",)
+
+
+def test_copies_and_earlier_submissions_beside_the_tables_are_passed_over_in_silence(tmp_path):
+    trees(tmp_path)
+    before = said_of(tmp_path)
+    for name, copy in (
+        ("sample_submission.csv", "sample_submission (1).csv"),
+        ("sample_submission.csv", "submission.csv"),
+        ("train.csv", "train (1).csv"),
+    ):
+        shutil.copy(tmp_path / name, tmp_path / copy)
+    found = find_competition(tmp_path).competition
+    assert (found.settings.sample, found.settings.train_table) == ("sample_submission.csv", "train.csv")
+    assert said_of(tmp_path) == before
+    assert recognise(tmp_path).competition.settings.sample == "sample_submission.csv"  # by the kernel alone
+
+
+def test_a_second_sample_submission_of_other_ids_is_named_and_the_plain_name_is_taken(tmp_path):
+    trees(tmp_path)
+    write_csv(tmp_path / "sample_submission (1).csv", [("image", "label"), ("b7.jpg", "oak")])
+    assert find_competition(tmp_path).competition.settings.sample == "sample_submission.csv"
+    said = "is taken to be 'sample_submission.csv', but may be 'sample_submission (1).csv': to decide, write sample"
+    assert said in said_of(tmp_path)
 
 
 def test_settings_with_a_byte_order_mark_are_read(tmp_path):
