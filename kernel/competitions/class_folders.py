@@ -272,7 +272,7 @@ def _find(folder: Path) -> Competition:
     )
     if is_understood or not others:
         has = f"{sample}: a row has the probabilities of {len(found.form.classes)} classes; scored by {found.metric}"
-        return replace(found, notes=(has,) if found.form.classes else ())
+        return replace(found, notes=(*((has,) if found.form.classes else ()), *_unused_folders(folder)))
     if any(re.fullmatch(r"\d*\.\d+", name) for name in others):
         return replace(
             found,
@@ -285,6 +285,25 @@ def _find(folder: Path) -> Competition:
         problem=f"{sample} has classes that are no folders of classes, such as {named}: rename the folders, write "
         "their names there, or add a classes.csv with a column of these names and one of the ids",
     )
+
+
+def _unused_folders(folder: Path) -> list[str]:
+    """A line for folders of photos beside that of train: one of the classes may be named like a split."""
+    train = _split_folder(folder, "train")
+    beside = visible(path for path in folder.iterdir() if path.is_dir() and not _split_of(path))
+    unused = [
+        path.name
+        for path in beside
+        if not _has_runs(path) and any(one.suffix.lower() in PHOTO_SUFFIXES for one in path.iterdir())
+    ]
+    if not unused or not train.is_dir():
+        return []
+    named = ", ".join(map(repr, unused[:3])) + (", ..." if len(unused) > 3 else "")
+    verb = "is" if len(unused) == 1 else "are"
+    return [
+        f"{folder}: {named} beside {train.name}/ {verb} not read, since the classes are the folders in {train.name}/; if "
+        f"{train.name}/ is a class itself, rename it"
+    ]
 
 
 def _find_ids(found: Competition, folder: Path, names: Sequence[str]) -> dict[str, str]:
@@ -340,7 +359,7 @@ CLASS_FOLDERS = Competition(
     table="test",
     has_table=False,
     generality=2,
-    arrangement="train/CLASS/photo or CLASS/photo",
+    arrangement="train/CLASS/photo or CLASS/photo, where no class is named like a split, such as test",
     is_recognised=_is_recognised,
     find_settings=_find,
     configure=configure,

@@ -356,3 +356,24 @@ def test_a_test_folder_without_photos_and_one_that_is_missing_are_refused_by_nam
     shutil.rmtree(tmp_path / "test")
     with pytest.raises(InputError, match=r"test does not exist: put the test set there"):
         read_test(find_competition(tmp_path))
+
+
+def test_folders_of_photos_beside_one_named_train_are_said_not_to_be_read(tmp_path):
+    """Where a class is named "train", its subfolders would be all classes."""
+    layouts.class_folders(tmp_path)
+    assert not find_competition(tmp_path).competition.notes
+    for name in ("tram", "bus"):
+        photo(tmp_path / name / "0.png")
+    [said] = find_competition(tmp_path).competition.notes
+    assert said == (
+        f"{tmp_path}: 'bus', 'tram' beside train/ are not read, since the classes are the folders in train/; if train/ is "
+        "a class itself, rename it"
+    )
+
+
+@pytest.mark.parametrize("name", ["train", "val", "Test"])
+def test_a_class_named_like_a_split_among_others_is_refused_with_the_reason(tmp_path, name):
+    for own in ("tram", "bus", name):
+        photo(tmp_path / own / "0.png")
+    with pytest.raises(InputError, match="CLASS/photo, where no class is named like a split"):
+        find_competition(tmp_path)

@@ -455,16 +455,6 @@ def test_a_class_whose_photos_cannot_be_read_is_not_trained_on_and_costs_nothing
     assert len(tuning.classes) == len(data.train_set.classes) - 1 == len(tuning.head.bias)
 
 
-def test_batches_of_one_photo_train_an_encoder_whose_last_feature_map_is_one_pixel(data, tmp_path):
-    """Batch normalisation has no variance there, and normalises as the kernel does; larger batches follow as usual."""
-    module = timm.create_model("test_resnet", num_classes=0)
-    preprocessing = Preprocessing(32, (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0, "crop")
-    encoder = Encoder(module.eval(), preprocessing, module.num_features, [torch.device("cpu")])
-    settings = recipe(pretrained=False, unfreeze=-1, epochs=1, batch_size=1, photos_per_observation=1)
-    tuning = finetune(encoder, data, settings, tmp_path)
-    assert math.isfinite(tuning.log[1]["loss"])
-
-
 @pytest.mark.parametrize(
     ("is_killed", "error", "says"),
     [(True, InputError, "loads photos was killed, .* continue with --resume"), (False, RuntimeError, "of our own")],
