@@ -301,8 +301,8 @@ def _unused_folders(folder: Path) -> list[str]:
     named = ", ".join(map(repr, unused[:3])) + (", ..." if len(unused) > 3 else "")
     verb = "is" if len(unused) == 1 else "are"
     return [
-        f"{folder}: {named} beside {train.name}/ {verb} not read, since the classes are the folders in {train.name}/; if "
-        f"{train.name}/ is a class itself, rename it"
+        f"{folder}: {named} beside {train.name}/ {verb} not read, since the folders in {train.name}/ are the classes; "
+        f"if {train.name}/ is a class itself, rename it"
     ]
 
 

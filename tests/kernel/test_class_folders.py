@@ -366,8 +366,8 @@ def test_folders_of_photos_beside_one_named_train_are_said_not_to_be_read(tmp_pa
         photo(tmp_path / name / "0.png")
     [said] = find_competition(tmp_path).competition.notes
     assert said == (
-        f"{tmp_path}: 'bus', 'tram' beside train/ are not read, since the classes are the folders in train/; if train/ is "
-        "a class itself, rename it"
+        f"{tmp_path}: 'bus', 'tram' beside train/ are not read, since the folders in train/ are the classes; "
+        "if train/ is a class itself, rename it"
     )
 
 

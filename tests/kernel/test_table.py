@@ -489,7 +489,10 @@ def test_the_name_of_one_class_is_not_taken_for_several(tmp_path, names):
         ("guesses = ", "cannot be read as TOML"),
         ("metric = 'f1'", "one of recall_at_1, .* for metric, got 'f1'"),
         ("label_column = 'x'", "train.csv lacks the column 'x', which competition.toml gives as label_column"),
-        ("metadata_columns = ['x']", "train.csv lacks the column 'x', which .* in metadata_columns: it has image, label"),
+        (
+            "metadata_columns = ['x']",
+            "train.csv lacks the column 'x', which .* in metadata_columns: it has image, label",
+        ),
         ("train_folder = 'nowhere'", "train_folder names 'nowhere'"),
     ],
 )
