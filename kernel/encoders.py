@@ -430,15 +430,15 @@ class SkipInitialWeights(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if args and isinstance(args[0], nn.Parameter) and operation.overloadpacket.__name__.endswith("_"):
-            return args[0]  # an operation in place
+            return args[0]  # an in-place operation
         return operation(*args, **(kwargs or {}))
 
 
-def read_module(path: Path, spec: EncoderSpec, is_moved: bool = False) -> nn.Module:
+def read_module(path: Path, spec: EncoderSpec, is_mapped: bool = False) -> nn.Module:
     """Build an encoder and load its weights from a file: on the CPU in fp32, in evaluation mode, parameters frozen.
 
     Args:
-        is_moved: the weights stay where they are in the mapped file, in its precision, until they are moved to a GPU.
+        is_mapped: leave the weights in the memory-mapped file, in its precision, for a module that moves to a GPU.
 
     Raises:
         InputError: the installed version of the library cannot build the architecture, or the weights do not fit it.
@@ -453,7 +453,7 @@ def read_module(path: Path, spec: EncoderSpec, is_moved: bool = False) -> nn.Mod
             "trained with, or train again with this version"
         ) from error
     try:
-        module.load_state_dict(load_file(path), strict=True, assign=is_moved)
+        module.load_state_dict(load_file(path), strict=True, assign=is_mapped)
     except RuntimeError as error:
         reason = f"{path} does not fit {spec.architecture} of {library_versions(spec)}: {shorten(error)}"
         raise InputError(f"{reason}; train or bundle again") from error
@@ -494,7 +494,7 @@ def open_encoder(path: Path, spec: EncoderSpec, devices: Sequence[torch.device])
         return make_encoder(read_module(path, spec), spec, devices)
     for choice in [devices, *([device] for device in devices if len(devices) > 1)]:
         # Each time, because a failed move may leave some weights in half precision.
-        module = read_module(path, spec, is_moved=True)
+        module = read_module(path, spec, is_mapped=True)
         try:
             return make_encoder(module, spec, choice)
         except RuntimeError as error:

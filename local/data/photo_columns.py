@@ -131,6 +131,12 @@ class Search:
     def path(self, name: str) -> Path:
         return self.folder / name
 
+    def index(self, folder: str) -> dict[str, str]:
+        """The photos in a folder and below it, listed once; see `index_photos`."""
+        if folder not in self.indices:
+            self.indices[folder] = index_photos(self.folder / find_path(self.folder, folder))
+        return self.indices[folder]
+
 
 def is_number(cell: str) -> bool:
     """Whether a cell has a number."""
@@ -249,18 +255,16 @@ def _try_folder(state: Search, name: str, tried: Sequence[str], way: str) -> Pho
     if way == WAYS[1]:
         exact = sum(bool(list_photos_of(folder / find_path(folder, one))) for one in tried)
         return PhotoFolder(name, ("",), exact / max(1, len(tried)), exact)
-    if is_nested and name not in state.indices:
-        state.indices[name] = index_photos(folder)
 
     def exists(photo: str) -> bool:
         if is_nested:
-            return not state.indices[name].keys().isdisjoint(photo_keys(photo))
+            return not state.index(name).keys().isdisjoint(photo_keys(photo))
         return _is_of_photo(photo) and os.path.isfile(folder / find_path(folder, photo))
 
     exact = sum(map(exists, tried))
     there: list[str] = []
     if exact < len(tried):
-        names = list(state.indices[name].values() if is_nested else _first_files(folder))
+        names = list(state.index(name).values() if is_nested else _first_files(folder))
         there = _commonest_suffixes(names)
         if is_nested:  # where nothing was found by plain suffixes
             there += _commonest_suffixes(names, WORD_SUFFIX)
@@ -335,8 +339,8 @@ def _share_photos(table: Table, column: str, other: str) -> bool:
 
 def describe_missing_photos(state: Search, train: Table) -> str:
     """Why no column of the training table names photos, in one line. Notes whether some of them are there."""
-    files, counts = index_photos(state.folder).items(), {}
-    there = {key for key, path in files if os.path.splitext(path)[1].lower() in PHOTO_SUFFIXES}
+    counts: dict[str, int] = {}
+    there = {key for key, path in state.index(".").items() if os.path.splitext(path)[1].lower() in PHOTO_SUFFIXES}
     for column in train.columns:
         values = train.values(column)
         if 2 * len(values) >= train.rows:
