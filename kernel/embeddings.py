@@ -191,9 +191,9 @@ def embed_batches(
 ) -> Iterator[tuple[Batch, torch.Tensor]]:
     """Embed batch after batch: each with (photos, views, features) float32.
 
-    Beside a GPU the next batch is queued before the result of one is waited for, so that the GPU never waits. Torch
-    computes in this thread alone meanwhile: its other threads would wait for the cores that decode. After an error, the
-    batches that are queued still come before it is raised.
+    The next batch is queued before the result of one is waited for, so that a GPU or the threads of a CPU never wait.
+    Beside a GPU torch computes in this thread alone meanwhile: its other threads would wait for the cores that decode.
+    After an error, the batches that are queued still come before it is raised.
 
     Args:
         pace: gets the times of the forward passes.
@@ -207,17 +207,23 @@ def embed_batches(
             pace.record_forward(len(batch.photos), len(batch.views), submitted.seconds)
         return batch, embedded
 
-    failure = None
-    with torch_threads(1 if encoder.queued else torch.get_num_threads()):
+    arriving, failure = iter(batches), None
+    with torch_threads(torch.get_num_threads() if encoder.shares_cores else 1):
         try:
-            for batch in batches:
-                queued.append((batch, encoder.submit(batch.pixels, [ALL_VIEWS[view] for view in batch.views])))
-                if len(queued) > encoder.queued:
+            while True:
+                try:
+                    batch = next(arriving, None)
+                    if batch:
+                        queued.append((batch, encoder.submit(batch.pixels, [ALL_VIEWS[view] for view in batch.views])))
+                except Exception as error:
+                    batch, failure = None, error
+                while len(queued) > (1 if batch else 0):
                     yield finish()
-        except Exception as error:
-            failure = error
-        while queued:
-            yield finish()
+                if not batch:
+                    break
+        except BaseException:  # Ctrl-C, for instance
+            encoder.cancel()
+            raise
     if failure:
         raise failure
 
@@ -231,7 +237,7 @@ class Schedule:
 
     def __init__(self, encoder: Encoder, loader: PhotoLoader, views: Sequence[str], limits: Limits, name: str) -> None:
         self.encoder, self.loader, self.views, self.limits, self.name = encoder, loader, views, limits, name
-        self.pace = Pace(overlaps=encoder.queued > 0)
+        self.pace = Pace(encoder.shares_cores)
 
     def batches(self) -> Iterator[Batch]:
         """The batches of the loader with their views, until the budget is spent."""
@@ -239,7 +245,7 @@ class Schedule:
         arriving = self.loader.batches(encoder, budget.remaining)
         requested = arrived = budget.elapsed()
         deadline = requested + budget.remaining() * self.limits.fraction
-        queued = 0  # photos of which the forward passes may not have ended
+        queued = views = 0  # photos of the batch before, whose forward passes may not have ended, and their views
         is_first = 0 < budget.remaining() < math.inf
         for photos, pixels in arriving:
             before, arrived = arrived, budget.elapsed()
@@ -257,13 +263,15 @@ class Schedule:
             if budget.remaining() <= max(0, pace.seconds(len(photos) + queued, count)):
                 return
             yield Batch(photos, pixels, self.views[:count])
-            queued = len(photos) * encoder.queued
-            requested = budget.elapsed()
+            before, requested = requested, budget.elapsed()
+            if (queued, views) == (len(photos), count):
+                pace.record_interval(len(photos), count, requested - before)
+            queued, views = len(photos), count
 
 
 def time_one_view(encoder: Encoder, pixels: torch.Tensor, view: str, budget: Budget) -> float:
     """Seconds that one view of a batch takes. A GPU is warm; on a CPU a first pass, which is not timed, sets it up."""
-    if not encoder.queued:
+    if encoder.shares_cores:
         encoder.embed(pixels, [ALL_VIEWS[view]])
     start = budget.elapsed()
     encoder.embed(pixels, [ALL_VIEWS[view]])

@@ -50,8 +50,7 @@ class Encoder:
         preprocessing: how photos become these pixels.
         features: length of an embedding.
         batch_size: photos per forward pass on all devices together; halved when memory runs out.
-        queued: batches that may be submitted before the result of the first one is requested, so that a GPU never
-            waits. On a CPU none, because `submit` returns when the batch is embedded.
+        shares_cores: whether the forward passes take the cores that also decode, as on a CPU.
         replicas: the module on each of `devices`.
     """
 
@@ -62,12 +61,14 @@ class Encoder:
         # Small on a CPU, because the budget is checked between batches.
         on_cpu = max(16, PHOTOS_PER_THREAD * torch.get_num_threads())
         self.batch_size = on_cpu if self.device.type == "cpu" else gpu_batch_size(preprocessing) * len(devices)
-        self.queued = 0 if self.device.type == "cpu" else 1
+        self.shares_cores = self.device.type == "cpu"
         # (pixels / 255 - mean) / std as one multiplication and one subtraction.
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self._constants = {torch.device("cpu"): (1 / (255 * std), mean / std)}  # and on other devices, once needed
         self._copies: dict[torch.device, torch.cuda.Stream] = {}
         self._threads: dict[int, ThreadPoolExecutor] = {}  # by their number; they end with the encoder
+        self._tasks: list[Future] = []  # of these threads, perhaps not done
+        self._stop = threading.Event()  # ends the tasks after the views that they are embedding
         self._launchers = [ThreadPoolExecutor(1, "launch") for _ in devices]  # used for several devices only
 
     def normalise(self, photos: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -94,12 +95,23 @@ class Encoder:
         Returns:
             (batch, views, features) float32, L2-normalised, on the CPU.
         """
-        return self.submit(photos, views).result()
+        try:
+            return self.submit(photos, views).result()
+        except BaseException:  # Ctrl-C, for instance
+            self.cancel()
+            raise
 
     def submit(self, photos: torch.Tensor, views: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> "Submitted":
-        """Start to `embed`. Beside a GPU this returns as soon as the work is queued."""
+        """Start to `embed`. Returns as soon as the work is queued for a GPU or for the threads of a CPU."""
         dtype = next(self.module.parameters()).dtype
-        return Submitted(self, photos, views, self._start(photos, views), dtype)
+        return Submitted(self, views, self._start(photos, views), dtype)
+
+    def cancel(self) -> None:
+        """Let a CPU embed no more of what was submitted: Python ends only when its threads have."""
+        self._stop.set()
+        self._stop = threading.Event()
+        for task in self._tasks:
+            task.cancel()
 
     def warm_up(self) -> None:
         """Embed a batch of black photos, so that the libraries are ready for its size and the memory suffices for it.
@@ -114,6 +126,7 @@ class Encoder:
         """Cast the weights to fp32, because half precision overflows in this encoder."""
         if next(self.module.parameters()).dtype != torch.float32:  # not yet because of another batch
             print("half precision overflows in this encoder: continuing in full precision", flush=True)
+        wait(self._tasks)
         for module in [self.module, *self.replicas]:
             module.float()
 
@@ -127,38 +140,40 @@ class Encoder:
         made = (make_view(view, decoded, pixels, sizes.larger_size) for view in views)
         return torch.stack([self.forward(each, module) for each in made], dim=1)
 
-    def _start(self, photos: torch.Tensor, views: Sequence[Callable]) -> list[list["Part"]]:
-        """Start to embed photos, in smaller batches when memory runs out.
-
-        Returns:
-            A list for each batch, of its parts, one on each device.
-        """
+    def _start(self, photos: torch.Tensor, views: Sequence[Callable]) -> list["Started"]:
+        """Start to embed photos, in smaller batches when memory runs out."""
         batches = []
         while len(photos):
             batch = photos[: self.batch_size]
-            size = self.batch_size if self.queued else len(batch)  # a GPU gets no smaller batch
+            size = len(batch) if self.shares_cores else self.batch_size  # a GPU gets no smaller batch
             try:
-                batches.append(self._start_parts(batch, views))
+                batches.append((batch, self._start_parts(batch, views)))
                 photos = photos[len(batch) :]
                 continue
             except RuntimeError as error:
                 if size == 1 or not OUT_OF_MEMORY.search(str(error)):
                     raise
             # Outside the except clause, because the traceback keeps the tensors alive.
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.batch_size = (size + 1) // 2
-            print(f"out of memory: continuing with batches of {self.batch_size} photos", flush=True)
+            self.halve_batches(size)
         return batches
 
-    def _start_parts(self, photos: torch.Tensor, views: Sequence[Callable]) -> list["Part"]:
+    def halve_batches(self, size: int) -> None:
+        """From now on embed half as many photos at a time as `size`, for which there was no memory."""
+        wait(self._tasks)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size <= self.batch_size:  # not yet because of another batch
+            self.batch_size = (size + 1) // 2
+            print(f"out of memory: continuing with batches of {self.batch_size} photos", flush=True)
+
+    def _start_parts(self, photos: torch.Tensor, views: Sequence[Callable]) -> "list[GpuPart | CpuPart]":
         """Start to embed a part of a batch on each device.
 
         Each of several devices has a thread. A launch waits while about a thousand kernels are queued on its GPU
         (https://stackoverflow.com/q/53970187), which several views of a large batch exceed. In a single thread, the
         other GPUs would run out of work meanwhile.
         """
-        start = self._compute if self.device.type == "cpu" else self._queue
+        start = self._compute if self.shares_cores else self._queue
         if len(self.devices) == 1:
             return [start(photos, views, self.module, self.device)]
         parts, modules = photos.chunk(len(self.devices)), [self.module, *self.replicas[1:]]
@@ -167,36 +182,46 @@ class Encoder:
 
     def _compute(
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
-    ) -> "Part":
+    ) -> "CpuPart":
         """Embed photos on the CPU, in as many threads as torch would use; a single photo with torch's own.
 
-        Torch's threads meet after every operation. Beside other processes that use the cores, each of these meetings
-        waits for the thread that was interrupted. Threads that embed photos of their own meet once.
+        Torch's threads meet after every operation. Each of these meetings waits for the slowest, such as one that
+        another process has interrupted. Threads that embed photos of their own never wait for each other: one that is
+        done takes photos of the next batch.
         """
-        clear_eval_caches(module)
-        start, count = time.perf_counter(), torch.get_num_threads()
+        count, stop = torch.get_num_threads(), self._stop
+        self._tasks = [task for task in self._tasks if not task.done()]
+        if not self._tasks:  # no thread uses what is cached
+            clear_eval_caches(module)
         if count == 1 or len(photos) == 1:
-            return Part(self._embed_views(photos, views, module, device), start, time.perf_counter())
+            task = Future()
+            task.set_result(self._try_to_embed(photos, views, module, device))
+            return CpuPart([task], threads=1)
         if count not in self._threads:
             self._threads[count] = ThreadPoolExecutor(count, "forward", use_one_torch_thread)
-        chunks = photos.tensor_split(min(len(photos), count))
-        stop, tasks = threading.Event(), []
+        part = CpuPart([], threads=count)
+        for chunk in photos.tensor_split(min(len(photos), count)):
+            until_stop = takewhile(lambda _: not stop.is_set(), views)
+            task = self._threads[count].submit(self._try_to_embed, chunk, until_stop, module, device)
+            for tasks in (self._tasks, part.tasks):
+                tasks.append(task)
+        return part
+
+    def _try_to_embed(self, *arguments: object) -> tuple[torch.Tensor | RuntimeError, float]:
+        """`_embed_views`, or its error where memory runs out; and the seconds that it took."""
+        start = time.perf_counter()
         try:
-            for chunk in chunks:
-                until_stop = takewhile(lambda _: not stop.is_set(), views)
-                tasks.append(self._threads[count].submit(self._embed_views, chunk, until_stop, module, device))
-            wait(tasks)
-        except BaseException:  # Ctrl-C, for instance: Python ends only when the threads have
-            stop.set()
-            for task in tasks:
-                task.cancel()
-            raise
-        return Part(torch.cat(results_of(tasks)), start, time.perf_counter())
+            found = self._embed_views(*arguments)
+        except RuntimeError as error:
+            if not OUT_OF_MEMORY.search(str(error)):
+                raise
+            found = error.with_traceback(None)  # which keeps the tensors alive
+        return found, time.perf_counter() - start
 
     @torch.inference_mode()
     def _queue(
         self, photos: torch.Tensor, views: Sequence[Callable], module: nn.Module, device: torch.device
-    ) -> "Part":
+    ) -> "GpuPart":
         """Queue the work on a GPU. Nothing here waits for the GPU, and the copy runs beside the batch before.
 
         All batches have the same size, because cuDNN takes a second to set up the convolutions for another one.
@@ -217,61 +242,94 @@ class Encoder:
             # Without blocking, the result is copied into pinned memory.
             embedded = self._embed_views(pixels, views, module, device)[: len(photos)].to("cpu", non_blocking=True)
             end.record(compute)
-            return Part(embedded, start, end)
+            return GpuPart(embedded, start, end)
 
 
 @dataclass(frozen=True)
-class Part:
-    """The part of a batch that one device embeds.
+class GpuPart:
+    """The part of a batch that one GPU embeds.
 
     Attributes:
         embedded: (photos, views, features) float32 on the CPU, complete once `end` has happened.
-        start, end: seconds on a CPU, events of CUDA beside a GPU.
     """
 
     embedded: torch.Tensor
-    start: "float | torch.cuda.Event"
-    end: "float | torch.cuda.Event"
+    start: torch.cuda.Event
+    end: torch.cuda.Event
 
-    def wait(self) -> float:
-        """Wait for the end. Returns the seconds that the device took."""
-        if isinstance(self.end, float):
-            return self.end - self.start
+    def wait(self) -> None:
+        """Wait for the end."""
         self.end.synchronize()
-        return self.start.elapsed_time(self.end) / 1000
+
+    def result(self) -> tuple[torch.Tensor, float]:
+        """`embedded`, and the seconds that the GPU took."""
+        return self.embedded, self.start.elapsed_time(self.end) / 1000
+
+
+@dataclass(frozen=True)
+class CpuPart:
+    """The part of a batch that the threads of a CPU embed.
+
+    Attributes:
+        tasks: for some of the photos each.
+        threads: that share the tasks of all batches.
+    """
+
+    tasks: list[Future]
+    threads: int
+
+    def wait(self) -> None:
+        """Wait for the end."""
+        wait(self.tasks)
+
+    def result(self) -> tuple[torch.Tensor | RuntimeError, float]:
+        """`_try_to_embed` of all photos. Called once."""
+        found, seconds = zip(*results_of(self.tasks), strict=True)
+        errors = [each for each in found if isinstance(each, RuntimeError)]
+        return errors[0] if errors else torch.cat(found), sum(seconds) / self.threads
+
+
+Started = tuple[torch.Tensor, list[GpuPart | CpuPart]]  # photos of a batch, and the parts of it, one on each device
 
 
 class Submitted:
-    """A batch that is being embedded.
+    """Photos that are being embedded.
 
     Attributes:
-        seconds: that the device took for it, known after `result`.
+        seconds: that the devices took for them, known after `result`.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        photos: torch.Tensor,
-        views: Sequence[Callable],
-        batches: list[list[Part]],
-        dtype: torch.dtype,
-    ):
-        self._encoder, self._photos, self._views, self._batches, self._dtype = encoder, photos, views, batches, dtype
+    def __init__(self, encoder: Encoder, views: Sequence[Callable], batches: list[Started], dtype: torch.dtype) -> None:
+        self._encoder, self._views, self._batches, self._dtype = encoder, views, batches, dtype
         self._embedded: torch.Tensor | None = None
         self.seconds = 0.0
 
     def result(self) -> torch.Tensor:
-        """Wait for the embeddings: (batch, views, features) float32, L2-normalised, on the CPU."""
+        """Wait for the embeddings: (photos, views, features) float32, L2-normalised, on the CPU."""
         if self._embedded is None:
-            self.seconds = sum(max([part.wait() for part in parts]) for parts in self._batches)
-            embedded = torch.cat([part.embedded for parts in self._batches for part in parts])
-            if self._dtype != torch.float32 and not embedded.isfinite().all():
-                self._encoder.use_full_precision()
-                again = self._encoder.submit(self._photos, self._views)
-                embedded = again.result()
-                self.seconds += again.seconds
-            self._embedded = embedded
+            self._embedded = torch.cat([self._finish(*batch) for batch in self._batches])
         return self._embedded
+
+    def _finish(self, photos: torch.Tensor, parts: list[GpuPart | CpuPart]) -> torch.Tensor:
+        """Wait for a batch, and embed it again in smaller ones or in full precision if that is needed."""
+        for part in parts:
+            part.wait()
+        found, seconds = zip(*[part.result() for part in parts], strict=True)
+        self.seconds += max(seconds)
+        errors = [each for each in found if isinstance(each, RuntimeError)]
+        if errors and len(photos) == 1:
+            raise errors[0]
+        if errors:
+            self._encoder.halve_batches(len(photos))
+        else:
+            embedded = torch.cat(found)
+            if self._dtype == torch.float32 or embedded.isfinite().all():
+                return embedded
+            self._encoder.use_full_precision()
+        again = self._encoder.submit(photos, self._views)
+        embedded = again.result()
+        self.seconds += again.seconds
+        return embedded
 
 
 def results_of(tasks: list[Future]) -> list:

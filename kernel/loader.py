@@ -51,7 +51,7 @@ class PhotoLoader:
         preprocessing: of the encoder.
         batch_size: of the largest batch.
         ahead: photos to decode beyond the requested batch. Beside a GPU they are decoded while it computes. On
-            a CPU they would take the cores from the forward passes.
+            a CPU they would only take the cores from the forward passes earlier.
 
     Attributes:
         unreadable: path and cause of every photo so far that could not be read.
@@ -99,7 +99,7 @@ class PhotoLoader:
     @classmethod
     def for_encoder(cls, paths: Sequence[Path], encoder: Encoder) -> "PhotoLoader":
         """A loader for an encoder that is open."""
-        ahead = photos_ahead(encoder.batch_size, encoder.preprocessing) if encoder.queued else 0
+        ahead = 0 if encoder.shares_cores else photos_ahead(encoder.batch_size, encoder.preprocessing)
         return cls(paths, encoder.preprocessing, encoder.batch_size, ahead)
 
     def __enter__(self) -> "PhotoLoader":
@@ -122,13 +122,14 @@ class PhotoLoader:
         Raises:
             InputError: too many workers had to be replaced, and no time limit ends the waiting.
         """
-        self.ahead *= encoder.queued
+        if encoder.shares_cores:
+            self.ahead = 0
         if encoder.device.type == "cuda" and not self._pinned:
             self._pinned = pin_array(self._pixels)
         return self._take_all(encoder, remaining)
 
     def _take_all(self, encoder: Encoder, remaining: Callable[[], float]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        size = encoder.batch_size if encoder.queued else FIRST_BATCH
+        size = FIRST_BATCH if encoder.shares_cores else encoder.batch_size
         while self.taken < len(self.paths):
             try:
                 indices, photos = self.take(size, remaining())

@@ -275,6 +275,25 @@ def test_ctrl_c_waits_only_for_the_views_that_are_being_made(encoder, two_thread
     assert len(watched.module.passes) <= 2  # of 20
 
 
+def test_a_thread_that_is_done_takes_photos_of_the_next_batch(encoder, two_threads):
+    """One thread is held up until the other has embedded its own half of the batch and all of the next one."""
+    others, turns = threading.Semaphore(0), itertools.count()
+
+    def hold_up_one(pixels: torch.Tensor) -> torch.Tensor:
+        if next(turns) == 0:
+            for _ in range(3):
+                assert others.acquire(timeout=60)
+        else:
+            others.release()
+        return pixels
+
+    first, second = torch.randint(0, 256, (2, 16, 3, 64, 64), dtype=torch.uint8)
+    submitted = [encoder.submit(photos, [hold_up_one]) for photos in (first, second)]
+    for batch, photos in zip(submitted, (first, second), strict=True):
+        assert torch.equal(batch.result(), encoder.embed(photos, [VIEWS["plain"]]))
+        assert batch.seconds > 0
+
+
 class Hungry(torch.nn.Module):
     """A module whose device has memory for `holds` photos."""
 
@@ -352,12 +371,15 @@ def test_every_wording_of_a_gpu_without_memory_is_known(message):
     assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
-def test_memory_that_runs_out_while_another_batch_is_queued_costs_neither(encoder, one_thread, capsys):
+@pytest.mark.parametrize("threads", ["one_thread", "two_threads"])
+def test_memory_that_runs_out_while_another_batch_is_queued_costs_neither(encoder, request, capsys, threads):
+    request.getfixturevalue(threads)
     first, second = torch.randint(0, 256, (2, 13, 3, 64, 64), dtype=torch.uint8)
     views = [VIEWS["plain"], VIEWS["hflip"]]
     hungry = Encoder(Hungry(encoder.module, 13), encoder.preprocessing, encoder.features, [encoder.device])
     submitted = [hungry.submit(first, views)]
-    hungry.module.holds = 4
+    submitted[0].result()
+    hungry.module.holds = 4 if threads == "one_thread" else 2  # each of two threads embeds half of a batch
     submitted += [hungry.submit(second, views), hungry.submit(first, views)]
     for batch, photos in zip(submitted, (first, second, first), strict=True):
         assert torch.allclose(batch.result(), encoder.embed(photos, views), atol=1e-5)
