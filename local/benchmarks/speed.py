@@ -24,7 +24,15 @@ from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms import functional
 
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder, gpu_batch_size, make_encoder, pick_devices, use_one_torch_thread
+from kernel.encoders import (
+    Encoder,
+    gpu_batch_size,
+    keep_freed_memory,
+    make_encoder,
+    pick_devices,
+    use_one_torch_thread,
+)
+from kernel.inputs import prepare_threads
 from kernel.loader import count_cores
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation
@@ -198,13 +206,33 @@ def pass_forward(module: nn.Module, batch: torch.Tensor, repeats: int) -> None:
         torch.cuda.synchronize(batch.device)
 
 
+class ForwardPasses(Dataset):
+    """Passes the same batch forward again and again, in the processes of a DataLoader."""
+
+    def __init__(self, module: nn.Module, batch: torch.Tensor, repeats: int) -> None:
+        self.module, self.batch, self.repeats = module, batch, repeats
+
+    def __len__(self) -> int:
+        return self.repeats
+
+    def __getitem__(self, index: int) -> int:
+        pass_forward(self.module, self.batch, 1)
+        return index
+
+
+def prepare_process(_: int) -> None:
+    """Settings of the kernel's process, which a new one does not inherit."""
+    prepare_threads()
+    keep_freed_memory()
+
+
 def ways_on_cpu(encoder: Encoder) -> dict[str, Work]:
-    """With all threads of torch for each batch, and with a batch in each thread.
+    """With all threads of torch for each batch, with a batch in each thread, and with one in each process.
 
     As many photos as in the whole: a processor may be faster in its first seconds than in the next ones.
     """
     ways, cores = {}, torch.get_num_threads()
-    for size in (8, 16, 32):
+    for size in (4, 8, 16):
         repeats = -(-CPU_PHOTOS // (cores * size))  # of each thread
         once = partial(pass_forward, encoder.module, random_pixels(size, encoder, encoder.device))
         threads = ThreadPoolExecutor(cores, initializer=use_one_torch_thread)
@@ -213,6 +241,15 @@ def ways_on_cpu(encoder: Encoder) -> dict[str, Work]:
         ways[f"forward, batches of {size} in each of {cores} threads"] = Work(
             photos, lambda once=once, threads=threads, repeats=repeats: list(threads.map(once, cores * [repeats]))
         )
+        processes = DataLoader(  # new ones, since a process that was forked cannot use the threads of this one
+            ForwardPasses(encoder.module, once.args[1], cores * repeats),
+            batch_size=None,
+            num_workers=cores,
+            worker_init_fn=prepare_process,
+            multiprocessing_context="spawn",
+            persistent_workers=True,
+        )
+        ways[f"forward, batches of {size} in each of {cores} processes"] = Work(photos, partial(list, processes))
     return ways
 
 

@@ -49,7 +49,8 @@ def test_a_machine_that_becomes_slower_does_not_change_the_share_of_the_limit():
     assert speed_row(disturbed, 1, "end_to_end", on_cpu=True)["share_of_limit"] == pytest.approx(0.75)
 
 
-def test_every_way_to_decode_gives_the_same_photos_and_every_way_to_embed_runs(at_224, tmp_path):
+def test_every_way_to_decode_gives_the_same_photos_and_every_way_to_embed_runs(at_224, tmp_path, monkeypatch):
+    monkeypatch.setattr("local.benchmarks.speed.CPU_PHOTOS", 32)
     paths = [photo(tmp_path / f"{seed}.jpg", seed) for seed in range(20)]
     for name, work in ways_to_decode(paths, at_224.preprocessing).items():
         photos = work.run()
