@@ -309,18 +309,18 @@ def speed_row(rounds: Sequence[Mapping[str, float]], views: int, whole: str, on_
     """The figures of one row, without its name: medians over the rounds.
 
     The limit is what the fastest way to decode and the fastest forward passes alone would allow: on a CPU they share
-    the cores, beside a GPU they overlap. It is computed within each round.
+    the cores, beside a GPU they overlap. It is computed within each round, for the ways with the best medians: of ways
+    that are equally fast, the luckiest of each round would be faster than any of them.
     """
     rates = {name: median(one[name] for one in rounds) for name in rounds[0]}
-
-    def fastest(part: str, of: Mapping[str, float]) -> str:
-        return max((name for name in of if name.startswith(part)), key=of.get)
+    ways = {
+        part: max((name for name in rates if name.startswith(part)), key=rates.get) for part in ("decode", "forward")
+    }
 
     def fraction(one: Mapping[str, float]) -> float:
-        decode, forward = one[fastest("decode", one)], one[fastest("forward", one)] / views
+        decode, forward = one[ways["decode"]], one[ways["forward"]] / views
         return one[whole] / (1 / (1 / decode + 1 / forward) if on_cpu else min(decode, forward))
 
-    ways = {part: fastest(part, rates) for part in ("decode", "forward")}
     row = {"views": views, "decode": rates[ways["decode"]], "forward": rates[ways["forward"]] / views}
     row |= {"end_to_end": rates[whole], "share_of_limit": median(map(fraction, rounds))}
     row |= {"fastest": {part: name.partition(", ")[2] for part, name in ways.items()}}

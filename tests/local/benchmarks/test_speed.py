@@ -49,6 +49,15 @@ def test_a_machine_that_becomes_slower_does_not_change_the_share_of_the_limit():
     assert speed_row(disturbed, 1, "end_to_end", on_cpu=True)["share_of_limit"] == pytest.approx(0.75)
 
 
+def test_of_ways_that_are_equally_fast_the_luckiest_of_each_round_is_no_limit():
+    lucky = [(52.0, 48.0), (48.0, 52.0), (50.0, 50.0), (50.0, 49.0), (49.0, 51.0)]
+    rounds = [
+        {"decode, 1 threads": 1e9, "forward, batches of 4": one, "forward, batches of 8": two, "end_to_end": 45.0}
+        for one, two in lucky
+    ]
+    assert speed_row(rounds, 1, "end_to_end", on_cpu=True)["share_of_limit"] == pytest.approx(45 / 50)
+
+
 def test_every_way_to_decode_gives_the_same_photos_and_every_way_to_embed_runs(at_224, tmp_path, monkeypatch):
     monkeypatch.setattr("local.benchmarks.speed.CPU_PHOTOS", 32)
     paths = [photo(tmp_path / f"{seed}.jpg", seed) for seed in range(20)]
