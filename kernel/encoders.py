@@ -60,8 +60,8 @@ class Encoder:
         self.devices = list(devices)
         # Small on a CPU, because the budget is checked between batches.
         on_cpu = max(16, PHOTOS_PER_THREAD * torch.get_num_threads())
-        self.batch_size = on_cpu if self.device.type == "cpu" else gpu_batch_size(preprocessing) * len(devices)
         self.shares_cores = self.device.type == "cpu"
+        self.batch_size = on_cpu if self.shares_cores else gpu_batch_size(preprocessing) * len(devices)
         # (pixels / 255 - mean) / std as one multiplication and one subtraction.
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self._constants = {torch.device("cpu"): (1 / (255 * std), mean / std)}  # and on other devices, once needed
@@ -141,20 +141,19 @@ class Encoder:
         return torch.stack([self.forward(each, module) for each in made], dim=1)
 
     def _start(self, photos: torch.Tensor, views: Sequence[Callable]) -> list["Started"]:
-        """Start to embed photos, in smaller batches when memory runs out."""
+        """Start to embed photos, in smaller batches when the memory of a GPU runs out."""
         batches = []
         while len(photos):
             batch = photos[: self.batch_size]
-            size = len(batch) if self.shares_cores else self.batch_size  # a GPU gets no smaller batch
             try:
                 batches.append((batch, self._start_parts(batch, views)))
                 photos = photos[len(batch) :]
                 continue
             except RuntimeError as error:
-                if size == 1 or not OUT_OF_MEMORY.search(str(error)):
+                if self.batch_size == 1 or not OUT_OF_MEMORY.search(str(error)):
                     raise
             # Outside the except clause, because the traceback keeps the tensors alive.
-            self.halve_batches(size)
+            self.halve_batches(self.batch_size)
         return batches
 
     def halve_batches(self, size: int) -> None:
@@ -203,8 +202,8 @@ class Encoder:
         for chunk in photos.tensor_split(min(len(photos), count)):
             until_stop = takewhile(lambda _: not stop.is_set(), views)
             task = self._threads[count].submit(self._try_to_embed, chunk, until_stop, module, device)
-            for tasks in (self._tasks, part.tasks):
-                tasks.append(task)
+            self._tasks.append(task)
+            part.tasks.append(task)
         return part
 
     def _try_to_embed(self, *arguments: object) -> tuple[torch.Tensor | RuntimeError, float]:
@@ -272,7 +271,7 @@ class CpuPart:
 
     Attributes:
         tasks: for some of the photos each.
-        threads: that share the tasks of all batches.
+        threads: their number; they embed other batches too.
     """
 
     tasks: list[Future]
@@ -285,8 +284,7 @@ class CpuPart:
     def result(self) -> tuple[torch.Tensor | RuntimeError, float]:
         """`_try_to_embed` of all photos. Called once."""
         found, seconds = zip(*results_of(self.tasks), strict=True)
-        errors = [each for each in found if isinstance(each, RuntimeError)]
-        return errors[0] if errors else torch.cat(found), sum(seconds) / self.threads
+        return join_parts(found), sum(seconds) / self.threads
 
 
 Started = tuple[torch.Tensor, list[GpuPart | CpuPart]]  # photos of a batch, and the parts of it, one on each device
@@ -316,20 +314,24 @@ class Submitted:
             part.wait()
         found, seconds = zip(*[part.result() for part in parts], strict=True)
         self.seconds += max(seconds)
-        errors = [each for each in found if isinstance(each, RuntimeError)]
-        if errors and len(photos) == 1:
-            raise errors[0]
-        if errors:
+        embedded = join_parts(found)
+        if isinstance(embedded, RuntimeError):
+            if len(photos) == 1:
+                raise embedded
             self._encoder.halve_batches(len(photos))
+        elif self._dtype == torch.float32 or embedded.isfinite().all():
+            return embedded
         else:
-            embedded = torch.cat(found)
-            if self._dtype == torch.float32 or embedded.isfinite().all():
-                return embedded
             self._encoder.use_full_precision()
         again = self._encoder.submit(photos, self._views)
         embedded = again.result()
         self.seconds += again.seconds
         return embedded
+
+
+def join_parts(parts: Sequence[torch.Tensor | RuntimeError]) -> torch.Tensor | RuntimeError:
+    """The embeddings of all parts, one after another; the error of one where memory ran out."""
+    return next((part for part in parts if isinstance(part, RuntimeError)), None) or torch.cat(parts)
 
 
 def results_of(tasks: list[Future]) -> list:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from kernel.budget import Budget
-from kernel.embeddings import Limits, embed_observations
+from kernel.embeddings import Embeddings, Limits, embed_observations
 from kernel.encoders import Encoder, open_encoder
 from kernel.loader import PhotoLoader
 from kernel.manifest import read_weights
@@ -309,6 +309,15 @@ def test_an_error_of_the_encoder_costs_only_what_is_not_embedded_yet(encoder, ob
         embed_observations(Breaking(encoder, 1.0), observations, FOUR)
 
 
+def count_complete(found: Embeddings, whole: Embeddings) -> int:
+    """The observations before an error, which have the embeddings of `whole`; those after it have none."""
+    complete = found.has_embedding.tolist().index(False)
+    assert found.late == len(found.has_embedding) - complete
+    assert not found.has_embedding[complete:].any()
+    assert torch.allclose(found.values[:complete], whole.values[:complete], atol=1e-6)
+    return complete
+
+
 def test_an_error_in_a_batch_costs_the_batches_after_it_too(encoder, observations, monkeypatch, capsys):
     """The next batch is embedded already, but observations of which a photo is missing are not complete."""
     whole, normalise, turns = embed_observations(encoder, observations, ["plain"]), Encoder.normalise, itertools.count()
@@ -320,11 +329,7 @@ def test_an_error_in_a_batch_costs_the_batches_after_it_too(encoder, observation
 
     monkeypatch.setattr(Encoder, "normalise", fail_once)
     found = embed_observations(encoder, observations, ["plain"], limits=Limits(tolerates_errors=True))
-    complete = found.has_embedding.tolist().index(False)
-    assert found.late == len(observations) - complete
-    assert 0 < complete < len(observations) - 5
-    assert torch.allclose(found.values[:complete], whole.values[:complete], atol=1e-6)
-    assert not found.has_embedding[complete:].any()
+    assert 0 < count_complete(found, whole) < len(observations) - 5
     assert "no such operator" in capsys.readouterr().err
 
 
@@ -339,10 +344,7 @@ def test_an_error_while_loading_photos_costs_only_what_is_not_embedded_yet(encod
 
     monkeypatch.setattr(PhotoLoader, "take", fail_at_every_fourth)
     found = embed_observations(encoder, observations, ["plain"], limits=Limits(tolerates_errors=True))
-    complete = found.has_embedding.tolist().index(False)
-    assert found.late == len(observations) - complete
-    assert 10 < complete < len(observations) - 10
-    assert torch.allclose(found.values[:complete], whole.values[:complete], atol=1e-6)
+    assert 10 < count_complete(found, whole) < len(observations) - 10
     assert "no memory to pin" in capsys.readouterr().err
     with pytest.raises(MemoryError, match="no memory to pin"):
         embed_observations(encoder, observations, ["plain"])

@@ -74,6 +74,7 @@ def test_progress_counts_the_photos_after_each_batch(encoder, observations, pass
     (embedding,) = [bar for bar in progress if bar.what.startswith("embedding")]
     assert (embedding.total, embedding.unit) == (18, "photo")
     assert [done for _, done in progress[embedding]] == [8, 17]  # and one that cannot be read
+    assert all(done <= passed for passed, done in progress[embedding])
     assert progress[embedding][-1][0] == 17
 
 
