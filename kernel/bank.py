@@ -25,10 +25,10 @@ from kernel.inputs import InputError
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
-# Bytes of the scores of one chunk. On a CPU under 32 MiB, and few such tensors at a time, because glibc returns larger
-# blocks to the system, and filling fresh pages takes a fifth of the time. On a GPU enough to keep it busy.
-CPU_CHUNK, GPU_CHUNK = 30 << 20, 256 << 20
-CPU_CACHE = 2 << 20  # bytes of scores that stay in a core's cache from one operation to the next
+# Bytes of the scores of one chunk: enough that a product of matrices, which arranges its factors anew each time, takes
+# little longer than a product of all observations at once.
+CPU_CHUNK, GPU_CHUNK = 128 << 20, 256 << 20
+CPU_CACHE = 8 << 20  # bytes of scores that stay in the processor's cache from one operation to the next
 MIN_OBSERVATIONS = 64  # in a chunk, however many classes there are; with fewer, reading the prototypes takes the time
 TRANSDUCTION_ROUNDS = 3  # with more rounds the prototypes drift
 MIN_LENGTH = 1e-6  # squared, of a prototype: of one that is made of a single test observation, nothing is left
