@@ -12,7 +12,7 @@ import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kernel.inputs import InputError, escape_control, escape_unprintable, install_wheels, list_folder, prepare_threads
+from kernel.inputs import InputError, escape_control, escape_unprintable, install_wheels, list_folder, prepare_torch
 from kernel.manifest import MANIFEST_SHA256, Weights, find_weights, in_tiles
 from kernel.observations import TestTable, find_test_table
 from kernel.submission import fallback_answer, write_submission
@@ -45,7 +45,7 @@ class Setup:
 def start() -> Setup:
     """Write the fallback submission, and make everything ready for torch to be imported."""
     escape_unprintable(sys.stdout, sys.stderr)
-    prepare_threads()
+    prepare_torch()
     options = parse_options()
     is_rerun = "KAGGLE_IS_COMPETITION_RERUN" in os.environ
     handle_errors(options.working, is_rerun, "the fallback submission")

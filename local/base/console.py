@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TypeVar
 
-from kernel.inputs import InputError, escape_control, escape_unprintable, prepare_threads
+from kernel.inputs import InputError, escape_control, escape_unprintable, prepare_torch
 from kernel.progress import Progress
 from kernel.progress import counted as counted
 
@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
     ends without a message.
     """
     escape_unprintable(sys.stdout, sys.stderr)
-    prepare_threads()
+    prepare_torch()
     try:
         with sigterm_raises():
             main()

@@ -32,7 +32,7 @@ from kernel.encoders import (
     pick_devices,
     use_one_torch_thread,
 )
-from kernel.inputs import prepare_threads
+from kernel.inputs import prepare_torch
 from kernel.loader import count_cores
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation
@@ -222,7 +222,7 @@ class ForwardPasses(Dataset):
 
 def prepare_process(_: int) -> None:
     """Settings of the kernel's process, which a new one does not inherit."""
-    prepare_threads()
+    prepare_torch()
     keep_freed_memory()
 
 

@@ -25,6 +25,7 @@ COMMANDS = [
     *(f"local.{path.stem}" for path in sorted((ROOT / "local").glob("*.py")) if "run(main)" in path.read_text("utf-8")),
 ]
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 LIBGOMP = [*Path(find_spec("torch").origin).parent.glob("lib/libgomp*.so*")]  # found without importing torch
 
 
@@ -92,6 +93,22 @@ def test_torchs_threads_sleep_while_they_wait_unless_the_user_says_otherwise(sta
     result = command("-c", code, "--help", env=environment | given | {"OMP_DISPLAY_ENV": "verbose"})
     assert f"OMP_WAIT_POLICY = '{policy}'" in result.stderr  # libgomp prints what it has read
     assert f"GOMP_SPINCOUNT = '{spins}'" in result.stderr
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(), reason="programs do not choose their pages"
+)
+@pytest.mark.parametrize(
+    ("given", "fits"), [({}, lambda size: size >= 64 << 10), ({"THP_MEM_ALLOC_ENABLE": "0"}, lambda size: not size)]
+)
+def test_large_tensors_lie_on_large_pages_unless_the_user_says_otherwise(given, fits):
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    code = (
+        "from kernel.inputs import prepare_torch\nprepare_torch()\nimport torch\nones = torch.ones(32 << 20)\n"
+        "print(next(line.split()[1] for line in open('/proc/self/smaps_rollup') if line.startswith('AnonHuge')))"
+    )
+    result = command("-c", code, env=environment | given)
+    assert fits(int(result.stdout)), result.stderr  # kilobytes
 
 
 @contextmanager
