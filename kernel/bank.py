@@ -28,7 +28,6 @@ CPU = torch.device("cpu")
 # Bytes of the scores of one chunk: enough that a product of matrices, which arranges its factors anew each time, takes
 # little longer than a product of all observations at once.
 CPU_CHUNK, GPU_CHUNK = 128 << 20, 256 << 20
-CPU_CACHE = 8 << 20  # bytes of scores that stay in the processor's cache from one operation to the next
 MIN_OBSERVATIONS = 64  # in a chunk, however many classes there are; with fewer, reading the prototypes takes the time
 TRANSDUCTION_ROUNDS = 3  # with more rounds the prototypes drift
 MIN_LENGTH = 1e-6  # squared, of a prototype: of one that is made of a single test observation, nothing is left
@@ -113,17 +112,9 @@ class Layer:
     relu: torch.Tensor
 
 
-def rows_in_cache(scores: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The scores (observations, classes), a few rows at a time: on a CPU as many as its cache holds."""
-    memory = CPU_CACHE if scores.device.type == "cpu" else GPU_CHUNK
-    return scores.split(max(1, memory // (4 * max(1, scores.shape[1]))))
-
-
 def log_softmax_(scores: torch.Tensor) -> torch.Tensor:
     """The log-softmax of each row of (observations, classes), in the memory of the scores."""
-    for part in rows_in_cache(scores):
-        torch.log_softmax(part, dim=1, out=part)
-    return scores
+    return torch.log_softmax(scores, dim=1, out=scores)
 
 
 def apply_layers(layers: Sequence[Layer], values: torch.Tensor) -> torch.Tensor:

@@ -22,14 +22,12 @@ from kernel.bank import (
     log_softmax_,
     observations_at_once,
     refine_transductively,
-    rows_in_cache,
 )
 from kernel.encoders import is_out_of_memory
 from kernel.inputs import shorten
 from kernel.metadata_prior import WeightedPrior
 
 BLOCK = 128  # classes of which `largest` first finds the maximum
-MIN_EXPONENT = -80.0  # exp of less adds nothing to a float32 sum of 1; below -87 it is denormal, slow on a CPU
 
 
 @dataclass(frozen=True)
@@ -90,16 +88,23 @@ def classify(banks: Sequence[Bank], embeddings: torch.Tensor, device: torch.devi
     return in_chunks(len(embeddings), size, classifier.log_probabilities)
 
 
-def largest_of_few(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The same as `largest`, by one `topk` over all columns."""
-    values, indices = scores.topk(min(count + 1, scores.shape[1]), dim=1)  # in any order where scores are equal
-    indices = indices[:, :count].sort(dim=1).values
-    order = scores.gather(1, indices).sort(dim=1, descending=True, stable=True).indices
-    indices = indices.gather(1, order)
+def largest_columns(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The columns of the largest scores of each row, in ascending order; of equal scores the first.
+
+    Args:
+        scores: (observations, classes), none NaN.
+
+    Returns:
+        (observations, count) int64; all columns, if there are fewer.
+    """
+    values, columns = scores.topk(min(count + 1, scores.shape[1]), dim=1)
+    columns = columns[:, :count].sort(dim=1).values
     if values.shape[1] > count:
         is_tied = values[:, count - 1] == values[:, count]  # topk may have taken either of two equal classes
-        indices[is_tied] = scores[is_tied].sort(dim=1, descending=True, stable=True).indices[:, :count]
-    return indices
+        if is_tied.any():
+            order = scores[is_tied].sort(dim=1, descending=True, stable=True).indices
+            columns[is_tied] = order[:, :count].sort(dim=1).values
+    return columns
 
 
 def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
@@ -115,15 +120,16 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """
     classes, blocks = scores.shape[1], scores.shape[1] // BLOCK
     if blocks < 8 * count:
-        return largest_of_few(scores, count)
-    # If a block is not among the `count` with the largest maxima, each of those has a score that comes before all of
-    # its scores. The remaining columns, less than a block, are all candidates.
-    maxima = scores[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(dim=2)
-    chosen = largest_of_few(maxima, count).sort(dim=1).values
-    columns = torch.arange(classes, device=scores.device)
-    candidates = columns[: blocks * BLOCK].view(blocks, BLOCK)[chosen].flatten(1)
-    candidates = torch.cat([candidates, columns[blocks * BLOCK :].expand(len(scores), -1)], dim=1)
-    return candidates.gather(1, largest_of_few(scores.gather(1, candidates), count))
+        found = largest_columns(scores, count)
+    else:
+        # If a block is not among the `count` with the largest maxima, each of those has a score that comes before all
+        # of its scores. The remaining columns, less than a block, are all candidates.
+        columns, in_blocks = torch.arange(classes, device=scores.device), blocks * BLOCK
+        maxima = scores[:, :in_blocks].unflatten(1, (blocks, BLOCK)).amax(dim=2)
+        candidates = columns[:in_blocks].view(blocks, BLOCK)[largest_columns(maxima, count)].flatten(1)
+        candidates = torch.cat([candidates, columns[in_blocks:].expand(len(scores), -1)], dim=1)
+        found = candidates.gather(1, largest_columns(scores.gather(1, candidates), count))
+    return found.gather(1, scores.gather(1, found).sort(dim=1, descending=True, stable=True).indices)
 
 
 def best_classes(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,16 +141,8 @@ def best_classes(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.
     Returns:
         (observations, count) int64, and float32 of the same shape.
     """
-
-    def best(part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = largest(part, count)
-        chosen = part.gather(1, indices)
-        highest = chosen[:, :1].clone()
-        total = part.sub_(highest).clamp_(min=MIN_EXPONENT).exp_().sum(dim=1, keepdim=True)
-        return indices, (chosen - highest).exp() / total
-
-    indices, probabilities = collect_rows(len(scores), map(best, rows_in_cache(scores)))
-    return indices, probabilities
+    indices = largest(scores, count)
+    return indices, log_softmax_(scores).gather(1, indices).exp_()
 
 
 def rank_on(
