@@ -8,7 +8,11 @@ from pathlib import Path
 
 # Before torch is imported. The tests run side by side, each on one core; threads that wait in a spin, and threads of
 # which only some get a core, would hold up each other and the processes that tests start.
-os.environ |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"} | os.environ
+os.environ |= {"GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"} | os.environ
+
+from kernel.inputs import prepare_torch
+
+prepare_torch()  # as the commands that tests compare with
 
 import numpy as np
 import pytest

@@ -1,13 +1,32 @@
 """Libraries are unpacked from their wheels; what is mounted is listed for the log."""
 
 import importlib
+import os
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from kernel.inputs import InputError, escape_control, find_folders, install_wheels, list_folder
+from kernel import inputs
+from kernel.inputs import InputError, escape_control, find_folders, install_wheels, list_folder, prepare_torch
+
+
+@pytest.mark.parametrize(
+    ("flags", "given", "chosen"),
+    [
+        ({"fpu", "avx2"}, None, "AVX2"),
+        ({"fpu", "avx2"}, "AUTO", "AUTO"),
+        ({"fpu", "avx2", "avx512f"}, None, None),
+        ({"fpu"}, None, None),
+        (set(), None, None),
+    ],
+)
+def test_mkl_is_told_of_the_instructions_that_it_would_not_use(flags, given, chosen, monkeypatch):
+    monkeypatch.setattr(inputs, "processor_flags", lambda: flags)
+    monkeypatch.setattr(os, "environ", {} if given is None else {"MKL_CBWR": given})
+    prepare_torch()
+    assert os.environ.get("MKL_CBWR") == chosen
 
 
 def test_the_listing_for_the_log_is_short_however_many_files_there_are(tmp_path):
