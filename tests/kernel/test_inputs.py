@@ -1,4 +1,4 @@
-"""Libraries are unpacked from their wheels; what is mounted is listed for the log."""
+"""What is set before torch is loaded; libraries are unpacked from their wheels; what is mounted is listed."""
 
 import importlib
 import os
