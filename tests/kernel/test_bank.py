@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from kernel import bank as module
-from kernel.bank import Bank, Layer, read_banks
+from kernel.bank import Bank, Layer, full_precision, inner_products, read_banks
 from kernel.inputs import InputError
 from kernel.ranking import classify, rank
 
@@ -34,6 +34,20 @@ def random_bank(classes=30, features=8, seed=0, **changes):
 
 def classified(banks, queries):
     return torch.cat(list(classify(banks, queries)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("rows", "others", "features"), [(0, 3, 8), (1, 300, 50), (3, 7, 5), (200, 1, 70), (65, 999, 130)]
+)
+def test_products_are_those_of_double_precision(device, rows, others, features):
+    left, right, bias = torch.randn(rows, features), torch.randn(others, features), torch.randn(others)
+    expected = left.double() @ right.double().T
+    left, right, bias = left.to(device), right.to(device), bias.to(device)
+    with full_precision():
+        plain, biased = inner_products(left, right).cpu(), inner_products(left, right, bias).cpu()
+    assert torch.allclose(plain.double(), expected, atol=1e-4)
+    assert torch.allclose(biased.double(), expected + bias.cpu().double(), atol=1e-4)
 
 
 def test_scores_are_cosines_after_centring():
