@@ -181,7 +181,7 @@ def test_an_encoder_that_does_not_fit_on_the_gpu_runs_on_the_cpu(
     encoder = open_encoder(weights, full, [torch.device("cuda", 0)])
     monkeypatch.undo()
     assert torch.equal(encoder.embed(photos, [VIEWS["plain"]]), expected)  # no weight is left in half precision
-    assert (encoder.devices, encoder.batch_size) == ([torch.device("cpu")], 16)
+    assert (encoder.devices, encoder.batch_size) == ([torch.device("cpu")], 16 * torch.get_num_threads())
     printed = capsys.readouterr().out.splitlines()
     assert printed[-2:] == ["out of memory: test_resnet does not fit on cuda:0", "continuing on the CPU"]
 
@@ -220,7 +220,7 @@ class Watched(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("photos", "parts"), [(2, [1, 1]), (8, [4, 4]), (13, [7, 6]), (16, [8, 8]), (19, [8, 8, 2, 1])]
+    ("photos", "parts"), [(2, [1, 1]), (8, [4, 4]), (13, [7, 6]), (32, [16, 16]), (35, [16, 16, 2, 1])]
 )
 def test_on_a_cpu_threads_embed_parts_of_a_batch_each_with_one_thread_of_torch(encoder, two_threads, photos, parts):
     batch, views = torch.randint(0, 256, (photos, 3, 64, 64), dtype=torch.uint8), [VIEWS["plain"], VIEWS["rotate15"]]
