@@ -1,9 +1,8 @@
-"""Kaggle's own client, made strict: what it only prints becomes an error. Called by all that talks to Kaggle.
+"""What this project asks of Kaggle, through its own client. Called by all that talks to Kaggle.
 
 Importing this module imports the client, which signs in immediately: import it only when something is to be sent.
 """
 
-import io
 import json
 import math
 import re
@@ -11,32 +10,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kaggle.api.kaggle_api_extended import KaggleApi, ResumableUploadResult
 from kagglesdk.competitions.types.competition_api_service import ApiGetCompetitionRequest
 from kagglesdk.kernels.types.kernels_api_service import ApiGetKernelRequest
-from requests import HTTPError, PreparedRequest, RequestException, Response
-from requests.adapters import HTTPAdapter
+from requests import RequestException
 
 from kernel.inputs import InputError, shorten
 from kernel.progress import clock_time
-from local.base.console import counted, say
+from local.base.console import say
 from local.base.files import write_json
-from local.bundling.metadata import DATASET_METADATA
 from local.publishing.credentials import TOKENS
+from local.publishing.strict_api import (
+    MODEL_METADATA,
+    Interrupted,
+    StrictApi,
+    as_utf8,
+    explain,
+    get_retry_after,
+    in_short,
+    silently,
+)
 
-MODEL_METADATA = "model-instance-metadata.json"
 # Kaggle's list of licences for models has none for "not said", so the one that permits least.
 MODEL_LICENCE = "Attribution-NonCommercial-NoDerivatives 4.0 International (CC BY-NC-ND 4.0)"
 ATTEMPTS = 6
 FIRST_DELAY, MAX_DELAY = 2.0, 120.0  # seconds between attempts; each delay is twice the one before
-REQUEST_TIMEOUT = 300.0  # seconds without any data after which a connection is closed
-LOG_TIMEOUT = 30.0  # the same for a log, of which a run may write nothing for a while
 REPEAT_LINE = 600  # seconds after which an unchanged state is printed again, if the output is not a terminal
 AGAIN_LATER = "run the same command again later"
 MAX_SESSION, MAX_QUEUE = 12 * 3600 - 60, 24 * 3600  # seconds that a session may run; that one may wait to start
@@ -96,61 +99,6 @@ class Unavailable(InputError):
 
 class Busy(InputError):
     """As many sessions run as Kaggle permits at once, or the week's quota is spent."""
-
-
-class Interrupted(RequestException):
-    """An upload is incomplete. The next attempt sends only the rest."""
-
-
-def with_timeout(send: Callable[..., Response]) -> Callable[..., Response]:
-    """Give every request a timeout: the client sets none, and would wait forever for a connection that has died."""
-
-    def send_with_timeout(
-        adapter: HTTPAdapter, request: PreparedRequest, *args: Any, timeout: Any = None, **kwargs: Any
-    ) -> Response:
-        is_log = "text/event-stream" in request.headers.get("Accept", "")
-        return send(adapter, request, *args, timeout=timeout or (LOG_TIMEOUT if is_log else REQUEST_TIMEOUT), **kwargs)
-
-    return send_with_timeout
-
-
-HTTPAdapter.send = with_timeout(HTTPAdapter.send)  # the client's sessions cannot be reached from outside
-
-
-class StrictApi(KaggleApi):
-    """Raises an error for an incomplete upload, and leaves retries to `Kaggle.call`.
-
-    kaggle 2.2.4 leaves a file that did not arrive out of the dataset and says so only if not quiet. 2.2.5 raises a
-    ValueError for it, as for a mistake of the user.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.incomplete: dict[str, Any] = {}  # path -> the last result of an upload that is not complete
-
-    def with_retry(self, func, *_, **__):
-        return func
-
-    def upload_complete(self, path, url, quiet, resume=False):
-        result = super().upload_complete(path, url, quiet, resume)
-        self.incomplete[path] = result
-        if result == ResumableUploadResult.COMPLETE:
-            del self.incomplete[path]
-        return result
-
-    def upload_files(self, request, resources, folder, blob_type, upload_context, *args, **kwargs):
-        self.incomplete.clear()
-        try:
-            super().upload_files(request, resources, folder, blob_type, upload_context, *args, **kwargs)
-        except ValueError:
-            if not self.incomplete:
-                raise
-        for path, result in self.incomplete.items():
-            if result == ResumableUploadResult.FAILED:  # it cannot be resumed: the next attempt starts it again
-                Path(upload_context.get_upload_info_file_path(path)).unlink(missing_ok=True)
-        expected = sum(path.name not in (DATASET_METADATA, MODEL_METADATA) for path in Path(folder).iterdir())
-        if len(request.files) < expected:
-            raise Interrupted(f"{expected - len(request.files)} of {counted(expected, 'file')} did not arrive")
 
 
 class Kaggle:
@@ -546,31 +494,6 @@ class Kaggle:
         )
 
 
-def explain(error: Exception) -> tuple[int | None, str]:
-    """The HTTP status of an answer, or None if there was no answer, and the reason in one line."""
-    response = getattr(error, "response", None)
-    if not isinstance(error, HTTPError) or response is None:
-        return None, "an answer that is not JSON" if isinstance(error, ValueError) else in_short(error)
-    code = response.status_code
-    with suppress(ValueError, KeyError, TypeError):
-        code = int(response.json()["code"])
-    return code, f"{code}: {in_short(error)}"
-
-
-def in_short(error: Exception) -> str:
-    """A message in one line, without the queries of addresses: with its signature anybody can open an uploaded file."""
-    return re.sub(r"\?[^\s?'\")]*=[^\s'\")]*", "?…", shorten(error))
-
-
-def get_retry_after(error: Exception) -> float:
-    """Seconds that Kaggle asks to wait; 0 if it does not say."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    try:
-        return float(headers.get("Retry-After", 0))
-    except ValueError:
-        return 0.0
-
-
 def check_answer(what: str, answer: Any) -> None:
     """Check an answer of status 200, which may still contain an error, or sources that Kaggle ignored.
 
@@ -610,20 +533,6 @@ def read_seconds(path: Path) -> float | None:
         return max(float(piece["time"]) for piece in json.loads(text))
     found = DONE.search(text)
     return float(found[1]) if found else None
-
-
-def silently(function: Callable, *args: Any, **kwargs: Any) -> None:
-    """Call a function of the client without what it prints."""
-    with redirect_stdout(io.StringIO()):
-        function(*args, **kwargs)
-
-
-def as_utf8(text: str) -> str:
-    """Text whose UTF-8 was read as Latin-1: `requests` does so with a stream that does not name its encoding."""
-    try:
-        return text.encode("latin-1").decode("utf-8")
-    except UnicodeError:
-        return text
 
 
 def kernel_page(reference: str) -> str:

@@ -52,7 +52,7 @@ def test_a_request_is_repeated_while_the_network_fails(world, method, capsys):
 @pytest.mark.parametrize("method", ["GetCompetition", "StartBlobUpload", "PUT"])
 def test_a_connection_without_data_is_closed_and_the_request_repeated(world, method, monkeypatch):
     """The client alone would wait forever."""
-    monkeypatch.setattr("local.publishing.client.REQUEST_TIMEOUT", 0.5)
+    monkeypatch.setattr("local.publishing.strict_api.REQUEST_TIMEOUT", 0.5)
     awake = threading.Event()
 
     def be_silent(body: dict) -> dict:
