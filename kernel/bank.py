@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from kernel.encoders import is_out_of_memory
+from kernel.forward import is_out_of_memory
 from kernel.inputs import InputError
 
 Result = TypeVar("Result")

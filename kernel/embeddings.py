@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from kernel.budget import MARGIN, UNLIMITED, Budget, Pace
-from kernel.encoders import Encoder, Submitted, torch_threads
+from kernel.forward import Encoder, Submitted, torch_threads
 from kernel.loader import PhotoLoader
 from kernel.observations import Observation
 from kernel.progress import Progress

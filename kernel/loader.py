@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kernel.encoders import Encoder, gpu_batch_size, use_one_torch_thread
+from kernel.forward import Encoder, gpu_batch_size, use_one_torch_thread
 from kernel.inputs import InputError, call_libc
 from kernel.manifest import Preprocessing
 from kernel.photos import decode

@@ -23,7 +23,7 @@ from kernel.bank import (
     observations_at_once,
     refine_transductively,
 )
-from kernel.encoders import is_out_of_memory
+from kernel.forward import is_out_of_memory
 from kernel.inputs import shorten
 from kernel.metadata_prior import WeightedPrior
 

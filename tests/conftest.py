@@ -27,7 +27,7 @@ if "GPUS_OF_TESTS" not in os.environ:
     os.environ["GPUS_OF_TESTS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "all") if torch.cuda.device_count() else ""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 
-from kernel.encoders import Encoder
+from kernel.forward import Encoder
 from kernel.manifest import MANIFEST, Preprocessing
 from local.drawing.competition import Generated, generate
 from local.recipes.recipe import make_recipe

@@ -21,7 +21,7 @@ from torch import nn
 from kernel.bank import read_banks
 from kernel.competitions import competition_named
 from kernel.competitions.competition import Competition
-from kernel.encoders import Encoder
+from kernel.forward import Encoder
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation, TestTable
 from kernel.ranking import rank

@@ -24,14 +24,8 @@ from torchvision.io import ImageReadMode, read_image
 from torchvision.transforms import functional
 
 from kernel.embeddings import embed_observations
-from kernel.encoders import (
-    Encoder,
-    gpu_batch_size,
-    keep_freed_memory,
-    make_encoder,
-    pick_devices,
-    use_one_torch_thread,
-)
+from kernel.encoders import keep_freed_memory, make_encoder, pick_devices
+from kernel.forward import Encoder, gpu_batch_size, use_one_torch_thread
 from kernel.inputs import prepare_torch
 from kernel.loader import count_cores
 from kernel.manifest import Preprocessing

@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from kernel.embeddings import list_photos
-from kernel.encoders import Encoder, pick_devices
+from kernel.encoders import pick_devices
+from kernel.forward import Encoder
 from kernel.inputs import InputError
 from kernel.loader import PhotoLoader
 from kernel.manifest import Manifest, read_weights
@@ -27,15 +28,8 @@ from kernel.photos import read_photo, shorter_side
 from local.base.console import progress, say
 from local.base.metrics import bounded, describe, gained, hit_matrix, interval_of, score
 from local.base.run_folder import CACHE
-from local.benchmarks.accuracy import (
-    MethodAnswers,
-    Task,
-    cell,
-    heading,
-    open_bundle,
-    rank_classes,
-    read_task,
-)
+from local.benchmarks.accuracy import cell, heading
+from local.benchmarks.methods import MethodAnswers, Task, open_bundle, rank_classes, read_task
 from local.data.competition import read_competition
 from local.data.observations import LabelledObservations, encode_labels
 from local.encoders.load import load_encoder

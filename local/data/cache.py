@@ -19,7 +19,7 @@ import timm
 import torch
 
 from kernel.embeddings import Batch, embed_batches
-from kernel.encoders import Encoder
+from kernel.forward import Encoder
 from kernel.inputs import InputError
 from kernel.loader import PhotoLoader, count_cores
 from kernel.observations import Observation

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kernel.encoders import Encoder, open_encoder, pick_devices
+from kernel.encoders import open_encoder, pick_devices
+from kernel.forward import Encoder
 from kernel.manifest import Preprocessing, read_weights
 from kernel.observations import Observation
 from local.data.cache import EmbeddingCache, PhotoEmbeddings

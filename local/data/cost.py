@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kernel.encoders import Encoder
+from kernel.forward import Encoder
 from local.base.console import counted, say
 
 SLOW = 8.0  # seconds of a photo in all its views from which the first batch is not awaited to estimate the time

@@ -8,7 +8,8 @@ import open_clip
 from open_clip import transform
 from torch import nn
 
-from kernel.encoders import build_module, is_out_of_memory
+from kernel.encoders import build_module
+from kernel.forward import is_out_of_memory
 from kernel.inputs import InputError, shorten
 from kernel.manifest import EncoderSpec, Preprocessing
 from local.base.files import read_json

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kernel.encoders import build_module, is_out_of_memory, read_module
+from kernel.encoders import build_module, read_module
+from kernel.forward import is_out_of_memory
 from kernel.inputs import InputError, sha256, shorten
 from kernel.manifest import MANIFEST, EncoderSpec, read_manifest, to_json
 from kernel.views import CROP, CROPS, VIEWS

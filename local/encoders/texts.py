@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import normalize
 
-from kernel.encoders import is_out_of_memory
+from kernel.forward import is_out_of_memory
 from kernel.inputs import InputError, shorten
 from local.base.console import progress
 from local.encoders.hub import download, find_readable_format, find_weights_file

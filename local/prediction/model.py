@@ -11,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from kernel.bank import Bank, read_banks
 from kernel.competitions import competition_of
 from kernel.embeddings import concatenate, embed_observations
-from kernel.encoders import Encoder, open_encoder, pick_devices
+from kernel.encoders import open_encoder, pick_devices
+from kernel.forward import Encoder
 from kernel.inputs import InputError
 from kernel.manifest import Member, Weights, in_tiles
 from kernel.metadata_prior import WeightedPrior, weighted_prior

@@ -6,7 +6,8 @@ A kernel computes on Kaggle's GPUs, so these embeddings are nearer to what it wi
 from dataclasses import replace
 from pathlib import Path
 
-from kernel.encoders import Encoder, open_encoder, pick_devices
+from kernel.encoders import open_encoder, pick_devices
+from kernel.forward import Encoder
 from kernel.manifest import read_weights
 from local.base.files import link_or_copy
 from local.data.cache import EmbeddingCache

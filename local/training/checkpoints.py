@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernel.encoders import is_out_of_memory
+from kernel.forward import is_out_of_memory
 from kernel.inputs import InputError, sha256
 from local.base.console import say
 from local.base.files import write_tensors

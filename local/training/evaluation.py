@@ -10,7 +10,8 @@ from sklearn.metrics import f1_score
 
 from kernel.bank import Bank
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder, fitting_dtype
+from kernel.encoders import fitting_dtype
+from kernel.forward import Encoder
 from kernel.observations import Observation
 from kernel.ranking import classify
 from local.banks.estimators import class_means_bank

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from kernel.encoders import Encoder, is_out_of_memory, open_encoder
+from kernel.encoders import open_encoder
+from kernel.forward import Encoder, is_out_of_memory
 from kernel.inputs import InputError, sha256, shorten
 from kernel.manifest import (
     MANIFEST,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from kernel.bank import Bank
-from kernel.encoders import Encoder
+from kernel.forward import Encoder
 from kernel.inputs import InputError
 from local.banks.estimators import ABSENT
 from local.base import distributed

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 from kernel.bank import Bank, Layer
-from kernel.encoders import Encoder, pick_dtype
+from kernel.encoders import pick_dtype
+from kernel.forward import Encoder
 from local.banks.estimators import ABSENT
 from local.recipes.settings import TrainSettings
 

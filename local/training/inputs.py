@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from kernel.encoders import Encoder, pick_devices
+from kernel.encoders import pick_devices
+from kernel.forward import Encoder
 from kernel.inputs import InputError
 from kernel.manifest import EncoderSpec
 from kernel.photos import shorter_side

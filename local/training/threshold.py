@@ -13,7 +13,7 @@ import torch
 from PIL import ImageOps
 
 from kernel.embeddings import concatenate
-from kernel.encoders import Encoder
+from kernel.forward import Encoder
 from kernel.manifest import tile_names, tiled
 from kernel.photos import read_photo
 from kernel.ranking import best_of_tiles, probable_classes, rank

@@ -13,7 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kernel.encoders import Encoder, is_out_of_memory
+from kernel.forward import Encoder, is_out_of_memory
 from kernel.inputs import InputError
 from local.base import distributed
 from local.base.console import counted, progress, say

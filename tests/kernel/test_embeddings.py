@@ -11,7 +11,8 @@ from PIL import Image
 
 from kernel.budget import Budget
 from kernel.embeddings import Embeddings, Limits, embed_observations
-from kernel.encoders import Encoder, open_encoder
+from kernel.encoders import open_encoder
+from kernel.forward import Encoder
 from kernel.loader import PhotoLoader
 from kernel.manifest import read_weights
 from kernel.observations import Observation

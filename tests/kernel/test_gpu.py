@@ -12,7 +12,8 @@ import torch
 from kernel.__main__ import embed_test_set, write_predictions
 from kernel.budget import UNLIMITED, Budget
 from kernel.embeddings import Batch, Limits, embed_batches, embed_observations
-from kernel.encoders import Encoder, build_module, make_encoder, open_encoder, pick_devices
+from kernel.encoders import build_module, make_encoder, open_encoder, pick_devices
+from kernel.forward import Encoder
 from kernel.loader import PhotoLoader, pin_array
 from kernel.manifest import read_weights
 from kernel.observations import Observation, find_test_table
@@ -20,7 +21,8 @@ from kernel.photos import decode
 from kernel.start import Setup
 from kernel.views import VIEWS
 from tests.conftest import photo
-from tests.kernel.test_encoders import SPEC, Large, saved
+from tests.kernel.test_encoders import SPEC, saved
+from tests.kernel.test_forward import Large
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -20,21 +20,23 @@ from local import benchmark
 from local.base.metrics import METRIC_NAMES, bounded
 from local.base.run_folder import CACHE
 from local.benchmarks.accuracy import (
-    DRAWS,
-    MethodAnswers,
-    answer_with_bundle,
-    draw_sparse,
     export_encoder,
-    label,
     method_table,
-    nearest_means,
-    open_bundle,
-    read_task,
-    run_methods,
     score_methods,
     score_sparse,
     shots_table,
     sparse_table,
+)
+from local.benchmarks.methods import (
+    DRAWS,
+    MethodAnswers,
+    answer_with_bundle,
+    draw_sparse,
+    label,
+    nearest_means,
+    open_bundle,
+    read_task,
+    run_methods,
 )
 from local.data.competition import read_competition
 from local.encoders.load import load_encoder

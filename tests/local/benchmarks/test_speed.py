@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernel.encoders import Encoder
+from kernel.forward import Encoder
 from local.benchmarks.speed import (
     pybioclip_embedding,
     speed_row,

@@ -14,7 +14,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from kernel.embeddings import embed_observations
-from kernel.encoders import Encoder, build_module
+from kernel.encoders import build_module
+from kernel.forward import Encoder
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation
 from local.banks.estimators import pool

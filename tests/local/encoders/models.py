@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
-from kernel.encoders import Encoder, build_module
+from kernel.encoders import build_module
+from kernel.forward import Encoder
 from kernel.inputs import InputError
 from kernel.photos import decode
 from local.encoders.load import load_encoder

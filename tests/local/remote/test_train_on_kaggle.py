@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from kernel.encoders import Encoder, open_encoder, pick_devices
+from kernel.encoders import open_encoder, pick_devices
+from kernel.forward import Encoder
 from kernel.inputs import InputError, sha256
 from kernel.manifest import MANIFEST, read_manifest, read_weights
 from local.base.console import Terminated

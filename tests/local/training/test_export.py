@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernel.encoders import Encoder
+from kernel.forward import Encoder
 from kernel.inputs import InputError
 from kernel.manifest import MANIFEST, read_manifest
 from local.banks.ensemble import HeldOutPredictions

@@ -12,7 +12,8 @@ from kernel.__main__ import embed_test_set, write_predictions
 from kernel.bank import read_banks
 from kernel.budget import UNLIMITED, Budget
 from kernel.embeddings import concatenate, embed_observations
-from kernel.encoders import Encoder, open_encoder
+from kernel.encoders import open_encoder
+from kernel.forward import Encoder
 from kernel.inputs import InputError
 from kernel.manifest import read_weights
 from kernel.observations import find_test_table

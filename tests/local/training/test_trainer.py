@@ -15,7 +15,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from kernel.encoders import Encoder
+from kernel.forward import Encoder
 from kernel.inputs import InputError
 from kernel.manifest import Preprocessing
 from kernel.tables import TAXONOMY
