@@ -41,7 +41,8 @@ from local.encoders.load import load_encoder, size_for_views
 SIZES = {"300p": ((400, 300), 96), "500p": ((750, 500), 96), "fullsize": ((3000, 2000), 24)}
 ROUNDS = 5  # of which the median counts
 FASTEST = 2  # ways to do the same are measured in every round, those that were the fastest at first
-CPU_PHOTOS, GPU_PHOTOS = 576, 2048  # in a measurement, at least; fewer would measure how it starts and ends
+# In a measurement, at least; fewer would measure how it starts and ends.
+CPU_PHOTOS, CPU_PHOTOS_IN_ALL_VIEWS, GPU_PHOTOS = 576, 96, 2048
 ALL_VIEWS = [name for name in VIEWS if name != "larger"]  # those at one size
 COLUMNS = ("photos", "decode", "forward", "end to end", "of the limit", "plain pipeline", "one by one", "pybioclip")
 
@@ -280,7 +281,7 @@ def measure_speed(encoder: Encoder, in_all_views: Encoder, folder: Path) -> list
             **ways_to_decode(paths, encoder.preprocessing),
             **ways_to_embed(encoder),
             "end_to_end": embedding_work(encoder, paths, ["plain"]),
-            "all_views": embedding_work(in_all_views, few[:24] if on_cpu else paths, ALL_VIEWS),
+            "all_views": embedding_work(in_all_views, paths[:CPU_PHOTOS_IN_ALL_VIEWS] if on_cpu else paths, ALL_VIEWS),
             **{key: Work(count, partial(other, few, encoder)) for key, other in others.items()},
             **({"pybioclip": Work(count, partial(pybioclip, few))} if pybioclip else {}),
         }
