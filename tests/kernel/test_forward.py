@@ -5,7 +5,6 @@ import itertools
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -25,23 +24,6 @@ def test_pixels_are_normalised_by_channel(encoder, order):
     )
     found = encoder.normalise(photos, torch.device("cpu"))
     assert torch.allclose(found, (photos / 255 - mean) / std, atol=1e-6)
-
-
-def use_torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    yield from use_torch_threads(1)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    yield from use_torch_threads(2)
 
 
 class Watched(torch.nn.Module):
