@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.util import get_temp_dir
 
 import numpy as np
 import torch
@@ -20,12 +22,14 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from kernel.inputs import InputError
 from kernel.loader import count_cores, end_with_parent
 from kernel.manifest import Preprocessing
 from kernel.observations import Observation
 from kernel.photos import read_photo, shorter_side
 from local.recipes.settings import AugmentSettings, TrainSettings
 
+MAX_SOCKET_FOLDER = 107 - len("/listener-xxxxxxxx")  # bytes of its path, by Linux's limit for that of a socket
 ERASED_AREA = (0.02, 0.1)  # fraction of a photo's area
 
 
@@ -179,7 +183,13 @@ class PhotoDataset(Dataset):
 
 
 def make_loader(dataset: PhotoDataset, sampler: ObservationBatchSampler, device: torch.device) -> DataLoader:
-    """Batches of photos, loaded by worker processes that live as long as the loader."""
+    """Batches of photos, loaded by worker processes that live as long as the loader.
+
+    Raises:
+        InputError: the name of the folder of temporary files is too long; the first batch would be waited for forever.
+    """
+    if sys.platform == "linux" and len(os.fsencode(get_temp_dir())) > MAX_SOCKET_FOLDER:
+        raise InputError(f"{tempfile.gettempdir()} is too long a name for temporary files: set TMPDIR to a shorter one")
     return DataLoader(
         dataset,
         batch_sampler=sampler,

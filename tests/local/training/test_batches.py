@@ -1,11 +1,14 @@
 """What training sees depends only on the seed, the epoch and the position in it."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
 
+from kernel.inputs import InputError
 from local.recipes.settings import AugmentSettings, TrainSettings
-from local.training.batches import BatchAugmentation, ObservationBatchSampler, PhotoDataset, collate
+from local.training.batches import BatchAugmentation, ObservationBatchSampler, PhotoDataset, collate, make_loader
 from tests.conftest import photo
 
 LABELS = np.repeat(np.arange(6), [1, 1, 2, 3, 9, 20])
@@ -100,3 +103,11 @@ def test_mixed_photos_have_mixed_targets(photos, settings):
     assert torch.allclose(targets.sum(dim=1), torch.ones(photos))
     assert torch.allclose(targets[:, :photos] @ numbers.float(), pixels.mean(dim=(1, 2, 3)), atol=1e-4)
     assert (targets.amax(dim=1) < 1).any()
+
+
+def test_temporary_files_in_a_folder_of_too_long_a_name_are_refused_before_the_first_batch(monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", f"/{'x' * 89}")
+    with pytest.raises(InputError, match="set TMPDIR to a shorter one"):
+        make_loader([], sampler(), torch.device("cpu"))
+    monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", f"/{'x' * 88}")
+    make_loader([], sampler(), torch.device("cpu"))
