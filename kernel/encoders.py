@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernel.forward import OUT_OF_MEMORY, Encoder
+from kernel.forward import Encoder, is_out_of_memory
 from kernel.inputs import InputError, call_libc, shorten
 from kernel.manifest import EncoderSpec, Member
 from kernel.pooling import set_pooling
@@ -174,7 +174,7 @@ def open_encoder(path: Path, spec: EncoderSpec, devices: Sequence[torch.device])
         try:
             return make_encoder(module, spec, choice)
         except RuntimeError as error:
-            if not OUT_OF_MEMORY.search(str(error)):
+            if not is_out_of_memory(error):
                 raise
         # Outside the except clause, because the traceback keeps the tensors alive.
         del module

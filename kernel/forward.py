@@ -50,10 +50,11 @@ class Encoder:
         self.module, self.preprocessing, self.features, self.device = module, preprocessing, features, devices[0]
         self.replicas = [module, *(copy.deepcopy(module).to(device) for device in devices[1:])]
         self.devices = list(devices)
-        # Small on a CPU, because the budget is checked between batches.
         self.shares_cores = self.device.type == "cpu"
-        on_gpus = gpu_batch_size(preprocessing) * len(devices)
-        self.batch_size = PHOTOS_PER_THREAD * torch.get_num_threads() if self.shares_cores else on_gpus
+        if self.shares_cores:  # few photos, because the budget is checked between batches
+            self.batch_size = PHOTOS_PER_THREAD * torch.get_num_threads()
+        else:
+            self.batch_size = gpu_batch_size(preprocessing) * len(devices)
         # (pixels / 255 - mean) / std as one multiplication and one subtraction.
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
         self._constants = {torch.device("cpu"): (1 / (255 * std), mean / std)}  # and on other devices, once needed
@@ -142,7 +143,7 @@ class Encoder:
                 photos = photos[len(batch) :]
                 continue
             except RuntimeError as error:
-                if self.batch_size == 1 or not OUT_OF_MEMORY.search(str(error)):
+                if self.batch_size == 1 or not is_out_of_memory(error):
                     raise
             # Outside the except clause, because the traceback keeps the tensors alive.
             self.halve_batches(self.batch_size)
@@ -204,7 +205,7 @@ class Encoder:
         try:
             found = self._embed_views(*arguments)
         except RuntimeError as error:
-            if not OUT_OF_MEMORY.search(str(error)):
+            if not is_out_of_memory(error):
                 raise
             found = error.with_traceback(None)  # which keeps the tensors alive
         return found, time.perf_counter() - start
